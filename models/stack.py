@@ -1,0 +1,195 @@
+"""The stack of residual blocks between a model's input and its head, run as a scan over layers.
+
+    x <- x + mixer(norm(x));   x <- x + mlp(norm(x))            per block; the second half only with an MLP
+
+The mixers of the blocks follow a pattern of file names. Its shortest period is one scanned unit, so that the program holds each
+distinct block once however deep the network is; blocks left over by the last incomplete period follow unrolled.
+The residual stream is float32; norms are computed in float32; mixers and MLPs see the compute dtype.
+"""
+
+import functools
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from models.mlp import SwiGLU
+from models.norms import rms_norm
+from models.options import check_choice, check_options
+
+# What the backward pass keeps of a block: everything, its input alone, or its matrix products too.
+REMAT_POLICIES = {"none": None, "full": jax.checkpoint_policies.nothing_saveable,
+                  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}  # fmt: skip
+
+
+@functools.cache
+def available_mixers() -> tuple[str, ...]:
+    """Names of the files beside this one that define a `Mixer`."""
+    files = Path(__file__).parent.glob("*.py")
+    return tuple(sorted(file.stem for file in files if re.search(r"^Mixer = ", file.read_text("utf-8"), re.MULTILINE)))
+
+
+def find_mixer(name: str) -> type[nnx.Module]:
+    """The `Mixer` of models/<name>.py; raises ValueError with the available names if there is none."""
+    check_choice("a mixer", name, available_mixers())
+    return importlib.import_module(f"models.{name}").Mixer
+
+
+def shortest_period(names: Sequence[str]) -> int:
+    """The smallest p with names[i] == names[i - p] for all i >= p."""
+    return next(p for p in range(1, len(names) + 1) if all(names[i] == names[i - p] for i in range(p, len(names))))
+
+
+class Block(nnx.Module):
+    """One residual block: a mixer and, unless mlp is "none", an MLP, each behind its norm."""
+
+    def __init__(
+        self,
+        name: str,
+        width: int,
+        *,
+        depth: int,
+        options: Mapping[str, Any],
+        mlp: str,
+        mlp_ratio: float,
+        norm_eps: float,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
+    ):
+        norm = functools.partial(rms_norm, width, eps=norm_eps, axis="embed", rngs=rngs, param_dtype=param_dtype)
+        build: Any = functools.partial(depth=depth, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype)
+        self.compute_dtype = compute_dtype
+        self.mixer_norm = norm()
+        self.mixer: Any = build(find_mixer(name), width, **options)
+        self.mlp_norm = self.mlp = None
+        if mlp == "swiglu":
+            self.mlp_norm, self.mlp = norm(), build(SwiGLU, width, ratio=mlp_ratio)
+
+    def __call__(
+        self, x_BTD: jax.Array, state: Any, positions: jax.Array | None, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        h_BTD = self.mixer_norm(x_BTD).astype(self.compute_dtype)
+        y_BTD, state = self.mixer(h_BTD, state, positions=positions, segment_ids=segment_ids)
+        x_BTD = x_BTD + y_BTD.astype(jnp.float32)
+        if self.mlp is not None and self.mlp_norm is not None:
+            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD).astype(self.compute_dtype)).astype(jnp.float32)
+        return x_BTD, state
+
+
+class Stack(nnx.Module):
+    """`depth` blocks, block i with the mixer pattern[i % len(pattern)]; x_BTD float32 -> float32.
+
+    The state is {"period": a tuple over the blocks of one period, every array with a leading axis of repeats,
+    "remainder": a tuple over the blocks after the last whole period}. Parameters are stacked like the states, with or
+    without `scan_layers`, which chooses a loop or straight-line code for the same computation.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        depth: int,
+        pattern: Sequence[str],
+        mixers: Mapping[str, Mapping[str, Any]],
+        mlp: str,
+        mlp_ratio: float,
+        norm_eps: float,
+        scan_layers: bool,
+        remat: str,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
+    ):
+        if isinstance(pattern, str):
+            raise ValueError(f"pattern must be a tuple of mixer names; got the string {pattern!r}: write ({pattern!r},)")
+        if not 1 <= len(pattern) <= depth:
+            raise ValueError(f"pattern must name between 1 and depth={depth} mixers, so that each occurs; got {pattern!r}")
+        check_choice("mlp", mlp, ("swiglu", "none"))
+        check_choice("remat", remat, tuple(REMAT_POLICIES))
+        for name in dict.fromkeys((*pattern, *mixers)):
+            check_options(f"mixer {name}", f"model.mixers.{name}", mixers.get(name, {}), find_mixer(name))
+        self.scan_layers, self.remat = scan_layers, remat
+
+        names = [pattern[i % len(pattern)] for i in range(depth)]
+        period = shortest_period(names)
+        self.repeats = depth // period
+
+        def blocks(names: Sequence[str], rngs: nnx.Rngs) -> nnx.List[Block]:
+            make = functools.partial(
+                Block,
+                width=width,
+                depth=depth,
+                mlp=mlp,
+                mlp_ratio=mlp_ratio,
+                norm_eps=norm_eps,
+                rngs=rngs,
+                param_dtype=param_dtype,
+                compute_dtype=compute_dtype,
+            )
+            return nnx.List([make(name, options=mixers.get(name, {})) for name in names])
+
+        @nnx.split_rngs(splits=self.repeats)
+        @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stacked(rngs: nnx.Rngs) -> nnx.List[Block]:
+            return blocks(names[:period], rngs)
+
+        self.period = stacked(rngs)
+        self.remainder = blocks(names[self.repeats * period :], rngs)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        state: Mapping[str, Any] | None,
+        *,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        def run(x_BTD: jax.Array, blocks: nnx.List[Block], states: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+            finals = []
+            for block, block_state in zip(blocks, states or [None] * len(blocks), strict=True):
+                x_BTD, final = block(x_BTD, block_state, positions, segment_ids)
+                finals.append(final)
+            return x_BTD, tuple(finals)
+
+        def checkpointed(prevent_cse: bool) -> Any:
+            if self.remat == "none":
+                return run
+            return nnx.remat(run, policy=REMAT_POLICIES[self.remat], prevent_cse=prevent_cse, graph=False)
+
+        state = state or {"period": None, "remainder": None}
+        # In a loop nothing can be merged with the forward pass, and the barrier against that only costs time. graph=False: the
+        # blocks are scanned as plain pytrees, of which only changed variables come back, not a copy of every parameter.
+        x_BTD, period_states = nnx.scan(
+            checkpointed(prevent_cse=not self.scan_layers),
+            in_axes=(nnx.Carry, 0, 0),
+            out_axes=(nnx.Carry, 0),
+            unroll=1 if self.scan_layers else True,
+            graph=False,
+        )(x_BTD, self.period, state["period"])
+        x_BTD, remainder_states = checkpointed(prevent_cse=True)(x_BTD, self.remainder, state["remainder"])
+        return x_BTD, {"period": period_states, "remainder": remainder_states}
+
+    def init_state(self, batch: int) -> dict[str, Any]:
+        """The state before the first token of `batch` sequences."""
+
+        def repeated(leaf: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(leaf[None], (self.repeats, *leaf.shape))
+
+        period = tuple(block.mixer.init_state(batch) for block in self.period)
+        return {
+            "period": jax.tree.map(repeated, period),
+            "remainder": tuple(block.mixer.init_state(batch) for block in self.remainder),
+        }
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state per sequence, all layers together."""
+        period = sum(block.mixer.state_bytes for block in self.period)
+        return self.repeats * period + sum(block.mixer.state_bytes for block in self.remainder)

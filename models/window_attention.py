@@ -1,0 +1,120 @@
+"""Sliding-window softmax attention. Beltagy, Peters, Cohan, "Longformer: The Long-Document Transformer", 2020,
+arXiv 2004.05150; the mixer beside a recurrence in hybrids (Based, DeltaNet, Samba and others).
+
+    o_t = sum_{s in W_t} p_ts v_s,   p_t = softmax_{s in W_t}(q_t k_s / sqrt(K)),   W_t = {t - window + 1, ..., t}
+    y_t = o_t W_o
+
+    q, k    q_BTHK, k_BTHK      x W_q, x W_k, optionally normalised per head (qk_norm), then rotated (rope)
+    v       v_BTHV              x W_v
+    window  window              tokens that a query sees, itself included
+
+State: the keys and values of the last window - 1 tokens, 2 (window - 1) key_value_heads K numbers of the compute dtype.
+Cost per token: O(window d).
+
+Departures: causal and without dilation or global tokens, as language models use it. Rotary positions and grouped key/value heads
+are later additions (arXiv 2104.09864, 2305.13245); qk_norm is RMSNorm with a learned scale (arXiv 2302.05442 in spirit).
+Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
+
+Authors' code: https://github.com/allenai/longformer
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from models.norms import rms_norm
+from models.projections import head_size, merge_heads, projection, residual_normal, split_heads
+from models.rotary import rotate
+from ops.window_attention.api import init_window_state, window_attention
+
+
+class WindowAttention(nnx.Module):
+    """x_BTD -> y_BTD; the state is {"window": WindowState of past keys and values, "position" [B] int32}.
+
+    "position" is where the next token stands when `positions` is not given; keys are stored rotated.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        depth: int,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
+        window: int,
+        heads: int = 4,
+        key_value_heads: int = 0,
+        rope: bool = True,
+        rope_base: float = 10000.0,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+    ):
+        if window < 1:
+            raise ValueError(f"window must be at least 1 (the token itself); got {window}")
+        self.heads, self.key_value_heads = heads, key_value_heads or heads  # 0: as many as query heads
+        if heads % self.key_value_heads:
+            raise ValueError(f"key_value_heads must divide heads={heads}; got {key_value_heads}")
+        self.head_size = head_size(width, heads)
+        if rope and self.head_size % 2:
+            raise ValueError(f"rope=True rotates pairs and needs an even head size; got {self.head_size}: change heads or rope")
+        dense = functools.partial(projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype)
+        self.window, self.rope, self.rope_base, self.compute_dtype = window, rope, rope_base, compute_dtype
+
+        self.query = dense(width, width, ("embed", "heads"))
+        self.key = dense(width, self.key_value_heads * self.head_size, ("embed", "heads"))
+        self.value = dense(width, self.key_value_heads * self.head_size, ("embed", "heads"))
+        self.query_norm = self.key_norm = None
+        if qk_norm:
+            self.query_norm = rms_norm(self.head_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
+            self.key_norm = rms_norm(self.head_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
+        self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        state: dict[str, Any] | None = None,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        batch, length, _ = x_BTD.shape
+        state = self.init_state(batch) if state is None else state
+        if positions is None:
+            # Rotary scores see differences of positions only, so a count over packed documents serves each of them.
+            positions = state["position"][:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+
+        q_BTHK = split_heads(self.query(x_BTD), self.heads)
+        k_BTHK = split_heads(self.key(x_BTD), self.key_value_heads)
+        v_BTHV = split_heads(self.value(x_BTD), self.key_value_heads)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTHK, k_BTHK = self.query_norm(q_BTHK), self.key_norm(k_BTHK)
+        if self.rope:
+            q_BTHK = rotate(q_BTHK, positions, base=self.rope_base)
+            k_BTHK = rotate(k_BTHK, positions, base=self.rope_base)
+        o_BTHV, window_state = window_attention(
+            q_BTHK.astype(self.compute_dtype),
+            k_BTHK.astype(self.compute_dtype),
+            v_BTHV,
+            window=self.window,
+            initial_state=state["window"],
+            segment_ids=segment_ids,
+        )
+        y_BTD = self.output(merge_heads(o_BTHV))
+        return y_BTD, {"window": window_state, "position": (positions[:, -1] + 1).astype(jnp.int32)}
+
+    def init_state(self, batch: int) -> dict[str, Any]:
+        """The state before the first token: an empty window at position 0."""
+        raise NotImplementedError
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state per sequence."""
+        raise NotImplementedError
+
+
+Mixer = WindowAttention

@@ -1,0 +1,92 @@
+"""Checks of the arguments of an op: shapes and dtypes while tracing, values where values can be seen.
+
+Every public op calls these once, in its `api.py`. A violation raises `ValueError` with the name of the argument, what was
+expected and what came. Values are visible only in an eager call; `ops.checks` makes them visible under `jit`.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+_checking = contextvars.ContextVar("checking", default=False)
+
+
+def checks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function`, compiled, with every value promise of the ops inside it checked on the device.
+
+    `ops.checks(step)(...)` raises `jax.experimental.checkify.JaxRuntimeError` naming the argument when, say, a `decay_log`
+    is positive or a `beta` lies outside [0, 2]. It costs a reduction per checked argument: for debugging, not for training.
+    """
+    checked = jax.jit(checkify.checkify(function, errors=checkify.user_checks))
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with _visible_values():
+            error, result = checked(*args, **kwargs)
+        error.throw()
+        return result
+
+    return wrapper
+
+
+@contextlib.contextmanager
+def _visible_values() -> Iterator[None]:
+    token = _checking.set(True)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
+def check_shape(name: str, array: jax.Array, layout: str, expected: tuple[int | None, ...], like: str = "") -> None:
+    """Raises unless `array` has the shape `expected` (None = any size), described to the reader as `layout`."""
+    shape = jnp.shape(array)
+    matches = len(shape) == len(expected) and all(want in (None, got) for want, got in zip(expected, shape, strict=True))
+    if not matches:
+        wanted = "(" + ", ".join("any" if size is None else str(size) for size in expected) + ")"
+        raise ValueError(f"{name} must be {layout}{like}, expected {wanted}; got {shape}")
+
+
+def check_float(**arrays: jax.Array | None) -> None:
+    """Raises unless every given array is real floating point."""
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+            raise ValueError(f"{name} must be a floating-point array; got {jnp.result_type(array)}")
+
+
+def check_segment_ids(segment_ids: jax.Array | None, batch: int, length: int) -> None:
+    """Raises unless `segment_ids` is None or an integer array [B, T]."""
+    if segment_ids is None:
+        return
+    check_shape("segment_ids", segment_ids, "[B, T]", (batch, length))
+    if not jnp.issubdtype(jnp.result_type(segment_ids), jnp.integer):
+        raise ValueError(f"segment_ids must be an integer array; got {jnp.result_type(segment_ids)}")
+
+
+def check_values(name: str, array: jax.Array | None, expectation: str, predicate: Callable[[Any], Any]) -> None:
+    """Raises if a visible value of `array` fails `predicate` (elementwise, on a numpy or a JAX array)."""
+    if array is None:
+        return
+    if isinstance(array, jax.core.Tracer):
+        if _checking.get():
+            checkify.check(jnp.all(predicate(array)), f"{name} must be {expectation}")
+        return
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return  # the values lie on other hosts
+    values = np.asarray(array).astype(np.float64)
+    good = np.asarray(predicate(values))
+    if not good.all():
+        index = tuple(int(i) for i in np.argwhere(~good)[0])
+        raise ValueError(f"{name} must be {expectation}; got {values[index]} at index {index}")
+
+
+def finite(x: Any) -> Any:
+    """True where `x` is neither infinite nor NaN; comparisons only, so that it serves numpy and JAX arrays."""
+    return abs(x) < float("inf")

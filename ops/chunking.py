@@ -167,18 +167,26 @@ def below_blocks(x: jax.Array) -> list[jax.Array]:
 
 def lower(x: jax.Array, strict: bool = False) -> jax.Array:
     """Keeps the lower triangle of [..., C, C], without the diagonal if `strict`."""
-    shape = (1,) * (x.ndim - 2) + x.shape[-2:]
-    row, column = (lax.broadcasted_iota(jnp.int32, shape, x.ndim - 2 + axis) for axis in (0, 1))
+    row, column = _indices(x)
     return jnp.where(row > column if strict else row >= column, x, 0.0)
+
+
+def _indices(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Row and column numbers of [..., C, C], with x's rank."""
+    shape = (1,) * (x.ndim - 2) + x.shape[-2:]
+    return lax.broadcasted_iota(jnp.int32, shape, x.ndim - 2), lax.broadcasted_iota(jnp.int32, shape, x.ndim - 1)
 
 
 def _interval_matrix(tree: DecayTree) -> jax.Array:
     """W [..., C, C] for one decay per token (E = 1), zero above the diagonal."""
-    *leading, chunk, _ = tree.prefix.shape
-    W = jnp.ones((*leading, chunk, 1, 1), jnp.float32)
-    for prefix, suffix in tree.levels:
-        W = join(W, prefix * jnp.swapaxes(suffix, -1, -2))
-    return W[..., 0, :, :]
+    outer = tree.prefix * jnp.swapaxes(tree.suffix, -1, -2)
+    row, column = _indices(outer)
+    W = jnp.where(row == column, jnp.ones_like(outer), 0.0)
+    for level, (prefix, suffix) in enumerate(tree.levels):
+        prefix, suffix = merge(jnp.zeros_like(prefix), prefix), merge(suffix, jnp.zeros_like(suffix))
+        same_block = row >> (level + 1) == column >> (level + 1)
+        W += jnp.where(same_block, prefix * jnp.swapaxes(suffix, -1, -2), 0.0)
+    return W
 
 
 def decay_scores(q: jax.Array, k: jax.Array, tree: DecayTree | None) -> jax.Array:
@@ -194,25 +202,35 @@ def decay_scores(q: jax.Array, k: jax.Array, tree: DecayTree | None) -> jax.Arra
     return P[..., 0, :, :]
 
 
-# Log-gradients of the tree's levels: for each, (of prefix in the second halves, of suffix in the first halves).
-LevelGradients = list[tuple[jax.Array, jax.Array]]
+class ScoreGradient(NamedTuple):
+    """Where the log-gradient of `decay_scores` goes: one of the two.
+
+    levels: per level of the tree (of prefix in the second halves, of suffix in the first), for a decay per channel
+    tokens [..., C, 1]: straight to the token, for one decay per token
+    """
+
+    levels: Sequence[tuple[jax.Array, jax.Array]] = ()
+    tokens: jax.Array | None = None
 
 
 def decay_scores_gradient(
     dP: jax.Array, P: jax.Array, q: jax.Array, k: jax.Array, tree: DecayTree | None
-) -> tuple[jax.Array, jax.Array, LevelGradients]:
-    """Adjoint of `decay_scores`: cotangents of q and k, and the log-gradients of the levels of the tree.
+) -> tuple[jax.Array, jax.Array, ScoreGradient]:
+    """Adjoint of `decay_scores`, P its result: cotangents of q and k, and the log-gradient of the decays.
 
     dP may hold anything above the diagonal.
     """
     if tree is None:
         dP = lower(dP)
-        return einsum("...ij,...jk->...ik", dP, k), einsum("...ij,...ik->...jk", dP, q), []
+        return einsum("...ij,...jk->...ik", dP, k), einsum("...ij,...ik->...jk", dP, q), ScoreGradient()
     if tree.prefix.shape[-1] == 1:
         dP_W = dP * _interval_matrix(tree)
         dq, dk = einsum("...ij,...jk->...ik", dP_W, k), einsum("...ij,...ik->...jk", dP_W, q)
-        levels = [(m.sum(-1)[..., None], m.sum(-2)[..., None]) for m in below_blocks(dP * P)]
-        return dq, dk, levels
+        # Token t is inside the interval of every pair j < t <= i.
+        row, column = _indices(dP)
+        before = jnp.where(row < column, jnp.ones_like(dP), 0.0)
+        until = einsum("...ij,...jt->...it", dP * P, before)
+        return dq, dk, ScoreGradient(tokens=lower(until).sum(-2)[..., None])
     diagonal = jnp.diagonal(dP, axis1=-2, axis2=-1)[..., None]
     dq, dk = diagonal * k, diagonal * q
     levels = []
@@ -225,38 +243,41 @@ def decay_scores_gradient(
         dq += merge(jnp.zeros_like(dq2), dq2)
         dk += merge(dk1, jnp.zeros_like(dk1))
         levels.append((q2 * dq2, k1 * dk1))
-    return dq, dk, levels
+    return dq, dk, ScoreGradient(levels=levels)
 
 
 def decay_log_gradient(
-    prefix: jax.Array, suffix: jax.Array, total: jax.Array, *levels: LevelGradients, like: jax.Array
+    prefix: jax.Array, suffix: jax.Array, total: jax.Array, *scores: ScoreGradient, like: jax.Array
 ) -> jax.Array:
     """Cotangent of log a [..., C, E] from the log-gradients of everything that `decay_tree` returned.
 
-    prefix, suffix [..., C, K], total [..., 1, K]: factor times cotangent; each of `levels` from `decay_scores_gradient`.
-    like: the factors a, whose size-1 axes (E, broadcast batch or heads) are summed over.
+    prefix, suffix [..., C, K], total [..., 1, K]: factor times cotangent; scores from `decay_scores_gradient`.
+    like: the factors a, over whose size-1 axes (E, broadcast batch or heads) the result is summed.
     """
-    sum_channels = like.shape[-1] == 1
 
     def channels(x: jax.Array) -> jax.Array:
-        return x.sum(-1, keepdims=True) if sum_channels else x
+        return x.sum(-1, keepdims=True) if like.shape[-1] == 1 else x
 
-    prefix, suffix, total = channels(prefix), channels(suffix), channels(total)
-    chunk = prefix.shape[-2]
-    prefix = (prefix + jnp.pad(total, [(0, 0)] * (total.ndim - 2) + [(chunk - 1, 0), (0, 0)]))[..., None, :, :]
+    def at_last(x: jax.Array, rows: int) -> jax.Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(rows - 1, 0), (0, 0)])
+
+    prefix, suffix = channels(prefix), channels(suffix)
+    prefix = (prefix + at_last(channels(total), prefix.shape[-2]))[..., None, :, :]
     suffix = suffix[..., None, :, :]
     while (block := prefix.shape[-2] // 2) >= 1:
         (prefix1, prefix2), (suffix1, suffix2) = ((x[..., :block, :], x[..., block:, :]) for x in (prefix, suffix))
-        # prefix of the second half = all of the first half, then its own; suffix of the first half likewise.
+        # The prefix of a second half holds all of the first half, the suffix of a first half all of the second.
         whole1, whole2 = prefix2.sum(-2, keepdims=True), suffix1.sum(-2, keepdims=True)
-        for gradients in levels:
-            if gradients:
-                of_prefix, of_suffix = gradients[block.bit_length() - 1]
-                prefix2, suffix1 = prefix2 + channels(of_prefix), suffix1 + channels(of_suffix)
-        last = [(0, 0)] * (prefix1.ndim - 2) + [(block - 1, 0), (0, 0)]
-        prefix = jnp.stack([prefix1 + jnp.pad(whole1, last), prefix2 + jnp.pad(whole2, last)], axis=-3)
+        for levels, _ in scores:
+            if levels:
+                of_prefix, of_suffix = levels[block.bit_length() - 1]
+                prefix2, suffix1 = prefix2 + of_prefix, suffix1 + of_suffix
+        prefix = jnp.stack([prefix1 + at_last(whole1, block), prefix2 + at_last(whole2, block)], axis=-3)
         suffix = jnp.stack([suffix1, suffix2], axis=-3)
         prefix, suffix = (x.reshape(*x.shape[:-4], -1, block, x.shape[-1]) for x in (prefix, suffix))
     dg = prefix[..., 0, :]
+    for _, tokens in scores:
+        if tokens is not None:
+            dg += tokens
     broadcast = tuple(axis for axis in (1, 2) if like.shape[axis] == 1)
     return dg.sum(broadcast, keepdims=True) if broadcast else dg

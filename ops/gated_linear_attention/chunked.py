@@ -84,7 +84,7 @@ def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *
 
     P = chunking.decay_scores(q, k, tree)
     dP = einsum("...iv,...jv->...ij", do, v)
-    dq, dk, levels = chunking.decay_scores_gradient(dP, P, q, k, tree)
+    dq, dk, scores = chunking.decay_scores_gradient(dP, P, q, k, tree)
     dq_start, dk_end = einsum("...cv,...kv->...ck", do, S), einsum("...cv,...kv->...ck", v, dS)
     dv = einsum("...ck,...kv->...cv", k_end, dS) + einsum("...ij,...iv->...jv", P, do)
     ddecay_log = None
@@ -94,7 +94,7 @@ def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *
         dq, dk = dq + dq_start * tree.prefix, dk + dk_end * tree.suffix
         if decay_log is not None:
             dtotal = jnp.swapaxes((total * S * dS).sum(-1, keepdims=True), -1, -2)
-            dg = chunking.decay_log_gradient(q_start * dq_start, k_end * dk_end, dtotal, levels, like=a)
+            dg = chunking.decay_log_gradient(q_start * dq_start, k_end * dk_end, dtotal, scores, like=a)
             ddecay_log = chunking.decay_cotangent(dg, decay_log, length)
     dq, dk, dv = (chunking.from_chunks(x, length) for x in (dq * scale, dk, dv))
     return chunking.sum_heads(dq, key_heads), chunking.sum_heads(dk, key_heads), dv, ddecay_log, dinitial_state

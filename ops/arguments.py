@@ -90,3 +90,39 @@ def check_values(name: str, array: jax.Array | None, expectation: str, predicate
 def finite(x: Any) -> Any:
     """True where `x` is neither infinite nor NaN; comparisons only, so that it serves numpy and JAX arrays."""
     return abs(x) < float("inf")
+
+
+def check_matrix_state(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    decay_log: jax.Array | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> None:
+    """Checks what the recurrences with a matrix state [B, H, K, V] have in common, layouts as in their `api.py`."""
+    check_float(q=q, k=k, v=v, decay_log=decay_log, initial_state=initial_state)
+    check_shape("q", q, "[B, T, HK, K]", (None,) * 4)
+    batch, length, key_heads, key_size = q.shape
+    if 0 in (length, key_heads, key_size):
+        raise ValueError(f"q must be [B, T, HK, K] with T, HK and K at least 1; got {q.shape}")
+    check_shape("k", k, "[B, T, HK, K]", q.shape, like=" like q")
+    check_shape("v", v, "[B, T, H, V]", (batch, length, None, None), like=" with B and T of q")
+    heads, value_size = v.shape[2:]
+    if 0 in (heads, value_size) or heads % key_heads:
+        raise ValueError(
+            f"v must be [B, T, H, V] with V at least 1 and H a multiple of the {key_heads} heads of q; got {v.shape}"
+        )
+    if decay_log is not None:
+        layouts = {
+            1: ("[H]", (heads,)),
+            3: ("[B, T, H]", (batch, length, heads)),
+            4: ("[B, T, H, K]", (batch, length, heads, key_size)),
+        }
+        if decay_log.ndim not in layouts:
+            raise ValueError(f"decay_log must be None, [H], [B, T, H] or [B, T, H, K]; got {decay_log.shape}")
+        check_shape("decay_log", decay_log, *layouts[decay_log.ndim])
+        check_values("decay_log", decay_log, "finite and <= 0", lambda x: (x <= 0) & finite(x))
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, "[B, H, K, V]", (batch, heads, key_size, value_size))
+    check_segment_ids(segment_ids, batch, length)

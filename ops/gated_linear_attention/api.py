@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import dispatch
-from ..arguments import check_float, check_segment_ids, check_shape, check_values, finite
+from ..arguments import check_matrix_state
 from ..dispatch import cast_like
 from . import chunked, reference
 
@@ -52,28 +52,10 @@ def gated_linear_attention(
       ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a positive or non-finite `decay_log` where
         values can be seen (an eager call, or under `ops.checks`).
     """
-    check_float(q=q, k=k, v=v, decay_log=decay_log, initial_state=initial_state)
-    check_shape("q", q, "[B, T, HK, K]", (None,) * 4)
-    batch, length, key_heads, key_size = q.shape
-    if length == 0 or key_size == 0:
-        raise ValueError(f"q must have T >= 1 and K >= 1; got {q.shape}")
-    check_shape("k", k, "[B, T, HK, K] like q", q.shape)
-    check_shape("v", v, "[B, T, H, V] with B and T of q", (batch, length, None, None))
-    heads, value_size = v.shape[2:]
-    if heads == 0 or heads % key_heads:
-        raise ValueError(f"v must have a multiple of q's {key_heads} heads; got {heads}")
-    if decay_log is not None:
-        layouts = {1: "[H]", 3: "[B, T, H]", 4: "[B, T, H, K]"}
-        shape = {1: (heads,), 3: (batch, length, heads), 4: (batch, length, heads, key_size)}.get(decay_log.ndim)
-        if shape is None:
-            raise ValueError(f"decay_log must be {', '.join(layouts.values())} or None; got {decay_log.shape}")
-        check_shape("decay_log", decay_log, layouts[decay_log.ndim], shape)
-    if initial_state is not None:
-        check_shape("initial_state", initial_state, "[B, H, K, V]", (batch, heads, key_size, value_size))
-    check_segment_ids(segment_ids, batch, length)
-    check_values("decay_log", decay_log, "finite and <= 0", lambda x: (x <= 0) & finite(x))
+    check_matrix_state(q, k, v, decay_log, initial_state, segment_ids)
     dispatch.check_implementation("gated_linear_attention", implementation, IMPLEMENTATIONS)
 
+    (batch, _, heads, value_size), key_size = v.shape, k.shape[-1]
     scale = key_size**-0.5 if scale is None else float(scale)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_size, value_size), jnp.float32)

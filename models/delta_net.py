@@ -12,8 +12,8 @@ Negative Eigenvalues", ICLR 2025, arXiv 2411.12537.
     beta    beta_BTH            in (0, 1), or 2 sigmoid(x W_beta) in (0, 2) with eigenvalue_range=(-1, 1)
     S       "memory" [B,H,K,V]  float32
 
-The transition has K - 1 eigenvalues 1 and one eigenvalue 1 - beta_t: in (0, 1), or in (-1, 1), which parity and group word
-problems need. State: H K V floats, and 3 (W - 1) d for the convolutions. Cost per token: O(H K V).
+The transition has K - 1 eigenvalues 1 and one eigenvalue 1 - beta_t: in (0, 1), or in (-1, 1), which parity and group
+word problems need. State: H K V floats, and 3 (W - 1) d for the convolutions. Cost per token: O(H K V).
 
 Departures: none known; `conv_width=0` is the paper's "without convolution" (SiLU stays).
 Initialisation: Xavier-uniform with gain 2^-2.5.
@@ -55,7 +55,7 @@ class DeltaNet(nnx.Module):
         norm_eps: float = 1e-5,
     ):
         check_choice("eigenvalue_range", tuple(eigenvalue_range), ((0, 1), (-1, 1)))
-        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, init=XAVIER_SMALL, rngs=rngs, **dtypes)
         self.heads, self.compute_dtype = heads, compute_dtype
         self.beta_max = 1 - min(eigenvalue_range)  # the moving eigenvalue is 1 - beta

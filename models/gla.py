@@ -1,5 +1,5 @@
-"""GLA, gated linear attention. Yang, Wang, Shen, Panda, Kim, "Gated Linear Attention Transformers with Hardware-Efficient
-Training", ICML 2024, arXiv 2312.06635.
+"""GLA, gated linear attention. Yang, Wang, Shen, Panda, Kim, "Gated Linear Attention Transformers with
+Hardware-Efficient Training", ICML 2024, arXiv 2312.06635.
 
     S_t = Diag(alpha_t) S_{t-1} + k_t^T v_t,    o_t = q_t S_t                           (Section 4.1)
     alpha_t = sigmoid((x_t W_1) W_2 + b)^(1/tau)                                        (Section 4.4)
@@ -12,9 +12,9 @@ Training", ICML 2024, arXiv 2312.06635.
 
 State: d_k d_v / H floats. Cost per token: O(d_k d_v / H).
 
-Departures, both as in the authors' released code: RMSNorm instead of LayerNorm on each head's output, and no bias on W_r.
-`conv_width` > 0 adds a causal depthwise convolution and SiLU on q, k, v (the "GLA with convolution" of later papers).
-Initialisation: Xavier-uniform with gain 2^-2.5, b = 0, so that alpha starts near 0.5^(1/16) = 0.958.
+Departures, both as in the authors' released code: RMSNorm instead of LayerNorm on each head's output, and no bias on
+W_r. `conv_width` > 0 adds a causal depthwise convolution and SiLU on q, k, v (the "GLA with convolution" of later
+papers). Initialisation: Xavier-uniform with gain 2^-2.5, b = 0, so that alpha starts near 0.5^(1/16) = 0.958.
 
 Authors' code: https://github.com/berlino/gated_linear_attention, https://github.com/fla-org/flash-linear-attention
 """
@@ -52,7 +52,7 @@ class GatedLinearAttention(nnx.Module):
         conv_width: int = 0,
         norm_eps: float = 1e-5,
     ):
-        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, init=XAVIER_SMALL, rngs=rngs, **dtypes)
         self.heads, self.gate_temperature, self.compute_dtype = heads, gate_temperature, compute_dtype
         self.key_size = head_size(width, heads, expand_k)

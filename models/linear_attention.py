@@ -12,10 +12,11 @@ Linear Attention", ICML 2020, arXiv 2006.16236.
 
 State: H K (V+1) floats. Cost per token: O(H K V).
 
-Departures: no biases and an output projection without one (as in later linear-attention layers). `normaliser="rms_norm"`
-replaces the denominator by an RMSNorm of each head's output and scales queries by K^-1/2; a map that can be negative (identity)
-needs it, because a denominator of mixed signs passes through zero. `conv_width` > 0 puts a causal depthwise convolution and
-SiLU after each of the three projections, as DeltaNet has it, for comparisons at equal surroundings; the paper has none.
+Departures: no biases (as in later linear-attention layers).
+`normaliser="rms_norm"` replaces the denominator by an RMSNorm of each head's output and scales queries by K^-1/2; a
+map that can be negative (identity) needs it, because a denominator of mixed signs passes through zero. `conv_width` >
+0 puts a causal depthwise convolution and SiLU after each of the three projections, as DeltaNet has it, for
+comparisons at equal surroundings; the paper has none.
 
 Authors' code: https://github.com/idiap/fast-transformers
 """
@@ -61,7 +62,7 @@ class LinearAttention(nnx.Module):
         check_choice("normaliser", normaliser, ("denominator", "rms_norm"))
         if feature_map == "identity" and normaliser == "denominator":
             raise ValueError('feature_map="identity" needs normaliser="rms_norm": a sum of signed scores can be zero')
-        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, rngs=rngs, **dtypes)
         self.heads, self.feature_map, self.compute_dtype = heads, feature_map, compute_dtype
         self.key_size = head_size(width, heads, expand_k)
@@ -74,9 +75,8 @@ class LinearAttention(nnx.Module):
         self.conv_q = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
         self.conv_k = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
         self.conv_v = ShortConvolution(value_width, conv_width, rngs=rngs, **dtypes)
-        self.norm = None
-        if normaliser == "rms_norm":
-            self.norm = rms_norm(self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
+        norm = functools.partial(rms_norm, self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
+        self.norm = norm() if normaliser == "rms_norm" else None
         self.output = dense(value_width, width, ("heads", "embed"), init=residual_normal(depth))
 
     def __call__(
@@ -103,7 +103,9 @@ class LinearAttention(nnx.Module):
             # The output has v's dtype. Numerator and denominator stay float32 until they are divided.
             v_BTHV = v_BTHV.astype(jnp.float32)
             ones_BTH1 = jnp.ones((*v_BTHV.shape[:-1], 1), jnp.float32)
-            o_BTHV, memory = recur(q_BTHK, k_BTHK, jnp.concatenate((v_BTHV, ones_BTH1), axis=-1), scale=1.0)  # Eq. 18, 19
+            o_BTHV, memory = recur(
+                q_BTHK, k_BTHK, jnp.concatenate((v_BTHV, ones_BTH1), axis=-1), scale=1.0
+            )  # Eq. 18, 19
             o_BTHV = o_BTHV[..., :-1] / (o_BTHV[..., -1:] + DENOMINATOR_EPS)  # Eq. 20
         else:
             o_BTHV, memory = recur(q_BTHK, k_BTHK, v_BTHV)

@@ -1,26 +1,30 @@
-"""Linear self-attention on in-context regression prompts. Zhang, Frei, Bartlett, "Trained Transformers Learn Linear Models
-In-Context", JMLR 2024, arXiv 2306.09927; the gradient-descent constructions are those of von Oswald et al., ICML 2023,
-arXiv 2212.07677, and Ahn, Cheng, Daneshmand, Sra, NeurIPS 2023, arXiv 2306.00297.
+"""Linear self-attention on in-context regression prompts. Zhang, Frei, Bartlett, "Trained Transformers Learn Linear
+Models In-Context", JMLR 2024, arXiv 2306.09927; the gradient-descent constructions are those of von Oswald et al.,
+ICML 2023, arXiv 2212.07677, and Ahn, Cheng, Daneshmand, Sra, NeurIPS 2023, arXiv 2306.00297.
 
-    f(E) = E + W_PV E (E^T W_KQ E) / N,     prediction = f(E)[d+1, N+1]       (Eq. 3.2, 3.3 of 2306.09927)
+    f(E) = E + W_PV E (E^T W_KQ E) / N,     prediction = f(E)[d+1, N+1]
 
-with E in R^{(d+1) x (N+1)}: columns (x_i; y_i) for the N examples and (x_query; 0) for the query. No softmax, no norm, no MLP.
+with E in R^{(d+1) x (N+1)}: columns (x_i; y_i) for the N examples and (x_query; 0) for the query. No softmax, no
+norm, no MLP.
 
     E           examples_BNE        transposed: one row per token, [B, N+1, d+1]
     W_PV        w_pv_LEE            rows are outputs: values are W_PV e_m
     W_KQ        w_kq_LEE            token m answers query t with the score e_m^T W_KQ e_t
     L           depth               layers, each with weights of its own
 
-It is linear attention with keys e_m, values W_PV e_m, queries W_KQ e_t and the scale 1/N. Causality changes nothing at the
-last token, which sees all, so the prediction is the last output of the causal recurrence; a layer before the last lets every
-token read the recurrence's *final* state, which is the unmasked sum.
+It is linear attention with keys e_m, values W_PV e_m, queries W_KQ e_t and the scale 1/N. Causality changes nothing
+at the last token, which sees all, so the prediction is the last output of the causal recurrence; a layer before the
+last lets every token read the recurrence's *final* state, which is the unmasked sum.
 
-With mask_query=True the query token is masked out of the keys and the prediction is *minus* its label entry: the form in which L
-layers perform L steps of gradient descent (`set_gradient_steps`). The examples' label entries then hold the residuals y_i - w x_i
-and the query's entry -w x_query.
+With mask_query=True the query token is masked out of the keys and the prediction is *minus* its label entry: the form
+in which L layers perform L steps of gradient descent (`set_gradient_steps`). The examples' label entries then hold
+the residuals y_i - w x_i and the query's entry -w x_query.
 
-State and cost: (d+1)^2 floats per layer; O(N d^2) per prompt.
-Authors' code: https://github.com/ruiqi-zhang/transformer (not consulted)
+State: (d+1)^2 floats per layer. Cost: O(N d^2) per prompt and layer.
+
+Departures: none known. The pair (W_PV, W_KQ) is identified up to a scale that moves between its members.
+
+Authors' code: none was consulted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,8 +63,9 @@ class LinearSelfAttention(nnx.Module):
             w_pv_LEE = init_scale * jax.random.normal(rngs.params(), (depth, size, size), param_dtype)
             w_kq_LEE = init_scale * jax.random.normal(rngs.params(), (depth, size, size), param_dtype)
         else:
-            # Theorem 4.1's assumption: sigma [[0, 0], [0, 1]] and sigma [[M M^T, 0], [0, 0]] with ||M M^T||_F = 1. Gradient
-            # flow converges for sigma^2 < 2 / (sqrt(d) ||Gamma||_op), Gamma = (1 + 1/N) Lambda + tr(Lambda) I / N.
+            # Theorem 4.1's assumption: sigma [[0, 0], [0, 1]] and sigma [[M M^T, 0], [0, 0]] with ||M M^T||_F = 1.
+            # Gradient flow converges for sigma^2 < 2 / (sqrt(d) ||Gamma||_op), Gamma = (1 + 1/N) Lambda + tr(Lambda)
+            # I / N.
             m_LDD = jax.random.normal(rngs.params(), (depth, dimension, dimension), param_dtype)
             square_LDD = jnp.einsum("lij,lkj->lik", m_LDD, m_LDD)
             square_LDD = square_LDD / jnp.linalg.norm(square_LDD, axis=(1, 2), keepdims=True)
@@ -76,7 +81,7 @@ class LinearSelfAttention(nnx.Module):
                 f"examples must be [B, N+1, {self.dimension + 1}], N >= 1, for dimension={self.dimension}; "
                 f"got {examples_BNE.shape}"
             )
-        e_BNE = examples_BNE.astype(jnp.float32)
+        e_BNE = jnp.asarray(examples_BNE, jnp.float32)
         for layer in range(self.depth):
             update_BNE, read_BNE = self._attend(e_BNE, layer)
             # Only the query's entry is read after the last layer, and there the causal output is the whole sum.
@@ -101,9 +106,11 @@ class LinearSelfAttention(nnx.Module):
         return o_BNHE[:, :, 0].astype(jnp.float32), read_BNE
 
     def set_gradient_step(self, preconditioner_DD: ArrayLike) -> None:
-        """Sets one layer to one step: prediction = x_query^T P h, h = sum_i y_i x_i / N, P = `preconditioner_DD` [d, d].
+        """Sets one layer to one step: prediction = x_query^T P h, h = sum_i y_i x_i / N, P = `preconditioner_DD` [d,
+        d].
 
-        That is the prediction of w = P h, a step of preconditioned gradient descent from 0 on sum_i (y_i - w x_i)^2 / 2N.
+        That is the prediction of w = P h, a step of preconditioned gradient descent from 0 on sum_i (y_i - w x_i)^2 /
+        2N.
         """
         if self.depth != 1 or self.mask_query:
             raise ValueError(
@@ -116,7 +123,7 @@ class LinearSelfAttention(nnx.Module):
         """Sets layer l to the step w <- w + P_l sum_i x_i (y_i - w x_i) / N, from w = 0; prediction = w x_query."""
         if not self.mask_query or len(preconditioners_LDD) != self.depth:
             raise ValueError(
-                f"set_gradient_steps needs mask_query=True and one matrix per layer; got mask_query={self.mask_query} and "
+                f"set_gradient_steps needs mask_query=True and one matrix per layer; got mask_query={self.mask_query}, "
                 f"{len(preconditioners_LDD)} matrices for depth={self.depth}"
             )
         self._set(preconditioners_LDD, label_weight=-1.0)
@@ -144,7 +151,7 @@ def build(
     dimension       d, the number of regressors
     depth           layers
     mask_query      mask the query token out of the keys, and predict minus its label entry
-    init            "gaussian": N(0, init_scale^2) everywhere; "guaranteed": the structured start with sigma = init_scale
+    init            "gaussian": N(0, init_scale^2); "guaranteed": the structured start with sigma = init_scale
 
     There is no vocabulary: `vocabulary_size` must be 0, as the regression task has it. Raises ValueError otherwise, and
     for unknown or missing options.
@@ -153,5 +160,5 @@ def build(
     check_options("model linear_self_attention", "model", model_config, LinearSelfAttention, supplied=supplied)
     if vocabulary_size:
         raise ValueError(f"linear_self_attention reads real vectors, not tokens: got vocabulary_size={vocabulary_size}")
-    dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
+    dtypes: dict[str, Any] = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
     return LinearSelfAttention(rngs=rngs, **dtypes, **model_config)

@@ -72,8 +72,9 @@ class LM(nnx.Module):
             compute_dtype=compute_dtype,
         )
         self.norm = rms_norm(width, eps=norm_eps, axis="embed", rngs=rngs, param_dtype=param_dtype)
-        self.head_WD = None
-        if not tie_embeddings:
+        if tie_embeddings:
+            self.head_WD = None
+        else:
             head_WD = NORMAL(rngs.params(), (vocabulary_size, width), param_dtype)
             self.head_WD = nnx.Param(head_WD, out_sharding=("vocabulary", "embed"))
 
@@ -88,10 +89,10 @@ class LM(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Logits [B, T, W] float32 and the state after the last token.
 
-        tokens_BT int [B, T]; `state` from `init_state` or an earlier call (None: the zero state); `positions` int [B, T]
-        (None: counted on from the state); `segment_ids` int [B, T]: the state resets where the id changes, also for left
-        padding, which is a segment of its own. With `readout_positions` int [B, N], indices into this call's T tokens, the
-        logits are computed there alone: [B, N, W].
+        tokens_BT int [B, T]; `state` from `init_state` or an earlier call (None: the zero state); `positions` int [B,
+        T] (None: counted on from the state); `segment_ids` int [B, T]: the state resets where the id changes, also
+        for left padding, which is a segment of its own. With `readout_positions` int [B, N], indices into this call's
+        T tokens, the logits are computed there alone: [B, N, W].
         """
         x_BTD = self.embedding(tokens_BT)
         if self.dropout is not None:
@@ -129,13 +130,15 @@ def build(
     mlp, mlp_ratio        "swiglu" or "none"; inner width about 2/3 * mlp_ratio * width
     norm_eps              of the block norms and the last norm
     tie_embeddings        the head is the embedding
-    embedding_dropout     off under `model.eval()` or `nnx.view(model, deterministic=True)`
+    embedding_dropout     off under `model.eval()`, on under `model.train()`
     scan_layers           a loop over layers (one compilation per distinct block), or straight-line code; equal numbers
     remat                 "none", "full" or "dots": what the backward pass recomputes per block
 
     Raises ValueError for unknown, missing or impossible options, with what is possible.
     """
     options = {"mixers": {}, **model_config}
-    check_options("model lm", "model", options, LM, supplied=("vocabulary_size", "param_dtype", "compute_dtype", "rngs"))
-    dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
+    check_options(
+        "model lm", "model", options, LM, supplied=("vocabulary_size", "param_dtype", "compute_dtype", "rngs")
+    )
+    dtypes: dict[str, Any] = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
     return LM(vocabulary_size=vocabulary_size, rngs=rngs, **dtypes, **options)

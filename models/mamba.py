@@ -14,13 +14,14 @@ With eigenvalue_range=(-1, 1): Grazzi et al., ICLR 2025, arXiv 2411.12537.
     D       skip_E              starts at 1
     h       "memory" [B,E,N]    float32
 
-State: E N floats, and (W - 1) E for the convolution. Cost per token: O(E N) beside the projections. One homogeneous block:
-use it with mlp="none".
+State: E N floats, and (W - 1) E for the convolution. Cost per token: O(E N) beside the projections. One homogeneous
+block: use it with mlp="none".
 
 eigenvalue_range=(-1, 1) replaces the factor exp(Delta A) by 2 exp(Delta A) - 1, nothing else.
 
-Departures: the discretisation is the authors' code's: zero-order hold for A, Euler for B (the text of the paper has zero-order hold
-for both). W_in is stored as its two halves, W_x as its parts, so that each shards by itself; the distributions are the same.
+Departures: the discretisation is the authors' code's: zero-order hold for A, Euler for B (the text of the paper has
+zero-order hold for both). W_in is stored as its two halves, W_x as its parts, so that each shards by itself; the
+distributions are the same.
 
 Authors' code: https://github.com/state-spaces/mamba
 """
@@ -67,9 +68,9 @@ class Mamba(nnx.Module):
         eigenvalue_range: tuple[int, int] = (0, 1),
     ):
         check_choice("eigenvalue_range", tuple(eigenvalue_range), ((0, 1), (-1, 1)))
-        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, init=FAN_IN_UNIFORM, rngs=rngs, **dtypes)
-        self.eigenvalue_range = tuple(eigenvalue_range)
+        self.eigenvalue_range = eigenvalue_range
         self.inner, self.state_size, self.compute_dtype = round(expand * width), state_size, compute_dtype
         dt_rank = dt_rank or math.ceil(width / 16)  # 0: the paper's rule
 
@@ -81,12 +82,13 @@ class Mamba(nnx.Module):
         self.read = dense(self.inner, state_size, ("heads", None))
         self.dt_out = dense(dt_rank, self.inner, (None, "heads"))
         # float32 whatever param_dtype is: they enter exponentials. No weight decay: zero is no neutral value for them.
-        channel = {"out_sharding": ("heads",)}
-        self.dt_bias_E = nnx.Param(dt_bias(rngs.params(), self.inner, dt_min, dt_max), group="ssm", **channel)
+        self.dt_bias_E = nnx.Param(
+            dt_bias(rngs.params(), self.inner, dt_min, dt_max), group="ssm", out_sharding=("heads",)
+        )
         a_log_N = jnp.log(jnp.arange(1, state_size + 1, dtype=jnp.float32))
         a_log_EN = jnp.broadcast_to(a_log_N[None, :], (self.inner, state_size))
         self.a_log_EN = nnx.Param(a_log_EN, group="ssm", out_sharding=("heads", None))
-        self.skip_E = nnx.Param(jnp.ones((self.inner,), jnp.float32), group="no_decay", **channel)
+        self.skip_E = nnx.Param(jnp.ones((self.inner,), jnp.float32), group="no_decay", out_sharding=("heads",))
         # Only W_out writes to the residual stream, once per block: its U(+-E^-1/2) is divided by sqrt(depth).
         self.output = dense(
             self.inner,

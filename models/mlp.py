@@ -13,7 +13,8 @@ from models.projections import projection, residual_normal
 def inner_width(width: int, ratio: float) -> int:
     """2/3 * ratio * width, rounded up: three matrices then cost as much as the two of an ungated MLP of `ratio`.
 
-    To a multiple of 256 from width 1024 on, where the published models are, and of 8 below, where 256 would be most of it.
+    To a multiple of 256 from width 1024 on, where the published models are, and of 8 below, where 256 would be most
+    of it.
     """
     multiple = 256 if width >= 1024 else 8
     return multiple * math.ceil(2 * ratio * width / 3 / multiple)

@@ -1,7 +1,7 @@
 """Checks the options that a config gives to a model against the signature of what it configures."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 # Keyword arguments of every model and mixer that the builder fills in; they are not options of a config.
@@ -9,16 +9,17 @@ SUPPLIED = ("depth", "rngs", "param_dtype", "compute_dtype")
 
 
 def check_options(
-    what: str, where: str, options: Mapping[str, Any], constructor: Callable[..., Any], supplied: tuple[str, ...] = SUPPLIED
+    what: str, where: str, options: Mapping[str, Any], configured: type, supplied: tuple[str, ...] = SUPPLIED
 ) -> None:
-    """Raises ValueError unless `options` are keyword arguments of `constructor` and include all that have no default.
+    """Raises ValueError unless `options` are keyword arguments of `configured(...)` and include all that have no
+    default.
 
     `what` names the configured thing and `where` the config field, for the message; `supplied` are arguments that come
     from the caller.
     """
     parameters = {
         name: parameter
-        for name, parameter in inspect.signature(constructor).parameters.items()
+        for name, parameter in inspect.signature(configured.__init__).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in supplied
     }
     known = ", ".join(sorted(parameters))

@@ -29,7 +29,7 @@ def projection(
     param_dtype: DTypeLike,
     compute_dtype: DTypeLike,
 ) -> nnx.Linear:
-    """x W (+ b), W [inputs, outputs] with logical axis names `axes`; the bias starts at zero; computed in `compute_dtype`."""
+    """x W (+ b), W [inputs, outputs] with logical axis names `axes`, b from zero; computed in `compute_dtype`."""
     return nnx.Linear(
         inputs,
         outputs,

@@ -12,8 +12,8 @@ from ops.short_convolution.api import short_convolution
 class ShortConvolution(nnx.Module):
     """y_t = sum_i w_i x_{t - W + 1 + i} (+ bias), per channel; the last tap multiplies the current input.
 
-    width W = 1 is a learned scale per channel, W = 0 is no convolution: the identity, with no parameters and state None.
-    Weights start as U(-W^-1/2, W^-1/2) (fan-in W, as a depthwise convolution has), and so does the bias.
+    width W = 1 is a learned scale per channel, W = 0 is no convolution: the identity, with no parameters and state
+    None. Weights start as U(-W^-1/2, W^-1/2) (fan-in W, as a depthwise convolution has), and so does the bias.
     """
 
     def __init__(
@@ -29,14 +29,17 @@ class ShortConvolution(nnx.Module):
         if width < 0:
             raise ValueError(f"conv_width must be 0 (no convolution) or positive; got {width}")
         self.channels, self.width, self.compute_dtype = channels, width, compute_dtype
-        self.weight_WD = self.bias_D = None
         if width:
             weight = FAN_IN_UNIFORM(rngs.params(), (width, channels), param_dtype)
             self.weight_WD = nnx.Param(weight, out_sharding=(None, "heads"))
+        else:
+            self.weight_WD = None
         if width and bias:
             bound = width**-0.5
             bias_D = jax.random.uniform(rngs.params(), (channels,), param_dtype, -bound, bound)
             self.bias_D = nnx.Param(bias_D, out_sharding=("heads",))
+        else:
+            self.bias_D = None
 
     def __call__(
         self, x_BTD: jax.Array, state: jax.Array | None, segment_ids: jax.Array | None

@@ -2,9 +2,9 @@
 
     x <- x + mixer(norm(x));   x <- x + mlp(norm(x))            per block; the second half only with an MLP
 
-The mixers of the blocks follow a pattern of file names. Its shortest period is one scanned unit, so that the program holds each
-distinct block once however deep the network is; blocks left over by the last incomplete period follow unrolled.
-The residual stream is float32; norms are computed in float32; mixers and MLPs see the compute dtype.
+The mixers of the blocks follow a pattern of file names. Its shortest period is one scanned unit, so that the program
+holds each distinct block once however deep the network is; blocks left over by the last incomplete period follow
+unrolled. The residual stream is float32; norms are computed in float32; mixers and MLPs see the compute dtype.
 """
 
 import functools
@@ -35,9 +35,9 @@ def available_mixers() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in files if re.search(r"^Mixer = ", file.read_text("utf-8"), re.MULTILINE)))
 
 
-def find_mixer(name: str) -> type[nnx.Module]:
+def find_mixer(name: str) -> Any:
     """The `Mixer` of models/<name>.py; raises ValueError with the available names if there is none."""
-    check_choice("a mixer", name, available_mixers())
+    check_choice("a mixer of model.pattern or model.mixers (a file in models/)", name, available_mixers())
     return importlib.import_module(f"models.{name}").Mixer
 
 
@@ -64,13 +64,17 @@ class Block(nnx.Module):
         compute_dtype: DTypeLike,
     ):
         norm = functools.partial(rms_norm, width, eps=norm_eps, axis="embed", rngs=rngs, param_dtype=param_dtype)
-        build: Any = functools.partial(depth=depth, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype)
+        common: dict[str, Any] = {
+            "depth": depth,
+            "rngs": rngs,
+            "param_dtype": param_dtype,
+            "compute_dtype": compute_dtype,
+        }
         self.compute_dtype = compute_dtype
         self.mixer_norm = norm()
-        self.mixer: Any = build(find_mixer(name), width, **options)
-        self.mlp_norm = self.mlp = None
-        if mlp == "swiglu":
-            self.mlp_norm, self.mlp = norm(), build(SwiGLU, width, ratio=mlp_ratio)
+        self.mixer = find_mixer(name)(width, **common, **options)
+        self.mlp_norm = norm() if mlp == "swiglu" else None
+        self.mlp = SwiGLU(width, ratio=mlp_ratio, **common) if mlp == "swiglu" else None
 
     def __call__(
         self, x_BTD: jax.Array, state: Any, positions: jax.Array | None, segment_ids: jax.Array | None
@@ -108,9 +112,13 @@ class Stack(nnx.Module):
         compute_dtype: DTypeLike,
     ):
         if isinstance(pattern, str):
-            raise ValueError(f"pattern must be a tuple of mixer names; got the string {pattern!r}: write ({pattern!r},)")
+            raise ValueError(
+                f"pattern must be a tuple of mixer names; got the string {pattern!r}: write ({pattern!r},)"
+            )
         if not 1 <= len(pattern) <= depth:
-            raise ValueError(f"pattern must name between 1 and depth={depth} mixers, so that each occurs; got {pattern!r}")
+            raise ValueError(
+                f"pattern must name between 1 and depth={depth} mixers, so that each occurs; got {pattern!r}"
+            )
         check_choice("mlp", mlp, ("swiglu", "none"))
         check_choice("remat", remat, tuple(REMAT_POLICIES))
         for name in dict.fromkeys((*pattern, *mixers)):
@@ -164,8 +172,9 @@ class Stack(nnx.Module):
             return nnx.remat(run, policy=REMAT_POLICIES[self.remat], prevent_cse=prevent_cse, graph=False)
 
         state = state or {"period": None, "remainder": None}
-        # In a loop nothing can be merged with the forward pass, and the barrier against that only costs time. graph=False: the
-        # blocks are scanned as plain pytrees, of which only changed variables come back, not a copy of every parameter.
+        # In a loop nothing can be merged with the forward pass, and the barrier against that only costs time.
+        # graph=False: the blocks are scanned as plain pytrees, of which only changed variables come back, not a copy
+        # of every parameter.
         x_BTD, period_states = nnx.scan(
             checkpointed(prevent_cse=not self.scan_layers),
             in_axes=(nnx.Carry, 0, 0),

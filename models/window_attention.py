@@ -11,9 +11,9 @@ arXiv 2004.05150; the mixer beside a recurrence in hybrids (Based, DeltaNet, Sam
 State: the keys and values of the last window - 1 tokens, 2 (window - 1) key_value_heads K numbers of the compute dtype.
 Cost per token: O(window d).
 
-Departures: causal and without dilation or global tokens, as language models use it. Rotary positions and grouped key/value heads
-are later additions (arXiv 2104.09864, 2305.13245); qk_norm is RMSNorm with a learned scale (arXiv 2302.05442 in spirit).
-Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
+Departures: causal and without dilation or global tokens, as language models use it. Rotary positions and grouped
+key/value heads are later additions (arXiv 2104.09864, 2305.13245), and so is qk_norm (arXiv 2010.04245; here RMSNorm
+with a learned scale). Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
 
 Authors' code: https://github.com/allenai/longformer
 """
@@ -61,17 +61,18 @@ class WindowAttention(nnx.Module):
             raise ValueError(f"key_value_heads must divide heads={heads}; got {key_value_heads}")
         self.head_size = head_size(width, heads)
         if rope and self.head_size % 2:
-            raise ValueError(f"rope=True rotates pairs and needs an even head size; got {self.head_size}: change heads or rope")
+            raise ValueError(
+                f"rope=True rotates pairs and needs an even head size; got {self.head_size}: change heads or rope"
+            )
         dense = functools.partial(projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype)
-        self.window, self.rope, self.rope_base, self.compute_dtype = window, rope, rope_base, compute_dtype
+        self.window, self.rope, self.rope_base, self.compute_dtype = window, rope, rope_base, jnp.dtype(compute_dtype)
 
         self.query = dense(width, width, ("embed", "heads"))
         self.key = dense(width, self.key_value_heads * self.head_size, ("embed", "heads"))
         self.value = dense(width, self.key_value_heads * self.head_size, ("embed", "heads"))
-        self.query_norm = self.key_norm = None
-        if qk_norm:
-            self.query_norm = rms_norm(self.head_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
-            self.key_norm = rms_norm(self.head_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
+        norm = functools.partial(rms_norm, self.head_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
+        self.query_norm = norm() if qk_norm else None
+        self.key_norm = norm() if qk_norm else None
         self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
 
     def __call__(
@@ -83,10 +84,12 @@ class WindowAttention(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
-        state = self.init_state(batch) if state is None else state
+        start_B, window = (state["position"], state["window"]) if state else (jnp.zeros((batch,), jnp.int32), None)
         if positions is None:
             # Rotary scores see differences of positions only, so a count over packed documents serves each of them.
-            positions = state["position"][:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+            positions_BT = start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+        else:
+            positions_BT = positions
 
         q_BTHK = split_heads(self.query(x_BTD), self.heads)
         k_BTHK = split_heads(self.key(x_BTD), self.key_value_heads)
@@ -94,27 +97,31 @@ class WindowAttention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BTHK = self.query_norm(q_BTHK), self.key_norm(k_BTHK)
         if self.rope:
-            q_BTHK = rotate(q_BTHK, positions, base=self.rope_base)
-            k_BTHK = rotate(k_BTHK, positions, base=self.rope_base)
-        o_BTHV, window_state = window_attention(
+            q_BTHK = rotate(q_BTHK, positions_BT, base=self.rope_base)
+            k_BTHK = rotate(k_BTHK, positions_BT, base=self.rope_base)
+        o_BTHV, window = window_attention(
             q_BTHK.astype(self.compute_dtype),
             k_BTHK.astype(self.compute_dtype),
             v_BTHV,
             window=self.window,
-            initial_state=state["window"],
+            initial_state=window,
             segment_ids=segment_ids,
         )
         y_BTD = self.output(merge_heads(o_BTHV))
-        return y_BTD, {"window": window_state, "position": (positions[:, -1] + 1).astype(jnp.int32)}
+        return y_BTD, {"window": window, "position": (positions_BT[:, -1] + 1).astype(jnp.int32)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: an empty window at position 0."""
-        raise NotImplementedError
+        window = init_window_state(
+            batch, self.window, self.key_value_heads, self.head_size, self.head_size, self.compute_dtype
+        )
+        return {"window": window, "position": jnp.zeros((batch,), jnp.int32)}
 
     @property
     def state_bytes(self) -> int:
         """Bytes of state per sequence."""
-        raise NotImplementedError
+        token = 2 * self.key_value_heads * self.head_size * self.compute_dtype.itemsize + 1  # one byte: is it there?
+        return (self.window - 1) * token + 4
 
 
 Mixer = WindowAttention

@@ -1,5 +1,9 @@
-"""Strict numerics for every test: no silent rank promotion; a persistent compilation cache only if the caller set one."""
+"""Strict numerics for every test (no silent rank promotion), and the parametrisation of the op contract."""
 
 import jax
+
+from tests.op_contract import pytest_generate_tests
+
+__all__ = ["pytest_generate_tests"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,52 @@
+# make demo, make test: everything they need, they install themselves, given a Python of 3.11 or newer.
+# PYTHON=... chooses the interpreter, VENV=... the folder of the environment. An interpreter counts if it runs.
+
+runs = $(1) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do if $(call runs,$$p); then echo $$p; break; fi; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The other pair of jax and flax: 3.12 or newer beside 3.11, and the other way round.
+OTHER ?= $(shell if $(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then others='python3.12 python3.13'; \
+  else others=python3.11; fi; \
+  for p in $$others $(wildcard $(HOME)/.pyenv/versions/3.1[23]*/bin/python); do if $(call runs,$$p); then \
+  $$p -c 'import sys; sys.exit((sys.version_info >= (3, 12)) == ("3.11" in "'"$$others"'"))' && { echo $$p; break; }; fi; done)
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PLATFORMS ?= cpu
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope -q
+
+.PHONY: demo test test-fast test-all test-other lint format clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m experiments.reproduce --table=state_tracking --scale=demo
+
+test: $(VENV)/ready
+	$(PYTEST) -m "not full"
+
+test-fast: $(VENV)/ready
+	$(PYTEST) -m "not full and not slow"
+
+test-all: $(VENV)/ready
+	$(PYTEST)
+
+# The fast tier on the other supported pair of versions, where such an interpreter works.
+test-other:
+	@if [ -n "$(OTHER)" ]; then $(MAKE) test-fast PYTHON="$(OTHER)" VENV=.venv-other; \
+	else echo "no second interpreter that runs: the other pair of jax and flax is not tested"; fi
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "scanax needs Python 3.11 or newer; give one as PYTHON=..." >&2; exit 1; fi
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-other .cache build dist

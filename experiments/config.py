@@ -1,0 +1,159 @@
+"""What a run's config must hold, checked before anything is built, written or compiled.
+
+A config is an ml_collections.ConfigDict from a file in experiments/configs. The sections `task` and `model` hold a name
+and that task's or model's own options, which it checks itself; everything else is listed in KEYS.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+from ml_collections import ConfigDict
+
+# An ml_collections.ConfigDict. Its entries are attributes that no type checker can know.
+Config: TypeAlias = Any
+
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+
+# Keys and their types. A float may be written as an int.
+KEYS: dict[str, type] = {
+    "seeds": tuple,
+    "steps": int,
+    "batch_size": int,
+    "log_every_steps": int,
+    "param_dtype": str,
+    "compute_dtype": str,
+    "init_from": str,
+    "profile_steps": str,
+    "max_rejected_steps": int,
+    "task.name": str,
+    "model.name": str,
+    "optimizer.name": str,
+    "optimizer.lr": float,
+    "optimizer.schedule": str,
+    "optimizer.warmup_steps": int,
+    "optimizer.end_lr": float,
+    "optimizer.b1": float,
+    "optimizer.b2": float,
+    "optimizer.eps": float,
+    "optimizer.weight_decay": float,
+    "optimizer.clip_norm": float,
+    "optimizer.ssm_lr": float,
+    "eval.every_steps": int,
+    "eval.examples": int,
+    "eval.best_metric": str,
+    "eval.best_mode": str,
+    "checkpoint.every_steps": int,
+    "checkpoint.keep": int,
+    **{f"mesh.{axis}": int for axis in MESH_AXES},
+}
+OPEN_SECTIONS = ("task", "model")
+
+# A run may be continued with other values of these: they decide what is reported, kept and where it runs, never what is
+# computed. `steps` is not among them: the schedule depends on it.
+FREE_ON_RESUME = (
+    "log_every_steps",
+    "profile_steps",
+    "max_rejected_steps",
+    "eval.every_steps",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    *(f"mesh.{axis}" for axis in MESH_AXES),
+)
+
+POSITIVE = ("steps", "batch_size", "log_every_steps", "max_rejected_steps", "eval.every_steps", "eval.examples",
+            "checkpoint.every_steps", "checkpoint.keep", "optimizer.lr", "optimizer.eps")  # fmt: skip
+NOT_NEGATIVE = ("optimizer.warmup_steps", "optimizer.end_lr", "optimizer.weight_decay", "optimizer.clip_norm",
+                "optimizer.ssm_lr")  # fmt: skip
+CHOICES = {
+    "param_dtype": ("float32", "bfloat16"),
+    "compute_dtype": ("float32", "bfloat16"),
+    "eval.best_mode": ("max", "min"),
+}
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) pairs of a nested mapping."""
+    for key, value in config.items():
+        if hasattr(value, "items") and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def validate(config: Config) -> None:
+    """Raises ValueError for a missing, unknown, ill-typed or impossible entry: the key, what is expected, what came."""
+    values = dict(flatten(config))
+    for key in values:
+        if key not in KEYS and key.split(".")[0] not in OPEN_SECTIONS:
+            raise ValueError(f"config.{key} is not a known key; known keys: {', '.join(KEYS)}")
+    for key, expected in KEYS.items():
+        if key not in values:
+            raise ValueError(f"config.{key} is missing; expected a value of type {expected.__name__}")
+        value = values[key]
+        accepted = {float: (float, int), tuple: (tuple, list)}.get(expected, (expected,))
+        if not isinstance(value, accepted) or isinstance(value, bool):
+            raise ValueError(
+                f"config.{key} must be of type {expected.__name__}; got {value!r} ({type(value).__name__})"
+            )
+    for key in POSITIVE:
+        _require(values[key] > 0, key, "greater than 0", values[key])
+    for key in NOT_NEGATIVE:
+        _require(values[key] >= 0, key, "0 or greater", values[key])
+    for key, choices in CHOICES.items():
+        _require(values[key] in choices, key, f"one of {', '.join(choices)}", values[key])
+    for key in ("optimizer.b1", "optimizer.b2"):
+        _require(0 <= values[key] < 1, key, "in [0, 1)", values[key])
+    steps, warmup, seeds = values["steps"], values["optimizer.warmup_steps"], tuple(values["seeds"])
+    _require(warmup <= steps, "optimizer.warmup_steps", f"at most config.steps={steps}", warmup)
+    _require(
+        len(seeds) > 0
+        and all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
+        and len(set(seeds)) == len(seeds),
+        "seeds",
+        "a tuple of distinct integers in [0, 2^32), such as (0,) or (0, 1)",
+        seeds,
+    )
+    profile_range(values["profile_steps"], steps)
+
+
+def profile_range(text: str, steps: int) -> tuple[int, int] | None:
+    """The first and last step of "a:b", or None for "". Raises ValueError unless 1 <= a <= b <= steps."""
+    if not text:
+        return None
+    first, separator, last = text.partition(":")
+    valid = bool(separator) and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last) <= steps
+    _require(valid, "profile_steps", f'"first:last" with 1 <= first <= last <= config.steps={steps}, or ""', text)
+    return int(first), int(last)
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as JSON types (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_json(values: Mapping[str, Any]) -> Config:
+    """The inverse of `to_json`; sequences come back as tuples."""
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(restore(item) for item in value)
+        return {key: restore(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    return ConfigDict(restore(dict(values)))
+
+
+def differences(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    """ "key: recorded -> requested" for every entry that must not change when a run is continued; both as `to_json`."""
+    old, new = dict(flatten(recorded)), dict(flatten(requested))
+    absent = "(absent)"
+    return [
+        f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
+        for key in dict.fromkeys((*old, *new))
+        if key not in FREE_ON_RESUME and old.get(key, absent) != new.get(key, absent)
+    ]
+
+
+def _require(condition: bool, key: str, expected: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"config.{key} must be {expected}; got {value!r}")

@@ -1,0 +1,31 @@
+"""Softmax attention with rotary positions, the baseline (Vaswani et al., NeurIPS 2017, arXiv 1706.03762).
+
+    python -m experiments.train --config=experiments/configs/transformer.py:mqar,smoke --workdir=runs/transformer
+
+mqar,smoke: about a minute on 2 CPU cores. Published accuracy on MQAR: 1.0 at every width. Published scaled accuracies
+on state tracking at lengths beyond training: parity 0.022, modular arithmetic 0.031.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.configs.recipes import recipe
+
+
+def get_config(task: str) -> ConfigDict:
+    config: Any = recipe(task)
+    # Longer sequences than this lose their oldest tokens; 1024 is the longest of the other tasks.
+    context_length = config.task.get_ref("sequence_length") if config.task.name == "text" else 1024
+    options = {
+        "context_length": context_length,
+        "heads": 1 if config.task.name == "mqar" else 4,
+        "key_value_heads": 0,
+        "rope": True,
+        "rope_base": 10_000.0,
+        "qk_norm": False,
+        "norm_eps": 1e-5,
+    }
+    config.model.pattern = ("transformer",)
+    config.model.mixers = ConfigDict({"transformer": options})
+    return config

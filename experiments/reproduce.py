@@ -1,0 +1,102 @@
+"""Reproduces a table of a paper: trains the cells that are missing, prints ours beside the paper's, draws the figure.
+
+    python -m experiments.reproduce --table=state_tracking --scale=cpu
+    python -m experiments.reproduce --table=state_tracking --scale=cpu --dry_run     what would run
+    python -m experiments.reproduce --table=state_tracking --scale=cpu --collect     the table of the rows there are
+
+Resumable: a finished cell is read from its row, an interrupted one goes on from its checkpoint. Rows are appended to
+experiments/results/<table>.jsonl; the figure is experiments/results/<table>_<scale>.png and RESULTS.md there holds all
+tables.
+"""
+
+import re
+import time
+from pathlib import Path
+
+from absl import flags
+
+from experiments import main as mains
+from experiments import results, train
+from experiments.table import Cell, available_tables, config_hash, find_cells, find_table
+
+
+def reproduce(
+    name: str, scale: str, *, runs: Path, directory: Path = results.DIRECTORY, only: str = "", collect: bool = False
+) -> str:
+    """Trains what is missing (unless `collect`; of the cells whose "row / column" matches `only`), returns the table.
+
+    Raises ValueError for a table or scale that does not exist, before anything is trained.
+    """
+    table = find_table(name)
+    cells = find_cells(table, scale)
+    found = results.matching(cells, results.read(name, directory), scale)
+    todo = {  # cells that read different metrics of one run share it
+        workdir_name(cell): cell
+        for cell, row in zip(cells, found, strict=True)
+        if row is None and not cell.gap and not collect and re.search(only, f"{cell.row} / {cell.column}")
+    }
+    for number, (workdir, cell) in enumerate(todo.items(), start=1):
+        print(f"[{number}/{len(todo)}] {cell.row} / {cell.column}", flush=True)
+        began = time.monotonic()
+        summary = train.run(cell.make_config(), runs / name / scale / workdir)
+        results.append(results.make_row(name, scale, cell, summary), directory)
+        print(f"    {results.format_cell(cell, summary)} in {time.monotonic() - began:.0f} s", flush=True)
+    rows = results.matching(cells, results.read(name, directory), scale)
+    text = results.markdown(table, name, scale, cells, rows)
+    results.figure(table, cells, rows, directory / f"{name}_{scale}.png")
+    write_results(directory)
+    return text
+
+
+def workdir_name(cell: Cell) -> str:
+    """A name that a reader recognises, and that only cells of one config share."""
+    slug = re.sub(r"[^a-z0-9]+", "_", cell.row.lower()).strip("_")
+    return f"{slug}_{config_hash(cell.make_config())}"
+
+
+def write_results(directory: Path = results.DIRECTORY) -> None:
+    """Makes RESULTS.md of all tables and scales that have rows."""
+    sections = [
+        "# Results\n\nMade from the rows in this folder by `python -m experiments.reproduce`; not to be edited.\n"
+    ]
+    for name in available_tables():
+        table, recorded = find_table(name), results.read(name, directory)
+        for scale in table.SCALES:
+            cells = find_cells(table, scale)
+            rows = results.matching(cells, recorded, scale)
+            if any(rows):
+                sections.append(results.markdown(table, name, scale, cells, rows))
+                sections.append(f"![{table.TITLE}]({name}_{scale}.png)\n")
+    (directory / "RESULTS.md").write_text("\n".join(sections), encoding="utf-8")
+
+
+def plan(name: str, scale: str) -> str:
+    """What a reproduction would train, as commands."""
+    lines = []
+    for cell in find_cells(find_table(name), scale):
+        command = f"python -m experiments.train --config=experiments/configs/{cell.config.replace(':', '.py:', 1)}"
+        overrides = {**cell.overrides, "seeds": cell.seeds}
+        words = [f"'--config.{key}={value}'" for key, value in overrides.items()]
+        lines.append(f"# {cell.row} / {cell.column}: {cell.gap or cell.metric}")
+        if not cell.gap:
+            lines.append(" ".join([command, f"--workdir=runs/{name}/{scale}/{workdir_name(cell)}", *words]))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = flags.FLAGS
+    if options.dry_run:
+        print(plan(options.table, options.scale))
+        return
+    print(reproduce(options.table, options.scale, runs=Path(options.runs), only=options.only, collect=options.collect))
+    print(f"Figure: {results.DIRECTORY / f'{options.table}_{options.scale}.png'}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("table", None, "File of experiments/tables, without .py.", required=True)
+    flags.DEFINE_string("scale", "cpu", "One of the table's scales.")
+    flags.DEFINE_string("runs", "runs", "Directory of the workdirs.")
+    flags.DEFINE_string("only", "", "Regular expression: train only cells whose 'row / column' matches.")
+    flags.DEFINE_bool("dry_run", False, "Print the commands of all cells and stop.")
+    flags.DEFINE_bool("collect", False, "Train nothing; make the table from the rows there are.")
+    mains.run(main)

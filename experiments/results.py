@@ -1,0 +1,116 @@
+"""Result rows: appended by runs, never edited; tables, RESULTS.md and figures are made from them."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments.table import Cell, config_hash
+
+DIRECTORY = Path(__file__).parent / "results"
+FACTS = ("commit", "dirty", "versions", "device", "platform", "device_count", "process_count", "seeds", "parameters",
+         "state_bytes", "provenance", "step", "rejected_steps", "seconds", "compile_seconds", "evaluations")  # fmt: skip
+
+
+def make_row(table: str, scale: str, cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a finished run; `summary` as `train.run` returns it."""
+    config = cell.make_config()
+    return {
+        "table": table,
+        "scale": scale,
+        "row": cell.row,
+        "column": cell.column,
+        "config_hash": config_hash(config),
+        "examples": config.steps * config.batch_size,
+        **{name: summary[name] for name in FACTS},
+    }
+
+
+def append(row: Mapping[str, Any], directory: Path = DIRECTORY) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / f"{row['table']}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read(table: str, directory: Path = DIRECTORY) -> list[dict[str, Any]]:
+    """All rows of a table, oldest first. Raises ValueError, with the line number, for a line that is not a row."""
+    path = directory / f"{table}.jsonl"
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else (), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not a result row ({error}); remove or mend it") from error
+    return rows
+
+
+def matching(cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]], scale: str) -> list[Mapping[str, Any] | None]:
+    """For every cell its newest row: one of this scale whose config is the cell's of today."""
+    newest = {(row["scale"], row["config_hash"]): row for row in rows}
+    return [None if cell.gap else newest.get((scale, config_hash(cell.make_config()))) for cell in cells]
+
+
+def value_of(cell: Cell, row: Mapping[str, Any]) -> list[float]:
+    """The cell's metric per seed."""
+    evaluation, _, metric = cell.metric.partition("/")
+    return row["evaluations"][evaluation][metric]
+
+
+def format_cell(cell: Cell, row: Mapping[str, Any] | None) -> str:
+    """ "mean ± sample deviation (n) [published]"; a gap says why."""
+    if row is None:
+        ours = cell.gap or "not run"
+    else:
+        values = value_of(cell, row)
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        ours = f"{statistics.fmean(values):.3f}{spread} (n={len(values)})"
+    return ours if cell.published is None else f"{ours} [{cell.published:.3f}]"
+
+
+def markdown(table: ModuleType, name: str, scale: str, cells: Sequence[Cell], rows: Sequence[Any]) -> str:
+    """The table in Markdown, with where it was measured."""
+    columns, names = (list(dict.fromkeys(getattr(cell, axis) for cell in cells)) for axis in ("column", "row"))
+    text = {(c.row, c.column): format_cell(c, r) for c, r in zip(cells, rows, strict=True)}
+    lines = [
+        f"## {table.TITLE}: `{name}` at scale `{scale}`",
+        "",
+        f"{table.METRIC}. Ours: mean ± sample standard deviation over n seeds; in brackets: {table.SOURCE}",
+        "",
+        f"Scale `{scale}`: {table.SCALES[scale]}",
+        "",
+        "| | " + " | ".join(columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+        *(f"| {row} | " + " | ".join(text.get((row, column), "") for column in columns) + " |" for row in names),
+        "",
+    ]
+    done = [row for row in rows if row]
+    if done:
+        minutes = sum(row["seconds"] for row in done) / 60
+        where = sorted({f"{row['device_count']} x {row['device']} ({row['platform']})" for row in done})
+        versions = sorted({f"jax {row['versions']['jax']}, flax {row['versions']['flax']}" for row in done})
+        commits = sorted({f"{(row['commit'] or 'no commit')[:10]}{'+changes' if row['dirty'] else ''}" for row in done})
+        lines += [
+            f"Measured on {', '.join(where)}; {'; '.join(versions)}; commit {', '.join(commits)}; {len(done)} of "
+            f"{len(cells)} cells in {minutes:.0f} minutes of training.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def figure(table: ModuleType, cells: Sequence[Cell], rows: Sequence[Any], path: Path) -> None:
+    """Draws the table's figure from the rows there are, if there are any."""
+    results = [(cell, row["evaluations"]) for cell, row in zip(cells, rows, strict=True) if row]
+    if not results:
+        return
+    picture, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    table.draw(axes, results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(path, dpi=140)
+    plt.close(picture)

@@ -1,0 +1,83 @@
+"""A table of a paper as data: which runs fill it, and what was published.
+
+A file experiments/tables/<name>.py defines
+
+    TITLE, SOURCE      what the table is and where the published numbers stand
+    SCALES             {scale: what was changed to fit it}
+    METRIC             heading of the numbers
+    cells(scale)       the cells, each one training run of one or more seeds
+    draw(axes, results)   the figure, from (cell, evaluations) pairs
+
+and imports no jax, so that a launcher can read it anywhere.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: a config with overrides, trained with `seeds`.
+
+    config          "<model config>:<task>", as for --config without folder and .py
+    overrides       dotted keys of the config -> values
+    metric          "<evaluation>/<metric>" of the run's summary
+    published       the number beside which ours is printed, or None
+    gap             why the cell is not run at this scale; "" if it is
+    """
+
+    row: str
+    column: str
+    config: str
+    metric: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    published: float | None = None
+    gap: str = ""
+
+    def make_config(self) -> ConfigDict:
+        """The full config. Raises ValueError for a key that the config does not have."""
+        name, _, argument = self.config.partition(":")
+        config = importlib.import_module(f"experiments.configs.{name}").get_config(argument)
+        for key, value in (*self.overrides.items(), ("seeds", self.seeds)):
+            section: Any = config
+            *path, last = key.split(".")
+            for part in (*path, last):
+                if part not in section:
+                    raise ValueError(f"cell {self.row} / {self.column}: the config has no entry {key!r}")
+                section = section[part] if part is not last else section
+            section[last] = value
+        return config
+
+
+def config_hash(config: ConfigDict) -> str:
+    """Twelve hexadecimal digits of everything that a run computes from."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def available_tables() -> tuple[str, ...]:
+    return tuple(sorted(file.stem for file in (Path(__file__).parent / "tables").glob("*.py")))
+
+
+def find_table(name: str) -> ModuleType:
+    """The module of a table. Raises ValueError for a name that does not exist, with those that do."""
+    if name not in available_tables():
+        raise ValueError(
+            f"--table must be one of {', '.join(available_tables())} (files in experiments/tables); got {name!r}"
+        )
+    return importlib.import_module(f"experiments.tables.{name}")
+
+
+def find_cells(table: ModuleType, scale: str) -> list[Cell]:
+    """The cells of a table at a scale. Raises ValueError for a scale that it does not have."""
+    if scale not in table.SCALES:
+        raise ValueError(f"--scale must be one of {', '.join(table.SCALES)}; got {scale!r}")
+    return table.cells(scale)

@@ -1,0 +1,186 @@
+"""What a task is, and how its examples become batches.
+
+A task's data is random access: `Examples.fetch(indices)` makes or reads the examples with these numbers, many at a
+time. Order, epochs, replicas and processes are arithmetic on indices, done here once; grain runs it on threads ahead of
+the training step and keeps the place in a state that is one number. Batch i is a function of (seed, i): not of the
+number of processes, not of how often the run was interrupted.
+"""
+
+import hashlib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grain
+import grain.experimental
+import numpy as np
+
+from experiments.losses import next_token_loss, token_metrics
+
+Batch = dict[str, np.ndarray]
+Loss = Callable[[Any, Any], tuple[Any, dict[str, Any]]]
+
+# Threads hide the making of a batch behind the step; eight batches bridge the hiccups of a disk.
+READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Numbered examples. `fetch`, a pure function, maps indices [n] to a dict of arrays [n, ...].
+
+    length      how many there are, each numbered below it; training shuffles them anew every epoch. None: a stream
+                without end, every example fresh, taken in order.
+
+    Every batch has float "weights" [n, ...]; an example whose weights are all zero does not count.
+    """
+
+    fetch: Callable[[np.ndarray], Batch]
+    length: int | None = None
+
+
+def from_arrays(arrays: Batch) -> Examples:
+    """The rows of arrays [length, ...] that are held in memory."""
+    return Examples(
+        lambda indices: {name: array[indices] for name, array in arrays.items()}, len(next(iter(arrays.values())))
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, from which examples, and how it is scored.
+
+    vocabulary_size     0 where examples are vectors, not tokens
+    sequence_length     T of a training batch, the longest if there are several
+    train               seed -> examples, a function of the seed; or a tuple of examples which never share a batch
+                        (their lengths differ), whose batches then alternate in proportion to their numbers of examples
+    evaluations         name -> examples, the same for all seeds, none of them drawn from the training stream or split
+    loss                (model, batch) -> (scalar, sums); see experiments/losses.py
+    derive              sums over an evaluation -> its metrics
+    provenance          facts that are recorded with every result
+    """
+
+    vocabulary_size: int
+    sequence_length: int
+    train: Callable[[int], Examples | tuple[Examples, ...]]
+    evaluations: Mapping[str, Examples]
+    loss: Loss = next_token_loss
+    derive: Callable[[Mapping[str, float]], dict[str, float]] = token_metrics
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def available_tasks() -> tuple[str, ...]:
+    """Names of the files in experiments/tasks that define `make`."""
+    files = (Path(__file__).parent / "tasks").glob("*.py")
+    return tuple(
+        sorted(file.stem for file in files if re.search(r"^def make\(", file.read_text("utf-8"), re.MULTILINE))
+    )
+
+
+def find_task(name: str, options: Mapping[str, Any]) -> Task:
+    """The task of experiments/tasks/<name>.py, made with `options`.
+
+    Raises ValueError for a name or an option that does not exist, with those that do.
+    """
+    if name not in available_tasks():
+        raise ValueError(
+            f"task must be one of {', '.join(available_tasks())} (files in experiments/tasks); got {name!r}"
+        )
+    make = importlib.import_module(f"experiments.tasks.{name}").make
+    known = inspect.signature(make).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"task {name} has no option {option!r}; known options in task: {', '.join(known)}")
+    return make(**options)
+
+
+def train_batches(
+    task: Task, *, seeds: Sequence[int], batch_size: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator[Batch]:
+    """An endless iterator over training batches: dicts of arrays [B, ...], or [R, B, ...] for R > 1 seeds.
+
+    Every seed is a replica with a data stream of its own, the one it would have alone. `batch_size` is that of one
+    replica over all processes; process p of P gets the rows p B/P up to (p+1) B/P, so B must be a multiple of P
+    (ValueError). The iterator's state {"next_index": step} is saved and restored by orbax, or by get_state and
+    set_state.
+    """
+    rows = _process_rows(batch_size, process_index, process_count)
+    replicas = [_replica_batches(task, seed, batch_size, rows) for seed in seeds]
+    dataset = replicas[0]
+    if len(replicas) > 1:
+        dataset = grain.experimental.ZipMapDataset(replicas).map(_stack)
+    return iter(dataset.to_iter_dataset(READ_OPTIONS))
+
+
+def evaluation_batches(
+    task: Task, name: str, *, examples: int, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> grain.IterDataset[Batch]:
+    """The first `examples` examples of an evaluation, or all if it has fewer, as an iterable over batches [B, ...].
+
+    All batches have the same shape: rows that fill up the last one have zero "weights" and "bytes" and so do not count.
+    `batch_size` and the processes are as in `train_batches`. Raises ValueError for an evaluation that does not exist.
+    """
+    if name not in task.evaluations:
+        raise ValueError(f"evaluation must be one of {', '.join(task.evaluations)}; got {name!r}")
+    if examples < 1:
+        raise ValueError(f"examples must be at least 1 to evaluate {name!r}; got {examples}")
+    source = task.evaluations[name]
+    count = examples if source.length is None else min(examples, source.length)
+    rows = _process_rows(batch_size, process_index, process_count)
+
+    def batch(step: int) -> Batch:
+        indices = step * batch_size + rows
+        arrays = source.fetch(np.minimum(indices, count - 1))
+        counting = {name: arrays[name].copy() for name in ("weights", "bytes") if name in arrays}
+        for array in counting.values():
+            array[indices >= count] = 0
+        return arrays | counting
+
+    return grain.MapDataset.range(-(-count // batch_size)).map(batch).to_iter_dataset(READ_OPTIONS)
+
+
+def _process_rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size must be a positive multiple of the {process_count} processes; got {batch_size}")
+    share = batch_size // process_count
+    return process_index * share + np.arange(share)
+
+
+def _replica_batches(task: Task, seed: int, batch_size: int, rows: np.ndarray) -> grain.MapDataset:
+    parts = task.train(seed)
+    if isinstance(parts, Examples):
+        return _batches(parts, f"{seed}", batch_size, rows)
+    datasets = [_batches(part, f"{seed}/{number}", batch_size, rows) for number, part in enumerate(parts)]
+    return grain.MapDataset.mix(datasets, weights=[part.length or 1 for part in parts])
+
+
+def _batches(examples: Examples, order: str, batch_size: int, rows: np.ndarray) -> grain.MapDataset:
+    """Element i is this process's share of global batch i; `order` names the shuffle."""
+    if examples.length is None:
+        return grain.MapDataset.range(sys.maxsize).map(lambda step: examples.fetch(step * batch_size + rows))
+    if examples.length < 1:
+        raise ValueError("there are no training examples")
+    length = examples.length
+
+    def batch(step: int) -> Batch:
+        epochs, places = np.divmod(step * batch_size + rows, length)
+        seeds = {epoch: _shuffle_seed(order, epoch) for epoch in set(epochs.tolist())}
+        indices = [
+            grain.experimental.index_shuffle(place, max_index=length - 1, seed=seeds[epoch], rounds=4)
+            for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)
+        ]
+        return examples.fetch(np.array(indices))
+
+    return grain.MapDataset.range(sys.maxsize).map(batch)
+
+
+def _shuffle_seed(order: str, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{order}/{epoch}".encode()).digest()[:4])
+
+
+def _stack(replicas: Sequence[Batch]) -> Batch:
+    return {name: np.stack([replica[name] for replica in replicas]) for name in replicas[0]}

@@ -1,0 +1,268 @@
+"""Trains one config.
+
+    python -m experiments.train --config=experiments/configs/gla.py:mqar,smoke --workdir=runs/gla
+    python -m experiments.train --config=... --workdir=... --config.optimizer.lr=3e-4 --config.seeds=(0,1,2)
+
+The same command continues a run that was interrupted, to the bit on CPU. In the workdir: run.json (config, commit,
+versions, devices; written before the first step), metrics.jsonl, tensorboard/, checkpoints/, and at the end loss.png
+and summary.json. SIGTERM and SIGINT end the run after the step at hand with a checkpoint and status 143 and 130: not
+zero, so that a scheduler knows there is more to do.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+from ml_collections import config_flags
+
+from experiments import checkpoints, run_record
+from experiments import config as configs
+from experiments import main as mains
+from experiments.config import Config
+from experiments.evaluate import evaluate_task, make_eval_step
+from experiments.flops import SpeedMeter
+from experiments.interruption import Interruption
+from experiments.mesh import join_processes, make_mesh, named, place_batch
+from experiments.metrics_log import MetricsLog, draw_loss, finite, read_rows, run_summary, training_row
+from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
+from experiments.progress import ProgressReport
+from experiments.run_loading import load_model
+from experiments.task import Task, find_task, train_batches
+from experiments.train_state import (
+    TrainState,
+    empty_window,
+    initial_state,
+    make_blueprint,
+    make_step,
+    state_specs,
+    sum_names,
+    with_shardings,
+)
+
+
+def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Trains `config` in `workdir` to its last step, from its newest checkpoint if there is one.
+
+    Returns the summary, as in summary.json: "evaluations" {evaluation: {metric: [per seed]}} at the last step, "best"
+    {"step", "value"} of config.eval.best_metric (mean over seeds) or None, "train", "rejected_steps", "parameters",
+    "state_bytes", "provenance", times, and the environment. A finished run returns what it has. Raises ValueError for a
+    config that cannot work, before anything is written; FloatingPointError if the run diverged; SystemExit after a
+    checkpoint if the process was told to end.
+    """
+    began = time.monotonic()
+    workdir = Path(workdir).expanduser().absolute()
+
+    # --- Config: everything that can be wrong is found before the workdir is touched.
+    configs.validate(config)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir must be a directory; {workdir} is a file")
+    run_record.check_continues(workdir, config)
+    if (summary := run_record.read_json(workdir / "summary.json")) is not None:
+        return summary
+    seeds, steps = tuple(config.seeds), config.steps
+    profile = configs.profile_range(config.profile_steps, steps)
+    schedule = make_schedule(config.optimizer, steps)
+
+    # --- Mesh
+    mesh = make_mesh(config.mesh, config.batch_size)
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    leading = jax.process_index() == 0
+
+    # --- Data
+    options = config.task.to_dict()
+    task = find_task(options.pop("name"), options)
+    batches = train_batches(task, seeds=seeds, batch_size=config.batch_size, **processes)
+    beginning = batches.get_state()
+    example_batch = next(batches)
+    batches.set_state(beginning)
+
+    # --- State: abstract so far; nothing is computed
+    blueprint = make_blueprint(config, task)
+    tx = make_optimizer(config.optimizer, schedule, parameter_groups(blueprint.params))
+    one_batch = example_batch if len(seeds) == 1 else {name: array[0] for name, array in example_batch.items()}
+    sums = sum_names(blueprint, task, one_batch)
+    best = checkpoints.Best(_known_metric(config.eval.best_metric, task, sums), config.eval.best_mode)
+
+    def initial() -> TrainState:
+        return initial_state(blueprint, tx, sums, seeds)
+
+    abstract = jax.eval_shape(initial)
+    shardings = named(mesh, state_specs(mesh, blueprint, tx, abstract, seeds))
+    abstract = with_shardings(abstract, shardings)
+
+    directory, initial_params = workdir / "checkpoints", None
+    if config.init_from and not checkpoints.steps(directory):
+        source = Path(config.init_from).expanduser().absolute()
+        try:
+            _, initial_params, _ = load_model(source, "latest", config, blueprint, mesh)
+        except ValueError as error:
+            raise ValueError(f"config.init_from: {error}") from error
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with jax.set_mesh(mesh), run_record.exclusive(workdir), Interruption() as interruption:
+        # --- State: from the newest whole checkpoint, from another run's weights, or from the seeds
+        step_done = 0
+        restored = checkpoints.restore_latest(directory, _parts(abstract), batches)
+        if restored is not None:
+            step_done, parts, damaged = restored
+            state = TrainState(**parts["model"], **parts["optimizer"])
+            for problem in damaged:
+                logging.warning("damaged checkpoint, going on from step %d: %s", step_done, problem)
+        elif initial_params is not None:
+            state = replace(jax.jit(initial, out_shardings=shardings)(), params=initial_params)
+        else:
+            state = jax.jit(initial, out_shardings=shardings)()
+        if leading:
+            checkpoints.set_aside_unusable(workdir, newest=step_done)
+
+        def evaluate_now(state: TrainState) -> dict[str, dict[str, list[float]]]:
+            return evaluate_task(
+                task,
+                eval_step,
+                state.params,
+                state.variables,
+                mesh=mesh,
+                seeds=seeds,
+                examples=config.eval.examples,
+                batch_size=config.batch_size,
+            )
+
+        # --- Step
+        train_step = jax.jit(make_step(blueprint, task, tx, seeds), donate_argnums=0, out_shardings=shardings)
+        empty = jax.jit(lambda: empty_window(sums, seeds), out_shardings=shardings.window)
+        eval_step = make_eval_step(blueprint, task, seeds)
+
+        facts = {
+            "seeds": list(seeds),
+            "parameters": blueprint.parameter_count,
+            "state_bytes": blueprint.state_bytes,
+            "provenance": dict(task.provenance),
+        }
+        if leading:
+            run_record.write(workdir, config, facts, step=step_done)
+        meter = SpeedMeter(blueprint.params)
+        evaluations: dict[str, dict[str, list[float]]] = {}
+        waiting = None
+        with (
+            MetricsLog(workdir, step=step_done, seeds=seeds, active=leading) as log,
+            checkpoints.Checkpoints(directory, keep=config.checkpoint.keep, best=best) as saves,
+            ProgressReport(step_done, steps, quiet=quiet or not leading) as progress,
+        ):
+            for step in range(step_done + 1, steps + 1):
+                if profile and step == profile[0]:
+                    jax.profiler.start_trace(workdir / "profile")
+                host_batch = next(batches)
+                state = train_step(state, place_batch(mesh, host_batch, replicated_axis=len(seeds) > 1))
+                meter.count(host_batch)
+                if step == step_done + 1:
+                    jax.block_until_ready(state)
+                    meter.compiled()
+                progress.advance(step)
+                if profile and step == profile[1]:
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+
+                # --- Log: a window is read when the step after it is already under way, so that devices never wait.
+                if waiting:
+                    _report(training_row(*waiting, schedule, meter), log, progress, config)
+                    waiting = None
+                if step % config.log_every_steps == 0 or step == steps:
+                    waiting = (step, state.window, meter.take())
+                    state = replace(state, window=empty())
+
+                # --- Evaluate
+                told = interruption.at(step)
+                evaluating = step % config.eval.every_steps == 0 or step == steps
+                saving = step % config.checkpoint.every_steps == 0 or step == steps or told is not None
+                if not (evaluating or saving):
+                    continue
+                jax.block_until_ready(state)
+                meter.pause()
+                row = training_row(*waiting, schedule, meter) if waiting else {"step": step}
+                waiting, score = None, {}
+                if evaluating:
+                    evaluations = evaluate_now(state)
+                    row |= {f"{name}/{key}": each for name, part in evaluations.items() for key, each in part.items()}
+                    score = {best.metric: float(np.mean(row[best.metric]))} if best.metric else {}
+                if len(row) > 1:
+                    _report(row, log, progress, config)
+
+                # --- Checkpoint: rows first, so that no row before a checkpoint can be missing.
+                if saving or saves.is_best(score):
+                    log.flush()
+                    saves.save(step, _parts(state), batches, score)
+                if told is not None:
+                    saves.close()
+                    progress.say(f"{told.name}: saved step {step}/{steps}; the same command goes on from there")
+                    raise SystemExit(128 + told)
+                meter.resume()
+
+        # --- Summary
+        summary = {
+            "workdir": str(workdir),
+            "step": steps,
+            **facts,
+            "evaluations": evaluations or evaluate_now(state),
+            **run_summary(read_rows(workdir), best),
+            "compile_seconds": meter.compile_seconds,
+            "seconds": time.monotonic() - began,
+            **run_record.environment(),
+        }
+        summary = finite(summary)
+        if leading:
+            draw_loss(workdir, seeds)
+            run_record.write_json(workdir / "summary.json", summary)
+        return summary
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """How a state lies in a checkpoint: what evaluation reads is apart from what only training needs."""
+    return {
+        "model": {"params": state.params, "variables": state.variables},
+        "optimizer": {"opt_state": state.opt_state, "window": state.window},
+    }
+
+
+def _known_metric(metric: str, task: Task, sums: tuple[str, ...]) -> str:
+    """`metric` if it is "" or one that the task reports; raises ValueError otherwise."""
+    metrics = task.derive(dict.fromkeys(sums, 1.0))
+    known = [f"{evaluation}/{name}" for evaluation in task.evaluations for name in metrics]
+    if metric and metric not in known:
+        raise ValueError(f'config.eval.best_metric must be "" or one of {", ".join(known)}; got {metric!r}')
+    return metric
+
+
+def _report(row: Mapping[str, Any], log: MetricsLog, progress: ProgressReport, config: Config) -> None:
+    """Writes a row, and ends the run if it says that steps are being rejected without end."""
+    log.write(row)
+    progress.report(row)
+    for seed, length in zip(config.seeds, row.get("train/longest_rejected_run", ()), strict=False):
+        if length >= config.max_rejected_steps:
+            raise FloatingPointError(
+                f"the run diverged: of seed {seed}, {length} steps in a row up to step {row['step']} had a loss or a "
+                "gradient that is not finite and were rejected "
+                f"(config.max_rejected_steps={config.max_rejected_steps}); "
+                "lower config.optimizer.lr or config.optimizer.clip_norm, or lengthen config.optimizer.warmup_steps, "
+                "and use a new --workdir"
+            )
+
+
+def main() -> None:
+    join_processes()
+    summary = run(flags.FLAGS.config, flags.FLAGS.workdir)
+    if jax.process_index() == 0:
+        print(
+            f"{summary['workdir']}: {summary['step']} steps, {summary['seconds']:.1f} s, see summary.json and loss.png"
+        )
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "File of experiments/configs, as <file>:<task>[,smoke].")
+    flags.DEFINE_string("workdir", None, "Directory of the run; made if it does not exist.", required=True)
+    flags.mark_flag_as_required("config")
+    mains.run(main)

@@ -1,0 +1,109 @@
+"""Selective scan, the recurrence of Mamba: the public function."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from .. import dispatch
+from ..arguments import check_float, check_segment_ids, check_shape, check_values, finite
+from ..dispatch import cast_like
+from . import chunked, reference
+
+IMPLEMENTATIONS = {"chunked": chunked}
+EIGENVALUE_RANGES = ((0, 1), (-1, 1))
+
+
+def selective_scan(
+    x: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    *,
+    D: jax.Array | None = None,
+    eigenvalue_range: tuple[int, int] = (0, 1),
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """A diagonal state-space model per channel whose step size, input and output maps depend on the token.
+
+        h_t = abar_t h_{t-1} + delta_t x_t B_t        y_t = h_t C_t + D x_t
+
+    per channel d and state n: abar_t[d, n] = exp(delta_t[d] A[d, n]) (Mamba, Gu and Dao, 2023, eq. 2 and algorithm 2; zero-order
+    hold for A and Euler's rule for B, as in the authors' code), or 2 exp(delta_t[d] A[d, n]) - 1 with
+    `eigenvalue_range=(-1, 1)` (Grazzi et al., 2025), which can change the sign of the state.
+
+    Args:
+      x: [B, T, D], any T >= 1.
+      delta: [B, T, D], step sizes, finite and >= 0 (after softplus).
+      A: [D, N], finite and <= 0.
+      B, C: [B, T, N], shared by the channels.
+      D: [D], a factor on x added to the output; None means none.
+      eigenvalue_range: (0, 1) or (-1, 1), see above.
+      initial_state: [B, D, N], the state before the first token; None means zeros. It belongs to the first token's segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state starts
+        from zero. None means one segment.
+      implementation: "reference" (a scan over tokens), "chunked" (plain JAX with a hand-written backward pass), or None for the
+        best of the platform that the program is lowered for. A named implementation runs or raises.
+
+    Returns:
+      y [B, T, D] in x's dtype, and the state after the last token [B, D, N] in float32. The state and all sums are float32
+      whatever the inputs are, no exponent is positive and none is clipped. Differentiable in every float input, and through
+      both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
+
+    Raises:
+      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a negative or non-finite `delta` or a positive
+        or non-finite `A` where values can be seen (an eager call, or under `ops.checks`).
+    """
+    check_float(x=x, delta=delta, A=A, B=B, C=C, D=D, initial_state=initial_state)
+    check_shape("x", x, "[B, T, D]", (None,) * 3)
+    batch, length, channels = x.shape
+    if length == 0 or channels == 0:
+        raise ValueError(f"x must have T >= 1 and D >= 1; got {x.shape}")
+    check_shape("delta", delta, "[B, T, D] like x", x.shape)
+    check_shape("A", A, "[D, N] with D of x", (channels, None))
+    states = A.shape[1]
+    if states == 0:
+        raise ValueError(f"A must have N >= 1; got {A.shape}")
+    check_shape("B", B, "[B, T, N] with N of A", (batch, length, states))
+    check_shape("C", C, "[B, T, N] with N of A", (batch, length, states))
+    if D is not None:
+        check_shape("D", D, "[D]", (channels,))
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, "[B, D, N]", (batch, channels, states))
+    check_segment_ids(segment_ids, batch, length)
+    if tuple(eigenvalue_range) not in EIGENVALUE_RANGES:
+        raise ValueError(f"eigenvalue_range must be (0, 1) or (-1, 1); got {eigenvalue_range!r}")
+    check_values("delta", delta, "finite and >= 0", lambda values: (values >= 0) & finite(values))
+    check_values("A", A, "finite and <= 0", lambda values: (values <= 0) & finite(values))
+    dispatch.check_implementation("selective_scan", implementation, IMPLEMENTATIONS)
+
+    eigenvalue_range = (int(eigenvalue_range[0]), int(eigenvalue_range[1]))
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, channels, states), jnp.float32)
+    if implementation == "reference":
+        y, state = reference.selective_scan(x, delta, A, B, C, D, eigenvalue_range, initial_state, segment_ids)
+    else:
+        y, state = _recurrence(eigenvalue_range, implementation, x, delta, A, B, C, D, initial_state, segment_ids)
+    return y.astype(x.dtype), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recurrence(eigenvalue_range, implementation, *inputs):
+    return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs, eigenvalue_range=eigenvalue_range)
+
+
+def _forward(eigenvalue_range, implementation, *inputs):
+    return _recurrence(eigenvalue_range, implementation, *inputs), inputs
+
+
+def _backward(eigenvalue_range, implementation, inputs, cotangents):
+    gradients = dispatch.call(
+        IMPLEMENTATIONS, "backward", implementation, *inputs, *cotangents, eigenvalue_range=eigenvalue_range
+    )
+    return *cast_like(gradients, inputs[:-1]), None  # segment_ids are integers
+
+
+_recurrence.defvjp(_forward, _backward)

@@ -1,0 +1,135 @@
+"""Selective scan in plain JAX on every backend: token after token, with a backward pass that recomputes states by chunks.
+
+With h the state, z_t = delta_t A and a_t = exp(z_t) or 2 exp(z_t) - 1, the gradient g_t of h_t runs from the end to the start:
+
+    g_t = C_t dy_t + a_{t+1} g_{t+1}          dz_t = g_t h_{t-1} da_t/dz_t,   da/dz = exp(z) or 2 exp(z), which is a or a + 1
+    dC_t = sum_d h_t dy_t                     dB_t = sum_d g_t delta_t x_t
+    dx_t = delta_t sum_n B_t g_t + D dy_t     ddelta_t = x_t sum_n B_t g_t + sum_n A dz_t      dA = sum_bt delta_t dz_t
+
+The states are kept at the starts of chunks only; inside a chunk, last chunk first, they are recomputed. So one chunk's states and
+one state per chunk exist at a time, and never an array of the size of all states. No factor is ever divided by or taken to a logarithm,
+and no product of factors is formed: decays of any strength, zero and negative factors are exact.
+
+The work is elementwise on the state, so that on a CPU the sequential form costs the fewest passes over memory (an associative
+scan inside the chunk takes about twice the time); on accelerators its many small steps are what a kernel avoids.
+A state is [B, N, D] here: D, the large axis, is the contiguous one. Letters: C chunk length, G number of chunks.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..chunking import einsum
+
+CHUNK = 64
+
+
+def _factor(delta_BD, A_ND, keep_B, eigenvalue_range):
+    """The factor a [B, N, D] and its derivative da/dz; both zero where a segment starts."""
+    e = jnp.exp(delta_BD[:, None, :] * A_ND[None, :, :])
+    a, da = (e, e) if eigenvalue_range == (0, 1) else (2 * e - 1, 2 * e)
+    if keep_B is not None:
+        a, da = (jnp.where(keep_B[:, None, None], factor, 0.0) for factor in (a, da))
+    return a, da
+
+
+def _write(x_BD, delta_BD, B_BN):
+    return (delta_BD * x_BD)[:, None, :] * B_BN[:, :, None]
+
+
+def _keep(segment_ids):
+    """Whether a token continues the segment of the one before [B, T]; the first continues that of the initial state."""
+    if segment_ids is None:
+        return None
+    return jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+
+def _to_chunks(array, chunk, fill=0):
+    """[B, T, ...] -> [G, C, B, ...], time padded at the end; with delta = 0 a padded token leaves the state alone."""
+    pad = -array.shape[1] % chunk
+    padding = ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2)
+    array = jnp.moveaxis(jnp.pad(array, padding, constant_values=fill), 0, 1)
+    return array.reshape(-1, chunk, *array.shape[1:])
+
+
+def _from_chunks(array_GCBX, length):
+    """[G, C, B, X] -> [B, T, X]."""
+    return jnp.moveaxis(array_GCBX.reshape(-1, *array_GCBX.shape[2:])[:length], 0, 1)
+
+
+def _cast(*arrays):
+    return tuple(array.astype(jnp.float32) for array in arrays)
+
+
+def forward(x, delta, A, B, C, D, initial_state, segment_ids, *, eigenvalue_range):
+    """Shapes as in `api.py`; returns y in float32 and the final state."""
+    x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, h_BDN = _cast(x, delta, A, B, C, initial_state)
+    A_ND = A_DN.T
+
+    def step(h_BND, token):
+        x_BD, delta_BD, B_BN, C_BN, keep_B = token
+        a, _ = _factor(delta_BD, A_ND, keep_B, eigenvalue_range)
+        h_BND = a * h_BND + _write(x_BD, delta_BD, B_BN)
+        return h_BND, einsum("bnd,bn->bd", h_BND, C_BN)
+
+    tokens = jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1), (x_BTD, delta_BTD, B_BTN, C_BTN, _keep(segment_ids)))
+    state_BND, y_TBD = lax.scan(step, h_BDN.swapaxes(1, 2), tokens)
+    y_BTD = jnp.moveaxis(y_TBD, 0, 1)
+    if D is not None:
+        y_BTD = y_BTD + D.astype(jnp.float32)[None, None, :] * x_BTD
+    return y_BTD, state_BND.swapaxes(1, 2)
+
+
+def backward(x, delta, A, B, C, D, initial_state, segment_ids, dy, dfinal_state, *, eigenvalue_range):
+    """Cotangents of x, delta, A, B, C, D (None without D) and initial_state, in float32."""
+    x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, h_BDN = _cast(x, delta, A, B, C, initial_state)
+    length = x.shape[1]
+    chunk = -(-length // -(-length // CHUNK))  # as few chunks of at most CHUNK tokens as there must be, of equal length
+    A_ND, h_BND = A_DN.T, h_BDN.swapaxes(1, 2)
+    x_GCBD, delta_GCBD, B_GCBN, C_GCBN, dy_GCBD = (_to_chunks(z, chunk) for z in (x_BTD, delta_BTD, B_BTN, C_BTN, dy))
+    keep_GCB = None if segment_ids is None else _to_chunks(_keep(segment_ids), chunk, fill=True)
+
+    def advance(h_BND, token):
+        x_BD, delta_BD, B_BN, keep_B = token
+        a, _ = _factor(delta_BD, A_ND, keep_B, eigenvalue_range)
+        return a * h_BND + _write(x_BD, delta_BD, B_BN)
+
+    def skip_chunk(h_BND, tokens):
+        return lax.scan(lambda h, token: (advance(h, token), None), h_BND, tokens)[0], h_BND
+
+    def recompute(h_BND, token):  # dC needs the state only
+        dy_BD, *token = token
+        next_BND = advance(h_BND, token)
+        return next_BND, (h_BND, einsum("bnd,bd->bn", next_BND, dy_BD))
+
+    def retreat(carry, token):
+        ag_BND, dA_BND = carry  # a_{t+1} g_{t+1}; dA is summed over the batch once, at the end
+        x_BD, delta_BD, B_BN, C_BN, dy_BD, keep_B, before_BND = token
+        a, da = _factor(delta_BD, A_ND, keep_B, eigenvalue_range)
+        g_BND = ag_BND + C_BN[:, :, None] * dy_BD[:, None, :]
+        dz_BND = g_BND * before_BND * da
+        dwrite_BD = einsum("bnd,bn->bd", g_BND, B_BN)
+        dB_BN = einsum("bnd,bd->bn", g_BND, delta_BD * x_BD)
+        ddelta_BD = x_BD * dwrite_BD + (dz_BND * A_ND[None, :, :]).sum(1)
+        return (a * g_BND, dA_BND + dz_BND * delta_BD[:, None, :]), (delta_BD * dwrite_BD, ddelta_BD, dB_BN)
+
+    def retreat_chunk(carry, chunk):
+        x_CBD, delta_CBD, B_CBN, C_CBN, dy_CBD, keep_CB, start_BND = chunk
+        _, (before_CBND, dC_CBN) = lax.scan(recompute, start_BND, (dy_CBD, x_CBD, delta_CBD, B_CBN, keep_CB))
+        tokens = (x_CBD, delta_CBD, B_CBN, C_CBN, dy_CBD, keep_CB, before_CBND)
+        carry, (dx_CBD, ddelta_CBD, dB_CBN) = lax.scan(retreat, carry, tokens, reverse=True)
+        return carry, (dx_CBD, ddelta_CBD, dB_CBN, dC_CBN)
+
+    if length <= chunk:
+        starts_GBND = h_BND[None]
+    else:
+        _, starts_GBND = lax.scan(skip_chunk, h_BND, (x_GCBD, delta_GCBD, B_GCBN, keep_GCB))
+    carry = (dfinal_state.swapaxes(1, 2), jnp.zeros_like(h_BND))
+    chunks = (x_GCBD, delta_GCBD, B_GCBN, C_GCBN, dy_GCBD, keep_GCB, starts_GBND)
+    (dinitial_BND, dA_BND), gradients = lax.scan(retreat_chunk, carry, chunks, reverse=True)
+
+    dx, ddelta, dB, dC = (_from_chunks(gradient, length) for gradient in gradients)
+    dD = None
+    if D is not None:
+        dx, dD = dx + D.astype(jnp.float32)[None, None, :] * dy, (dy * x_BTD).sum((0, 1))
+    return dx, ddelta, dA_BND.sum(0).T, dB, dC, dD, dinitial_BND.swapaxes(1, 2)

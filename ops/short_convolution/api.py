@@ -1,0 +1,85 @@
+"""Short convolution, the depthwise causal convolution in front of many recurrences: the public function."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from .. import dispatch
+from ..arguments import check_float, check_segment_ids, check_shape
+from ..dispatch import cast_like
+from . import chunked, reference
+
+IMPLEMENTATIONS = {"chunked": chunked}
+
+
+def short_convolution(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Causal convolution of each channel over the last W tokens of its segment; the last tap multiplies the current token.
+
+        y_t = sum_{i=0}^{W-1} w_{W-1-i} x_{t-i}
+
+    with x zero before the segment. Mamba (Gu and Dao, 2023), GLA and DeltaNet use W = 4; no bias, no activation.
+
+    Args:
+      x: [B, T, D], any T >= 1.
+      w: [W, D], any W >= 1.
+      initial_state: [B, W - 1, D], the W - 1 inputs before the first token, oldest first; None means zeros. It belongs to the
+        first token's segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes a segment starts.
+        None means one segment.
+      implementation: "reference" (a scan over tokens), "chunked" (shifted multiply-adds in plain JAX), or None for the best of
+        the platform that the program is lowered for. A named implementation runs or raises.
+
+    Returns:
+      y [B, T, D] in x's dtype, summed in float32, and the state after the last token [B, W - 1, D] in float32: the last W - 1
+      inputs unchanged, zeros where the last token's segment had not begun. Differentiable in every float input, and through
+      both outputs; only the inputs are kept for the backward pass.
+
+    Raises:
+      ValueError: for wrong ranks, shapes, dtypes and names while tracing.
+    """
+    check_float(x=x, w=w, initial_state=initial_state)
+    check_shape("x", x, "[B, T, D]", (None,) * 3)
+    batch, length, channels = x.shape
+    if length == 0:
+        raise ValueError(f"x must have T >= 1; got {x.shape}")
+    check_shape("w", w, "[W, D] with D of x", (None, channels))
+    taps = w.shape[0]
+    if taps == 0:
+        raise ValueError(f"w must have W >= 1; got {w.shape}")
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, "[B, W - 1, D]", (batch, taps - 1, channels))
+    check_segment_ids(segment_ids, batch, length)
+    dispatch.check_implementation("short_convolution", implementation, IMPLEMENTATIONS)
+
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, taps - 1, channels), jnp.float32)
+    if implementation == "reference":
+        y, state = reference.short_convolution(x, w, initial_state, segment_ids)
+    else:
+        y, state = _convolution(implementation, x, w, initial_state, segment_ids)
+    return y.astype(x.dtype), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolution(implementation, *inputs):
+    return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs)
+
+
+def _forward(implementation, *inputs):
+    return _convolution(implementation, *inputs), inputs
+
+
+def _backward(implementation, inputs, cotangents):
+    gradients = dispatch.call(IMPLEMENTATIONS, "backward", implementation, *inputs, *cotangents)
+    return *cast_like(gradients, inputs[:-1]), None  # segment_ids are integers
+
+
+_convolution.defvjp(_forward, _backward)

@@ -1,0 +1,100 @@
+"""Window attention by blocks: each block of queries attends to itself and to the block before it.
+
+With blocks of C >= window - 1 tokens no query looks further back than the previous block, so the logits take T x 2C numbers
+instead of T x T. A sequence of one block attends to the initial state and itself directly, so that a decode step costs the
+window. The backward rule recomputes the logits: only the inputs are kept.
+
+`jax.nn.dot_product_attention` would do for a block, but it wants keys and values of one size and runs float32 inputs at
+the backend's default precision.
+
+Letters: B batch, T time, G blocks, C block length, H heads, M key heads, R = H / M, K key, V value, P = window - 1.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ..chunking import einsum
+
+SHORTEST_BLOCK = 32  # below this length the products are too small to be worth a block of their own
+
+
+def _runs(segment_ids, valid_past, batch, length):
+    """[B, P + T]: the index of the run of equal ids that a token belongs to; -1 for what is not there."""
+    if segment_ids is None:
+        runs_BT = jnp.zeros((batch, length), jnp.int32)
+    else:
+        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+        runs_BT = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    return jnp.concatenate([jnp.where(valid_past, 0, -1), runs_BT], axis=1)
+
+
+def _pad_time(x, before, after, fill=0):
+    return jnp.pad(x, ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+
+
+def _blocks(x, block):
+    """[B, G C, ...] -> [B, G, C, ...]."""
+    return x.reshape(x.shape[0], -1, block, *x.shape[2:])
+
+
+def _with_previous(x, block):
+    """[B, (G + 1) C, ...] -> [B, G, 2C, ...]: each block but the first, behind the one before it."""
+    x = _blocks(x, block)
+    return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
+
+
+def _attend(q, k, v, q_runs, k_runs, window, scale):
+    """Softmax attention of q [..., C, H, K] to k, v [..., S, M, K | V]; the last C of the S keys stand beside the queries."""
+    *leading, C, H, K = q.shape
+    S, M = k.shape[-3:-1]
+    distance = (S - C) + jnp.arange(C)[:, None] - jnp.arange(S)[None, :]
+    near = ((distance >= 0) & (distance < window)).reshape((1,) * len(leading) + (C, S))
+    sees = near & (q_runs[..., :, None] == k_runs[..., None, :])
+    logits = scale * einsum("...cmrk,...smk->...mrcs", q.reshape(*leading, C, M, H // M, K), k)
+    # The lowest number, not -inf: its softmax is 0 just as exactly, and a padded query that sees nothing has no NaN.
+    logits = jnp.where(sees[..., None, None, :, :], logits, jnp.finfo(jnp.float32).min)
+    o = einsum("...mrcs,...smv->...cmrv", jax.nn.softmax(logits, axis=-1), v)
+    return o.reshape(*leading, C, H, v.shape[-1])
+
+
+def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale):
+    """Shapes as in `api.py`, the initial state by its parts or three times None.
+
+    Returns o in float32 and the parts of the final state; keys and values that are not valid are zeros.
+    """
+    batch, length = q.shape[:2]
+    dtypes, past = (k.dtype, v.dtype), window - 1
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    first = 0  # of the keys that there are
+    if valid_past is None:
+        k, v = (_pad_time(x, past, 0) for x in (k, v))
+        valid_past, first = jnp.zeros((batch, past), bool), past
+    else:
+        k, v = (jnp.concatenate([old.astype(jnp.float32), new], axis=1) for old, new in ((k_past, k), (v_past, v)))
+    runs = _runs(segment_ids, valid_past, batch, length)
+
+    block = max(past, SHORTEST_BLOCK)
+    if length <= block:
+        o = _attend(q, k[:, first:], v[:, first:], runs[:, past:], runs[:, first:], window, scale)
+    else:
+        before, after = block - past, -length % block
+        k_blocks, v_blocks = (_with_previous(_pad_time(x, before, after), block) for x in (k, v))
+        k_runs = _with_previous(_pad_time(runs, before, after, -1), block)
+        q_blocks = _blocks(_pad_time(q, 0, after), block)
+        q_runs = _blocks(_pad_time(runs[:, past:], 0, after, -1), block)
+        o = _attend(q_blocks, k_blocks, v_blocks, q_runs, k_runs, window, scale)
+        o = o.reshape(batch, -1, *o.shape[3:])[:, :length]
+
+    valid = runs[:, length:] == runs[:, -1:]
+    last = (jnp.where(valid[:, :, None, None], x[:, length:], 0.0).astype(t) for x, t in zip((k, v), dtypes, strict=True))
+    return o, *last, valid
+
+
+def backward(q, k, v, k_past, v_past, valid_past, segment_ids, do, dk_last, dv_last, *, window, scale):
+    """Cotangents of q, k, v, k_past and v_past (None without initial state)."""
+
+    def outputs(*floats):
+        return forward(*floats, valid_past, segment_ids, window=window, scale=scale)[:3]
+
+    _, pullback = jax.vjp(outputs, q, k, v, k_past, v_past)
+    return pullback((do, dk_last, dv_last))

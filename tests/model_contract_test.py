@@ -1,0 +1,228 @@
+"""What every model promises: one call for training, prefill and decoding; packed documents that never leak; exact
+states.
+
+A model joins by a row in `ROWS`: a pattern of mixers, their options and the depth. Sizes are tiny and shapes are
+shared between tests, so that each row compiles few programs.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.lm import LM, build
+from models.stack import available_mixers
+
+BATCH, LENGTH, CUT, VOCABULARY = 2, 12, 5, 17
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    pattern: tuple[str, ...]
+    mixers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    depth: int = 2
+    model: dict[str, Any] = dataclasses.field(default_factory=lambda: {"mlp": "none"})
+
+
+ROWS = {
+    "linear_attention": Row(("linear_attention",), {"linear_attention": {"heads": 2}}),
+    "gla": Row(("gla",), {"gla": {"heads": 2}}),
+    "delta_net": Row(("delta_net",), {"delta_net": {"heads": 2}}, model={"mlp": "swiglu"}),
+    "mamba": Row(("mamba",), {"mamba": {"state_size": 4}}, model={"mlp": "none", "tie_embeddings": True}),
+    "transformer": Row(("transformer",), {"transformer": {"context_length": LENGTH, "heads": 2}}),
+    "hybrid": Row(
+        ("delta_net", "window_attention"),
+        {"delta_net": {"heads": 2}, "window_attention": {"window": 4, "heads": 2}},
+        depth=5,  # two periods and a remainder
+    ),
+}
+VARIANTS = {  # other options of the same mixers
+    "linear_attention_identity": Row(
+        ("linear_attention",),
+        {"linear_attention": {"heads": 2, "feature_map": "identity", "normaliser": "rms_norm", "conv_width": 3}},
+    ),
+    "gla_convolution": Row(("gla",), {"gla": {"heads": 1, "conv_width": 2}}),
+    "delta_net_negative": Row(
+        ("delta_net",), {"delta_net": {"heads": 2, "conv_width": 0, "eigenvalue_range": (-1, 1)}}
+    ),
+    "mamba_negative": Row(("mamba",), {"mamba": {"state_size": 4, "eigenvalue_range": (-1, 1), "conv_width": 1}}),
+    "window_attention": Row(
+        ("window_attention",),
+        {"window_attention": {"window": 4, "heads": 4, "key_value_heads": 2, "qk_norm": True, "rope": False}},
+    ),
+}
+ALL = {**ROWS, **VARIANTS}
+every_row = pytest.mark.parametrize("name", [*ROWS, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
+
+
+def make(name: str, *, seed: int = 0, compute_dtype: str = "float32", **model: Any) -> LM:
+    """The row's model with random parameters of order one, so that no path through a block is negligible."""
+    row = ALL[name]
+    config = {"width": 32, "depth": row.depth, "pattern": row.pattern, "mixers": row.mixers, **row.model, **model}
+    dtypes: dict[str, Any] = {"param_dtype": "float32", "compute_dtype": compute_dtype}
+    shapes = nnx.eval_shape(lambda: build(config, vocabulary_size=VOCABULARY, rngs=nnx.Rngs(0), **dtypes))
+    graphdef, state = nnx.split(shapes)
+    rng = np.random.default_rng(seed)
+
+    def value(leaf):
+        noise = rng.standard_normal(leaf.shape)
+        return jnp.asarray(noise / math.sqrt(leaf.shape[-2]) if leaf.ndim >= 2 else 1 + 0.3 * noise, leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree.map(value, state))
+
+
+@functools.cache
+def model_of(name: str) -> LM:
+    return make(name)
+
+
+@jax.jit
+def call(lm: LM, tokens: jax.Array, state: Any = None, segment_ids: jax.Array | None = None) -> tuple[jax.Array, Any]:
+    return lm(tokens, state, segment_ids=segment_ids)
+
+
+def tokens_of(seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCABULARY, (BATCH, LENGTH)), jnp.int32)
+
+
+def run(name: str, tokens: jax.Array, state: Any = None, segment_ids: jax.Array | None = None) -> tuple[jax.Array, Any]:
+    """The row's model, always with a state and segment ids: one program per length serves most tests."""
+    lm = model_of(name)
+    state = lm.init_state(BATCH) if state is None else state
+    return call(lm, tokens, state, jnp.zeros_like(tokens) if segment_ids is None else segment_ids)
+
+
+def assert_close(got: Any, want: Any, what: str, tolerance: float = 2e-5) -> None:
+    """Compares relative to the largest number: sums of about 2^5 rounded terms, through a few blocks."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        scale = max(1.0, float(np.abs(b).max(initial=0.0)))
+        np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=0, err_msg=what + jax.tree_util.keystr(path))
+
+
+def test_every_mixer_has_a_row():
+    assert set(available_mixers()) == {mixer for row in ALL.values() for mixer in row.pattern}
+
+
+@every_row
+def test_step_by_step_equals_parallel(name):
+    tokens, state, steps = tokens_of(), None, []
+    for t in range(LENGTH):
+        logits, state = run(name, tokens[:, t : t + 1], state)
+        steps.append(logits)
+    assert_close((jnp.concatenate(steps, axis=1), state), run(name, tokens), "step by step")
+
+
+@every_row
+def test_two_uneven_pieces_with_state_equal_the_whole(name):
+    tokens = tokens_of()
+    first, state = run(name, tokens[:, :CUT])
+    second, state = run(name, tokens[:, CUT:], state)
+    assert_close((jnp.concatenate((first, second), axis=1), state), run(name, tokens), "pieces")
+
+
+@every_row
+def test_packed_documents_equal_separate_ones(name):
+    tokens = tokens_of()
+    segment_ids = jnp.concatenate((jnp.full((BATCH, CUT), 7), jnp.full((BATCH, LENGTH - CUT), 3)), axis=1)
+    logits, state = run(name, tokens, segment_ids=segment_ids)
+    first, _ = run(name, tokens[:, :CUT])
+    second, alone = run(name, tokens[:, CUT:])
+    assert_close(logits, jnp.concatenate((first, second), axis=1), "packed")
+    # Counters and masked entries of the states may differ; what follows may not.
+    assert_close(run(name, tokens[:, :1], state)[0], run(name, tokens[:, :1], alone)[0], "after packed documents")
+
+
+@every_row
+def test_left_padding_equals_no_padding(name):
+    tokens = tokens_of()
+    padded = tokens.at[0, :CUT].set(0)  # sequence 0 is a prompt of LENGTH - CUT tokens, sequence 1 fills the length
+    segment_ids = jnp.ones_like(tokens).at[0, :CUT].set(0)
+    logits, state = run(name, padded, segment_ids=segment_ids)
+    short, short_state = run(name, tokens[:, CUT:])
+    full, full_state = run(name, tokens)
+    assert_close(logits[0, CUT:], short[0], "padded prompt")
+    assert_close(logits[1], full[1], "its neighbour")
+    following, after_short, after_full = (run(name, tokens[:, :1], s)[0] for s in (state, short_state, full_state))
+    assert_close(following[0], after_short[0], "after the padded prompt")
+    assert_close(following[1], after_full[1], "after its neighbour")
+
+
+@every_row
+def test_future_tokens_do_not_change_the_past_and_reach_the_future(name):
+    tokens = tokens_of()
+    changed = tokens.at[:, CUT].set((tokens[:, CUT] + 1) % VOCABULARY)
+    difference = np.abs(np.asarray(run(name, tokens)[0] - run(name, changed)[0])).max(axis=-1)
+    np.testing.assert_array_equal(difference[:, :CUT], 0)
+    assert difference[:, CUT : CUT + 4].min() > 1e-3
+
+
+@every_row
+def test_first_and_returned_states_have_one_structure(name):
+    lm = model_of(name)
+    start = jax.eval_shape(lambda: lm.init_state(BATCH))
+    _, final = jax.eval_shape(lambda lm, tokens: lm(tokens), lm, tokens_of())
+    assert jax.tree.structure(start) == jax.tree.structure(final)
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(start)] == [(a.shape, a.dtype) for a in jax.tree.leaves(final)]
+
+
+@every_row
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_state_bytes_are_the_bytes_of_the_state(name, compute_dtype):
+    lm = make(name, compute_dtype=compute_dtype)
+    assert 3 * lm.state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(lm.init_state(3)))
+
+
+@pytest.mark.slow
+@every_row
+def test_replicas_under_vmap_learn_as_they_would_alone(name):
+    graphdef, _ = nnx.split(model_of(name))
+    models = [model_of(name), make(name, seed=1)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(lm) for lm in models))
+    tokens = [tokens_of(), tokens_of(seed=1)]
+
+    def loss(state, tokens):
+        logits, _ = nnx.merge(graphdef, state)(tokens)
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen), logits
+
+    gradients, logits = jax.jit(jax.vmap(jax.grad(loss, has_aux=True)))(stacked, jnp.stack(tokens))
+    for path, leaf in nnx.to_flat_state(gradients):
+        values = np.asarray(leaf[...])
+        assert np.isfinite(values).all(), f"gradient of {path}"
+        assert np.abs(values).reshape(2, -1).max(axis=1).min() > 0, f"gradient of {path}"
+    for i, lm in enumerate(models):
+        assert_close(logits[i], call(lm, tokens[i])[0], f"replica {i}")
+
+
+@pytest.mark.slow
+@every_row
+def test_absent_state_is_the_zero_state(name):
+    assert_close(call(model_of(name), tokens_of()), run(name, tokens_of()), "no state given")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_bfloat16_compute_is_near_float32_and_keeps_logits_float32(name):
+    lm, tokens = make(name, compute_dtype="bfloat16"), tokens_of()
+    logits, state = call(lm, tokens)
+    assert logits.dtype == jnp.float32
+    start = lm.init_state(BATCH)
+    assert [leaf.dtype for leaf in jax.tree.leaves(start)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
+    want, _ = call(model_of(name), tokens)
+    # bfloat16 rounds each activation to 2^-9; a dozen roundings in two to five blocks leave a few per cent.
+    assert_close(logits, want, "bfloat16", tolerance=0.1)
+    assert float(jnp.abs(logits - want).max()) > 0, "the compute dtype must reach the computation"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mamba", "hybrid"])
+def test_scanned_layers_equal_unrolled_ones(name):
+    unrolled = make(name, scan_layers=False)  # the same parameters: they are stacked either way
+    assert_close(call(unrolled, tokens_of()), call(model_of(name), tokens_of()), "unrolled")

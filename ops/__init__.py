@@ -3,5 +3,17 @@
 from .arguments import checks
 from .delta_rule.api import delta_rule
 from .gated_linear_attention.api import gated_linear_attention
+from .selective_scan.api import selective_scan
+from .short_convolution.api import short_convolution
+from .window_attention.api import WindowState, init_window_state, window_attention
 
-__all__ = ["checks", "delta_rule", "gated_linear_attention"]
+__all__ = [
+    "WindowState",
+    "checks",
+    "delta_rule",
+    "gated_linear_attention",
+    "init_window_state",
+    "selective_scan",
+    "short_convolution",
+    "window_attention",
+]

@@ -48,7 +48,9 @@ def _visible_values() -> Iterator[None]:
 def check_shape(name: str, array: jax.Array, layout: str, expected: tuple[int | None, ...], like: str = "") -> None:
     """Raises unless `array` has the shape `expected` (None = any size), described to the reader as `layout`."""
     shape = jnp.shape(array)
-    matches = len(shape) == len(expected) and all(want in (None, got) for want, got in zip(expected, shape, strict=True))
+    matches = len(shape) == len(expected) and all(
+        want in (None, got) for want, got in zip(expected, shape, strict=True)
+    )
     if not matches:
         wanted = "(" + ", ".join("any" if size is None else str(size) for size in expected) + ")"
         raise ValueError(f"{name} must be {layout}{like}, expected {wanted}; got {shape}")

@@ -34,9 +34,17 @@ from jax import lax
 einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def chunk_length(length: int, longest: int) -> int:
-    """The power of two that covers `length`, at most `longest`."""
-    return min(longest, 1 << (length - 1).bit_length())
+def chunk_length(length: int, state_size: int) -> int:
+    """C, a power of two, for T = `length` and the larger of K and V.
+
+    A token costs about C (K + V) inside its chunk and K V between chunks, balanced at C = K; 64 is where the scores stop
+    fitting caches, 16 where products become too small to be fast, and no chunk need be longer than the sequence.
+    """
+    return min(64, max(16, _power_of_two(state_size)), _power_of_two(length))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def to_chunks(x_BTHX: jax.Array, chunk: int, fill: float = 0.0) -> jax.Array:
@@ -64,7 +72,9 @@ def sum_heads(x_BTHX: jax.Array, key_heads: int) -> jax.Array:
     return x_BTHX.reshape(batch, length, key_heads, heads // key_heads, size).sum(3)
 
 
-def decay_factors(decay_log: jax.Array | None, segment_ids: jax.Array | None, chunk: int, length: int) -> jax.Array | None:
+def decay_factors(
+    decay_log: jax.Array | None, segment_ids: jax.Array | None, chunk: int, length: int
+) -> jax.Array | None:
     """Per-token factors a [G, B or 1, H or 1, C, E], or None when no token ever decays.
 
     decay_log: None, [H], [B, T, H] or [B, T, H, K]; segment_ids None or [B, T]. Padding has a = 1: it leaves the state alone.

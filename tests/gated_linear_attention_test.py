@@ -10,7 +10,7 @@ import ops
 from ops import gated_linear_attention
 from tests.op_contract import BATCH, OpContract, assert_close, hard_decay_log
 
-KEY_HEADS, HEADS, KEY, VALUE = 2, 4, 8, 12
+KEY_HEADS, HEADS, KEY, VALUE = 2, 4, 20, 24  # chunks of 32 tokens
 
 
 def decay_shape(variant, length):

@@ -340,7 +340,10 @@ def tiny_lm(*, vocabulary_size: int = 11, compute_dtype: str = "float32", seed: 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"pattern": ("delta_nte",)}, "a mixer of model.pattern .* must be one of .*'delta_net'.*'gla'.*; got 'delta_nte'"),
+        (
+            {"pattern": ("delta_nte",)},
+            "a mixer of model.pattern .* must be one of .*'delta_net'.*'gla'.*; got 'delta_nte'",
+        ),
         ({"pattern": "gla"}, r"write \('gla',\)"),
         ({"pattern": ()}, "pattern must name between 1 and depth=2"),
         ({"pattern": ("gla", "mamba", "gla")}, "pattern must name between 1 and depth=2"),

@@ -82,7 +82,8 @@ class OpContract:
         """The inputs of tokens start..stop - 1; an input without a time axis stays whole."""
         length = max(x.shape[1] for x in inputs.values() if x.ndim >= 2)
         return {
-            name: x[:, start:stop] if x.ndim >= 2 and x.shape[:2] == (BATCH, length) else x for name, x in inputs.items()
+            name: x[:, start:stop] if x.ndim >= 2 and x.shape[:2] == (BATCH, length) else x
+            for name, x in inputs.items()
         }
 
     # --- the contract ----------------------------------------------------------------------------------------------

@@ -202,22 +202,25 @@ def test_an_unknown_evaluation_is_refused_with_the_known_ones() -> None:
 
 def test_next_token_loss_is_the_mean_log_loss_of_the_weighted_targets() -> None:
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(2, 5, 7)).astype(np.float32)
-    targets = rng.integers(0, 7, (2, 5))
-    weights = np.array([[1, 0, 0.5, 1, 0], [0, 0, 0, 0, 0]], np.float32)
+    logits = rng.normal(size=(3, 5, 7)).astype(np.float32)
+    targets = rng.integers(0, 7, (3, 5))
+    # The first sequence has 1.5 of 2.5 right, the second no weight at all, the third what is asked right and no more.
+    weights = np.array([[1, 0, 0.5, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]], np.float32)
     targets[0, [0, 2]] = logits[0, [0, 2]].argmax(axis=-1)
     targets[0, 3] = logits[0, 3].argmin()
+    targets[2] = logits[2].argmin(axis=-1)
+    targets[2, 1] = logits[2, 1].argmax()
     logits[1] = np.nan  # a sequence without weight must not reach the loss
     jitted = jax.jit(functools.partial(next_token_loss, lambda tokens: (jnp.asarray(logits), None)))
     loss, sums = jitted({"tokens": targets, "targets": targets, "weights": weights})
     log_probs = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=-1, keepdims=True))
-    expected = -sum(weights[0, t] * log_probs[0, t, targets[0, t]] for t in range(5))
-    assert float(loss) == pytest.approx(expected / 2.5, rel=1e-6)
+    expected = -sum(weights[b, t] * log_probs[b, t, targets[b, t]] for b in (0, 2) for t in range(5))
+    assert float(loss) == pytest.approx(expected / 3.5, rel=1e-6)
     assert {name: float(value) for name, value in sums.items()} == pytest.approx(
-        {"loss_sum": expected, "weight_sum": 2.5, "correct_sum": 1.5, "sequence_correct_sum": 0, "sequence_sum": 1},
+        {"loss_sum": expected, "weight_sum": 3.5, "correct_sum": 2.5, "sequence_correct_sum": 1, "sequence_sum": 2},
         rel=1e-6,
     )
-    assert token_metrics({name: float(value) for name, value in sums.items()})["accuracy"] == pytest.approx(0.6)
+    assert token_metrics({name: float(value) for name, value in sums.items()})["accuracy"] == pytest.approx(2.5 / 3.5)
 
 
 def test_next_token_loss_passes_on_what_the_batch_tells_the_model() -> None:

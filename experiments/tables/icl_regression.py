@@ -49,7 +49,14 @@ def cells(scale: str) -> list[Cell]:
                     heading = {"length_200": f"{count} examples, M = 200", "scale_2": f"{count} examples, kappa = 2"}
                     if metric in heading:
                         result.append(
-                            Cell(row, heading[metric], metric=f"{metric}/loss", published=published, seeds=seeds, **shared)
+                            Cell(
+                                row,
+                                heading[metric],
+                                metric=f"{metric}/loss",
+                                published=published,
+                                seeds=seeds,
+                                **shared,
+                            )
                         )
     return result
 

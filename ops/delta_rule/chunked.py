@@ -27,7 +27,6 @@ from jax import lax
 from .. import chunking
 from ..chunking import einsum
 
-CHUNK = 64
 SUBSTITUTION = 8  # rows solved one after another; larger blocks are merged by products
 
 
@@ -43,13 +42,15 @@ def unit_lower_inverse(A: jax.Array) -> jax.Array:
         solved = jnp.concatenate([solved, eye[..., r : r + 1, :] - known], axis=-2)
     for below in chunking.below_blocks(A)[rows.bit_length() - 1 :]:
         first, second = chunking.halves(solved)
-        solved = chunking.join(solved, -einsum("...ij,...jl->...il", second, einsum("...ij,...jl->...il", below, first)))
+        solved = chunking.join(
+            solved, -einsum("...ij,...jl->...il", second, einsum("...ij,...jl->...il", below, first))
+        )
     return solved[..., 0, :, :]
 
 
 def _cut(q, k, v, beta, decay_log, scale, segment_ids):
     length, heads = v.shape[1:3]
-    chunk = chunking.chunk_length(length, CHUNK)
+    chunk = chunking.chunk_length(length, max(k.shape[-1], v.shape[-1]))
     q, k = (chunking.repeat_heads(x, heads) for x in (q, k))
     q, k, v, beta = (chunking.to_chunks(x, chunk) for x in (q, k, v, beta[..., None]))
     a = chunking.decay_factors(decay_log, segment_ids, chunk, length)

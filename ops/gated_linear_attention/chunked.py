@@ -16,19 +16,16 @@ recomputes the chunk states: only the inputs are kept. (Yang et al., Gated Linea
 the exact products by halving instead of their secondary chunking.)
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .. import chunking
 from ..chunking import einsum
 
-CHUNK = 64
-
 
 def _cut(q, k, v, decay_log, scale, segment_ids):
     length, heads = v.shape[1:3]
-    chunk = chunking.chunk_length(length, CHUNK)
+    chunk = chunking.chunk_length(length, max(k.shape[-1], v.shape[-1]))
     q, k = (chunking.repeat_heads(x, heads) for x in (q, k))
     q, k, v = (chunking.to_chunks(x, chunk) for x in (q, k, v))
     a = chunking.decay_factors(decay_log, segment_ids, chunk, length)
@@ -61,9 +58,7 @@ def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
     q, k, v, a = _cut(q, k, v, decay_log, scale, segment_ids)
     tree, q_start, k_end, total = _read_write(q, k, a)
     S, final_state = _states(k_end, v, total, initial_state)
-    o = einsum("...ck,...kv->...cv", q_start, S) + einsum(
-        "...ij,...jv->...iv", chunking.decay_scores(q, k, tree), v
-    )
+    o = einsum("...ck,...kv->...cv", q_start, S) + einsum("...ij,...jv->...iv", chunking.decay_scores(q, k, tree), v)
     return chunking.from_chunks(o, length), final_state
 
 

@@ -70,7 +70,8 @@ def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale):
         k, v = (_pad_time(x, past, 0) for x in (k, v))
         valid_past, first = jnp.zeros((batch, past), bool), past
     else:
-        k, v = (jnp.concatenate([old.astype(jnp.float32), new], axis=1) for old, new in ((k_past, k), (v_past, v)))
+        k_past, v_past = k_past.astype(jnp.float32), v_past.astype(jnp.float32)
+        k, v = jnp.concatenate([k_past, k], axis=1), jnp.concatenate([v_past, v], axis=1)
     runs = _runs(segment_ids, valid_past, batch, length)
 
     block = max(past, SHORTEST_BLOCK)
@@ -86,7 +87,9 @@ def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale):
         o = o.reshape(batch, -1, *o.shape[3:])[:, :length]
 
     valid = runs[:, length:] == runs[:, -1:]
-    last = (jnp.where(valid[:, :, None, None], x[:, length:], 0.0).astype(t) for x, t in zip((k, v), dtypes, strict=True))
+    last = (
+        jnp.where(valid[:, :, None, None], x[:, length:], 0.0).astype(t) for x, t in zip((k, v), dtypes, strict=True)
+    )
     return o, *last, valid
 
 

@@ -12,9 +12,10 @@ def window_attention(q, k, v, k_past, v_past, valid_past, segment_ids, window, s
     in float32 and k, v, valid of the last window - 1 tokens.
     """
     past, length = k_past.shape[1], q.shape[1]
-    k, v = (jnp.concatenate([old.astype(new.dtype), new], axis=1) for old, new in ((k_past, k), (v_past, v)))
-    group = q.shape[2] // k.shape[2]
-    k_BSHK, v_BSHV = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (k, v))
+    dtypes, group = (k.dtype, v.dtype), q.shape[2] // k.shape[2]
+    q, k, v, k_past, v_past = (x.astype(jnp.float32) for x in (q, k, v, k_past, v_past))
+    k, v = jnp.concatenate([k_past, k], axis=1), jnp.concatenate([v_past, v], axis=1)
+    k_BSHK, v_BSHV = (jnp.repeat(x, group, axis=2) for x in (k, v))
 
     # Two tokens are in one segment if the id does not change between them; the past is in the first token's.
     changes_BT = jnp.zeros(q.shape[:2], bool)
@@ -26,12 +27,10 @@ def window_attention(q, k, v, k_past, v_past, valid_past, segment_ids, window, s
     distance_TS = past + jnp.arange(length)[:, None] - jnp.arange(past + length)[None, :]
     sees_BTS = same_BSS[:, past:] & ((distance_TS >= 0) & (distance_TS < window))[None]
 
-    logits_BHTS = scale * jnp.einsum(
-        "bthk,bshk->bhts", q.astype(jnp.float32), k_BSHK, precision=lax.Precision.HIGHEST
-    )
+    logits_BHTS = scale * jnp.einsum("bthk,bshk->bhts", q, k_BSHK, precision=lax.Precision.HIGHEST)
     p_BHTS = jax.nn.softmax(jnp.where(sees_BTS[:, None], logits_BHTS, -jnp.inf), axis=-1)
     o_BTHV = jnp.einsum("bhts,bshv->bthv", p_BHTS, v_BSHV, precision=lax.Precision.HIGHEST)
 
     valid = same_BSS[:, -1, length:]
-    k, v = (jnp.where(valid[:, :, None, None], x[:, length:], 0) for x in (k, v))
+    k, v = (jnp.where(valid[:, :, None, None], x[:, length:], 0).astype(t) for x, t in zip((k, v), dtypes, strict=True))
     return o_BTHV, k, v, valid

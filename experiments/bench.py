@@ -1,0 +1,214 @@
+"""Time and memory of the ops, forward and forward+backward, over their named shapes.
+
+    python -m experiments.bench --shapes=cpu                       all ops at the shapes named "cpu"
+    python -m experiments.bench --shapes=cpu --ops=delta_rule --implementations=chunked --json=bench.json
+    python -m experiments.bench --shapes=cpu --peers               beside jax-linear-attention, where it is installed
+
+Every case is compiled first; then all implementations (and the peer) of one case take turns, so that a machine that slows
+down slows all of them. Reported are the median over the rounds, the minimum, the ratio of medians to ours, and the
+temporary memory of the compiled program. Hardware and versions are printed and recorded.
+"""
+
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+import ops
+from experiments import main as mains
+from experiments import run_record
+from ops.delta_rule import shapes as delta_shapes
+from ops.gated_linear_attention import shapes as attention_shapes
+from ops.selective_scan import shapes as scan_shapes
+
+IMPLEMENTATIONS = ("chunked", "reference")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape: `call(implementation, *inputs)`, and the peer's form of it if it has one."""
+
+    op: str
+    shape: str
+    variant: str
+    inputs: tuple[jax.Array, ...]
+    call: Callable[..., jax.Array]
+    peer: Callable[..., jax.Array] | None = None
+
+
+def attention_cases(shape: str, peers: Any) -> Iterator[Case]:
+    sizes = attention_shapes.SHAPES[shape]
+    for decay in attention_shapes.DECAYS:
+        q, k, v, g, _ = _matrix_inputs(sizes, decay)
+        decays = () if g is None else (g,)
+        theirs = {"scalar": "simple_gla", "vector": "gla"}.get(decay)
+        yield Case(
+            "gated_linear_attention",
+            shape,
+            decay,
+            (q, k, v, *decays),
+            lambda implementation, *x: ops.gated_linear_attention(*x, implementation=implementation)[0],
+            (lambda *x, f=getattr(peers, theirs): f(*x)[0]) if peers and theirs else None,
+        )
+
+
+def delta_cases(shape: str, peers: Any) -> Iterator[Case]:
+    sizes = delta_shapes.SHAPES[shape]
+    for decay in delta_shapes.DECAYS:
+        q, k, v, g, beta = _matrix_inputs(sizes, decay)
+        decays = () if g is None else (g,)
+        theirs = {"none": "delta_rule", "scalar": "gated_delta_rule", "vector": "kda"}[decay]
+
+        def peer(q, k, v, beta, *decays, name=theirs):
+            return getattr(peers, name)(q, k, v, *decays, beta)[0]
+
+        yield Case(
+            "delta_rule",
+            shape,
+            decay,
+            (q, k, v, beta, *decays),
+            lambda implementation, *x: ops.delta_rule(*x, implementation=implementation)[0],
+            peer if peers else None,
+        )
+
+
+def scan_cases(shape: str, peers: Any) -> Iterator[Case]:
+    del peers
+    sizes = scan_shapes.SHAPES[shape]
+    B, T, D, N = (sizes[name] for name in ("batch", "length", "width", "state"))
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, B_in, C = (jax.random.normal(key, (B, T, size)) for key, size in zip(keys[:3], (D, N, N), strict=True))
+    delta = jax.nn.softplus(jax.random.normal(keys[3], (B, T, D)) - 3)
+    A = -jnp.broadcast_to(jnp.arange(1.0, N + 1)[None], (D, N))
+    yield Case(
+        "selective_scan",
+        shape,
+        "",
+        (x, delta, A, B_in, C),
+        lambda implementation, *x: ops.selective_scan(*x, implementation=implementation)[0],
+    )
+
+
+CASES = {"gated_linear_attention": attention_cases, "delta_rule": delta_cases, "selective_scan": scan_cases}
+SHAPES = {
+    "gated_linear_attention": attention_shapes.SHAPES,
+    "delta_rule": delta_shapes.SHAPES,
+    "selective_scan": scan_shapes.SHAPES,
+}
+
+
+def _matrix_inputs(sizes: Any, decay: str) -> tuple[jax.Array, ...]:
+    B, T, HK, H, K, V = (sizes[name] for name in ("batch", "length", "key_heads", "heads", "key", "value"))
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k = (jax.random.normal(key, (B, T, HK, K)) for key in keys[:2])
+    k /= jnp.linalg.norm(k, axis=-1, keepdims=True)
+    v = jax.random.normal(keys[2], (B, T, H, V))
+    shape = {"none": None, "constant": (H,), "scalar": (B, T, H), "vector": (B, T, H, K)}[decay]
+    g = None if shape is None else -jnp.exp(jax.random.normal(keys[3], shape) - 3)
+    return q, k, v, g, jax.random.uniform(keys[4], (B, T, H))  # pyright: ignore[reportReturnType]
+
+
+def measure(case: Case, implementations: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
+    """Rows of one case: per implementation forward, and forward with the gradients of all inputs."""
+    functions = {name: lambda *x, n=name: case.call(n, *x) for name in implementations}
+    if case.peer:
+        functions["jax-linear-attention"] = case.peer
+    rows = []
+    for mode in ("forward", "forward+backward"):
+        programs = {}
+        for name, function in functions.items():
+            program = function if mode == "forward" else _gradients(function, len(case.inputs))
+            began = time.perf_counter()
+            compiled = jax.jit(program).lower(*case.inputs).compile()
+            compile_s = time.perf_counter() - began
+            jax.block_until_ready(compiled(*case.inputs))
+            programs[name] = (compiled, compile_s, [])
+        for _ in range(rounds):
+            for compiled, _, times in programs.values():
+                began = time.perf_counter()
+                jax.block_until_ready(compiled(*case.inputs))
+                times.append(1e3 * (time.perf_counter() - began))
+        ours = statistics.median(next(iter(programs.values()))[2])
+        for name, (compiled, compile_s, times) in programs.items():
+            memory = compiled.memory_analysis()
+            rows.append(
+                {
+                    "op": case.op,
+                    "shape": case.shape,
+                    "variant": case.variant,
+                    "mode": mode,
+                    "implementation": name,
+                    "median_ms": statistics.median(times),
+                    "min_ms": min(times),
+                    "over_first": statistics.median(times) / ours,
+                    "temporary_mb": memory.temp_size_in_bytes / 1e6 if memory else None,
+                    "compile_s": compile_s,
+                }
+            )
+    return rows
+
+
+def _gradients(function: Callable[..., jax.Array], count: int) -> Callable[..., Any]:
+    return jax.grad(lambda *x: jnp.sum(jnp.square(function(*x))), argnums=tuple(range(count)))
+
+
+def find_peers() -> Any:
+    """The chunked ops of jax-linear-attention. Raises ValueError if the package is not installed."""
+    if importlib.util.find_spec("jla") is None:
+        raise ValueError("--peers needs jax-linear-attention (Python 3.12, jax 0.11): pip install jax-linear-attention")
+    return importlib.import_module("jla.ops.chunked")
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| op | shape | variant | mode | implementation | median ms | min ms | over first | temp MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        memory = "?" if row["temporary_mb"] is None else f"{row['temporary_mb']:.0f}"
+        lines.append(
+            f"| {row['op']} | {row['shape']} | {row['variant']} | {row['mode']} | {row['implementation']} "
+            f"| {row['median_ms']:.1f} | {row['min_ms']:.1f} | {row['over_first']:.2f} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = flags.FLAGS
+    for op in options.ops:
+        if op not in CASES:
+            raise ValueError(f"--ops must be of {', '.join(CASES)}; got {op!r}")
+    for shape in options.shapes:
+        if not any(shape in SHAPES[op] for op in options.ops):
+            known = sorted({name for op in options.ops for name in SHAPES[op]})
+            raise ValueError(f"--shapes must be of {', '.join(known)}; got {shape!r}")
+    peers = find_peers() if options.peers else None
+    environment = run_record.environment()
+    rows = []
+    for op in options.ops:
+        for shape in options.shapes:
+            for case in CASES[op](shape, peers) if shape in SHAPES[op] else ():
+                measured = measure(case, tuple(options.implementations), options.rounds)
+                rows += measured
+                print(format_rows(measured), flush=True)
+    print(json.dumps(environment))
+    if options.json:
+        Path(options.json).write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("ops", list(CASES), "Ops to measure.")
+    flags.DEFINE_list("shapes", ["cpu"], "Names in the ops' shapes.py.")
+    flags.DEFINE_list("implementations", list(IMPLEMENTATIONS), "The first is what the others are compared with.")
+    flags.DEFINE_integer("rounds", 7, "Measured rounds.", lower_bound=1)
+    flags.DEFINE_bool("peers", False, "Measure jax-linear-attention beside ours.")
+    flags.DEFINE_string("json", "", "File to write all rows to.")
+    mains.run(main)

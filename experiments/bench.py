@@ -4,11 +4,12 @@
     python -m experiments.bench --shapes=cpu --ops=delta_rule --implementations=chunked --json=bench.json
     python -m experiments.bench --shapes=cpu --peers               beside jax-linear-attention, where it is installed
 
-Every case is compiled first; then all implementations (and the peer) of one case take turns, so that a machine that slows
-down slows all of them. Reported are the median over the rounds, the minimum, the ratio of medians to ours, and the
-temporary memory of the compiled program. Hardware and versions are printed and recorded.
+Every case is compiled first; then all implementations (and the peer) of one case take turns, so that a machine that
+slows down slows all of them. Reported are the median over the rounds, the minimum, the ratio of medians to ours, and
+the temporary memory of the compiled program. Hardware and versions are printed and recorded.
 """
 
+import functools
 import importlib.util
 import json
 import statistics
@@ -56,7 +57,7 @@ def attention_cases(shape: str, peers: Any) -> Iterator[Case]:
             decay,
             (q, k, v, *decays),
             lambda implementation, *x: ops.gated_linear_attention(*x, implementation=implementation)[0],
-            (lambda *x, f=getattr(peers, theirs): f(*x)[0]) if peers and theirs else None,
+            functools.partial(_first, getattr(peers, theirs)) if peers and theirs else None,
         )
 
 
@@ -103,6 +104,10 @@ SHAPES = {
     "delta_rule": delta_shapes.SHAPES,
     "selective_scan": scan_shapes.SHAPES,
 }
+
+
+def _first(function: Callable[..., Any], *inputs: jax.Array) -> jax.Array:
+    return function(*inputs)[0]
 
 
 def _matrix_inputs(sizes: Any, decay: str) -> tuple[jax.Array, ...]:

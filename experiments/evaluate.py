@@ -116,7 +116,8 @@ def evaluate(run: LoadedRun, examples: int | None = None) -> dict[str, Any]:
             examples=examples or config.eval.examples,
             batch_size=-(-config.batch_size // devices) * devices,
         )
-        batch = next(iter(task.evaluations.values())).fetch(np.arange(DECODED_EXAMPLES))
+        source = next(iter(task.evaluations.values()))
+        batch = source.fetch(np.arange(min(DECODED_EXAMPLES, source.length or DECODED_EXAMPLES)))
         difference = None
         if run.blueprint.state_bytes is not None and "tokens" in batch:
             tokens_BT = jnp.asarray(batch["tokens"][:, :DECODED_TOKENS])

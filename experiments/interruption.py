@@ -11,8 +11,8 @@ from jax.experimental import multihost_utils
 class Interruption:
     """While this context is open the first SIGTERM or SIGINT only sets a flag; a second one acts as usual.
 
-    With several processes SIGTERM belongs to jax's preemption service, which lets all of them agree on a step.
-    Outside the main thread, where Python delivers no signals, nothing is caught.
+    With several processes SIGTERM belongs to jax's preemption service, which lets all of them agree on a step, and
+    SIGINT acts as usual. Outside the main thread, where Python delivers no signals, nothing is caught.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            caught = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+            caught = [] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
             self._previous = {number: signal.signal(number, self._receive) for number in caught}
         return self
 

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import NamedSharding, P
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from experiments.config import MESH_AXES
@@ -50,6 +51,12 @@ def join_processes() -> None:
         jax.distributed.initialize(
             num_processes=int(count) if count else None, process_id=int(place) if place else None
         )
+
+
+def wait_for_all_processes(place: str) -> None:
+    """Returns when every process has come to this `place`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)
 
 
 def make_mesh(sizes: Mapping[str, int], batch_size: int) -> Mesh:

@@ -15,8 +15,24 @@ import matplotlib.pyplot as plt
 from experiments.table import Cell, config_hash
 
 DIRECTORY = Path(__file__).parent / "results"
-FACTS = ("commit", "dirty", "versions", "device", "platform", "device_count", "process_count", "seeds", "parameters",
-         "state_bytes", "provenance", "step", "rejected_steps", "seconds", "compile_seconds", "evaluations")  # fmt: skip
+FACTS = (
+    "commit",
+    "dirty",
+    "versions",
+    "device",
+    "platform",
+    "device_count",
+    "process_count",
+    "seeds",
+    "parameters",
+    "state_bytes",
+    "provenance",
+    "step",
+    "rejected_steps",
+    "seconds",
+    "compile_seconds",
+    "evaluations",
+)
 
 
 def make_row(table: str, scale: str, cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,11 +23,11 @@ CHECKOUT = Path(__file__).parent.parent
 
 
 def environment() -> dict[str, Any]:
-    """Commit (None outside a git checkout), versions, devices."""
-    devices = jax.devices()
+    """Commit and whether files differ from it (None outside a git checkout), versions, devices."""
+    devices, commit = jax.devices(), _git("rev-parse", "HEAD")
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "commit": commit,
+        "dirty": None if commit is None else bool(_git("status", "--porcelain")),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
         "device": devices[0].device_kind,

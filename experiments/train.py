@@ -27,7 +27,7 @@ from experiments.config import Config
 from experiments.evaluate import evaluate_task, make_eval_step
 from experiments.flops import SpeedMeter
 from experiments.interruption import Interruption
-from experiments.mesh import join_processes, make_mesh, named, place_batch
+from experiments.mesh import join_processes, make_mesh, named, place_batch, wait_for_all_processes
 from experiments.metrics_log import MetricsLog, draw_loss, finite, read_rows, run_summary, training_row
 from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
 from experiments.progress import ProgressReport
@@ -119,6 +119,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             state = jax.jit(initial, out_shardings=shardings)()
         if leading:
             checkpoints.set_aside_unusable(workdir, newest=step_done)
+        wait_for_all_processes("restored")
 
         def evaluate_now(state: TrainState) -> dict[str, dict[str, list[float]]]:
             return evaluate_task(
@@ -154,8 +155,8 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             ProgressReport(step_done, steps, quiet=quiet or not leading) as progress,
         ):
             for step in range(step_done + 1, steps + 1):
-                if profile and step == profile[0]:
-                    jax.profiler.start_trace(workdir / "profile")
+                if profile and step == max(profile[0], step_done + 1) and step <= profile[1]:
+                    jax.profiler.start_trace(str(workdir / "profile"))
                 host_batch = next(batches)
                 state = train_step(state, place_batch(mesh, host_batch, replicated_axis=len(seeds) > 1))
                 meter.count(host_batch)
@@ -203,6 +204,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
                 meter.resume()
 
         # --- Summary
+        wait_for_all_processes("finished")
         summary = {
             "workdir": str(workdir),
             "step": steps,

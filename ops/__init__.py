@@ -1,4 +1,5 @@
-"""Exact linear recurrences: one function per recurrence, a scan that defines it and faster forms that are held to it."""
+"""Exact linear recurrences: one function per recurrence, a scan that defines it and faster forms that are held to
+it."""
 
 from .arguments import checks
 from .delta_rule.api import delta_rule

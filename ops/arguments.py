@@ -1,7 +1,7 @@
 """Checks of the arguments of an op: shapes and dtypes while tracing, values where values can be seen.
 
-Every public op calls these once, in its `api.py`. A violation raises `ValueError` with the name of the argument, what was
-expected and what came. Values are visible only in an eager call; `ops.checks` makes them visible under `jit`.
+Every public op calls these once, in its `api.py`. A violation raises `ValueError` with the name of the argument, what
+was expected and what came. Values are visible only in an eager call; `ops.checks` makes them visible under `jit`.
 """
 
 import contextlib
@@ -21,8 +21,9 @@ _checking = contextvars.ContextVar("checking", default=False)
 def checks(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `function`, compiled, with every value promise of the ops inside it checked on the device.
 
-    `ops.checks(step)(...)` raises `jax.experimental.checkify.JaxRuntimeError` naming the argument when, say, a `decay_log`
-    is positive or a `beta` lies outside [0, 2]. It costs a reduction per checked argument: for debugging, not for training.
+    `ops.checks(step)(...)` raises `jax.experimental.checkify.JaxRuntimeError` naming the argument when, say, a
+    `decay_log` is positive or a `beta` lies outside [0, 2]. It costs a reduction per checked argument: for debugging,
+    not for training.
     """
     checked = jax.jit(checkify.checkify(function, errors=checkify.user_checks))
 

@@ -1,10 +1,10 @@
 """What all chunked forms of matrix-state recurrences share: cutting time, and products of decays over intervals.
 
-Letters: B batch, T time, H heads, C chunk length, G number of chunks, K key, V value, E = K or 1 (decay per channel, or one
-for all). Arrays cut into chunks are [G, B, H, C, ...]; functions on chunks accept any leading axes.
+Letters: B batch, T time, H heads, C chunk length, G number of chunks, K key, V value, E = K or 1 (decay per channel, or
+one for all). Arrays cut into chunks are [G, B, H, C, ...]; functions on chunks accept any leading axes.
 
-**Decays as products.** Token t multiplies the state by a_t = exp(decay_log_t) in [0, 1], and a token that starts a segment by
-a_t = 0. Everything a chunked form needs is a product of a over an interval of tokens,
+**Decays as products.** Token t multiplies the state by a_t = exp(decay_log_t) in [0, 1], and a token that starts a
+segment by a_t = 0. Everything a chunked form needs is a product of a over an interval of tokens,
 
     W_ij = a_{j+1} a_{j+2} ... a_i   (i >= j),
 
@@ -14,12 +14,12 @@ tokens each pair with j in the first half and i in the second splits at the midd
     W_ij = suffix_j * prefix_i,   suffix_j = a_{j+1} .. a_{middle - 1},   prefix_i = a_middle .. a_i,
 
 so one outer product per level b = 1, 2, 4, .. C/2 covers all pairs i > j of a chunk. The relative error of W is about
-log2(C) rounding errors whatever the decays are: -1e4 beside -1e-3 costs nothing, where differences of cumulative sums lose
-all digits. Segment boundaries are the factor 0, exactly.
+log2(C) rounding errors whatever the decays are: -1e4 beside -1e-3 costs nothing, where differences of cumulative sums
+lose all digits. Segment boundaries are the factor 0, exactly.
 
 **Gradient of the log decays.** Each factor used downstream is a product of a's, so its log-gradient (factor times its
-cotangent) flows to the sums it was built from; `decay_log_gradient` adds them up, level by level from the chunk down to the
-token. Nothing is divided by a_t (which may be 0) and nothing cancels.
+cotangent) flows to the sums it was built from; `decay_log_gradient` adds them up, level by level from the chunk down to
+the token. Nothing is divided by a_t (which may be 0) and nothing cancels.
 """
 
 import functools
@@ -37,8 +37,8 @@ einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferre
 def chunk_length(length: int, state_size: int) -> int:
     """C, a power of two, for T = `length` and the larger of K and V.
 
-    A token costs about C (K + V) inside its chunk and K V between chunks, balanced at C = K; 64 is where the scores stop
-    fitting caches, 16 where products become too small to be fast, and no chunk need be longer than the sequence.
+    A token costs about C (K + V) inside its chunk and K V between chunks, balanced at C = K; 64 is where the scores
+    stop fitting caches, 16 where products become too small to be fast, and no chunk need be longer than the sequence.
     """
     return min(64, max(16, _power_of_two(state_size)), _power_of_two(length))
 
@@ -77,7 +77,8 @@ def decay_factors(
 ) -> jax.Array | None:
     """Per-token factors a [G, B or 1, H or 1, C, E], or None when no token ever decays.
 
-    decay_log: None, [H], [B, T, H] or [B, T, H, K]; segment_ids None or [B, T]. Padding has a = 1: it leaves the state alone.
+    decay_log: None, [H], [B, T, H] or [B, T, H, K]; segment_ids None or [B, T]. Padding has a = 1: it leaves the state
+    alone.
     """
     if decay_log is None and segment_ids is None:
         return None
@@ -106,8 +107,8 @@ def decay_cotangent(dg_GBHCE: jax.Array, decay_log: jax.Array, length: int) -> j
 class DecayTree(NamedTuple):
     """Interval products of one chunk (see the top of the file); E = K or 1.
 
-    levels: per block length b = 1, 2, 4, .. C/2 the pair (prefix [..., C/2b, b, E] of the second halves, suffix of the first)
-    prefix [..., C, E]: from the start of the chunk up to and including the token
+    levels: per block length b = 1, 2, 4, .. C/2 the pair (prefix [..., C/2b, b, E] of the second halves, suffix of the
+    first) prefix [..., C, E]: from the start of the chunk up to and including the token
     suffix [..., C, E]: from the token, excluded, to the end of the chunk
     total [..., 1, E]: of the whole chunk
     """
@@ -157,7 +158,7 @@ def merge(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def join(diagonal: jax.Array, below: jax.Array) -> jax.Array:
-    """Block lower-triangular: diagonal blocks [..., 2n, b, b] and n blocks below them [..., n, b, b] -> [..., n, 2b, 2b]."""
+    """Block lower-triangular [..., n, 2b, 2b]: diagonal blocks [..., 2n, b, b], blocks below them [..., n, b, b]."""
     first, second = halves(diagonal)
     top = jnp.concatenate([first, jnp.zeros_like(below)], axis=-1)
     return jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)

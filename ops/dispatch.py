@@ -1,8 +1,9 @@
 """Which implementation of an op runs.
 
-An op is one `jax.custom_vjp` whose forward and backward rules ask here. The choice is made *inside* each rule, by the platform the
-program is lowered for: a program compiled ahead of time for a TPU on a CPU host takes the TPU kernel, and a scan over layers
-stores one set of residuals (the inputs), not one per candidate.
+An op is one `jax.custom_vjp` whose forward and backward rules ask here. The choice is made *inside* each rule, by the
+platform the
+program is lowered for: a program compiled ahead of time for a TPU on a CPU host takes the TPU kernel, and a scan over
+layers stores one set of residuals (the inputs), not one per candidate.
 """
 
 import functools

@@ -46,8 +46,8 @@ def random_case(seed, variant="none", length=37):
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 1.9, 2.0])
 def test_identical_keys_stay_close_to_the_reference(beta):
-    """Repeated squaring of the chunk's matrix is off by 1e10 here. The error is that of |k|^2 = 1 up to rounding: with beta 2 the
-    eigenvalue -1 is off by 1e-7, two hundred times in a row."""
+    """Repeated squaring of the chunk's matrix is off by 1e10 here. The error is that of |k|^2 = 1 up to rounding: with
+    beta 2 the eigenvalue -1 is off by 1e-7, two hundred times in a row."""
     q, k, v, _, _ = random_case(0, length=200)
     k = jnp.broadcast_to(unit(jnp.ones(KEY)).reshape(1, 1, 1, KEY), k.shape)
     beta = jnp.full((BATCH, 200, HEADS), beta)

@@ -35,8 +35,9 @@ def model() -> Model:
     config = ConfigDict({"model": sizes, "param_dtype": "float32", "compute_dtype": "float32"})
     blueprint = make_blueprint(config, task())
     params, variables = jax.jit(lambda: initial_model(blueprint, (1,)))()
-    # Larger weights than at the start of training: logits that differ, and a state that matters.
-    return blueprint, jax.tree.map(lambda leaf: 3 * leaf, params), variables
+    # Weights larger than at the start of training: logits that differ, and a state that matters.
+    noise = lambda leaf: leaf + 0.5 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)  # noqa: E731
+    return blueprint, jax.tree.map(noise, params), variables
 
 
 def test_padding_a_prompt_changes_nothing(model: Model):
@@ -102,10 +103,10 @@ def test_impossible_requests_are_refused(model: Model):
         generate(*model, [[1, 2, 3], []], tokens=5)
     with pytest.raises(ValueError, match=r"tokens must be at least 1, .* got tokens=0, temperature=1.0, top_k=0"):
         generate(*model, PROMPTS, tokens=0)
-    blueprint, *weights = model
+    blueprint, params, variables = model
     stateless = Blueprint(blueprint.build, blueprint.graphdef, blueprint.params, None)
     with pytest.raises(ValueError, match="keeps no recurrent state"):
-        generate(stateless, *weights, PROMPTS, tokens=5)
+        generate(stateless, params, variables, PROMPTS, tokens=5)
 
 
 def test_prompts_of_text_are_bytes_and_other_prompts_are_numbers():

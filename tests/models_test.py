@@ -419,6 +419,7 @@ def test_embedding_dropout_draws_anew_in_each_training_call_and_never_in_evaluat
     assert np.abs(np.asarray(call(model) - first)).max() > 0
 
 
+@pytest.mark.slow
 def test_embedding_dropout_works_for_replicas_under_vmap():
     def replica(key):
         return nnx.split(

@@ -1,8 +1,8 @@
 """What every implementation of a recurrent op must satisfy, written once.
 
-A test file subclasses `OpContract`, says how to make inputs and how to call the op, and lists `variants` and `implementations`;
-a new kernel joins by adding its name to `implementations`. All tests of one variant share few compiled programs: the data
-vary, the shapes do not.
+A test file subclasses `OpContract`, says how to make inputs and how to call the op, and lists `variants` and
+`implementations`; a new kernel joins by adding its name to `implementations`. All tests of one variant share few
+compiled programs: the data vary, the shapes do not.
 """
 
 import functools
@@ -18,9 +18,9 @@ LENGTH = 129  # three documents of 43 tokens: boundaries fall inside chunks, the
 DOCUMENT = 43
 BATCH = 2
 
-# Largest error over the largest value of a tensor. float32: sums of up to LENGTH products of order one, in another order
-# (about sqrt(LENGTH) * 6e-8, doubled by the state), with room for the delta rule's triangular inverse. bfloat16 inputs are exact
-# in float32; only the output is rounded to 8 bits.
+# Largest error over the largest value of a tensor. float32: sums of up to LENGTH products of order one, in another
+# order (about sqrt(LENGTH) * 6e-8, doubled by the state), with room for the delta rule's triangular inverse. bfloat16
+# inputs are exact in float32; only the output is rounded to 8 bits.
 TOLERANCE = {"float32": 5e-6, "bfloat16": 2.0**-8}
 
 

@@ -33,6 +33,9 @@ OVERRIDES: dict[str, Any] = {
 }
 
 
+SHORT = {"steps": 12, "eval.every_steps": 6}
+
+
 def config(**more: Any) -> Any:
     result = get_config("icl_regression,smoke")
     result.update_from_flattened_dict(OVERRIDES | more)
@@ -77,9 +80,9 @@ def newest_row(workdir: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    train.run(config(), workdir, quiet=True)
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("short")
+    train.run(config(**SHORT), workdir, quiet=True)
     return workdir
 
 
@@ -88,9 +91,12 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_and_terminated_at_any_moment_ends_to_the_bit_like_one_that_was_not(uninterrupted, tmp_path):
+def test_a_run_killed_and_terminated_at_any_moment_ends_to_the_bit_like_one_that_was_not(tmp_path_factory):
+    tmp_path, uninterrupted = (tmp_path_factory.mktemp(name) for name in ("interrupted", "uninterrupted"))
     saving = lambda: list((tmp_path / "checkpoints").glob("*.orbax-checkpoint-tmp"))  # noqa: E731
     chance = random.Random()
+
+    train.run(config(), uninterrupted, quiet=True)
 
     process = start(tmp_path)  # killed while a checkpoint is being written, after at least one whole
     when(lambda: newest_row(tmp_path) > 4 and saving(), process)
@@ -124,38 +130,37 @@ def test_a_run_killed_and_terminated_at_any_moment_ends_to_the_bit_like_one_that
     assert steps == [row["step"] for row in rows_of(tmp_path) if "train/loss" in row]
 
 
-def test_a_run_goes_on_from_where_it_was_told_to_end(uninterrupted, tmp_path, monkeypatch):
+def test_a_run_goes_on_from_where_it_was_told_to_end(short_run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 25)
+        interrupt_at(patch, 7)
         with pytest.raises(SystemExit) as ended:
-            train.run(config(), tmp_path, quiet=True)
-    assert ended.value.code == 143 and load_run(tmp_path).step == 25
-    train.run(config(), tmp_path, quiet=True)
-    assert rows_of(tmp_path) == rows_of(uninterrupted)
-    assert params_hash(tmp_path) == params_hash(uninterrupted)
+            train.run(config(**SHORT), tmp_path, quiet=True)
+    assert ended.value.code == 143 and load_run(tmp_path).step == 7
+    train.run(config(**SHORT), tmp_path, quiet=True)
+    assert rows_of(tmp_path) == rows_of(short_run)
+    assert params_hash(tmp_path) == params_hash(short_run)
 
 
-def test_a_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(
-    uninterrupted, tmp_path, monkeypatch, caplog
-):
+def test_a_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(short_run, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 25)
+        interrupt_at(patch, 7)
         with pytest.raises(SystemExit):
-            train.run(config(), tmp_path, quiet=True)
-    [array] = [file for file in (tmp_path / "checkpoints/25/model/d").iterdir() if file.stat().st_size]
+            train.run(config(**SHORT), tmp_path, quiet=True)
+    [array] = [file for file in (tmp_path / "checkpoints/7/model/d").iterdir() if file.stat().st_size]
     array.write_bytes(array.read_bytes()[:-20])
-    train.run(config(), tmp_path, quiet=True)
-    assert "damaged checkpoint" in caplog.text and "checkpoints/25" in caplog.text
-    assert (tmp_path / "damaged_checkpoints/25/model/d" / array.name).exists()
-    assert json.loads((tmp_path / "run.json").read_text())["continued"][0]["step"] == 24
-    assert rows_of(tmp_path) == rows_of(uninterrupted)
-    assert params_hash(tmp_path) == params_hash(uninterrupted)
+    train.run(config(**SHORT), tmp_path, quiet=True)
+    assert "damaged checkpoint" in caplog.text and "checkpoints/7" in caplog.text
+    assert (tmp_path / "damaged_checkpoints/7/model/d" / array.name).exists()
+    assert json.loads((tmp_path / "run.json").read_text())["continued"][0]["step"] == 4
+    assert rows_of(tmp_path) == rows_of(short_run)
+    assert params_hash(tmp_path) == params_hash(short_run)
 
 
-def test_how_often_a_run_logs_and_saves_does_not_change_what_it_computes(uninterrupted, tmp_path, monkeypatch):
+def test_how_often_a_run_logs_and_saves_does_not_change_what_it_computes(short_run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 25)
+        interrupt_at(patch, 7)
         with pytest.raises(SystemExit):
-            train.run(config(), tmp_path, quiet=True)
-    train.run(config(**{"log_every_steps": 7, "checkpoint.every_steps": 50, "profile_steps": "30:31"}), tmp_path)
-    assert params_hash(tmp_path) == params_hash(uninterrupted)
+            train.run(config(**SHORT), tmp_path, quiet=True)
+    other = SHORT | {"log_every_steps": 5, "checkpoint.every_steps": 9, "profile_steps": "6:8"}
+    train.run(config(**other), tmp_path, quiet=True)
+    assert params_hash(tmp_path) == params_hash(short_run)

@@ -1,9 +1,9 @@
 """One layer of linear self-attention learns one step of gradient descent: trained risk against the closed form.
 
-Zhang, Frei, Bartlett, "Trained Transformers Learn Linear Models In-Context", JMLR 2024, arXiv 2306.09927, theorem 4.1 and
-section 4.3; Mahankali, Hashimoto, Ma, "One Step of Gradient Descent is Provably the Optimal In-Context Learner with One
-Layer of Linear Self-Attention", ICLR 2024, arXiv 2307.03576. The numbers beside ours are theirs as formulas, evaluated by
-experiments/tasks/icl_closed_form.py.
+Zhang, Frei, Bartlett, "Trained Transformers Learn Linear Models In-Context", JMLR 2024, arXiv 2306.09927, theorem 4.1
+and section 4.3; Mahankali, Hashimoto, Ma, "One Step of Gradient Descent is Provably the Optimal In-Context Learner with
+One Layer of Linear Self-Attention", ICLR 2024, arXiv 2307.03576. The numbers beside ours are theirs as formulas,
+evaluated by experiments/tasks/icl_closed_form.py.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,9 @@ from experiments.tasks import icl_closed_form as closed_form
 
 TITLE = "In-context regression by linear self-attention"
 SOURCE = "the closed form of the best one-layer model (arXiv 2306.09927, 2307.03576)"
-METRIC = "Risk E (prediction - w.x)^2 in dimension 5; kappa multiplies all inputs, M is the number of examples in a test prompt"
+METRIC = (
+    "Risk E (prediction - w.x)^2 in dimension 5; kappa multiplies all inputs, M counts the examples of a test prompt"
+)
 
 SCALES = {
     "cpu": "two seeds trained together, 1,000 steps of 1,024 prompts, lr 1e-2; 65,536 test prompts.",

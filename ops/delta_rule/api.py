@@ -28,33 +28,36 @@ def delta_rule(
     """Linear attention that writes the correction of what it reads, on a state that may decay.
 
         D_t = Diag(exp(decay_log_t)) S_{t-1}
-        S_t = D_t + beta_t k_t^T (v_t - k_t D_t) = (I - beta_t k_t^T k_t) D_t + beta_t k_t^T v_t        o_t = scale q_t S_t
+        S_t = D_t + beta_t k_t^T (v_t - k_t D_t) = (I - beta_t k_t^T k_t) D_t + beta_t k_t^T v_t
+        o_t = scale q_t S_t
 
-    DeltaNet (Yang et al., 2024) has no decay, Gated DeltaNet (Yang et al., 2025) one per token, KDA (Kimi Linear, 2025) one per
-    token and channel. The transition has the eigenvalue 1 - beta_t |k_t|^2 along k_t: `beta` up to 2 makes it negative for
-    keys of unit length (Grazzi et al., 2025). Keys are not normalised here; beta_t |k_t|^2 > 2 makes the state grow.
+    DeltaNet (Yang et al., 2024) has no decay, Gated DeltaNet (Yang et al., 2025) one per token, KDA (Kimi Linear, 2025)
+    one per token and channel. The transition has the eigenvalue 1 - beta_t |k_t|^2 along k_t: `beta` up to 2 makes it
+    negative for keys of unit length (Grazzi et al., 2025). Keys are not normalised here; beta_t |k_t|^2 > 2 makes the
+    state grow.
 
     Args:
       q, k: [B, T, HK, K], any T >= 1. HK divides H; value head h reads key head h // (H / HK).
       v: [B, T, H, V].
       beta: [B, T, H], in [0, 2].
-      decay_log: natural log of the decay, finite and <= 0. None: no decay. [H]: constant per head. [B, T, H]: per token.
-        [B, T, H, K]: per token and key channel.
+      decay_log: natural log of the decay, finite and <= 0. None: no decay. [H]: constant per head. [B, T, H]: per
+        token. [B, T, H, K]: per token and key channel.
       scale: factor on q; None means K**-0.5.
-      initial_state: [B, H, K, V], the state before the first token; None means zeros. It belongs to the first token's segment.
-      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state starts
-        from zero. None means one segment.
-      implementation: "reference" (a scan over tokens), "chunked" (plain JAX), or None for the best of the platform that the
-        program is lowered for. A named implementation runs or raises.
+      initial_state: [B, H, K, V], the state before the first token; None means zeros. It belongs to the first token's
+        segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
+        starts from zero. None means one segment.
+      implementation: "reference" (a scan over tokens), "chunked" (plain JAX), or None for the best of the platform that
+        the program is lowered for. A named implementation runs or raises.
 
     Returns:
-      o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32. The state and all sums are float32
-      whatever the inputs are, no exponent is positive and none is clipped. Differentiable in every float input, and through
-      both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
+      o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32. The state and all sums
+      are float32 whatever the inputs are, no exponent is positive and none is clipped. Differentiable in every float
+      input, and through both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
 
     Raises:
-      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a positive or non-finite `decay_log` or a
-        `beta` outside [0, 2] where values can be seen (an eager call, or under `ops.checks`).
+      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a positive or non-finite `decay_log`
+        or a `beta` outside [0, 2] where values can be seen (an eager call, or under `ops.checks`).
     """
     check_matrix_state(q, k, v, decay_log, initial_state, segment_ids)
     check_float(beta=beta)

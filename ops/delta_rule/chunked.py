@@ -1,14 +1,16 @@
 """The (gated) delta rule by chunks, in plain JAX on every backend.
 
-With S the state at the start of a chunk and the interval products of `ops/chunking.py` (W_ij of tokens j+1..i; all <= 1):
+With S the state at the start of a chunk and the interval products of `ops/chunking.py` (W_ij of tokens j+1..i; all <=
+1):
 
     Q0 = Q . prefix    K0 = K . prefix    K1 = K . suffix
     P_ij = sum_c q_ic k_jc W_ijc (i >= j)           A_ij = beta_i sum_c k_ic k_jc W_ijc (i > j)
     N  = (I + A)^-1 (beta . (V - K0 S))             the corrected values that the chunk's tokens write
     O  = Q0 S + P N                                 S' = Diag(total) S + K1^T N
 
-The inverse does not depend on S, so M = (I + A)^-1, M (beta . V) and M (beta . K0) are made for all chunks at once and only two
-products per chunk are sequential. M is computed by forward substitution in diagonal blocks and merging of blocks, never by
+The inverse does not depend on S, so M = (I + A)^-1, M (beta . V) and M (beta . K0) are made for all chunks at once and
+only two products per chunk are sequential. M is computed by forward substitution in diagonal blocks and merging of
+blocks, never by
 squaring A: with identical keys the powers of A overflow float32 while M itself stays below 2.
 
 Backward, with dS' the gradient of the state at a chunk's end; D is the gradient of beta . (V - K0 S):
@@ -16,8 +18,9 @@ Backward, with dS' the gradient of the state at a chunk's end; D is the gradient
     D  = M^T (P^T dO + K1 dS')                      dS = Diag(total) dS' + Q0^T dO - K0^T (beta . D)
     dP = dO N^T (i >= j)    dA = -D N^T (i > j)     dV = beta . D
 
-and the rest follows from the definitions of P, A, Q0, K0, K1. Only the inputs are kept. (Yang et al., Parallelizing Linear
-Transformers with the Delta Rule, arXiv 2406.06484, section 3; with decay: Gated Delta Networks, arXiv 2412.06464.)
+and the rest follows from the definitions of P, A, Q0, K0, K1. Only the inputs are kept. (Yang et al., Parallelizing
+Linear Transformers with the Delta Rule, arXiv 2406.06484, section 3; with decay: Gated Delta Networks, arXiv
+2412.06464.)
 """
 
 import jax
@@ -70,7 +73,7 @@ def _chunk_quantities(q, k, beta, a):
 
 
 def _states(M, k0, k1, v, beta, total, initial_state):
-    """State at the start of each chunk [G, B, H, K, V], corrected values N [G, B, H, C, V], state after the last chunk."""
+    """States at chunk starts [G, B, H, K, V], corrected values N [G, B, H, C, V], state after the last chunk."""
     values, keys = einsum("...ij,...jv->...iv", M, beta * v), einsum("...ij,...jk->...ik", M, beta * k0)
 
     def step(S, chunk):

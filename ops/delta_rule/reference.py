@@ -1,4 +1,5 @@
-"""The (gated) delta rule, one token after another in float32: the definition that every other implementation is held to."""
+"""The (gated) delta rule, one token after another in float32: the definition that every other implementation is held
+to."""
 
 import jax
 import jax.numpy as jnp

@@ -28,29 +28,30 @@ def gated_linear_attention(
 
         S_t = Diag(exp(decay_log_t)) S_{t-1} + k_t^T v_t        o_t = scale q_t S_t
 
-    Linear attention (Katharopoulos et al., 2020), RetNet, Lightning Attention, GLA (Yang et al., 2024, eq. 3), HGRN2 and the
-    SSD form of Mamba-2 are this recurrence with different `decay_log`.
+    Linear attention (Katharopoulos et al., 2020), RetNet, Lightning Attention, GLA (Yang et al., 2024, eq. 3), HGRN2
+    and the SSD form of Mamba-2 are this recurrence with different `decay_log`.
 
     Args:
       q, k: [B, T, HK, K], any T >= 1. HK divides H; value head h reads key head h // (H / HK).
       v: [B, T, H, V].
-      decay_log: natural log of the decay, finite and <= 0. None: no decay. [H]: constant per head. [B, T, H]: per token.
-        [B, T, H, K]: per token and key channel.
+      decay_log: natural log of the decay, finite and <= 0. None: no decay. [H]: constant per head. [B, T, H]: per
+        token. [B, T, H, K]: per token and key channel.
       scale: factor on q; None means K**-0.5.
-      initial_state: [B, H, K, V], the state before the first token; None means zeros. It belongs to the first token's segment.
-      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state starts
-        from zero. None means one segment.
-      implementation: "reference" (a scan over tokens), "chunked" (plain JAX), or None for the best of the platform that the
-        program is lowered for. A named implementation runs or raises.
+      initial_state: [B, H, K, V], the state before the first token; None means zeros. It belongs to the first token's
+        segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
+        starts from zero. None means one segment.
+      implementation: "reference" (a scan over tokens), "chunked" (plain JAX), or None for the best of the platform that
+        the program is lowered for. A named implementation runs or raises.
 
     Returns:
-      o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32. The state and all sums are float32
-      whatever the inputs are, no exponent is positive and none is clipped. Differentiable in every float input, and through
-      both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
+      o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32. The state and all sums
+      are float32 whatever the inputs are, no exponent is positive and none is clipped. Differentiable in every float
+      input, and through both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
 
     Raises:
-      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a positive or non-finite `decay_log` where
-        values can be seen (an eager call, or under `ops.checks`).
+      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a positive or non-finite `decay_log`
+        where values can be seen (an eager call, or under `ops.checks`).
     """
     check_matrix_state(q, k, v, decay_log, initial_state, segment_ids)
     dispatch.check_implementation("gated_linear_attention", implementation, IMPLEMENTATIONS)

@@ -1,19 +1,21 @@
 """Gated linear attention by chunks, in plain JAX on every backend.
 
-With S the state at the start of a chunk of C tokens, W_ij the product of the decays of tokens j+1..i, and prefix_i, suffix_j, total
-its values over the chunk's start..i, j..end and the whole chunk (all <= 1, see `ops/chunking.py`):
+With S the state at the start of a chunk of C tokens, W_ij the product of the decays of tokens j+1..i, and prefix_i,
+suffix_j, total its values over the chunk's start..i, j..end and the whole chunk (all <= 1, see `ops/chunking.py`):
 
     P_ij = sum_c q_ic k_jc W_ijc  (i >= j)        O  = (Q . prefix) S + P V
     S'   = Diag(total) S + (K . suffix)^T V
 
-Only the last line is sequential over chunks, and elementwise. Backward, with dS' the gradient of the state at a chunk's end:
+Only the last line is sequential over chunks, and elementwise. Backward, with dS' the gradient of the state at a chunk's
+end:
 
     dS = Diag(total) dS' + (Q . prefix)^T dO      dP = dO V^T (i >= j)      dV = (K . suffix) dS' + P^T dO
     dQ = prefix . (dO S^T) + dP-weighted keys     dK = suffix . (V dS'^T) + dP-weighted queries
 
-and the gradient of each log decay is the sum of factor times cotangent over the products that contain it. The backward pass
-recomputes the chunk states: only the inputs are kept. (Yang et al., Gated Linear Attention, arXiv 2312.06635, section 4;
-the exact products by halving instead of their secondary chunking.)
+and the gradient of each log decay is the sum of factor times cotangent over the products that contain it. The backward
+pass
+recomputes the chunk states: only the inputs are kept. (Yang et al., Gated Linear Attention, arXiv 2312.06635, section
+4; the exact products by halving instead of their secondary chunking.)
 """
 
 import jax.numpy as jnp

@@ -1,4 +1,5 @@
-"""Gated linear attention, one token after another in float32: the definition that every other implementation is held to."""
+"""Gated linear attention, one token after another in float32: the definition that every other implementation is held
+to."""
 
 import jax
 import jax.numpy as jnp

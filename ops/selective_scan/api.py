@@ -1,6 +1,6 @@
 """Selective scan, the recurrence of Mamba: the public function."""
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ def selective_scan(
 
         h_t = abar_t h_{t-1} + delta_t x_t B_t        y_t = h_t C_t + D x_t
 
-    per channel d and state n: abar_t[d, n] = exp(delta_t[d] A[d, n]) (Mamba, Gu and Dao, 2023, eq. 2 and algorithm 2; zero-order
-    hold for A and Euler's rule for B, as in the authors' code), or 2 exp(delta_t[d] A[d, n]) - 1 with
+    per channel d and state n: abar_t[d, n] = exp(delta_t[d] A[d, n]) (Mamba, Gu and Dao, 2023, eq. 2 and algorithm 2;
+    zero-order hold for A and Euler's rule for B, as in the authors' code), or 2 exp(delta_t[d] A[d, n]) - 1 with
     `eigenvalue_range=(-1, 1)` (Grazzi et al., 2025), which can change the sign of the state.
 
     Args:
@@ -42,20 +42,21 @@ def selective_scan(
       B, C: [B, T, N], shared by the channels.
       D: [D], a factor on x added to the output; None means none.
       eigenvalue_range: (0, 1) or (-1, 1), see above.
-      initial_state: [B, D, N], the state before the first token; None means zeros. It belongs to the first token's segment.
-      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state starts
-        from zero. None means one segment.
-      implementation: "reference" (a scan over tokens), "chunked" (plain JAX with a hand-written backward pass), or None for the
-        best of the platform that the program is lowered for. A named implementation runs or raises.
+      initial_state: [B, D, N], the state before the first token; None means zeros. It belongs to the first token's
+        segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
+        starts from zero. None means one segment.
+      implementation: "reference" (a scan over tokens), "chunked" (plain JAX with a hand-written backward pass), or None
+        for the best of the platform that the program is lowered for. A named implementation runs or raises.
 
     Returns:
-      y [B, T, D] in x's dtype, and the state after the last token [B, D, N] in float32. The state and all sums are float32
-      whatever the inputs are, no exponent is positive and none is clipped. Differentiable in every float input, and through
-      both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
+      y [B, T, D] in x's dtype, and the state after the last token [B, D, N] in float32. The state and all sums are
+      float32 whatever the inputs are, no exponent is positive and none is clipped. Differentiable in every float input,
+      and through both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
 
     Raises:
-      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a negative or non-finite `delta` or a positive
-        or non-finite `A` where values can be seen (an eager call, or under `ops.checks`).
+      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a negative or non-finite `delta` or a
+        positive or non-finite `A` where values can be seen (an eager call, or under `ops.checks`).
     """
     check_float(x=x, delta=delta, A=A, B=B, C=C, D=D, initial_state=initial_state)
     check_shape("x", x, "[B, T, D]", (None,) * 3)
@@ -90,13 +91,12 @@ def selective_scan(
     return y.astype(x.dtype), state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _recurrence(eigenvalue_range, implementation, *inputs):
+def _forward(eigenvalue_range, implementation, *inputs) -> Any:
     return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs, eigenvalue_range=eigenvalue_range)
 
 
-def _forward(eigenvalue_range, implementation, *inputs):
-    return _recurrence(eigenvalue_range, implementation, *inputs), inputs
+def _forward_keeping_inputs(eigenvalue_range, implementation, *inputs):
+    return _forward(eigenvalue_range, implementation, *inputs), inputs
 
 
 def _backward(eigenvalue_range, implementation, inputs, cotangents):
@@ -106,4 +106,5 @@ def _backward(eigenvalue_range, implementation, inputs, cotangents):
     return *cast_like(gradients, inputs[:-1]), None  # segment_ids are integers
 
 
-_recurrence.defvjp(_forward, _backward)
+_recurrence = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
+_recurrence.defvjp(_forward_keeping_inputs, _backward)

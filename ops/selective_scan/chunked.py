@@ -1,18 +1,21 @@
-"""Selective scan in plain JAX on every backend: token after token, with a backward pass that recomputes states by chunks.
+"""Selective scan in plain JAX on every backend: token by token, with a backward pass that recomputes states by chunks.
 
-With h the state, z_t = delta_t A and a_t = exp(z_t) or 2 exp(z_t) - 1, the gradient g_t of h_t runs from the end to the start:
+With h the state, z_t = delta_t A and a_t = exp(z_t) or 2 exp(z_t) - 1, the gradient g_t of h_t runs from the end to the
+start:
 
-    g_t = C_t dy_t + a_{t+1} g_{t+1}          dz_t = g_t h_{t-1} da_t/dz_t,   da/dz = exp(z) or 2 exp(z), which is a or a + 1
-    dC_t = sum_d h_t dy_t                     dB_t = sum_d g_t delta_t x_t
+    g_t = C_t dy_t + a_{t+1} g_{t+1}          dz_t = g_t h_{t-1} da_t/dz_t,   da/dz = exp(z) or 2 exp(z), which is a or
+    a + 1 dC_t = sum_d h_t dy_t                     dB_t = sum_d g_t delta_t x_t
     dx_t = delta_t sum_n B_t g_t + D dy_t     ddelta_t = x_t sum_n B_t g_t + sum_n A dz_t      dA = sum_bt delta_t dz_t
 
-The states are kept at the starts of chunks only; inside a chunk, last chunk first, they are recomputed. So one chunk's states and
-one state per chunk exist at a time, and never an array of the size of all states. No factor is ever divided by or taken to a logarithm,
-and no product of factors is formed: decays of any strength, zero and negative factors are exact.
+The states are kept at the starts of chunks only; inside a chunk, last chunk first, they are recomputed. So one chunk's
+states and one state per chunk exist at a time, and never an array of the size of all states. No factor is ever divided
+by or taken to a logarithm, and no product of factors is formed: decays of any strength, zero and negative factors are
+exact.
 
-The work is elementwise on the state, so that on a CPU the sequential form costs the fewest passes over memory (an associative
-scan inside the chunk takes about twice the time); on accelerators its many small steps are what a kernel avoids.
-A state is [B, N, D] here: D, the large axis, is the contiguous one. Letters: C chunk length, G number of chunks.
+The work is elementwise on the state, so that on a CPU the sequential form costs the fewest passes over memory (an
+associative scan inside the chunk takes about twice the time); on accelerators its many small steps are what a kernel
+avoids. A state is [B, N, D] here: D, the large axis, is the contiguous one. Letters: C chunk length, G number of
+chunks.
 """
 
 import jax

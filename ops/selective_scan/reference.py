@@ -6,7 +6,7 @@ from jax import lax
 
 
 def selective_scan(x, delta, A, B, C, D, eigenvalue_range, initial_state, segment_ids):
-    """h_t = abar_t h_{t-1} + delta_t x_t B_t,   y_t = h_t C_t + D x_t,   abar_t = exp(delta_t A) or 2 exp(delta_t A) - 1.
+    """h_t = abar_t h_{t-1} + delta_t x_t B_t,   y_t = h_t C_t + D x_t,   abar = exp(delta A) or 2 exp(delta A) - 1.
 
     Shapes as in `api.py`, `initial_state` [B, D, N] given. Returns y [B, T, D] and the final state, both float32.
     """

@@ -1,6 +1,6 @@
 """Short convolution, the depthwise causal convolution in front of many recurrences: the public function."""
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def short_convolution(
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Causal convolution of each channel over the last W tokens of its segment; the last tap multiplies the current token.
+    """Causal convolution of each channel over W tokens of its segment; the last tap multiplies the current token.
 
         y_t = sum_{i=0}^{W-1} w_{W-1-i} x_{t-i}
 
@@ -30,17 +30,17 @@ def short_convolution(
     Args:
       x: [B, T, D], any T >= 1.
       w: [W, D], any W >= 1.
-      initial_state: [B, W - 1, D], the W - 1 inputs before the first token, oldest first; None means zeros. It belongs to the
-        first token's segment.
-      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes a segment starts.
-        None means one segment.
-      implementation: "reference" (a scan over tokens), "chunked" (shifted multiply-adds in plain JAX), or None for the best of
-        the platform that the program is lowered for. A named implementation runs or raises.
+      initial_state: [B, W - 1, D], the W - 1 inputs before the first token, oldest first; None means zeros. It belongs
+        to the first token's segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes a segment
+        starts. None means one segment.
+      implementation: "reference" (a scan over tokens), "chunked" (shifted multiply-adds in plain JAX), or None for the
+        best of the platform that the program is lowered for. A named implementation runs or raises.
 
     Returns:
-      y [B, T, D] in x's dtype, summed in float32, and the state after the last token [B, W - 1, D] in float32: the last W - 1
-      inputs unchanged, zeros where the last token's segment had not begun. Differentiable in every float input, and through
-      both outputs; only the inputs are kept for the backward pass.
+      y [B, T, D] in x's dtype, summed in float32, and the state after the last token [B, W - 1, D] in float32: the last
+      W - 1 inputs unchanged, zeros where the last token's segment had not begun. Differentiable in every float input,
+      and through both outputs; only the inputs are kept for the backward pass.
 
     Raises:
       ValueError: for wrong ranks, shapes, dtypes and names while tracing.
@@ -68,13 +68,12 @@ def short_convolution(
     return y.astype(x.dtype), state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolution(implementation, *inputs):
+def _forward(implementation, *inputs) -> Any:
     return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs)
 
 
-def _forward(implementation, *inputs):
-    return _convolution(implementation, *inputs), inputs
+def _forward_keeping_inputs(implementation, *inputs):
+    return _forward(implementation, *inputs), inputs
 
 
 def _backward(implementation, inputs, cotangents):
@@ -82,4 +81,5 @@ def _backward(implementation, inputs, cotangents):
     return *cast_like(gradients, inputs[:-1]), None  # segment_ids are integers
 
 
-_convolution.defvjp(_forward, _backward)
+_convolution = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_convolution.defvjp(_forward_keeping_inputs, _backward)

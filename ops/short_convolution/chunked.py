@@ -1,12 +1,13 @@
-"""Short convolution as W shifted multiply-adds, all tokens at once: one pass over memory after fusion, on every backend.
+"""Short convolution as W shifted multiply-adds of all tokens at once, in plain JAX on every backend.
 
-Letters: W taps, S = W - 1 + T the inputs with the W - 1 before the first token in front, z_BSD. Tap i of output t reads input t + i:
+Letters: W taps, S = W - 1 + T the inputs with the W - 1 before the first token in front, z_BSD. Tap i of output t reads
+input t + i:
 
     y_t = sum_i w_i z_{t+i} m_{t,i}        dz_s = sum_i w_i dy_{s-i} m_{s-i,i}        dw_i = sum_bt z_{t+i} dy_t m_{t,i}
 
-m_{t,i} is 1 where the input and output t lie in one run of equal segment ids, else 0. The backward rule is written as shifts
-too (and not left to autodiff, whose residuals are W copies of the inputs and whose transposed slices do not fuse on a CPU).
-A grouped `lax.conv_general_dilated` computes the same; on a CPU it took 30 to 200 times as long.
+m_{t,i} is 1 where the input and output t lie in one run of equal segment ids, else 0. The backward rule is written as
+shifts too (and not left to autodiff, whose residuals are W copies of the inputs and whose transposed slices do not fuse
+on a CPU). A grouped `lax.conv_general_dilated` computes the same; on a CPU it took 30 to 200 times as long.
 """
 
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def _inputs(x, initial_state):
 
 
 def _runs(segment_ids, taps):
-    """The index of the run of equal ids that each input belongs to [B, S], or None; ids that come back are another run."""
+    """[B, S] the index of the run of equal ids that an input belongs to (ids that come back start another), or None."""
     if segment_ids is None:
         return None
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]

@@ -1,7 +1,6 @@
 """Sliding-window softmax attention: the public function and its state."""
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,8 @@ class WindowState(NamedTuple):
 
     k: [B, window - 1, HK, K], keys
     v: [B, window - 1, HK, V], values
-    valid: [B, window - 1] bool, whether the token is there: it exists, and lies in the segment that the state belongs to
+    valid: [B, window - 1] bool, whether the token is there: it exists, and lies in the segment that the state belongs
+    to
     """
 
     k: jax.Array
@@ -50,7 +50,7 @@ def window_attention(
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, WindowState]:
-    """Softmax attention of each token to itself and the window - 1 tokens before it, as far as they are in its segment.
+    """Softmax attention of each token to itself and the window - 1 tokens before it that are in its segment.
 
         o_t = sum_s p_ts v_s        p_t = softmax(scale q_t k_s)   over t - window < s <= t in the segment of t
 
@@ -62,18 +62,18 @@ def window_attention(
       v: [B, T, HK, V].
       window: tokens that a query sees, itself included; any window >= 1, also longer than T.
       scale: factor on q; None means K**-0.5.
-      initial_state: the `WindowState` before the first token; None means `init_window_state`, no tokens. It belongs to the first
-        token's segment.
-      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes a segment starts.
-        None means one segment.
-      implementation: "reference" (one softmax over all keys), "chunked" (blocks of the window's length in plain JAX), or None
-        for the best of the platform that the program is lowered for. A named implementation runs or raises.
+      initial_state: the `WindowState` before the first token; None means `init_window_state`, no tokens. It belongs to
+        the first token's segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes a segment
+        starts. None means one segment.
+      implementation: "reference" (one softmax over all keys), "chunked" (blocks of the window's length in plain JAX),
+        or None for the best of the platform that the program is lowered for. A named implementation runs or raises.
 
     Returns:
-      o [B, T, H, V] in v's dtype, and the `WindowState` after the last token, its keys and values in k's and v's dtypes, zeros
-      where not valid. Logits, softmax and sums are float32 whatever the inputs are. Differentiable in q, k, v and the
-      state's keys and values, and through both outputs; memory grows with T * window (a block is at least 32 tokens), and
-      only the inputs are kept for the backward pass.
+      o [B, T, H, V] in v's dtype, and the `WindowState` after the last token, its keys and values in k's and v's
+      dtypes, zeros where not valid. Logits, softmax and sums are float32 whatever the inputs are. Differentiable in q,
+      k, v and the state's keys and values, and through both outputs; memory grows with T * window (a block is at least
+      32 tokens), and only the inputs are kept for the backward pass.
 
     Raises:
       ValueError: for wrong ranks, shapes, dtypes, windows and names while tracing.
@@ -116,13 +116,12 @@ def _check_state(state: WindowState, shape: tuple[int, int, int], key_size: int,
         raise ValueError(f"initial_state.valid must be boolean; got {jnp.result_type(state.valid)}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(window, scale, implementation, *inputs):
+def _forward(window, scale, implementation, *inputs) -> Any:
     return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs, window=window, scale=scale)
 
 
-def _forward(window, scale, implementation, *inputs):
-    return _attention(window, scale, implementation, *inputs), inputs
+def _forward_keeping_inputs(window, scale, implementation, *inputs):
+    return _forward(window, scale, implementation, *inputs), inputs
 
 
 def _backward(window, scale, implementation, inputs, cotangents):
@@ -132,4 +131,5 @@ def _backward(window, scale, implementation, inputs, cotangents):
     return *cast_like(gradients, inputs[:5]), None, None  # valid and segment_ids have no gradient
 
 
-_attention.defvjp(_forward, _backward)
+_attention = jax.custom_vjp(_forward, nondiff_argnums=(0, 1, 2))
+_attention.defvjp(_forward_keeping_inputs, _backward)

@@ -1,8 +1,8 @@
 """Window attention by blocks: each block of queries attends to itself and to the block before it.
 
-With blocks of C >= window - 1 tokens no query looks further back than the previous block, so the logits take T x 2C numbers
-instead of T x T. A sequence of one block attends to the initial state and itself directly, so that a decode step costs the
-window. The backward rule recomputes the logits: only the inputs are kept.
+With blocks of C >= window - 1 tokens no query looks further back than the previous block, so the logits take T x 2C
+numbers instead of T x T. A sequence of one block attends to the initial state and itself directly, so that a decode
+step costs the window. The backward rule recomputes the logits: only the inputs are kept.
 
 `jax.nn.dot_product_attention` would do for a block, but it wants keys and values of one size and runs float32 inputs at
 the backend's default precision.
@@ -44,7 +44,7 @@ def _with_previous(x, block):
 
 
 def _attend(q, k, v, q_runs, k_runs, window, scale):
-    """Softmax attention of q [..., C, H, K] to k, v [..., S, M, K | V]; the last C of the S keys stand beside the queries."""
+    """Attention of q [..., C, H, K] to k, v [..., S, M, K | V]; the last C of the S keys stand beside the queries."""
     *leading, C, H, K = q.shape
     S, M = k.shape[-3:-1]
     distance = (S - C) + jnp.arange(C)[:, None] - jnp.arange(S)[None, :]
@@ -87,17 +87,15 @@ def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale):
         o = o.reshape(batch, -1, *o.shape[3:])[:, :length]
 
     valid = runs[:, length:] == runs[:, -1:]
-    last = (
-        jnp.where(valid[:, :, None, None], x[:, length:], 0.0).astype(t) for x, t in zip((k, v), dtypes, strict=True)
-    )
-    return o, *last, valid
+    k, v = (jnp.where(valid[:, :, None, None], x[:, length:], 0.0) for x in (k, v))
+    return o, k.astype(dtypes[0]), v.astype(dtypes[1]), valid
 
 
 def backward(q, k, v, k_past, v_past, valid_past, segment_ids, do, dk_last, dv_last, *, window, scale):
     """Cotangents of q, k, v, k_past and v_past (None without initial state)."""
 
-    def outputs(*floats):
-        return forward(*floats, valid_past, segment_ids, window=window, scale=scale)[:3]
+    def outputs(q, k, v, k_past, v_past):
+        return forward(q, k, v, k_past, v_past, valid_past, segment_ids, window=window, scale=scale)[:3]
 
     _, pullback = jax.vjp(outputs, q, k, v, k_past, v_past)
     return pullback((do, dk_last, dv_last))

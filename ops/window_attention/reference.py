@@ -1,4 +1,4 @@
-"""Window attention as one masked softmax over all keys in float32: the definition that every other implementation is held to."""
+"""Window attention as one masked softmax in float32: the definition that every other implementation is held to."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ from jax import lax
 def window_attention(q, k, v, k_past, v_past, valid_past, segment_ids, window, scale):
     """o_t = sum_s p_ts v_s,   p_t = softmax of scale q_t k_s over the tokens s of t's segment with t - window < s <= t.
 
-    Shapes as in `api.py`; k_past [B, window - 1, HK, K], v_past and valid_past are the initial state. Returns o [B, T, H, V]
-    in float32 and k, v, valid of the last window - 1 tokens.
+    Shapes as in `api.py`; k_past [B, window - 1, HK, K], v_past and valid_past are the initial state. Returns o [B, T,
+    H, V] in float32 and k, v, valid of the last window - 1 tokens.
     """
     past, length = k_past.shape[1], q.shape[1]
     dtypes, group = (k.dtype, v.dtype), q.shape[2] // k.shape[2]
@@ -32,5 +32,5 @@ def window_attention(q, k, v, k_past, v_past, valid_past, segment_ids, window, s
     o_BTHV = jnp.einsum("bhts,bshv->bthv", p_BHTS, v_BSHV, precision=lax.Precision.HIGHEST)
 
     valid = same_BSS[:, -1, length:]
-    k, v = (jnp.where(valid[:, :, None, None], x[:, length:], 0).astype(t) for x, t in zip((k, v), dtypes, strict=True))
-    return o_BTHV, k, v, valid
+    k, v = (jnp.where(valid[:, :, None, None], x[:, length:], 0.0) for x in (k, v))
+    return o_BTHV, k.astype(dtypes[0]), v.astype(dtypes[1]), valid

@@ -1,0 +1,210 @@
+"""Selective scan: the op contract, and identities of Gu and Dao, arXiv 2312.00752, and Grazzi et al., arXiv 2411.12537."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import ops
+from ops import selective_scan
+from ops.selective_scan.shapes import SHAPES
+from tests.op_contract import BATCH, OpContract, assert_close
+
+WIDTH, STATE = SHAPES["test"]["width"], SHAPES["test"]["state"]
+# Per channel and state: steps of order one times these are decays from none to total, side by side.
+HARD_A = jnp.array([0.0, -1e-3, -1.0, -20.0, -1e4, -0.1])[(jnp.arange(WIDTH)[:, None] + jnp.arange(STATE)[None, :]) % 6]
+
+
+def scan_inputs(key, length, dtype="float32", width=WIDTH, state=STATE, batch=BATCH):
+    keys = jax.random.split(key, 7)
+    delta = jax.nn.softplus(jax.random.normal(keys[1], (batch, length, width)))
+    return {
+        "x": jax.random.normal(keys[0], (batch, length, width), dtype),
+        "delta": jnp.where(jax.random.uniform(keys[2], delta.shape) < 0.1, 0.0, delta),
+        "A": HARD_A if (width, state) == HARD_A.shape else -jnp.exp(jax.random.normal(keys[3], (width, state))),
+        "B": jax.random.normal(keys[4], (batch, length, state), dtype),
+        "C": jax.random.normal(keys[5], (batch, length, state), dtype),
+        "D": jax.random.normal(keys[6], (width,)),
+    }
+
+
+class TestSelectiveScan(OpContract):
+    variants = ("positive", "negative")  # the range of eigenvalues; "positive" has the skip D, "negative" has none
+    implementations = ("chunked",)
+    per_token = frozenset({"x", "delta", "B", "C"})
+    op = selective_scan
+
+    def inputs(self, key, variant, length, dtype):
+        inputs = scan_inputs(key, length, dtype)
+        if variant == "negative":
+            del inputs["D"]
+        return inputs
+
+    def initial_state(self, key, variant):
+        return jax.random.normal(key, (BATCH, WIDTH, STATE))
+
+    def call(self, inputs, state, segment_ids, implementation):
+        return selective_scan(
+            **inputs,
+            eigenvalue_range=(0, 1) if "D" in inputs else (-1, 1),
+            initial_state=state,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+
+    def test_a_ragged_last_chunk_equals_the_reference(self, variant, implementation):
+        inputs, state, ids = self.data(variant, 65, seed=9)
+        expected = self.values_and_gradients("reference", inputs, state, ids)
+        got = self.values_and_gradients(implementation, inputs, state, ids)
+        for name in expected:
+            assert_close(name, got[name], expected[name])
+
+
+both = pytest.mark.parametrize("implementation", ["reference", "chunked"])
+
+
+@both
+def test_a_scalar_state_of_sign_changes_tracks_parity_exactly(implementation):
+    length = 1000
+    bits = jax.random.bernoulli(jax.random.key(0), 0.5, (2, length, 1))
+    one_BTN = jnp.ones((2, length, 1))
+    y, state = selective_scan(
+        jnp.zeros((2, length, 1)),
+        jnp.where(bits, 1e4, 0.0),  # 2 exp(-1e4) - 1 = -1 on a one, 2 exp(0) - 1 = 1 on a zero
+        -jnp.ones((1, 1)),
+        one_BTN,
+        one_BTN,
+        eigenvalue_range=(-1, 1),
+        initial_state=-jnp.ones((2, 1, 1)),
+        implementation=implementation,
+    )
+    parity = np.cumsum(np.asarray(bits, int), axis=1) % 2
+    np.testing.assert_array_equal(y, 2.0 * parity - 1)
+    np.testing.assert_array_equal(state[:, 0], y[:, -1])
+
+
+@both
+def test_eigenvalues_from_zero_to_one_never_change_the_sign_of_the_state(implementation):
+    inputs = scan_inputs(jax.random.key(1), 50) | {"x": jnp.zeros((BATCH, 50, WIDTH))}
+    _, state = selective_scan(**inputs, initial_state=jnp.ones((BATCH, WIDTH, STATE)), implementation=implementation)
+    assert (state >= 0).all()
+    _, state = selective_scan(
+        **inputs,
+        eigenvalue_range=(-1, 1),
+        initial_state=jnp.ones((BATCH, WIDTH, STATE)),
+        implementation=implementation,
+    )
+    assert (state < 0).any()
+
+
+@both
+@pytest.mark.parametrize("eigenvalue_range", [(0, 1), (-1, 1)])
+def test_frozen_delta_B_and_C_make_a_convolution(implementation, eigenvalue_range):
+    length = 60
+    inputs = scan_inputs(jax.random.key(2), length, width=3, state=5)
+    delta_D, B_N, C_N = inputs["delta"][0, 1] + 0.1, inputs["B"][0, 0], inputs["C"][0, 0]
+    frozen = inputs | {
+        name: jnp.broadcast_to(value[None, None, :], (BATCH, length, value.size))
+        for name, value in (("delta", delta_D), ("B", B_N), ("C", C_N))
+    }
+    y, _ = selective_scan(**frozen, eigenvalue_range=eigenvalue_range, implementation=implementation)
+
+    x, delta, A, B, C, D = (
+        np.asarray(z, np.float64) for z in (inputs["x"], delta_D, inputs["A"], B_N, C_N, inputs["D"])
+    )
+    factor_DN = np.exp(delta[:, None] * A)
+    if eigenvalue_range == (-1, 1):
+        factor_DN = 2 * factor_DN - 1
+    kernel_LD = np.stack([(factor_DN**lag * B * C).sum(1) * delta for lag in range(length)])
+    expected = np.stack(
+        [sum(kernel_LD[lag] * x[:, t - lag] for lag in range(t + 1)) + D * x[:, t] for t in range(length)], axis=1
+    )
+    assert_close("y", y, expected, 1e-5)
+
+
+@both
+def test_a_step_of_zero_leaves_the_state_alone(implementation):
+    inputs = scan_inputs(jax.random.key(3), 5)
+    state = jax.random.normal(jax.random.key(4), (BATCH, WIDTH, STATE))
+    still = inputs | {"delta": jnp.zeros_like(inputs["delta"])}
+    y, final = selective_scan(**still, initial_state=state, implementation=implementation)
+    np.testing.assert_array_equal(final, state)
+    assert_close("y", y, jnp.einsum("bdn,btn->btd", state, inputs["C"]) + inputs["D"][None, None] * inputs["x"], 1e-6)
+
+
+def test_gradients_under_total_decay_are_finite_and_forget_the_past():
+    inputs = scan_inputs(jax.random.key(5), 100) | {"A": jnp.full((WIDTH, STATE), -1e30)}
+    inputs["delta"] = jnp.ones_like(inputs["delta"])
+
+    def last_output(x):
+        return selective_scan(**inputs | {"x": x})[0][:, -1].sum()
+
+    gradient = jax.grad(last_output)(inputs["x"])
+    assert jnp.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[:, :-1], 0.0)
+    assert (gradient[:, -1] != 0).all()
+
+
+def test_the_backward_pass_keeps_a_state_per_chunk_not_per_token():
+    width, state = 8, 256
+    state_bytes = 4 * width * state
+
+    def temporary_bytes(implementation, length):
+        inputs = scan_inputs(jax.random.key(6), length, width=width, state=state, batch=1)
+
+        def loss(inputs):
+            y, final = selective_scan(**inputs, implementation=implementation)
+            return y.sum() + final.sum()
+
+        return jax.jit(jax.grad(loss)).lower(inputs).compile().memory_analysis().temp_size_in_bytes
+
+    def bytes_per_token(implementation):
+        return (temporary_bytes(implementation, 1024) - temporary_bytes(implementation, 256)) / (1024 - 256)
+
+    tokens = 4 * 8 * (width + state)  # copies of x, delta, B, C and of their gradients, cut into chunks
+    assert bytes_per_token("chunked") < tokens + state_bytes / 32  # 1/64 expected
+    assert bytes_per_token("reference") > state_bytes
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+GOOD = {
+    "x": ones(BATCH, 4, WIDTH),
+    "delta": ones(BATCH, 4, WIDTH),
+    "A": -ones(WIDTH, STATE),
+    "B": ones(BATCH, 4, STATE),
+    "C": ones(BATCH, 4, STATE),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("x", {"x": ones(BATCH, 4)}),
+        ("x", {"x": ones(BATCH, 4, WIDTH, dtype=np.int32)}),
+        ("delta", {"delta": ones(BATCH, 4, WIDTH + 1)}),
+        ("delta", {"delta": -ones(BATCH, 4, WIDTH)}),
+        ("A", {"A": -ones(WIDTH + 1, STATE)}),
+        ("A", {"A": ones(WIDTH, STATE)}),
+        ("B", {"B": ones(BATCH, 4, STATE + 1)}),
+        ("C", {"C": ones(BATCH, 5, STATE)}),
+        ("D", {"D": ones(WIDTH, 1)}),
+        ("eigenvalue_range", {"eigenvalue_range": (-1, 0)}),
+        ("initial_state", {"initial_state": ones(BATCH, STATE, WIDTH)}),
+        ("segment_ids", {"segment_ids": ones(BATCH, 4)}),
+        ("implementation", {"implementation": "fast"}),
+    ],
+)
+def test_errors_name_the_argument(name, change):
+    with pytest.raises(ValueError, match=rf"^{name} "):
+        selective_scan(**GOOD | change)
+
+
+def test_values_are_checked_under_jit_by_ops_checks():
+    checked = ops.checks(lambda delta: selective_scan(**GOOD | {"delta": delta})[0])
+    checked(GOOD["delta"])
+    with pytest.raises(checkify.JaxRuntimeError, match="delta must be finite and >= 0"):
+        checked(-GOOD["delta"])

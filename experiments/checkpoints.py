@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax import NamedSharding, P
 from orbax.checkpoint import v1
 
 from experiments.mesh import parameter_name
+from experiments.notices import warn
 
 policies = v1.training.preservation_policies
 
@@ -114,7 +114,6 @@ def restore_latest(
         try:
             return step, restore(directory, step, wanted, data), damaged
         except DamagedCheckpointError as error:
-            logging.debug("%s", error, exc_info=True)
             damaged.append(str(error))
     if damaged:
         raise ValueError(
@@ -125,10 +124,14 @@ def restore_latest(
 
 def _check_shapes(path: Path, name: str, tree: Any) -> None:
     try:
-        metadata = v1.metadata(str(path), checkpointable_name=name).metadata["tree"]
+        metadata: Any = v1.metadata(str(path), checkpointable_name=name).metadata
     except Exception as error:
         raise DamagedCheckpointError(f"{path} ({type(error).__name__} in the metadata of {name})") from error
-    old = {parameter_name(leaf_path): tuple(leaf.shape) for leaf_path, leaf in jax.tree.leaves_with_path(metadata)}
+    if metadata is None:
+        raise DamagedCheckpointError(f"{path} (the metadata of {name} cannot be read)")
+    old = {
+        parameter_name(leaf_path): tuple(leaf.shape) for leaf_path, leaf in jax.tree.leaves_with_path(metadata["tree"])
+    }
     new = {parameter_name(leaf_path): leaf.shape for leaf_path, leaf in jax.tree.leaves_with_path(tree)}
     if old == new:
         return
@@ -212,7 +215,7 @@ def set_aside_unusable(workdir: Path, newest: int) -> None:
         names = itertools.chain([str(step)], (f"{step}.{copy}" for copy in itertools.count(1)))
         target = next(aside / name for name in names if not (aside / name).exists())
         (directory / str(step)).rename(target)
-        logging.warning("moved %s to %s", directory / str(step), target)
+        warn(f"moved {directory / str(step)} to {target}")
 
 
 def _metrics_readable(path: Path) -> bool:

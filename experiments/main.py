@@ -6,6 +6,7 @@ shows where they were raised. Anything else is our own bug and keeps its traceba
 """
 
 import difflib
+import logging as stdlib_logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -42,7 +43,9 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
         _exit(f"unexpected argument {rest[1]!r}; flags are written --name=value")
     if "verbosity" in values and values["verbosity"].using_default_value:
         # absl would raise its default to INFO after this; a run's own output would drown in its libraries'.
-        values.verbosity = logging.WARNING
+        values.verbosity = logging.ERROR
+        # Reads of a damaged checkpoint leave failed tasks behind, and asyncio tells of each; we tell of the checkpoint.
+        stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     return rest
 
 

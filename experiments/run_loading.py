@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
 from experiments import checkpoints, run_record
 from experiments.config import Config
 from experiments.mesh import make_mesh, named, parameter_specs
 from experiments.metrics_log import read_rows
+from experiments.notices import warn
 from experiments.task import Task, find_task
 from experiments.train_state import Blueprint, initial_model, make_blueprint, with_shardings
 
@@ -76,7 +76,7 @@ def load_model(workdir: Path, step: str, config: Config, blueprint: Blueprint, m
             raise ValueError(f"{workdir} has no checkpoint")
         found, parts, damaged = restored
         for problem in damaged:
-            logging.warning("damaged checkpoint, using an older one: %s", problem)
+            warn(f"damaged checkpoint {problem}: using the one of step {found}")
     else:
         found = best_step(workdir, config, available) if step == "best" else _number(step, available)
         try:

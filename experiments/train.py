@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from experiments import checkpoints, run_record
@@ -29,6 +29,7 @@ from experiments.flops import SpeedMeter
 from experiments.interruption import Interruption
 from experiments.mesh import join_processes, make_mesh, named, place_batch, wait_for_all_processes
 from experiments.metrics_log import MetricsLog, draw_loss, finite, read_rows, run_summary, training_row
+from experiments.notices import warn
 from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
 from experiments.progress import ProgressReport
 from experiments.run_loading import load_model
@@ -112,7 +113,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             step_done, parts, damaged = restored
             state = TrainState(**parts["model"], **parts["optimizer"])
             for problem in damaged:
-                logging.warning("damaged checkpoint, going on from step %d: %s", step_done, problem)
+                warn(f"damaged checkpoint {problem}: going on from step {step_done}")
         elif initial_params is not None:
             state = replace(jax.jit(initial, out_shardings=shardings)(), params=initial_params)
         else:

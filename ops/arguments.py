@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import checkify
 
 _checking = contextvars.ContextVar("checking", default=False)
@@ -77,7 +78,7 @@ def check_values(name: str, array: jax.Array | None, expectation: str, predicate
     """Raises if a visible value of `array` fails `predicate` (elementwise, on a numpy or a JAX array)."""
     if array is None:
         return
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         if _checking.get():
             checkify.check(jnp.all(predicate(array)), f"{name} must be {expectation}")
         return

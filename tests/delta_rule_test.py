@@ -77,7 +77,8 @@ def test_the_last_write_to_a_key_is_what_it_returns():
 def test_writing_twice_changes_nothing():
     q, k, v, _, _ = random_case(4, length=1)
     once = delta_rule(q, k, v, jnp.ones((BATCH, 1, HEADS)))[1]
-    twice = delta_rule(*(jnp.concatenate([x, x], 1) for x in (q, k, v)), jnp.ones((BATCH, 2, HEADS)))[1]
+    q, k, v = (jnp.concatenate([x, x], 1) for x in (q, k, v))
+    twice = delta_rule(q, k, v, jnp.ones((BATCH, 2, HEADS)))[1]
     assert_close("state", twice, once)
 
 

@@ -1,5 +1,7 @@
 """Gated linear attention: the op contract, and identities of Yang et al., arXiv 2312.06635."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -43,7 +45,7 @@ class TestGatedLinearAttention(OpContract):
         return jax.random.normal(key, (BATCH, HEADS, KEY, VALUE))
 
 
-def random_case(seed, variant, length=37):
+def random_case(seed, variant, length=37) -> tuple[Any, ...]:
     inputs = attention_inputs(jax.random.key(seed), variant, length, "float32")
     return inputs.pop("q"), inputs.pop("k"), inputs.pop("v"), inputs.get("decay_log")
 
@@ -80,8 +82,8 @@ def test_a_huge_decay_forgets_everything_before_it():
 def test_zero_decay_is_no_decay_and_padding_with_zeros_keeps_the_state():
     q, k, v, _ = random_case(1, "none")
     o, S = gated_linear_attention(q, k, v)
-    padded = [jnp.pad(x, ((0, 0), (0, 5), (0, 0), (0, 0))) for x in (q, k, v)]
-    o_padded, S_padded = gated_linear_attention(*padded, jnp.zeros((BATCH, 42, HEADS)))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 5), (0, 0), (0, 0))) for x in (q, k, v))
+    o_padded, S_padded = gated_linear_attention(q, k, v, jnp.zeros((BATCH, 42, HEADS)))
     assert_close("o", o_padded[:, :37], o)
     assert_close("final state", S_padded, S)
 

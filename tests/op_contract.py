@@ -26,11 +26,11 @@ TOLERANCE = {"float32": 5e-6, "bfloat16": 2.0**-8}
 
 def assert_close(name: str, got: jax.Array, expected: jax.Array, tolerance: float = TOLERANCE["float32"]) -> None:
     """Largest absolute error relative to the largest expected value; NaN and infinity fail."""
-    got, expected = (np.asarray(x, np.float64) for x in (got, expected))
-    assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
-    assert np.isfinite(got).all(), f"{name}: {np.sum(~np.isfinite(got))} values are not finite"
-    scale = np.abs(expected).max(initial=0.0)
-    error = np.abs(got - expected).max(initial=0.0) / (scale if scale > 0 else 1.0)
+    values, wanted = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert values.shape == wanted.shape, f"{name}: shape {values.shape}, expected {wanted.shape}"
+    assert np.isfinite(values).all(), f"{name}: {np.sum(~np.isfinite(values))} values are not finite"
+    scale = np.abs(wanted).max(initial=0.0)
+    error = np.abs(values - wanted).max(initial=0.0) / (scale if scale > 0 else 1.0)
     assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
 
 
@@ -128,6 +128,7 @@ class OpContract:
         inputs, state, _ = self.data(variant, LENGTH, seed=4)
         ids = jnp.broadcast_to(jnp.array([5, 0, 5])[jnp.arange(LENGTH) // DOCUMENT], (BATCH, LENGTH))
         o, final = self.forward(implementation, inputs, state, ids)
+        last = state
         for document in range(3):
             start, stop = document * DOCUMENT, (document + 1) * DOCUMENT
             first = state if document == 0 else jnp.zeros_like(state)

@@ -77,7 +77,7 @@ def delta_rule(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _recurrence(scale, implementation, *inputs):
+def _recurrence(scale, implementation, *inputs) -> tuple[jax.Array, jax.Array]:
     return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs, scale=scale)
 
 

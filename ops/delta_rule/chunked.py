@@ -129,7 +129,7 @@ def backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_st
     dbeta = (D * corrected).sum(-1, keepdims=True) + (dA * KK).sum(-1, keepdims=True)
 
     ddecay_log = None
-    if tree is None or total is None:
+    if a is None or tree is None or total is None:
         dq, dk = dq + dq0, dk + dk0 + dk1
     else:
         dq, dk = dq + dq0 * tree.prefix, dk + dk0 * tree.prefix + dk1 * tree.suffix

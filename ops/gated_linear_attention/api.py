@@ -68,7 +68,7 @@ def gated_linear_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _recurrence(scale, implementation, *inputs):
+def _recurrence(scale, implementation, *inputs) -> tuple[jax.Array, jax.Array]:
     return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs, scale=scale)
 
 

@@ -85,7 +85,7 @@ def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *
     dq_start, dk_end = einsum("...cv,...kv->...ck", do, S), einsum("...cv,...kv->...ck", v, dS)
     dv = einsum("...ck,...kv->...cv", k_end, dS) + einsum("...ij,...iv->...jv", P, do)
     ddecay_log = None
-    if tree is None or total is None:
+    if a is None or tree is None or total is None:
         dq, dk = dq + dq_start, dk + dk_end
     else:
         dq, dk = dq + dq_start * tree.prefix, dk + dk_end * tree.suffix

@@ -376,6 +376,17 @@ def test_readout_positions_select_logits():
     np.testing.assert_allclose(selected, jnp.take_along_axis(everywhere, at[..., None], axis=1), atol=1e-6)
 
 
+def test_given_positions_reach_every_mixer():
+    options = {"pattern": ("transformer",), "mixers": {"transformer": {"context_length": 6, "heads": 1}}, "mlp": "none"}
+    model = randomised(lambda: tiny_lm(**options))
+    tokens, positions = jnp.arange(6)[None, :], jnp.arange(6)[None, :]
+    call = jax.jit(lambda model, positions: model(tokens, positions=positions)[0])
+    counted, _ = jax.jit(lambda model: model(tokens))(model)
+    np.testing.assert_allclose(call(model, positions), counted, atol=1e-5)
+    np.testing.assert_allclose(call(model, positions + 5), counted, atol=1e-4)
+    assert np.abs(np.asarray(call(model, 2 * positions) - counted)).max() > 1e-2
+
+
 def test_tied_head_is_the_embedding():
     tied, untied = (randomised(lambda t=t: tiny_lm(tie_embeddings=t)) for t in (True, False))
     count = [sum(leaf.size for leaf in jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (tied, untied)]

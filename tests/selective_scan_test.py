@@ -1,4 +1,4 @@
-"""Selective scan: the op contract, and identities of Gu and Dao, arXiv 2312.00752, and Grazzi et al., arXiv 2411.12537."""
+"""Selective scan: the op contract, and identities of Mamba (arXiv 2312.00752) and of Grazzi et al. (arXiv 2411.12537)."""
 
 import jax
 import jax.numpy as jnp

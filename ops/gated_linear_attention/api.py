@@ -1,6 +1,6 @@
 """Gated linear attention: the public function."""
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,13 +67,12 @@ def gated_linear_attention(
     return o.astype(v.dtype), state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _recurrence(scale, implementation, *inputs) -> tuple[jax.Array, jax.Array]:
+def _forward(scale, implementation, *inputs) -> Any:
     return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs, scale=scale)
 
 
-def _forward(scale, implementation, *inputs):
-    return _recurrence(scale, implementation, *inputs), inputs
+def _forward_keeping_inputs(scale, implementation, *inputs):
+    return _forward(scale, implementation, *inputs), inputs
 
 
 def _backward(scale, implementation, inputs, cotangents):
@@ -81,4 +80,5 @@ def _backward(scale, implementation, inputs, cotangents):
     return *cast_like(gradients, inputs[:-1]), None  # segment_ids are integers
 
 
-_recurrence.defvjp(_forward, _backward)
+_recurrence: Any = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
+_recurrence.defvjp(_forward_keeping_inputs, _backward)

@@ -1,0 +1,106 @@
+"""Short convolution: the op contract, and its meaning as a convolution inside runs of equal segment ids."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import short_convolution
+from ops.short_convolution.shapes import SHAPES
+from tests.op_contract import BATCH, OpContract, assert_close
+
+WIDTH, TAPS = SHAPES["test"]["width"], SHAPES["test"]["taps"]
+
+
+class TestShortConvolution(OpContract):
+    variants = ("4 taps", "1 tap")
+    implementations = ("chunked",)
+    op = short_convolution
+
+    def inputs(self, key, variant, length, dtype):
+        key_x, key_w = jax.random.split(key)
+        return {
+            "x": jax.random.normal(key_x, (BATCH, length, WIDTH), dtype),
+            "w": jax.random.normal(key_w, (int(variant[0]), WIDTH), dtype),
+        }
+
+    def initial_state(self, key, variant):
+        return jax.random.normal(key, (BATCH, int(variant[0]) - 1, WIDTH))
+
+    def test_more_taps_than_tokens_equal_the_reference(self, variant, implementation):
+        del variant
+        inputs, state, _ = self.data("9 taps", 5)
+        ids = jnp.array([[0, 0, 1, 1, 0], [2, 2, 2, 2, 2]])
+        expected = self.values_and_gradients("reference", inputs, state, ids)
+        got = self.values_and_gradients(implementation, inputs, state, ids)
+        for name in expected:
+            assert_close(name, got[name], expected[name])
+
+
+both = pytest.mark.parametrize("implementation", ["reference", "chunked"])
+
+
+@both
+def test_it_is_a_convolution_inside_runs_of_equal_ids(implementation):
+    x = jnp.array([1.0, 2.0, 3.0, 4.0, 5.0])[None, :, None]
+    w = jnp.array([100.0, 10.0, 1.0])[:, None]  # the last tap is for the current token
+    before = jnp.array([8.0, 9.0])[None, :, None]
+    ids = jnp.array([[0, 0, 1, 1, 0]])  # the id 0 comes back: a third segment
+    y, state = short_convolution(x, w, initial_state=before, segment_ids=ids, implementation=implementation)
+    np.testing.assert_array_equal(y[0, :, 0], [1 + 90 + 800, 2 + 10 + 900, 3, 4 + 30, 5])
+    np.testing.assert_array_equal(state[0, :, 0], [0, 5])
+
+
+@both
+def test_without_segments_it_is_numpys_convolution(implementation):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = jax.random.normal(keys[0], (BATCH, 30, WIDTH)), jax.random.normal(keys[1], (TAPS, WIDTH))
+    y, state = short_convolution(x, w, implementation=implementation)
+    for b in range(BATCH):
+        for d in range(WIDTH):
+            # The first tap of a convolution is for the current token.
+            expected = np.convolve(np.asarray(x[b, :, d], np.float64), np.asarray(w[::-1, d], np.float64))[:30]
+            assert_close(f"y[{b}, :, {d}]", y[b, :, d], expected)
+    np.testing.assert_array_equal(state, x[:, -(TAPS - 1) :])
+
+
+@both
+def test_the_state_keeps_the_inputs_exactly_in_float32(implementation):
+    x = jax.random.normal(jax.random.key(1), (BATCH, 2, WIDTH), jnp.bfloat16)
+    y, state = short_convolution(x, jnp.ones((TAPS, WIDTH), jnp.bfloat16), implementation=implementation)
+    assert y.dtype == jnp.bfloat16
+    assert state.dtype == jnp.float32
+    np.testing.assert_array_equal(state, jnp.pad(x.astype(jnp.float32), ((0, 0), (1, 0), (0, 0))))
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+GOOD = {"x": ones(2, 5, 3), "w": ones(4, 3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("x", {"x": ones(5, 3)}),
+        ("x", {"x": ones(2, 0, 3)}),
+        ("x", {"x": ones(2, 5, 3, dtype=np.int32)}),
+        ("w", {"w": ones(3, 4)}),
+        ("w", {"w": ones(0, 3)}),
+        ("initial_state", {"initial_state": ones(2, 4, 3)}),
+        ("segment_ids", {"segment_ids": ones(2, 4, dtype=np.int32)}),
+        ("segment_ids", {"segment_ids": ones(2, 5)}),
+        ("implementation", {"implementation": "conv"}),
+    ],
+)
+def test_errors_name_the_argument(name, change):
+    with pytest.raises(ValueError, match=rf"^{name} "):
+        short_convolution(**GOOD | change)
+
+
+def test_only_the_inputs_are_kept_for_the_backward_pass():
+    x, w = jnp.ones((BATCH, 64, WIDTH)), jnp.ones((TAPS, WIDTH))
+    _, pullback = jax.vjp(lambda x, w: short_convolution(x, w)[0], x, w)
+    kept = sum(residual.size for residual in jax.tree.leaves(pullback))
+    assert kept <= x.size + w.size + BATCH * (TAPS - 1) * WIDTH

@@ -1,0 +1,247 @@
+"""Window attention: the block form against one masked softmax, states, segments, and limits that are known otherwise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import WindowState, init_window_state, window_attention
+from tests.op_contract import TOLERANCE, assert_close
+
+BATCH, HEADS, KEY_HEADS, KEY, VALUE = 2, 4, 2, 8, 12
+attend = jax.jit(window_attention, static_argnames=("window", "scale", "implementation"))
+
+
+def attention_inputs(key, length, dtype="float32"):
+    keys = jax.random.split(key, 3)
+    return {
+        "q": 2 * jax.random.normal(keys[0], (BATCH, length, HEADS, KEY), dtype),
+        "k": jax.random.normal(keys[1], (BATCH, length, KEY_HEADS, KEY), dtype),
+        "v": jax.random.normal(keys[2], (BATCH, length, KEY_HEADS, VALUE), dtype),
+    }
+
+
+def random_state(key, window, dtype="float32"):
+    """Some of the past is there, some is not."""
+    keys = jax.random.split(key, 3)
+    return WindowState(
+        k=jax.random.normal(keys[0], (BATCH, window - 1, KEY_HEADS, KEY), dtype),
+        v=jax.random.normal(keys[1], (BATCH, window - 1, KEY_HEADS, VALUE), dtype),
+        valid=jax.random.bernoulli(keys[2], 0.7, (BATCH, window - 1)),
+    )
+
+
+def random_ids(key, length):
+    return jnp.cumsum(jax.random.bernoulli(key, 0.06, (BATCH, length)), axis=1) % 3  # ids come back
+
+
+def part(inputs, start, stop):
+    return {name: x[:, start:stop] for name, x in inputs.items()}
+
+
+def assert_states_close(got, expected):
+    np.testing.assert_array_equal(got.valid, expected.valid)
+    assert_close("final k", got.k, expected.k)
+    assert_close("final v", got.v, expected.v)
+
+
+@functools.partial(jax.jit, static_argnames=("window", "implementation"))
+def values_and_gradients(inputs, state, segment_ids, *, window, implementation):
+    """Outputs and the gradients of all float inputs, with random cotangents of o and of the final keys and values."""
+
+    def outputs(inputs, past):
+        state_in = None if past is None else state._replace(k=past[0], v=past[1])
+        o, final = window_attention(
+            **inputs, window=window, initial_state=state_in, segment_ids=segment_ids, implementation=implementation
+        )
+        return {"o": o, "final k": final.k, "final v": final.v}, final.valid
+
+    past = None if state is None else (state.k, state.v)
+    values, pullback, valid = jax.vjp(outputs, inputs, past, has_aux=True)
+    keys = dict(zip(values, jax.random.split(jax.random.key(7), 3), strict=True))
+    gradients, of_past = pullback({name: jax.random.normal(keys[name], x.shape, x.dtype) for name, x in values.items()})
+    result = values | {f"gradient of {name}": g for name, g in gradients.items()} | {"valid": valid}
+    if past is not None:
+        result |= {"gradient of initial k": of_past[0], "gradient of initial v": of_past[1]}
+    return result
+
+
+# (length, window): whole and ragged blocks, windows shorter than the shortest block, longer than the sequence, of one token
+SIZES = [(129, 37), (70, 5), (64, 33), (33, 32), (40, 1), (7, 20), (1, 6), (1, 1)]
+FAST = SIZES[:2]
+sizes = pytest.mark.parametrize(
+    ("length", "window"), [pytest.param(*s, marks=() if s in FAST else pytest.mark.full) for s in SIZES]
+)
+
+
+@sizes
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
+def test_values_states_and_gradients_equal_the_reference(length, window, dtype):
+    keys = jax.random.split(jax.random.key(length), 3)
+    inputs = attention_inputs(keys[0], length, dtype)
+    state, ids = random_state(keys[1], window, dtype), random_ids(keys[2], length)
+    expected = values_and_gradients(inputs, state, ids, window=window, implementation="reference")
+    got = values_and_gradients(inputs, state, ids, window=window, implementation="chunked")
+    np.testing.assert_array_equal(got.pop("valid"), expected.pop("valid"))
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert got[name].dtype == expected[name].dtype == dtype, name
+        assert_close(name, got[name], expected[name], TOLERANCE[dtype])
+
+
+@sizes
+def test_no_initial_state_is_an_empty_one(length, window):
+    inputs = attention_inputs(jax.random.key(1), length)
+    empty = init_window_state(BATCH, window, KEY_HEADS, KEY, VALUE)
+    expected = values_and_gradients(inputs, empty, None, window=window, implementation="reference")
+    got = values_and_gradients(inputs, None, None, window=window, implementation="chunked")
+    for name in got:
+        assert_close(name, got[name], expected[name])
+
+
+@pytest.mark.parametrize("window", [37, 5])
+def test_parts_with_state_equal_the_whole(window):
+    length, cut = 129, 43
+    inputs, state = attention_inputs(jax.random.key(2), length), random_state(jax.random.key(3), window)
+    o, final = attend(**inputs, window=window, initial_state=state)
+    parts = []
+    for start in range(0, length, cut):
+        o_part, state = attend(**part(inputs, start, start + cut), window=window, initial_state=state)
+        parts.append(o_part)
+    assert_close("o", jnp.concatenate(parts, 1), o)
+    assert_states_close(state, final)
+
+
+@pytest.mark.parametrize("window", [37, 5])
+def test_packed_documents_equal_separate_ones(window):
+    length, cut = 129, 43
+    inputs, state = attention_inputs(jax.random.key(4), length), random_state(jax.random.key(5), window)
+    ids = jnp.broadcast_to(jnp.array([5, 0, 5])[jnp.arange(length) // cut], (BATCH, length))
+    o, final = attend(**inputs, window=window, initial_state=state, segment_ids=ids)
+    for document in range(3):
+        start, stop = document * cut, (document + 1) * cut
+        first = state if document == 0 else init_window_state(BATCH, window, KEY_HEADS, KEY, VALUE)
+        o_alone, last = attend(**part(inputs, start, stop), window=window, initial_state=first)
+        assert_close(f"o of document {document}", o[:, start:stop], o_alone)
+    assert_states_close(final, last)
+
+
+@pytest.mark.parametrize("window", [7, 1])
+def test_step_by_step_equals_parallel(window):
+    length = 43
+    inputs, state = attention_inputs(jax.random.key(6), length), random_state(jax.random.key(7), window)
+    o, final = attend(**inputs, window=window, initial_state=state)
+    steps = []
+    for t in range(length):
+        o_t, state = attend(**part(inputs, t, t + 1), window=window, initial_state=state)
+        steps.append(o_t)
+    assert_close("o", jnp.concatenate(steps, 1), o)
+    assert_states_close(state, final)
+
+
+@pytest.mark.parametrize("window", [37, 5])
+def test_a_token_reaches_the_outputs_of_its_window_and_no_others(window):
+    length, at = 129, 50
+    inputs = attention_inputs(jax.random.key(8), length)
+    o, _ = attend(**inputs, window=window)
+    changed = inputs | {name: inputs[name].at[:, at].add(1.0) for name in ("k", "v")}
+    o_changed, _ = attend(**changed, window=window)
+    same = np.asarray(o == o_changed).all(axis=(0, 2, 3))
+    reached = np.zeros(length, bool)
+    reached[at : at + window] = True
+    np.testing.assert_array_equal(same, ~reached)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_a_window_as_long_as_the_sequence_is_causal_attention(implementation):
+    length = 50
+    inputs = attention_inputs(jax.random.key(9), length) | {
+        "v": jax.random.normal(jax.random.key(10), (BATCH, length, KEY_HEADS, KEY))
+    }
+    expected = jax.nn.dot_product_attention(inputs["q"], inputs["k"], inputs["v"], is_causal=True)
+    for window in (length, 3 * length):
+        o, _ = attend(**inputs, window=window, implementation=implementation)
+        assert_close("o", o, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_ids_that_come_back_start_a_new_segment(implementation):
+    inputs = attention_inputs(jax.random.key(11), 5)
+    ids = jnp.array([[0, 0, 1, 1, 0], [3, 3, 3, 3, 3]])
+    o, state = attend(**inputs, window=4, segment_ids=ids, implementation=implementation)
+    alone = jnp.repeat(inputs["v"][0, 4], HEADS // KEY_HEADS, axis=0)  # softmax over itself only
+    np.testing.assert_array_equal(o[0, 4], alone)
+    np.testing.assert_array_equal(state.valid, [[False, False, True], [True, True, True]])
+    np.testing.assert_array_equal(state.k[0, :2], 0.0)
+    np.testing.assert_array_equal(state.v[1], inputs["v"][1, 2:])
+
+
+def test_large_logits_are_finite_with_finite_gradients():
+    inputs = attention_inputs(jax.random.key(12), 129)
+    inputs["q"] = 1e4 * inputs["q"]
+    values = values_and_gradients(inputs, None, None, window=5, implementation="chunked")
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in values.values())
+
+
+def test_memory_grows_with_the_length_times_the_window():
+    def temporary_bytes(length):
+        inputs = jax.eval_shape(lambda: attention_inputs(jax.random.key(0), length))
+        gradient = jax.jit(jax.grad(lambda inputs: window_attention(**inputs, window=64)[0].sum()))
+        return gradient.lower(inputs).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4096) < 4.5 * temporary_bytes(1024)  # 16 times if it grew with the square
+
+
+def test_vmap_and_remat_change_nothing():
+    window, length = 5, 70
+    inputs, state = attention_inputs(jax.random.key(13), length), random_state(jax.random.key(14), window)
+
+    def loss(inputs, past):
+        o, final = window_attention(**inputs, window=window, initial_state=WindowState(*past, state.valid))
+        return jnp.sin(o).sum() + jnp.sin(final.k).sum() + jnp.sin(final.v).sum()
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    arguments = (inputs, (state.k, state.v))
+    expected = jax.jit(gradient)(*arguments)
+    rematerialised = jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1)))(*arguments)
+    mapped = jax.jit(jax.vmap(gradient))(*jax.tree.map(lambda x: jnp.stack([x, x]), arguments))
+    for (path, want), again, both in zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(rematerialised), jax.tree.leaves(mapped), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        assert_close(name, again, want)
+        assert_close(name, both[0], want)
+        assert_close(name, both[1], want)
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+GOOD = {"q": ones(2, 5, 4, 8), "k": ones(2, 5, 2, 8), "v": ones(2, 5, 2, 6), "window": 3}
+STATE = WindowState(k=ones(2, 2, 2, 8), v=ones(2, 2, 2, 6), valid=ones(2, 2, dtype=bool))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("q", {"q": ones(2, 5, 8)}),
+        ("q", {"q": ones(2, 5, 4, 8, dtype=np.int32)}),
+        ("k", {"k": ones(2, 5, 2, 7)}),
+        ("k", {"k": ones(2, 5, 3, 8)}),
+        ("v", {"v": ones(2, 5, 4, 6)}),
+        ("window", {"window": 0}),
+        ("window", {"window": 2.0}),
+        ("initial_state", {"initial_state": tuple(STATE)}),
+        (r"initial_state\.k", {"initial_state": STATE._replace(k=ones(2, 3, 2, 8))}),
+        (r"initial_state\.v", {"initial_state": STATE._replace(v=ones(2, 2, 2, 8))}),
+        (r"initial_state\.valid", {"initial_state": STATE._replace(valid=ones(2, 2))}),
+        ("segment_ids", {"segment_ids": ones(2, 5)}),
+        ("implementation", {"implementation": "flash"}),
+    ],
+)
+def test_errors_name_the_argument(name, change):
+    with pytest.raises(ValueError, match=rf"^{name} "):
+        window_attention(**GOOD | change)

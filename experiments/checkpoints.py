@@ -1,8 +1,9 @@
 """Checkpoints of a run: asynchronous, sharded, checked when read, never trusted because they exist.
 
-A step directory holds `model` (params, variables), `optimizer` (opt_state, window) and `data` (the iterator's state);
-evaluation alone reads `model`. Each of the first two carries a checksum of every array, computed on the devices before
-saving: storage detects files cut short, but a flipped bit in an array would otherwise load without a word.
+A step directory holds `model` (params, variables), `optimizer` (opt_state, window) and `data`: the state of the
+iterator over batches, one number and the same in all processes, so that their number may change. Evaluation reads
+`model` alone. The first two carry a checksum of every array, computed on the devices before saving: storage detects
+files cut short, but a flipped bit in an array would otherwise load without a word.
 """
 
 import itertools
@@ -66,8 +67,8 @@ def _is_key(leaf: Any) -> bool:
 def restore(directory: Path, step: int, wanted: Mapping[str, Any], data: Any = None) -> dict[str, Any]:
     """Parts of one checkpoint. `wanted` maps their names to trees of jax.ShapeDtypeStruct with shardings.
 
-    `data`, an iterator, is moved to the saved place. Raises DamagedCheckpointError, or ValueError if the checkpoint is
-    whole but of another shape than wanted.
+    `data`, an iterator with one element per step, is moved to the saved place. Raises DamagedCheckpointError, or
+    ValueError if the checkpoint is whole but of another shape than wanted.
     """
     path = directory / str(step)
     abstract = {}
@@ -77,9 +78,12 @@ def restore(directory: Path, step: int, wanted: Mapping[str, Any], data: Any = N
         _check_shapes(path, name, stored)
         abstract[name] = {"tree": stored, "checksums": _abstract(jax.eval_shape(_checksums, stored), shardings)}
     try:
-        loaded = v1.load_checkpointables(str(path), abstract if data is None else {**abstract, "data": data})
+        place = {} if data is None else {"data": data.get_state()}
+        loaded = v1.load_checkpointables(str(path), {**abstract, **place})
     except Exception as error:  # whatever the storage layers raise for bytes that are not there or make no sense
         raise DamagedCheckpointError(f"{path} ({type(error).__name__})") from error
+    if data is not None and loaded["data"]["next_index"] != step:
+        raise DamagedCheckpointError(f"{path} (its next batch is {loaded['data']['next_index']})")
     parts = {}
     for name, tree in wanted.items():
         numbers, checksums = loaded[name]["tree"], loaded[name]["checksums"]
@@ -89,6 +93,8 @@ def restore(directory: Path, step: int, wanted: Mapping[str, Any], data: Any = N
                 raise DamagedCheckpointError(f"{path} (wrong checksum of {name} array {parameter_name(leaf_path)})")
         keys = jax.tree.map(_is_key, tree)
         parts[name] = jax.tree.map(lambda leaf, key: jax.random.wrap_key_data(leaf) if key else leaf, numbers, keys)
+    if data is not None:
+        data.set_state(loaded["data"])
     return parts
 
 
@@ -187,7 +193,7 @@ class Checkpoints:
         stored = {name: _storable(tree) for name, tree in parts.items()}
         items = {name: {"tree": tree, "checksums": _checksums(tree)} for name, tree in stored.items()}
         self._checkpointer.save_checkpointables_async(
-            step, {**items, "data": data}, force=True, metrics=dict(metrics) if metrics else None
+            step, {**items, "data": data.get_state()}, force=True, metrics=dict(metrics) if metrics else None
         )
 
     def close(self) -> None:

@@ -102,7 +102,7 @@ def flip_a_bit(file: Path) -> None:
         ("model/ocdbt.process_0/d", flip_a_bit),
         ("model/ocdbt.process_0/d", Path.unlink),
         ("model/d", truncate),
-        ("data", truncate),
+        ("data/d", truncate),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(directory, which, damage):

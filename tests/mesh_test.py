@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -138,16 +139,20 @@ def test_eight_devices_compute_what_one_computes_with_sharded_parameters(tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_computes(tmp_path):
+def test_two_processes_go_on_with_what_one_began_and_compute_what_one_computes(tmp_path, monkeypatch):
+    config = configured(linear_self_attention.get_config("icl_regression,smoke"), REGRESSION)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train.Interruption, "at", lambda _, step: signal.SIGTERM if step == 2 else None)
+        train.run(config, tmp_path / "two", quiet=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     file, workdir = "linear_self_attention.py:icl_regression,smoke", tmp_path / "two"
     processes = [start(file, workdir, REGRESSION, environment | {"JAX_PROCESS_ID": str(place)}) for place in range(2)]
-    config = configured(linear_self_attention.get_config("icl_regression,smoke"), REGRESSION)
     train.run(config, tmp_path / "one", quiet=True)
     for process in processes:
         finish(process)
     assert_same_metrics(tmp_path / "one", workdir)
-    assert json.loads((workdir / "run.json").read_text())["process_count"] == 2
+    [continued] = json.loads((workdir / "run.json").read_text())["continued"]
+    assert continued["process_count"] == 2 and continued["step"] == 2

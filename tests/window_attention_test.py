@@ -1,4 +1,4 @@
-"""Window attention: the block form against one masked softmax, states, segments, and limits that are known otherwise."""
+"""Window attention: the block form against one masked softmax, states, segments, and limits known otherwise."""
 
 import functools
 
@@ -14,27 +14,31 @@ BATCH, HEADS, KEY_HEADS, KEY, VALUE = 2, 4, 2, 8, 12
 attend = jax.jit(window_attention, static_argnames=("window", "scale", "implementation"))
 
 
-def attention_inputs(key, length, dtype="float32"):
-    keys = jax.random.split(key, 3)
+def normal(seed, *shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def attention_inputs(seed, length, dtype="float32"):
     return {
-        "q": 2 * jax.random.normal(keys[0], (BATCH, length, HEADS, KEY), dtype),
-        "k": jax.random.normal(keys[1], (BATCH, length, KEY_HEADS, KEY), dtype),
-        "v": jax.random.normal(keys[2], (BATCH, length, KEY_HEADS, VALUE), dtype),
+        "q": 2 * normal((seed, 0), BATCH, length, HEADS, KEY, dtype=dtype),
+        "k": normal((seed, 1), BATCH, length, KEY_HEADS, KEY, dtype=dtype),
+        "v": normal((seed, 2), BATCH, length, KEY_HEADS, VALUE, dtype=dtype),
     }
 
 
-def random_state(key, window, dtype="float32"):
+def random_state(seed, window, dtype="float32"):
     """Some of the past is there, some is not."""
-    keys = jax.random.split(key, 3)
     return WindowState(
-        k=jax.random.normal(keys[0], (BATCH, window - 1, KEY_HEADS, KEY), dtype),
-        v=jax.random.normal(keys[1], (BATCH, window - 1, KEY_HEADS, VALUE), dtype),
-        valid=jax.random.bernoulli(keys[2], 0.7, (BATCH, window - 1)),
+        k=normal((seed, 3), BATCH, window - 1, KEY_HEADS, KEY, dtype=dtype),
+        v=normal((seed, 4), BATCH, window - 1, KEY_HEADS, VALUE, dtype=dtype),
+        valid=normal((seed, 5), BATCH, window - 1) > -0.5,
     )
 
 
-def random_ids(key, length):
-    return jnp.cumsum(jax.random.bernoulli(key, 0.06, (BATCH, length)), axis=1) % 3  # ids come back
+def random_ids(seed, length):
+    return jnp.asarray(
+        np.cumsum(np.random.default_rng(seed).random((BATCH, length)) < 0.06, axis=1) % 3
+    )  # ids come back
 
 
 def part(inputs, start, stop):
@@ -48,40 +52,52 @@ def assert_states_close(got, expected):
 
 
 @functools.partial(jax.jit, static_argnames=("window", "implementation"))
-def values_and_gradients(inputs, state, segment_ids, *, window, implementation):
-    """Outputs and the gradients of all float inputs, with random cotangents of o and of the final keys and values."""
-
+def pull_back(inputs, state, segment_ids, cotangents, *, window, implementation):
     def outputs(inputs, past):
-        state_in = None if past is None else state._replace(k=past[0], v=past[1])
+        initial = None if past is None else state._replace(k=past[0], v=past[1])
         o, final = window_attention(
-            **inputs, window=window, initial_state=state_in, segment_ids=segment_ids, implementation=implementation
+            **inputs, window=window, initial_state=initial, segment_ids=segment_ids, implementation=implementation
         )
-        return {"o": o, "final k": final.k, "final v": final.v}, final.valid
+        return (o, final.k, final.v), final.valid
 
     past = None if state is None else (state.k, state.v)
     values, pullback, valid = jax.vjp(outputs, inputs, past, has_aux=True)
-    keys = dict(zip(values, jax.random.split(jax.random.key(7), 3), strict=True))
-    gradients, of_past = pullback({name: jax.random.normal(keys[name], x.shape, x.dtype) for name, x in values.items()})
-    result = values | {f"gradient of {name}": g for name, g in gradients.items()} | {"valid": valid}
-    if past is not None:
+    return values, valid, *pullback(cotangents)
+
+
+def values_and_gradients(inputs, state, segment_ids, *, window, implementation):
+    """Outputs and the gradients of all float inputs, with random cotangents of o and of the final keys and values."""
+    (length, dtype), past = (inputs["q"].shape[1], inputs["q"].dtype), window - 1
+    cotangents = (
+        normal(7, BATCH, length, HEADS, VALUE, dtype=dtype),
+        normal(8, BATCH, past, KEY_HEADS, KEY, dtype=dtype),
+        normal(9, BATCH, past, KEY_HEADS, VALUE, dtype=dtype),
+    )
+    values, valid, gradients, of_past = pull_back(
+        inputs, state, segment_ids, cotangents, window=window, implementation=implementation
+    )
+    result = dict(zip(("o", "final k", "final v"), values, strict=True)) | {"valid": valid}
+    result |= {f"gradient of {name}": g for name, g in gradients.items()}
+    if of_past is not None:
         result |= {"gradient of initial k": of_past[0], "gradient of initial v": of_past[1]}
     return result
 
 
-# (length, window): whole and ragged blocks, windows shorter than the shortest block, longer than the sequence, of one token
-SIZES = [(129, 37), (70, 5), (64, 33), (33, 32), (40, 1), (7, 20), (1, 6), (1, 1)]
-FAST = SIZES[:2]
-sizes = pytest.mark.parametrize(
-    ("length", "window"), [pytest.param(*s, marks=() if s in FAST else pytest.mark.full) for s in SIZES]
-)
+# (length, window): whole and ragged blocks; windows shorter than the shortest block, longer than the sequence, of one.
+SIZES = ((129, 37), (70, 5), (64, 33), (33, 32), (40, 1), (7, 20), (1, 6), (1, 1))
 
 
-@sizes
+def sizes(*fast):
+    return pytest.mark.parametrize(
+        ("length", "window"), [pytest.param(*size, marks=() if size in fast else pytest.mark.full) for size in SIZES]
+    )
+
+
+@sizes((129, 37), (70, 5))
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 def test_values_states_and_gradients_equal_the_reference(length, window, dtype):
-    keys = jax.random.split(jax.random.key(length), 3)
-    inputs = attention_inputs(keys[0], length, dtype)
-    state, ids = random_state(keys[1], window, dtype), random_ids(keys[2], length)
+    inputs, state = attention_inputs(0, length, dtype), random_state(0, window, dtype)
+    ids = random_ids(0, length)
     expected = values_and_gradients(inputs, state, ids, window=window, implementation="reference")
     got = values_and_gradients(inputs, state, ids, window=window, implementation="chunked")
     np.testing.assert_array_equal(got.pop("valid"), expected.pop("valid"))
@@ -91,9 +107,9 @@ def test_values_states_and_gradients_equal_the_reference(length, window, dtype):
         assert_close(name, got[name], expected[name], TOLERANCE[dtype])
 
 
-@sizes
+@sizes((70, 5))
 def test_no_initial_state_is_an_empty_one(length, window):
-    inputs = attention_inputs(jax.random.key(1), length)
+    inputs = attention_inputs(1, length)
     empty = init_window_state(BATCH, window, KEY_HEADS, KEY, VALUE)
     expected = values_and_gradients(inputs, empty, None, window=window, implementation="reference")
     got = values_and_gradients(inputs, None, None, window=window, implementation="chunked")
@@ -104,7 +120,7 @@ def test_no_initial_state_is_an_empty_one(length, window):
 @pytest.mark.parametrize("window", [37, 5])
 def test_parts_with_state_equal_the_whole(window):
     length, cut = 129, 43
-    inputs, state = attention_inputs(jax.random.key(2), length), random_state(jax.random.key(3), window)
+    inputs, state = attention_inputs(2, length), random_state(3, window)
     o, final = attend(**inputs, window=window, initial_state=state)
     parts = []
     for start in range(0, length, cut):
@@ -114,10 +130,10 @@ def test_parts_with_state_equal_the_whole(window):
     assert_states_close(state, final)
 
 
-@pytest.mark.parametrize("window", [37, 5])
+@pytest.mark.parametrize("window", [37, pytest.param(5, marks=pytest.mark.full)])
 def test_packed_documents_equal_separate_ones(window):
     length, cut = 129, 43
-    inputs, state = attention_inputs(jax.random.key(4), length), random_state(jax.random.key(5), window)
+    inputs, state = attention_inputs(4, length), random_state(5, window)
     ids = jnp.broadcast_to(jnp.array([5, 0, 5])[jnp.arange(length) // cut], (BATCH, length))
     o, final = attend(**inputs, window=window, initial_state=state, segment_ids=ids)
     for document in range(3):
@@ -131,7 +147,7 @@ def test_packed_documents_equal_separate_ones(window):
 @pytest.mark.parametrize("window", [7, 1])
 def test_step_by_step_equals_parallel(window):
     length = 43
-    inputs, state = attention_inputs(jax.random.key(6), length), random_state(jax.random.key(7), window)
+    inputs, state = attention_inputs(6, length), random_state(7, window)
     o, final = attend(**inputs, window=window, initial_state=state)
     steps = []
     for t in range(length):
@@ -144,7 +160,7 @@ def test_step_by_step_equals_parallel(window):
 @pytest.mark.parametrize("window", [37, 5])
 def test_a_token_reaches_the_outputs_of_its_window_and_no_others(window):
     length, at = 129, 50
-    inputs = attention_inputs(jax.random.key(8), length)
+    inputs = attention_inputs(8, length)
     o, _ = attend(**inputs, window=window)
     changed = inputs | {name: inputs[name].at[:, at].add(1.0) for name in ("k", "v")}
     o_changed, _ = attend(**changed, window=window)
@@ -157,9 +173,7 @@ def test_a_token_reaches_the_outputs_of_its_window_and_no_others(window):
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_a_window_as_long_as_the_sequence_is_causal_attention(implementation):
     length = 50
-    inputs = attention_inputs(jax.random.key(9), length) | {
-        "v": jax.random.normal(jax.random.key(10), (BATCH, length, KEY_HEADS, KEY))
-    }
+    inputs = attention_inputs(9, length) | {"v": normal(10, BATCH, length, KEY_HEADS, KEY)}
     expected = jax.nn.dot_product_attention(inputs["q"], inputs["k"], inputs["v"], is_causal=True)
     for window in (length, 3 * length):
         o, _ = attend(**inputs, window=window, implementation=implementation)
@@ -168,7 +182,7 @@ def test_a_window_as_long_as_the_sequence_is_causal_attention(implementation):
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_ids_that_come_back_start_a_new_segment(implementation):
-    inputs = attention_inputs(jax.random.key(11), 5)
+    inputs = attention_inputs(11, 5)
     ids = jnp.array([[0, 0, 1, 1, 0], [3, 3, 3, 3, 3]])
     o, state = attend(**inputs, window=4, segment_ids=ids, implementation=implementation)
     alone = jnp.repeat(inputs["v"][0, 4], HEADS // KEY_HEADS, axis=0)  # softmax over itself only
@@ -179,24 +193,26 @@ def test_ids_that_come_back_start_a_new_segment(implementation):
 
 
 def test_large_logits_are_finite_with_finite_gradients():
-    inputs = attention_inputs(jax.random.key(12), 129)
+    inputs = attention_inputs(12, 70)
     inputs["q"] = 1e4 * inputs["q"]
     values = values_and_gradients(inputs, None, None, window=5, implementation="chunked")
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in values.values())
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_length_times_the_window():
     def temporary_bytes(length):
-        inputs = jax.eval_shape(lambda: attention_inputs(jax.random.key(0), length))
+        inputs = jax.eval_shape(lambda: attention_inputs(0, length))
         gradient = jax.jit(jax.grad(lambda inputs: window_attention(**inputs, window=64)[0].sum()))
         return gradient.lower(inputs).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(4096) < 4.5 * temporary_bytes(1024)  # 16 times if it grew with the square
 
 
+@pytest.mark.full
 def test_vmap_and_remat_change_nothing():
     window, length = 5, 70
-    inputs, state = attention_inputs(jax.random.key(13), length), random_state(jax.random.key(14), window)
+    inputs, state = attention_inputs(13, length), random_state(14, window)
 
     def loss(inputs, past):
         o, final = window_attention(**inputs, window=window, initial_state=WindowState(*past, state.valid))

@@ -106,15 +106,16 @@ def markdown(table: ModuleType, name: str, scale: str, cells: Sequence[Cell], ro
         *(f"| {row} | " + " | ".join(text.get((row, column), "") for column in columns) + " |" for row in names),
         "",
     ]
-    done = [row for row in rows if row]
+    filled = [row for row in rows if row]
+    done = list({row["config_hash"]: row for row in filled}.values())  # cells may read different metrics of one run
     if done:
         minutes = sum(row["seconds"] for row in done) / 60
         where = sorted({f"{row['device_count']} x {row['device']} ({row['platform']})" for row in done})
         versions = sorted({f"jax {row['versions']['jax']}, flax {row['versions']['flax']}" for row in done})
         commits = sorted({f"{(row['commit'] or 'no commit')[:10]}{'+changes' if row['dirty'] else ''}" for row in done})
         lines += [
-            f"Measured on {', '.join(where)}; {'; '.join(versions)}; commit {', '.join(commits)}; {len(done)} of "
-            f"{len(cells)} cells in {minutes:.0f} minutes of training.",
+            f"Measured on {', '.join(where)}; {'; '.join(versions)}; commit {', '.join(commits)}; {len(filled)} "
+            f"of {len(cells)} cells in {minutes:.0f} minutes of training.",
             "",
         ]
     return "\n".join(lines)

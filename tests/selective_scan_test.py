@@ -39,7 +39,7 @@ class TestSelectiveScan(OpContract):
     implementations = ("chunked",)
 
     def inputs(self, key, variant, length, dtype):
-        inputs = scan_inputs(jax.random.bits(key), length, dtype)
+        inputs = scan_inputs(int(jax.random.bits(key)), length, dtype)
         if variant == "negative":
             del inputs["D"]
         return inputs

@@ -1,0 +1,71 @@
+"""Tables: every cell is a config that exists; numbers come from rows; what is missing is shown as missing."""
+
+import pytest
+
+from experiments import config as configs
+from experiments import reproduce, results
+from experiments.table import Cell, available_tables, find_cells, find_table
+
+EVERY_SCALE = [(name, scale) for name in available_tables() for scale in find_table(name).SCALES]
+
+
+@pytest.mark.parametrize(("name", "scale"), EVERY_SCALE)
+def test_every_cell_is_a_valid_config(name, scale):
+    cells = find_cells(find_table(name), scale)
+    assert cells
+    for cell in cells:
+        configs.validate(cell.make_config())
+        assert cell.gap or "/" in cell.metric
+
+
+def test_icl_cells_hold_the_published_risks():
+    published = {(c.row, c.column): c.published for c in find_cells(find_table("icl_regression"), "cpu")}
+    assert published["isotropic", "20 examples"] == pytest.approx(1.1538, abs=1e-4)
+    assert published["eigenvalues 1/4, 1/2, 1, 2, 4", "80 examples"] == pytest.approx(0.5121, abs=1e-4)
+
+
+def test_an_override_that_does_not_exist_is_named():
+    cell = Cell("a", "b", "gla:mqar,smoke", "x/y", overrides={"optimizer.rate": 1.0})
+    with pytest.raises(ValueError, match=r"a / b: the config has no entry 'optimizer.rate'"):
+        cell.make_config()
+
+
+def test_unknown_tables_and_scales_list_the_known_ones():
+    with pytest.raises(ValueError, match="--table must be one of icl_regression, state_tracking"):
+        find_table("nothing")
+    with pytest.raises(ValueError, match="--scale must be one of cpu, gpu"):
+        find_cells(find_table("icl_regression"), "huge")
+
+
+def fake_summary(value):
+    facts = dict.fromkeys(results.FACTS)
+    evaluations = {"long": {"scaled_accuracy": [value, value + 0.2]}}
+    evaluations |= {f"length_{n}": {"scaled_accuracy": [value]} for n in find_table("state_tracking").GRID}
+    versions = {"jax": "1", "flax": "2"}
+    return facts | {"evaluations": evaluations, "seconds": 60.0, "versions": versions, "device_count": 1, "commit": "c"}
+
+
+def test_a_finished_cell_is_not_run_again_and_gaps_are_shown(tmp_path, monkeypatch):
+    ran = []
+
+    def run(config, workdir):
+        ran.append(workdir.name)
+        return fake_summary(0.5)
+
+    monkeypatch.setattr(reproduce.train, "run", run)
+    arguments = {"runs": tmp_path / "runs", "directory": tmp_path / "results"}
+    first = reproduce.reproduce("state_tracking", "demo", only="DeltaNet", **arguments)
+    assert len(ran) == 2
+    assert "| DeltaNet [-1, 1] | 0.600 ± 0.141 (n=2) [1.000] |" in first
+    assert "| Mamba [-1, 1] | not run [1.000] |" in first
+    second = reproduce.reproduce("state_tracking", "demo", **arguments)
+    assert len(ran) == 4
+    assert "not run" not in second
+    assert (tmp_path / "results" / "state_tracking_demo.png").stat().st_size > 1000
+    assert second.splitlines()[0] in (tmp_path / "results" / "RESULTS.md").read_text()
+
+
+def test_a_broken_row_is_reported_with_its_line(tmp_path):
+    (tmp_path / "state_tracking.jsonl").write_text('{"scale": "cpu"}\nnot json\n')
+    with pytest.raises(ValueError, match="state_tracking.jsonl, line 2 is not a result row"):
+        results.read("state_tracking", tmp_path)

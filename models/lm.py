@@ -3,7 +3,7 @@
     logits = norm(stack(embedding[tokens])) W_head^T            W_head = the embedding itself with tie_embeddings
 
 Training, prefill and decoding are the same call; the state of the mixers is all that a prefix leaves behind.
-The embedding starts as N(0, 1 / width), other parameters as N(0, 0.02^2) where the mixer's paper says nothing else. Logits are float32, also under a bfloat16
+Parameters start as N(0, 0.02^2) where the mixer's paper says nothing else. Logits are float32, also under a bfloat16
 compute dtype: products of compute-dtype numbers, summed in float32.
 """
 
@@ -46,15 +46,12 @@ class LM(nnx.Module):
         if not 0.0 <= embedding_dropout < 1.0:
             raise ValueError(f"embedding_dropout must be in [0, 1); got {embedding_dropout}")
         self.compute_dtype = compute_dtype
-        # The customary 0.02 is this at a width of 2500. At a small width it would leave a token's own embedding
-        # below what the first blocks write, and recall takes several times as many steps to appear.
-        embedding_init = nnx.initializers.normal(width**-0.5)
         self.embedding = nnx.Embed(
             vocabulary_size,
             width,
             dtype=jnp.float32,
             param_dtype=param_dtype,
-            embedding_init=embedding_init,
+            embedding_init=NORMAL,
             embedding_metadata={"out_sharding": ("vocabulary", "embed")},
             rngs=rngs,
         )

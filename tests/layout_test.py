@@ -60,7 +60,7 @@ def test_every_model_has_a_config():
 def test_commands_and_files_in_documents_exist(document):
     text = (ROOT / document).read_text("utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    commands = re.findall(r"make ([a-z-]+)", text)
+    commands = re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)
     assert commands and set(commands) <= targets, set(commands) - targets
     for module in re.findall(r"python -m ((?:experiments|launch)[.\w]+)", text):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module

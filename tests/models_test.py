@@ -306,8 +306,7 @@ def test_first_values_have_the_published_sizes():
     model = tiny_lm(width=128, depth=2, pattern=("gla",), mixers={}, vocabulary_size=256)
     block = model.stack.period[0]
     for parameter, std in (
-        (model.embedding.embedding, 128**-0.5),
-        (model.head_WD, 0.02),
+        (model.embedding.embedding, 0.02),
         (block.mlp.up.kernel, 0.02),
         (block.mlp.down.kernel, 0.02 / math.sqrt(2 * 2)),
         (block.mixer.value.kernel, 2**-2.5 * math.sqrt(2 / (128 + 128))),

@@ -67,5 +67,5 @@ def test_a_finished_cell_is_not_run_again_and_gaps_are_shown(tmp_path, monkeypat
 
 def test_a_broken_row_is_reported_with_its_line(tmp_path):
     (tmp_path / "state_tracking.jsonl").write_text('{"scale": "cpu"}\nnot json\n')
-    with pytest.raises(ValueError, match="state_tracking.jsonl, line 2 is not a result row"):
+    with pytest.raises(ValueError, match=r"state_tracking\.jsonl, line 2 is not a result row"):
         results.read("state_tracking", tmp_path)

@@ -38,14 +38,8 @@ from jax.typing import DTypeLike
 from models.options import check_choice
 from models.projections import FAN_IN_UNIFORM, projection
 from models.short_convolution import ShortConvolution
+from models.step_size import dt_bias
 from ops.selective_scan.api import selective_scan
-
-
-def dt_bias(key: jax.Array, channels: int, smallest: float, largest: float) -> jax.Array:
-    """b with softplus(b) log-uniform on [smallest, largest], not below 1e-4."""
-    dt_E = jnp.exp(jax.random.uniform(key, (channels,), jnp.float32, math.log(smallest), math.log(largest)))
-    dt_E = jnp.maximum(dt_E, 1e-4)
-    return dt_E + jnp.log(-jnp.expm1(-dt_E))  # the inverse of softplus; log(1 - e^-dt) itself would cancel
 
 
 class Mamba(nnx.Module):

@@ -20,6 +20,12 @@ def rms_norm(
     )
 
 
+def simple_rms_norm(x: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, without a learned scale; float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
 def l2_normalise(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """x / sqrt(sum(x^2) + eps) over the last dimension, in float32; eps inside the root: finite gradients at 0."""
     x = x.astype(jnp.float32)

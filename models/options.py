@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-# Keyword arguments of every model and mixer that the builder fills in; they are not options of a config.
-SUPPLIED = ("depth", "rngs", "param_dtype", "compute_dtype")
+# Keyword arguments of models and mixers that the builder fills in; they are not options of a config.
+SUPPLIED = ("depth", "layer", "rngs", "param_dtype", "compute_dtype")
 
 
 def check_options(

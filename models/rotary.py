@@ -9,10 +9,31 @@ def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, *, base: float) -> jax.Ar
 
     The product of a rotated query and a rotated key depends on the difference of their positions alone.
     """
-    half = x_BTHK.shape[-1] // 2
-    frequency_K = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BTK = positions_BT.astype(jnp.float32)[..., None] * frequency_K[None, None, :]
+    return rotate_by(x_BTHK, angles(positions_BT, frequencies(x_BTHK.shape[-1], base)))
+
+
+def frequencies(size: int, base: float) -> jax.Array:
+    """base^(-2i/size) for the size/2 pairs of `size` channels; raises ValueError if `size` is odd."""
+    if size % 2:
+        raise ValueError(f"rotary positions turn pairs of channels and need an even head size; got {size}")
+    half = size // 2
+    return base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
+
+def angles(positions_BT: jax.Array, frequency_K: jax.Array) -> jax.Array:
+    """[B, T] times [K/2] -> [B, T, K/2], float32."""
+    return positions_BT.astype(jnp.float32)[..., None] * frequency_K[None, None, :]
+
+
+def rotate_by(x_BTHK: jax.Array, angle_BTK: jax.Array) -> jax.Array:
+    """Turns the pair (x_i, x_{i + K/2}) of every head by angle_BTK[..., i], i < K/2."""
     cos_BTHK, sin_BTHK = jnp.cos(angle_BTK)[:, :, None, :], jnp.sin(angle_BTK)[:, :, None, :]
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate((first * cos_BTHK - second * sin_BTHK, first * sin_BTHK + second * cos_BTHK), axis=-1)
     return rotated.astype(x_BTHK.dtype)
+
+
+def count_on(start_B: jax.Array, length: int) -> jax.Array:
+    """Positions [B, T] of the next `length` tokens. Rotated scores see differences of positions only, so a count over
+    packed documents serves each of them."""
+    return start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]

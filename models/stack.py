@@ -9,6 +9,7 @@ unrolled. The residual stream is float32; norms are computed in float32; mixers 
 
 import functools
 import importlib
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ class Block(nnx.Module):
         width: int,
         *,
         depth: int,
+        layer: jax.Array | int,
         options: Mapping[str, Any],
         mlp: str,
         mlp_ratio: float,
@@ -70,9 +72,12 @@ class Block(nnx.Module):
             "param_dtype": param_dtype,
             "compute_dtype": compute_dtype,
         }
+        mixer = find_mixer(name)
+        # Only a mixer whose equations depend on its place in the network asks for it.
+        place = {"layer": layer} if "layer" in inspect.signature(mixer.__init__).parameters else {}
         self.compute_dtype = compute_dtype
         self.mixer_norm = norm()
-        self.mixer = find_mixer(name)(width, **common, **options)
+        self.mixer = mixer(width, **common, **place, **options)
         self.mlp_norm = norm() if mlp == "swiglu" else None
         self.mlp = SwiGLU(width, ratio=mlp_ratio, **common) if mlp == "swiglu" else None
 
@@ -129,7 +134,7 @@ class Stack(nnx.Module):
         period = shortest_period(names)
         self.repeats = depth // period
 
-        def blocks(names: Sequence[str], rngs: nnx.Rngs) -> nnx.List[Block]:
+        def blocks(names: Sequence[str], first_layer: jax.Array | int, rngs: nnx.Rngs) -> nnx.List[Block]:
             make = functools.partial(
                 Block,
                 width=width,
@@ -141,15 +146,18 @@ class Stack(nnx.Module):
                 param_dtype=param_dtype,
                 compute_dtype=compute_dtype,
             )
-            return nnx.List([make(name, options=mixers.get(name, {})) for name in names])
+            return nnx.List(
+                [make(name, layer=first_layer + i, options=mixers.get(name, {})) for i, name in enumerate(names)]
+            )
 
         @nnx.split_rngs(splits=self.repeats)
-        @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
-        def stacked(rngs: nnx.Rngs) -> nnx.List[Block]:
-            return blocks(names[:period], rngs)
+        @nnx.vmap(in_axes=(0, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stacked(rngs: nnx.Rngs, first_layer: jax.Array) -> nnx.List[Block]:
+            return blocks(names[:period], first_layer, rngs)
 
-        self.period = stacked(rngs)
-        self.remainder = blocks(names[self.repeats * period :], rngs)
+        scanned = self.repeats * period
+        self.period = stacked(rngs, jnp.arange(0, scanned, period))
+        self.remainder = blocks(names[scanned:], scanned, rngs)
 
     def __call__(
         self,

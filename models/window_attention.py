@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 
 from models.norms import rms_norm
 from models.projections import head_size, merge_heads, projection, residual_normal, split_heads
-from models.rotary import rotate
+from models.rotary import count_on, rotate
 from ops.window_attention.api import init_window_state, window_attention
 
 
@@ -85,11 +85,7 @@ class WindowAttention(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         start_B, window = (state["position"], state["window"]) if state else (jnp.zeros((batch,), jnp.int32), None)
-        if positions is None:
-            # Rotary scores see differences of positions only, so a count over packed documents serves each of them.
-            positions_BT = start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
-        else:
-            positions_BT = positions
+        positions_BT = count_on(start_B, length) if positions is None else positions
 
         q_BTHK = split_heads(self.query(x_BTD), self.heads)
         k_BTHK = split_heads(self.key(x_BTD), self.key_value_heads)

@@ -1,8 +1,9 @@
 """What every model promises: one call for training, prefill and decoding; packed documents that never leak; exact
 states.
 
-A model joins by a row in `ROWS`: a pattern of mixers, their options and the depth. Sizes are tiny and shapes are
-shared between tests, so that each row compiles few programs.
+A model joins by a row: a pattern of mixers, their options and the depth. It stands in `ROWS` if it is the first of its
+kind and in `OTHERS`, which only `make test-all` runs, if a row in `ROWS` has the same op and kind of state. Sizes are
+tiny and shapes are shared between tests, so that each row compiles few programs.
 """
 
 import dataclasses
@@ -37,6 +38,7 @@ ROWS = {
     "delta_net": Row(("delta_net",), {"delta_net": {"heads": 2}}, model={"mlp": "swiglu"}),
     "mamba": Row(("mamba",), {"mamba": {"state_size": 4}}, model={"mlp": "none", "tie_embeddings": True}),
     "transformer": Row(("transformer",), {"transformer": {"context_length": LENGTH, "heads": 2}}),
+    "gated_delta_net": Row(("gated_delta_net",), {"gated_delta_net": {"heads": 2}}),
 }
 LONGER = {  # other options of the same mixers, and a hybrid
     "hybrid": Row(
@@ -58,24 +60,46 @@ LONGER = {  # other options of the same mixers, and a hybrid
         {"window_attention": {"window": 4, "heads": 4, "key_value_heads": 2, "qk_norm": True, "rope": False}},
     ),
 }
-ALL = {**ROWS, **LONGER}
-every_row = pytest.mark.parametrize("name", [*ROWS, *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER)])
+OTHERS = {  # mixers whose op and kind of state have a row above
+    "gated_delta_net_negative": Row(
+        ("gated_delta_net",), {"gated_delta_net": {"heads": 3, "conv_width": 0, "eigenvalue_range": (-1, 1)}}
+    ),
+    "kda": Row(("kda",), {"kda": {"heads": 2, "expand_v": 0.5}}, depth=3),
+}
+ALL = {**ROWS, **LONGER, **OTHERS}
+every_row = pytest.mark.parametrize(
+    "name",
+    [
+        *ROWS,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER),
+        *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS),
+    ],
+)
 
 
 def make(name: str, *, seed: int = 0, compute_dtype: str = "float32", **model: Any) -> LM:
-    """The row's model with random parameters of order one, so that no path through a block is negligible."""
+    """The row's model with random parameters of order one, so that no path through a block is negligible.
+
+    Variables that are not parameters, such as constants that differ between layers, keep their values.
+    """
     row = ALL[name]
     config = {"width": 32, "depth": row.depth, "pattern": row.pattern, "mixers": row.mixers, **row.model, **model}
     dtypes: dict[str, Any] = {"param_dtype": "float32", "compute_dtype": compute_dtype}
-    shapes = nnx.eval_shape(lambda: build(config, vocabulary_size=VOCABULARY, rngs=nnx.Rngs(0), **dtypes))
-    graphdef, state = nnx.split(shapes)
+
+    def split() -> Any:
+        lm = build(config, vocabulary_size=VOCABULARY, rngs=nnx.Rngs(0), **dtypes)
+        return nnx.split(lm, nnx.Param, ...)
+
+    graphdef, params, variables = nnx.eval_shape(split)
+    if jax.tree.leaves(variables):
+        variables = jax.jit(lambda: split()[2])()  # the parameters, which nobody asks for, are not computed
     rng = np.random.default_rng(seed)
 
     def value(leaf):
         noise = rng.standard_normal(leaf.shape)
         return jnp.asarray(noise / math.sqrt(leaf.shape[-2]) if leaf.ndim >= 2 else 1 + 0.3 * noise, leaf.dtype)
 
-    return nnx.merge(graphdef, jax.tree.map(value, state))
+    return nnx.merge(graphdef, jax.tree.map(value, params), variables)
 
 
 @functools.cache
@@ -192,13 +216,13 @@ def test_state_bytes_are_the_bytes_of_the_state(name, compute_dtype):
 @pytest.mark.slow
 @every_row
 def test_replicas_under_vmap_learn_as_they_would_alone(name):
-    graphdef, _ = nnx.split(model_of(name))
+    graphdef, _, variables = nnx.split(model_of(name), nnx.Param, ...)
     models = [model_of(name), make(name, seed=1)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(lm) for lm in models))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(lm, nnx.Param) for lm in models))
     tokens = [tokens_of(), tokens_of(seed=1)]
 
-    def loss(state, tokens):
-        logits, _ = nnx.merge(graphdef, state)(tokens)
+    def loss(params, tokens):
+        logits, _ = nnx.merge(graphdef, params, variables)(tokens)
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen), logits
 

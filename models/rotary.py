@@ -4,6 +4,15 @@ import jax
 import jax.numpy as jnp
 
 
+def check_pairs(head_size: int) -> int:
+    """The head size; raises ValueError if its channels do not form pairs."""
+    if head_size % 2:
+        raise ValueError(
+            f"rotary positions turn pairs of channels and need an even head size; got {head_size}: change heads"
+        )
+    return head_size
+
+
 def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, *, base: float) -> jax.Array:
     """Turns the pair (x_i, x_{i + K/2}) by the angle position * base^(-2i/K), i < K/2; K even, angles in float32.
 
@@ -13,9 +22,7 @@ def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, *, base: float) -> jax.Ar
 
 
 def frequencies(size: int, base: float) -> jax.Array:
-    """base^(-2i/size) for the size/2 pairs of `size` channels; raises ValueError if `size` is odd."""
-    if size % 2:
-        raise ValueError(f"rotary positions turn pairs of channels and need an even head size; got {size}")
+    """base^(-2i/size) for the size/2 pairs of `size` channels."""
     half = size // 2
     return base ** (-jnp.arange(half, dtype=jnp.float32) / half)
 

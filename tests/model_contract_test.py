@@ -65,6 +65,8 @@ OTHERS = {  # mixers whose op and kind of state have a row above
         ("gated_delta_net",), {"gated_delta_net": {"heads": 3, "conv_width": 0, "eigenvalue_range": (-1, 1)}}
     ),
     "kda": Row(("kda",), {"kda": {"heads": 2, "expand_v": 0.5}}, depth=3),
+    "retnet": Row(("retnet",), {"retnet": {"heads": 2}}),
+    "hgrn2": Row(("hgrn2",), {"hgrn2": {"heads": 2}}),
 }
 ALL = {**ROWS, **LONGER, **OTHERS}
 every_row = pytest.mark.parametrize(

@@ -39,6 +39,8 @@ ROWS = {
     "mamba": Row(("mamba",), {"mamba": {"state_size": 4}}, model={"mlp": "none", "tie_embeddings": True}),
     "transformer": Row(("transformer",), {"transformer": {"context_length": LENGTH, "heads": 2}}),
     "gated_delta_net": Row(("gated_delta_net",), {"gated_delta_net": {"heads": 2}}),
+    "mamba2": Row(("mamba2",), {"mamba2": {"state_size": 4, "heads": 4, "groups": 2}}),
+    "lightning": Row(("lightning",), {"lightning": {"heads": 2}}),
 }
 LONGER = {  # other options of the same mixers, and a hybrid
     "hybrid": Row(
@@ -67,6 +69,18 @@ OTHERS = {  # mixers whose op and kind of state have a row above
     "kda": Row(("kda",), {"kda": {"heads": 2, "expand_v": 0.5}}, depth=3),
     "retnet": Row(("retnet",), {"retnet": {"heads": 2}}),
     "hgrn2": Row(("hgrn2",), {"hgrn2": {"heads": 2}}),
+    "mamba2_norm_before_gate": Row(
+        ("mamba2",), {"mamba2": {"state_size": 3, "heads": 2, "norm": "before_gate", "conv_width": 1}}
+    ),
+    "lightning_released": Row(
+        ("lightning", "window_attention"),  # layers 0, 2 and 4 of 5
+        {
+            "lightning": {"heads": 2, "decay": "alibi", "lrpe": "all", "gate_rank": 3},
+            "window_attention": {"window": 4, "heads": 2},
+        },
+        depth=5,
+    ),
+    "lightning_receptive": Row(("lightning",), {"lightning": {"heads": 4, "decay": "receptive", "lrpe": "none"}}),
 }
 ALL = {**ROWS, **LONGER, **OTHERS}
 every_row = pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""Lightning Attention and its language model TNL. Qin, Sun, Li, Shen, Sun, Zhong, "Various Lengths, Constant Speed:
+Efficient Language Modeling with Lightning Attention", ICML 2024, arXiv 2405.17381; Lightning Attention-2, 2024,
+arXiv 2401.04658; Lightning Attention 1 and TransNormerLLM, 2023, arXiv 2307.14995.
+
+    S_t = lambda S_{t-1} + k_t^T v_t,    o_t = q_t S_t
+    q = swish(x W_q),    k = swish(x W_k),    v = x W_v,    u = x W_u
+    y_t = (norm(o_t) * u_t) W_o,    norm(x) = x / sqrt(mean(x^2) + eps) over all heads together
+    first layer (LRPE-d): q_t, k_t turned by t theta
+
+    q, k        q_BTHK, k_BTHK      heads * K = d
+    v           v_BTHV              K = V
+    log lambda  decay_log_H         constant per layer l of L and head h of H, see `decay_log`
+    theta       theta_K             [K/2], learned, starts at 10000^(-2i/K)
+    S           "memory" [B,H,K,V]  float32
+
+decay: "paper", lambda = exp(-(8h/H) (1 - l/L)), head 0 never forgets; "alibi", the released models, slopes of ALiBi;
+"receptive", the authors' later choice, one over receptive lengths spaced evenly in log from 2 to 256.
+
+Lightning Attention 1 (quadratic in time) and 2 (linear, a state between blocks) are one function; the op's chunked form
+has the block structure of 2. State: d^2 / H floats and the position; heads have 128 channels in the paper. Cost per
+token: O(d^2 / H).
+
+Departures: the block around the mixer is the common one (norm with a learned scale, SwiGLU), where TNL has neither a
+scale nor an activation; the paper's ablations see no difference. `gate_rank` > 0 is the gate of the released models,
+u = sigmoid((x W_1) W_2), of rank K there. theta and the turn exist in every layer, which is what layers of one program
+cost; the angles are 0 where the paper has none. Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
+
+Authors' code: https://github.com/OpenNLPLab/lightning-attention, https://github.com/OpenNLPLab/TransnormerLLM
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from models.layer_constant import LayerConstant
+from models.norms import simple_rms_norm
+from models.options import check_choice
+from models.projections import head_size, merge_heads, projection, residual_normal, split_heads
+from models.rotary import angles, check_pairs, count_on, frequencies, rotate_by
+from ops.gated_linear_attention.api import gated_linear_attention
+
+DECAYS = ("paper", "alibi", "receptive")
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """2^(-8h/H) for h = 1 .. H, H a power of two; else those of the power P below H, then every other one of 2 P."""
+    if heads & (heads - 1) == 0:
+        return [2 ** (-8 * h / heads) for h in range(1, heads + 1)]
+    below = 1 << (heads.bit_length() - 1)
+    return alibi_slopes(below) + alibi_slopes(2 * below)[0::2][: heads - below]
+
+
+def decay_log(kind: str, heads: int, layer: jax.Array | int, depth: int) -> jax.Array:
+    """log lambda [H] of layer 0 <= `layer` < `depth`: -slope_h times a factor that falls with the layer."""
+    if kind == "paper":
+        slopes, factor = [8 * h / heads for h in range(heads)], 1 - layer / depth
+    elif kind == "alibi":
+        slopes, factor = alibi_slopes(heads), 1 - layer / max(depth - 1, 1) + 1e-5
+    else:
+        exponents = [1 + 7 * h / max(heads - 1, 1) for h in range(heads)]
+        slopes, factor = [2**-exponent for exponent in exponents], 1 - layer / max(depth - 1, 1) + 1e-5
+    return -jnp.asarray(slopes, jnp.float32) * jnp.asarray(factor, jnp.float32)
+
+
+class LightningAttention(nnx.Module):
+    """x_BTD -> y_BTD; the state is {"memory" [B,H,K,V] float32, "position" [B] int32}.
+
+    "position" is where the next token stands when `positions` is not given.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        depth: int,
+        layer: jax.Array | int,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
+        heads: int = 4,
+        decay: str = "paper",
+        lrpe: str = "first",
+        gate_rank: int = 0,
+        norm_eps: float = 1e-6,
+    ):
+        check_choice("decay", decay, DECAYS)
+        check_choice("lrpe", lrpe, ("none", "first", "all"))
+        dense = functools.partial(projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype)
+        self.heads, self.norm_eps, self.compute_dtype = heads, norm_eps, compute_dtype
+        self.head_size = head_size(width, heads)
+
+        self.query = dense(width, width, ("embed", "heads"))
+        self.key = dense(width, width, ("embed", "heads"))
+        self.value = dense(width, width, ("embed", "heads"))
+        self.gate_in = dense(width, gate_rank, ("embed", None)) if gate_rank else None
+        self.gate = dense(gate_rank or width, width, (None if gate_rank else "embed", "heads"))
+        self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
+        self.decay_log_H = LayerConstant(decay_log(decay, heads, layer, depth))
+        if lrpe == "none":
+            self.theta_K = self.turns = None
+        else:
+            theta_K = frequencies(check_pairs(self.head_size), 10000.0)
+            self.theta_K = nnx.Param(theta_K, group="no_decay", out_sharding=(None,))
+            self.turns = LayerConstant(jnp.asarray((lrpe == "all") | (jnp.asarray(layer) == 0), jnp.float32))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        state: dict[str, Any] | None = None,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        batch, length, _ = x_BTD.shape
+        state = state or self.init_state(batch)
+        positions_BT = count_on(state["position"], length) if positions is None else positions
+        q_BTHK = split_heads(jax.nn.silu(self.query(x_BTD)), self.heads)
+        k_BTHK = split_heads(jax.nn.silu(self.key(x_BTD)), self.heads)
+        if self.theta_K is not None and self.turns is not None:
+            angle_BTK = angles(positions_BT, self.turns[...] * self.theta_K[...])
+            q_BTHK, k_BTHK = rotate_by(q_BTHK, angle_BTK), rotate_by(k_BTHK, angle_BTK)
+        o_BTHV, memory = gated_linear_attention(
+            q_BTHK,
+            k_BTHK,
+            split_heads(self.value(x_BTD), self.heads),
+            self.decay_log_H[...],
+            scale=1.0,
+            initial_state=state["memory"],
+            segment_ids=segment_ids,
+        )
+        u_BTD = self.gate(x_BTD) if self.gate_in is None else jax.nn.sigmoid(self.gate(self.gate_in(x_BTD)))
+        o_BTD = simple_rms_norm(merge_heads(o_BTHV), self.norm_eps).astype(self.compute_dtype)
+        return self.output(o_BTD * u_BTD), {
+            "memory": memory,
+            "position": (positions_BT[:, -1] + 1).astype(jnp.int32),
+        }
+
+    def init_state(self, batch: int) -> dict[str, Any]:
+        """The state before the first token: zeros."""
+        memory = jnp.zeros((batch, self.heads, self.head_size, self.head_size), jnp.float32)
+        return {"memory": memory, "position": jnp.zeros((batch,), jnp.int32)}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state per sequence."""
+        return 4 * self.heads * self.head_size**2 + 4
+
+
+Mixer = LightningAttention

@@ -1,7 +1,10 @@
 """What all chunked forms of matrix-state recurrences share: cutting time, and products of decays over intervals.
 
 Letters: B batch, T time, H heads, C chunk length, G number of chunks, K key, V value, E = K or 1 (decay per channel, or
-one for all). Arrays cut into chunks are [G, B, H, C, ...]; functions on chunks accept any leading axes.
+one for all). Arrays cut into chunks are [G, B, H, C, ...]; functions on chunks accept any leading axes. Values and
+states are kept transposed ([V, C] and [V, K]; such names end in T unless they are states), because then every product
+of a chunked form contracts the columns of its left factor: XLA's CPU products take up to three times as long when they
+contract its rows.
 
 **Decays as products.** Token t multiplies the state by a_t = exp(decay_log_t) in [0, 1], and a token that starts a
 segment by a_t = 0. Everything a chunked form needs is a product of a over an interval of tokens,
@@ -59,6 +62,16 @@ def from_chunks(x_GBHCX: jax.Array, length: int) -> jax.Array:
     """[G, B, H, C, X] -> [B, T, H, X]: inverse of `to_chunks`, padding cut off."""
     chunks, batch, heads, chunk, size = x_GBHCX.shape
     return x_GBHCX.transpose(1, 0, 3, 2, 4).reshape(batch, chunks * chunk, heads, size)[:, :length]
+
+
+def flip(x: jax.Array) -> jax.Array:
+    """The transpose of the last two axes."""
+    return jnp.swapaxes(x, -1, -2)
+
+
+def flipped_copy(x: jax.Array) -> jax.Array:
+    """The transpose as an array of its own: behind the barrier XLA cannot fold it into a product (see the top)."""
+    return lax.optimization_barrier(flip(x))
 
 
 def repeat_heads(x_BTHX: jax.Array, heads: int) -> jax.Array:
@@ -190,13 +203,13 @@ def _indices(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _interval_matrix(tree: DecayTree) -> jax.Array:
     """W [..., C, C] for one decay per token (E = 1), zero above the diagonal."""
-    outer = tree.prefix * jnp.swapaxes(tree.suffix, -1, -2)
+    outer = tree.prefix * flip(tree.suffix)
     row, column = _indices(outer)
     W = jnp.where(row == column, jnp.ones_like(outer), 0.0)
     for level, (prefix, suffix) in enumerate(tree.levels):
         prefix, suffix = merge(jnp.zeros_like(prefix), prefix), merge(suffix, jnp.zeros_like(suffix))
         same_block = row >> (level + 1) == column >> (level + 1)
-        W += jnp.where(same_block, prefix * jnp.swapaxes(suffix, -1, -2), 0.0)
+        W += jnp.where(same_block, prefix * flip(suffix), 0.0)
     return W
 
 
@@ -233,10 +246,11 @@ def decay_scores_gradient(
     """
     if tree is None:
         dP = lower(dP)
-        return einsum("...ij,...jk->...ik", dP, k), einsum("...ij,...ik->...jk", dP, q), ScoreGradient()
+        dq, dk = einsum("...ij,...jk->...ik", dP, k), einsum("...ji,...ik->...jk", flipped_copy(dP), q)
+        return dq, dk, ScoreGradient()
     if tree.prefix.shape[-1] == 1:
         dP_W = dP * _interval_matrix(tree)
-        dq, dk = einsum("...ij,...jk->...ik", dP_W, k), einsum("...ij,...ik->...jk", dP_W, q)
+        dq, dk = einsum("...ij,...jk->...ik", dP_W, k), einsum("...ji,...ik->...jk", flipped_copy(dP_W), q)
         # Token t is inside the interval of every pair j < t <= i.
         row, column = _indices(dP)
         before = jnp.where(row < column, jnp.ones_like(dP), 0.0)
@@ -250,7 +264,7 @@ def decay_scores_gradient(
         _, q2 = split(q, block)
         k1, _ = split(k, block)
         dq2 = einsum("...ij,...jk->...ik", dP_b, k1 * suffix) * prefix
-        dk1 = einsum("...ij,...ik->...jk", dP_b, q2 * prefix) * suffix
+        dk1 = einsum("...ji,...ik->...jk", flipped_copy(dP_b), q2 * prefix) * suffix
         dq += merge(jnp.zeros_like(dq2), dq2)
         dk += merge(dk1, jnp.zeros_like(dk1))
         levels.append((q2 * dq2, k1 * dk1))
@@ -290,5 +304,5 @@ def decay_log_gradient(
     for _, tokens in scores:
         if tokens is not None:
             dg += tokens
-    broadcast = tuple(axis for axis in (1, 2) if like.shape[axis] == 1)
+    broadcast = tuple(like.ndim + axis for axis in (-4, -3) if like.shape[axis] == 1)
     return dg.sum(broadcast, keepdims=True) if broadcast else dg

@@ -29,7 +29,7 @@ def parity(smoke: bool) -> ConfigDict:
     if smoke:
         # Asking at every token makes parity learnable in hundreds of steps.
         config.task.supervision = "every"
-        _shrink(config, steps=300, batch_size=64, width=32, lr=3e-3)
+        _shrink(config, steps=300, batch_size=64, width=32, lr=6e-3)
         config.model.mlp = "none"
     return config
 

@@ -5,30 +5,31 @@ With S the state at the start of a chunk and the interval products of `ops/chunk
 
     Q0 = Q . prefix    K0 = K . prefix    K1 = K . suffix
     P_ij = sum_c q_ic k_jc W_ijc (i >= j)           A_ij = beta_i sum_c k_ic k_jc W_ijc (i > j)
-    N  = (I + A)^-1 (beta . (V - K0 S))             the corrected values that the chunk's tokens write
+    N  = M (beta . (V - K0 S)),  M = (I + A)^-1     the corrected values that the chunk's tokens write
     O  = Q0 S + P N                                 S' = Diag(total) S + K1^T N
 
-The inverse does not depend on S, so M = (I + A)^-1, M (beta . V) and M (beta . K0) are made for all chunks at once and
-only two products per chunk are sequential. M is computed by forward substitution in diagonal blocks and merging of
-blocks, never by
-squaring A: with identical keys the powers of A overflow float32 while M itself stays below 2.
+One scan over the chunks does all of it, so that what a chunk needs is made, used and forgotten while it is in cache.
+M is computed by forward substitution in diagonal blocks and merging of blocks, never by squaring A: with identical keys
+the powers of A overflow float32 while M itself stays below 2.
 
 Backward, with dS' the gradient of the state at a chunk's end; D is the gradient of beta . (V - K0 S):
 
     D  = M^T (P^T dO + K1 dS')                      dS = Diag(total) dS' + Q0^T dO - K0^T (beta . D)
     dP = dO N^T (i >= j)    dA = -D N^T (i > j)     dV = beta . D
 
-and the rest follows from the definitions of P, A, Q0, K0, K1. Only the inputs are kept. (Yang et al., Parallelizing
-Linear Transformers with the Delta Rule, arXiv 2406.06484, section 3; with decay: Gated Delta Networks, arXiv
-2412.06464.)
+and the rest follows from the definitions of P, A, Q0, K0, K1. Only the inputs are kept; a first scan recomputes the
+states. (Yang et al., Parallelizing Linear Transformers with the Delta Rule, arXiv 2406.06484, section 3; with decay:
+Gated Delta Networks, arXiv 2412.06464.)
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .. import chunking
-from ..chunking import einsum
+from ..chunking import einsum, flip
 
 SUBSTITUTION = 8  # rows solved one after another; larger blocks are merged by products
 
@@ -51,92 +52,92 @@ def unit_lower_inverse(A: jax.Array) -> jax.Array:
     return solved[..., 0, :, :]
 
 
-def _cut(q, k, v, beta, decay_log, scale, segment_ids):
+class _Chunk(NamedTuple):
+    """Inputs [..., C, size] in float32, q scaled, heads repeated; of one chunk or, with a leading axis, of all."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    beta: jax.Array
+    a: jax.Array | None
+
+
+def _cut(q, k, v, beta, decay_log, scale, segment_ids) -> _Chunk:
     length, heads = v.shape[1:3]
     chunk = chunking.chunk_length(length, max(k.shape[-1], v.shape[-1]))
     q, k = (chunking.repeat_heads(x, heads) for x in (q, k))
-    q, k, v, beta = (chunking.to_chunks(x, chunk) for x in (q, k, v, beta[..., None]))
-    a = chunking.decay_factors(decay_log, segment_ids, chunk, length)
-    return q * scale, k, v, beta, a
+    q, k, v, beta = (chunking.to_chunks(x, chunk) for x in (q * scale, k, v, beta[..., None]))
+    return _Chunk(q, k, v, beta, chunking.decay_factors(decay_log, segment_ids, chunk, length))
 
 
-def _chunk_quantities(q, k, beta, a):
-    """Everything that does not depend on the state; total is [..., K or 1, 1] or None."""
-    tree = None if a is None else chunking.decay_tree(a)
-    if tree is None:
-        q0, k0, k1, total = q, k, k, None
-    else:
-        q0, k0, k1 = q * tree.prefix, k * tree.prefix, k * tree.suffix
-        total = jnp.swapaxes(tree.total, -1, -2)
+def _forward_step(S, chunk: _Chunk):
+    """S [..., V, K] at the chunk's end, and what the rest is made of."""
+    k, beta = chunk.k, chunk.beta
+    tree = None if chunk.a is None else chunking.decay_tree(chunk.a)
+    k0, k1 = (k, k) if tree is None else (k * tree.prefix, k * tree.suffix)
     KK = chunking.lower(chunking.decay_scores(k, k, tree), strict=True)
-    return tree, q0, k0, k1, total, KK, unit_lower_inverse(beta * KK)
-
-
-def _states(M, k0, k1, v, beta, total, initial_state):
-    """States at chunk starts [G, B, H, K, V], corrected values N [G, B, H, C, V], state after the last chunk."""
-    values, keys = einsum("...ij,...jv->...iv", M, beta * v), einsum("...ij,...jk->...ik", M, beta * k0)
-
-    def step(S, chunk):
-        values, keys, k1, total = chunk
-        N = values - einsum("...ck,...kv->...cv", keys, S)
-        return (S if total is None else total * S) + einsum("...ck,...cv->...kv", k1, N), (S, N)
-
-    final, (S, N) = lax.scan(step, initial_state.astype(jnp.float32), (values, keys, k1, total))
-    return S, N, final
+    M = unit_lower_inverse(beta * KK)
+    missingT = flip(chunk.v) - einsum("...vk,...ck->...vc", S, k0)
+    NT = einsum("...vj,...ij->...vi", missingT, M * flip(beta))
+    after = (S if tree is None else tree.total * S) + einsum("...vc,...ck->...vk", NT, k1)
+    return after, (tree, k0, k1, KK, M, missingT, NT)
 
 
 def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
     """Shapes as in `api.py`; returns o in float32 and the final state."""
-    length = v.shape[1]
-    q, k, v, beta, a = _cut(q, k, v, beta, decay_log, scale, segment_ids)
-    tree, q0, k0, k1, total, _, M = _chunk_quantities(q, k, beta, a)
-    S, N, final_state = _states(M, k0, k1, v, beta, total, initial_state)
-    o = einsum("...ck,...kv->...cv", q0, S) + einsum("...ij,...jv->...iv", chunking.decay_scores(q, k, tree), N)
-    return chunking.from_chunks(o, length), final_state
+
+    def step(S, chunk):
+        after, (tree, *_, NT) = _forward_step(S, chunk)
+        P = chunking.decay_scores(chunk.q, chunk.k, tree)
+        q0 = chunk.q if tree is None else chunk.q * tree.prefix
+        return after, flip(einsum("...vk,...ck->...vc", S, q0) + einsum("...vj,...ij->...vi", NT, P))
+
+    final, o = lax.scan(step, flip(initial_state), _cut(q, k, v, beta, decay_log, scale, segment_ids))
+    return chunking.from_chunks(o, v.shape[1]), flip(final)
 
 
 def backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale):
     """Cotangents of q, k, v, beta, decay_log and initial_state, in float32."""
     length, key_heads = k.shape[1:3]
-    q, k, v, beta, a = _cut(q, k, v, beta, decay_log, scale, segment_ids)
-    do = chunking.to_chunks(do, q.shape[-2])
-    tree, q0, k0, k1, total, KK, M = _chunk_quantities(q, k, beta, a)
-    S, N, _ = _states(M, k0, k1, v, beta, total, initial_state)
-    P = chunking.decay_scores(q, k, tree)
+    chunks = _cut(q, k, v, beta, decay_log, scale, segment_ids)
+    _, states = lax.scan(lambda S, chunk: (_forward_step(S, chunk)[0], S), flip(initial_state), chunks)
 
-    D_inner = einsum("...ij,...iv->...jv", M, einsum("...ij,...iv->...jv", P, do))
-    k1_M = einsum("...ij,...ik->...jk", M, k1)
-    read = einsum("...ck,...cv->...kv", q0, do)
+    def step(dS, inputs):
+        chunk, S, do = inputs
+        q, k, _, beta, a = chunk
+        _, (tree, k0, k1, KK, M, missingT, NT) = _forward_step(S, chunk)
+        P = chunking.decay_scores(q, k, tree)
+        q0 = q if tree is None else q * tree.prefix
+        doT = chunking.flipped_copy(do)
 
-    def step(dS, chunk):
-        D_inner, k1_M, k0_beta, read, total = chunk
-        D = D_inner + einsum("...ck,...kv->...cv", k1_M, dS)
-        before = (dS if total is None else total * dS) + read - einsum("...ck,...cv->...kv", k0_beta, D)
-        return before, (D, dS)
+        DT = einsum("...vi,...ij->...vj", doT, P) + einsum("...vk,...ck->...vc", dS, k1)
+        DT = einsum("...vi,...ij->...vj", DT, M)
+        D, N = chunking.flipped_copy(DT), chunking.flipped_copy(NT)
+        before = einsum("...vc,...ck->...vk", doT, q0) - einsum("...vc,...ck->...vk", DT * flip(beta), k0)
+        before += dS if tree is None else tree.total * dS
 
-    dinitial_state, (D, dS) = lax.scan(step, dfinal_state, (D_inner, k1_M, beta * k0, read, total), reverse=True)
+        dP = einsum("...iv,...vj->...ij", do, NT)
+        dA = -chunking.lower(einsum("...iv,...vj->...ij", D, NT), strict=True)
+        dq, dk, scores_P = chunking.decay_scores_gradient(dP, P, q, k, tree)
+        dk_row, dk_column, scores_KK = chunking.decay_scores_gradient(beta * dA, KK, k, k, tree)
+        dk += dk_row + dk_column
+        dq0 = einsum("...cv,...vk->...ck", do, S)
+        dk0 = -beta * einsum("...cv,...vk->...ck", D, S)
+        dk1 = einsum("...cv,...vk->...ck", N, dS)
+        dbeta = (D * flip(missingT)).sum(-1, keepdims=True) + (dA * KK).sum(-1, keepdims=True)
+        dg = None
+        if a is None or tree is None:
+            dq, dk = dq + dq0, dk + dk0 + dk1
+        else:
+            dq, dk = dq + dq0 * tree.prefix, dk + dk0 * tree.prefix + dk1 * tree.suffix
+            if decay_log is not None:
+                dtotal = (tree.total * S * dS).sum(-2, keepdims=True)
+                dg = chunking.decay_log_gradient(q0 * dq0 + k0 * dk0, k1 * dk1, dtotal, scores_P, scores_KK, like=a)
+        return before, (dq * scale, dk, beta * D, dbeta, dg)
 
-    dA = -chunking.lower(einsum("...iv,...jv->...ij", D, N), strict=True)
-    dP = einsum("...iv,...jv->...ij", do, N)
-    dq, dk_P, scores_P = chunking.decay_scores_gradient(dP, P, q, k, tree)
-    dk_row, dk_column, scores_KK = chunking.decay_scores_gradient(beta * dA, KK, k, k, tree)
-    dq0 = einsum("...cv,...kv->...ck", do, S)
-    dk0 = -beta * einsum("...cv,...kv->...ck", D, S)
-    dk1 = einsum("...cv,...kv->...ck", N, dS)
-    dk = dk_P + dk_row + dk_column
-    dv = beta * D
-    corrected = v - einsum("...ck,...kv->...cv", k0, S)
-    dbeta = (D * corrected).sum(-1, keepdims=True) + (dA * KK).sum(-1, keepdims=True)
-
-    ddecay_log = None
-    if a is None or tree is None or total is None:
-        dq, dk = dq + dq0, dk + dk0 + dk1
-    else:
-        dq, dk = dq + dq0 * tree.prefix, dk + dk0 * tree.prefix + dk1 * tree.suffix
-        if decay_log is not None:
-            dtotal = jnp.swapaxes((total * S * dS).sum(-1, keepdims=True), -1, -2)
-            dg = chunking.decay_log_gradient(q0 * dq0 + k0 * dk0, k1 * dk1, dtotal, scores_P, scores_KK, like=a)
-            ddecay_log = chunking.decay_cotangent(dg, decay_log, length)
-    dq, dk, dv, dbeta = (chunking.from_chunks(x, length) for x in (dq * scale, dk, dv, dbeta))
+    do = chunking.to_chunks(do, chunks.q.shape[-2])
+    dinitial_state, (*gradients, dg) = lax.scan(step, flip(dfinal_state), (chunks, states, do), reverse=True)
+    dq, dk, dv, dbeta = (chunking.from_chunks(x, length) for x in gradients)
     dq, dk = (chunking.sum_heads(x, key_heads) for x in (dq, dk))
-    return dq, dk, dv, dbeta[..., 0], ddecay_log, dinitial_state
+    ddecay_log = None if decay_log is None or dg is None else chunking.decay_cotangent(dg, decay_log, length)
+    return dq, dk, dv, dbeta[..., 0], ddecay_log, flip(dinitial_state)

@@ -18,11 +18,10 @@ recomputes the chunk states: only the inputs are kept. (Yang et al., Gated Linea
 4; the exact products by halving instead of their secondary chunking.)
 """
 
-import jax.numpy as jnp
 from jax import lax
 
 from .. import chunking
-from ..chunking import einsum
+from ..chunking import einsum, flip
 
 
 def _cut(q, k, v, decay_log, scale, segment_ids):
@@ -30,28 +29,27 @@ def _cut(q, k, v, decay_log, scale, segment_ids):
     chunk = chunking.chunk_length(length, max(k.shape[-1], v.shape[-1]))
     q, k = (chunking.repeat_heads(x, heads) for x in (q, k))
     q, k, v = (chunking.to_chunks(x, chunk) for x in (q, k, v))
-    a = chunking.decay_factors(decay_log, segment_ids, chunk, length)
-    return q * scale, k, v, a
+    return q * scale, k, v, chunking.decay_factors(decay_log, segment_ids, chunk, length)
 
 
 def _read_write(q, k, a):
-    """Queries that read the chunk's first state, keys that write its last one, the decay across it [..., K or 1, 1]."""
+    """Queries that read the chunk's first state, keys that write its last one, the decay across it [..., 1, K or 1]."""
     if a is None:
         return None, q, k, None
     tree = chunking.decay_tree(a)
-    return tree, q * tree.prefix, k * tree.suffix, jnp.swapaxes(tree.total, -1, -2)
+    return tree, q * tree.prefix, k * tree.suffix, tree.total
 
 
-def _states(k_end, v, total, initial_state):
-    """The state at the start of each chunk [G, B, H, K, V], and after the last."""
-    written = einsum("...ck,...cv->...kv", k_end, v)
+def _states(k_end, vT, total, initial_state):
+    """The state at the start of each chunk [G, B, H, V, K], and after the last [B, H, K, V]."""
+    written = einsum("...vc,...ck->...vk", vT, k_end)
 
     def step(S, chunk):
         written, total = chunk
         return (S if total is None else total * S) + written, S
 
-    final, S = lax.scan(step, initial_state.astype(jnp.float32), (written, total))
-    return S, final
+    final, S = lax.scan(step, flip(initial_state), (written, total))
+    return S, flip(final)
 
 
 def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
@@ -59,9 +57,10 @@ def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
     length = v.shape[1]
     q, k, v, a = _cut(q, k, v, decay_log, scale, segment_ids)
     tree, q_start, k_end, total = _read_write(q, k, a)
-    S, final_state = _states(k_end, v, total, initial_state)
-    o = einsum("...ck,...kv->...cv", q_start, S) + einsum("...ij,...jv->...iv", chunking.decay_scores(q, k, tree), v)
-    return chunking.from_chunks(o, length), final_state
+    S, final_state = _states(k_end, flip(v), total, initial_state)
+    P = chunking.decay_scores(q, k, tree)
+    oT = einsum("...vk,...ck->...vc", S, q_start) + einsum("...vj,...ij->...vi", flip(v), P)
+    return chunking.from_chunks(flip(oT), length), final_state
 
 
 def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale):
@@ -70,28 +69,29 @@ def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *
     q, k, v, a = _cut(q, k, v, decay_log, scale, segment_ids)
     do = chunking.to_chunks(do, q.shape[-2])
     tree, q_start, k_end, total = _read_write(q, k, a)
-    S, _ = _states(k_end, v, total, initial_state)
-    read = einsum("...ck,...cv->...kv", q_start, do)
+    vT, doT = flip(v), flip(do)
+    S, _ = _states(k_end, vT, total, initial_state)
+    read = einsum("...vc,...ck->...vk", doT, q_start)
 
     def step(dS, chunk):
         read, total = chunk
         return (dS if total is None else total * dS) + read, dS
 
-    dinitial_state, dS = lax.scan(step, dfinal_state, (read, total), reverse=True)
+    dinitial_state, dS = lax.scan(step, flip(dfinal_state), (read, total), reverse=True)
 
     P = chunking.decay_scores(q, k, tree)
-    dP = einsum("...iv,...jv->...ij", do, v)
+    dP = einsum("...iv,...vj->...ij", do, vT)
     dq, dk, scores = chunking.decay_scores_gradient(dP, P, q, k, tree)
-    dq_start, dk_end = einsum("...cv,...kv->...ck", do, S), einsum("...cv,...kv->...ck", v, dS)
-    dv = einsum("...ck,...kv->...cv", k_end, dS) + einsum("...ij,...iv->...jv", P, do)
+    dq_start, dk_end = einsum("...cv,...vk->...ck", do, S), einsum("...cv,...vk->...ck", v, dS)
+    dvT = einsum("...vk,...ck->...vc", dS, k_end) + einsum("...vi,...ij->...vj", doT, P)
     ddecay_log = None
-    if a is None or tree is None or total is None:
+    if a is None or tree is None:
         dq, dk = dq + dq_start, dk + dk_end
     else:
         dq, dk = dq + dq_start * tree.prefix, dk + dk_end * tree.suffix
         if decay_log is not None:
-            dtotal = jnp.swapaxes((total * S * dS).sum(-1, keepdims=True), -1, -2)
+            dtotal = (total * S * dS).sum(-2, keepdims=True)
             dg = chunking.decay_log_gradient(q_start * dq_start, k_end * dk_end, dtotal, scores, like=a)
             ddecay_log = chunking.decay_cotangent(dg, decay_log, length)
-    dq, dk, dv = (chunking.from_chunks(x, length) for x in (dq * scale, dk, dv))
-    return chunking.sum_heads(dq, key_heads), chunking.sum_heads(dk, key_heads), dv, ddecay_log, dinitial_state
+    dq, dk, dv = (chunking.from_chunks(x, length) for x in (dq * scale, dk, flip(dvT)))
+    return chunking.sum_heads(dq, key_heads), chunking.sum_heads(dk, key_heads), dv, ddecay_log, flip(dinitial_state)

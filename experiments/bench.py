@@ -29,6 +29,8 @@ from experiments import run_record
 from ops.delta_rule import shapes as delta_shapes
 from ops.gated_linear_attention import shapes as attention_shapes
 from ops.selective_scan import shapes as scan_shapes
+from ops.short_convolution import shapes as convolution_shapes
+from ops.window_attention import shapes as window_shapes
 
 IMPLEMENTATIONS = ("chunked", "reference")
 
@@ -98,11 +100,48 @@ def scan_cases(shape: str, peers: Any) -> Iterator[Case]:
     )
 
 
-CASES = {"gated_linear_attention": attention_cases, "delta_rule": delta_cases, "selective_scan": scan_cases}
+def convolution_cases(shape: str, peers: Any) -> Iterator[Case]:
+    del peers
+    sizes = convolution_shapes.SHAPES[shape]
+    x = jax.random.normal(jax.random.key(0), (sizes["batch"], sizes["length"], sizes["width"]))
+    w = jax.random.normal(jax.random.key(1), (sizes["taps"], sizes["width"]))
+    yield Case(
+        "short_convolution",
+        shape,
+        "",
+        (x, w),
+        lambda implementation, *x: ops.short_convolution(*x, implementation=implementation)[0],
+    )
+
+
+def window_cases(shape: str, peers: Any) -> Iterator[Case]:
+    del peers
+    sizes = window_shapes.SHAPES[shape]
+    q, k, v, _, _ = _matrix_inputs(sizes, "none")
+    q = jax.random.normal(jax.random.key(1), (*v.shape[:3], q.shape[-1]))
+    v = v[:, :, : sizes["key_heads"]]
+    yield Case(
+        "window_attention",
+        shape,
+        f"window {sizes['window']}",
+        (q, k, v),
+        lambda implementation, *x: ops.window_attention(*x, window=sizes["window"], implementation=implementation)[0],
+    )
+
+
+CASES = {
+    "gated_linear_attention": attention_cases,
+    "delta_rule": delta_cases,
+    "selective_scan": scan_cases,
+    "short_convolution": convolution_cases,
+    "window_attention": window_cases,
+}
 SHAPES = {
     "gated_linear_attention": attention_shapes.SHAPES,
     "delta_rule": delta_shapes.SHAPES,
     "selective_scan": scan_shapes.SHAPES,
+    "short_convolution": convolution_shapes.SHAPES,
+    "window_attention": window_shapes.SHAPES,
 }
 
 

@@ -10,7 +10,7 @@ arXiv 2401.04658; Lightning Attention 1 and TransNormerLLM, 2023, arXiv 2307.149
     q, k        q_BTHK, k_BTHK      heads * K = d
     v           v_BTHV              K = V
     log lambda  decay_log_H         constant per layer l of L and head h of H, see `decay_log`
-    theta       theta_K             [K/2], learned, starts at 10000^(-2i/K)
+    theta       rotation.theta_K    [K/2], learned, starts at 10000^(-2i/K)
     S           "memory" [B,H,K,V]  float32
 
 decay: "paper", lambda = exp(-(8h/H) (1 - l/L)), head 0 never forgets; "alibi", the released models, slopes of ALiBi;
@@ -39,8 +39,9 @@ from jax.typing import DTypeLike
 from models.layer_constant import LayerConstant
 from models.norms import simple_rms_norm
 from models.options import check_choice
+from models.positions import count_positions
 from models.projections import head_size, merge_heads, projection, residual_normal, split_heads
-from models.rotary import angles, check_pairs, count_on, frequencies, rotate_by
+from models.rotary import LearnedRotation
 from ops.gated_linear_attention.api import gated_linear_attention
 
 DECAYS = ("paper", "alibi", "receptive")
@@ -100,12 +101,8 @@ class LightningAttention(nnx.Module):
         self.gate = dense(gate_rank or width, width, (None if gate_rank else "embed", "heads"))
         self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
         self.decay_log_H = LayerConstant(decay_log(decay, heads, layer, depth))
-        if lrpe == "none":
-            self.theta_K = self.turns = None
-        else:
-            theta_K = frequencies(check_pairs(self.head_size), 10000.0)
-            self.theta_K = nnx.Param(theta_K, group="no_decay", out_sharding=(None,))
-            self.turns = LayerConstant(jnp.asarray((lrpe == "all") | (jnp.asarray(layer) == 0), jnp.float32))
+        self.rotation = None if lrpe == "none" else LearnedRotation(self.head_size)
+        self.turns = LayerConstant(jnp.asarray((lrpe == "all") | (jnp.asarray(layer) == 0), jnp.float32))
 
     def __call__(
         self,
@@ -117,12 +114,12 @@ class LightningAttention(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        positions_BT = count_on(state["position"], length) if positions is None else positions
+        positions_BT = count_positions(state["position"], length, segment_ids) if positions is None else positions
         q_BTHK = split_heads(jax.nn.silu(self.query(x_BTD)), self.heads)
         k_BTHK = split_heads(jax.nn.silu(self.key(x_BTD)), self.heads)
-        if self.theta_K is not None and self.turns is not None:
-            angle_BTK = angles(positions_BT, self.turns[...] * self.theta_K[...])
-            q_BTHK, k_BTHK = rotate_by(q_BTHK, angle_BTK), rotate_by(k_BTHK, angle_BTK)
+        if self.rotation is not None:
+            turned_BT = self.turns[...] * positions_BT.astype(jnp.float32)
+            q_BTHK, k_BTHK = self.rotation(q_BTHK, turned_BT), self.rotation(k_BTHK, turned_BT)
         o_BTHV, memory = gated_linear_attention(
             q_BTHK,
             k_BTHK,

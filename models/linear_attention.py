@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.normalised_attention import normalised_attention
 from models.norms import rms_norm
 from models.options import check_choice
 from models.projections import head_size, merge_heads, projection, residual_normal, split_heads
@@ -98,17 +99,11 @@ class LinearAttention(nnx.Module):
         k_BTHK = phi(split_heads(k_BTD, self.heads))
         v_BTHV = split_heads(v_BTD, self.heads)
 
-        recur = functools.partial(gated_linear_attention, initial_state=state.get("memory"), segment_ids=segment_ids)
+        past: dict[str, Any] = {"initial_state": state.get("memory"), "segment_ids": segment_ids}
         if self.norm is None:
-            # The output has v's dtype. Numerator and denominator stay float32 until they are divided.
-            v_BTHV = v_BTHV.astype(jnp.float32)
-            ones_BTH1 = jnp.ones((*v_BTHV.shape[:-1], 1), jnp.float32)
-            o_BTHV, memory = recur(
-                q_BTHK, k_BTHK, jnp.concatenate((v_BTHV, ones_BTH1), axis=-1), scale=1.0
-            )  # Eq. 18, 19
-            o_BTHV = o_BTHV[..., :-1] / (o_BTHV[..., -1:] + DENOMINATOR_EPS)  # Eq. 20
+            o_BTHV, memory = normalised_attention(q_BTHK, k_BTHK, v_BTHV, eps=DENOMINATOR_EPS, **past)  # Eq. 18 - 20
         else:
-            o_BTHV, memory = recur(q_BTHK, k_BTHK, v_BTHV)
+            o_BTHV, memory = gated_linear_attention(q_BTHK, k_BTHK, v_BTHV, **past)
             o_BTHV = self.norm(o_BTHV)
         y_BTD = self.output(merge_heads(o_BTHV.astype(self.compute_dtype)))
         return y_BTD, {"conv_q": conv_q, "conv_k": conv_k, "conv_v": conv_v, "memory": memory}

@@ -31,8 +31,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.norms import simple_rms_norm
+from models.positions import count_positions
 from models.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
-from models.rotary import check_pairs, count_on, rotate
+from models.rotary import check_pairs, rotate
 from ops.gated_linear_attention.api import gated_linear_attention
 
 
@@ -84,7 +85,7 @@ class Retention(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        positions_BT = count_on(state["position"], length) if positions is None else positions
+        positions_BT = count_positions(state["position"], length, segment_ids) if positions is None else positions
         q_BTHK = rotate(split_heads(self.query(x_BTD), self.heads), positions_BT, base=self.rope_base)
         k_BTHK = rotate(split_heads(self.key(x_BTD), self.heads), positions_BT, base=self.rope_base)
         o_BTHV, memory = gated_linear_attention(

@@ -1,7 +1,8 @@
-"""Rotary position embedding (RoPE; Su et al. 2021, arXiv 2104.09864)."""
+"""Rotary position embedding (RoPE; Su et al. 2021, arXiv 2104.09864), with fixed and with learned angles."""
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 def check_pairs(head_size: int) -> int:
@@ -40,7 +41,12 @@ def rotate_by(x_BTHK: jax.Array, angle_BTK: jax.Array) -> jax.Array:
     return rotated.astype(x_BTHK.dtype)
 
 
-def count_on(start_B: jax.Array, length: int) -> jax.Array:
-    """Positions [B, T] of the next `length` tokens. Rotated scores see differences of positions only, so a count over
-    packed documents serves each of them."""
-    return start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+class LearnedRotation(nnx.Module):
+    """LRPE (Qin et al. 2023, arXiv 2307.09270): the angles per position are learned and start as those of RoPE."""
+
+    def __init__(self, head_size: int):
+        theta_K = frequencies(check_pairs(head_size), 10000.0)
+        self.theta_K = nnx.Param(theta_K, group="no_decay", out_sharding=(None,))
+
+    def __call__(self, x_BTHK: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        return rotate_by(x_BTHK, angles(positions_BT, self.theta_K[...]))

@@ -27,8 +27,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.norms import rms_norm
+from models.positions import count_positions
 from models.projections import head_size, merge_heads, projection, residual_normal, split_heads
-from models.rotary import count_on, rotate
+from models.rotary import rotate
 from ops.window_attention.api import init_window_state, window_attention
 
 
@@ -85,7 +86,7 @@ class WindowAttention(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         start_B, window = (state["position"], state["window"]) if state else (jnp.zeros((batch,), jnp.int32), None)
-        positions_BT = count_on(start_B, length) if positions is None else positions
+        positions_BT = count_positions(start_B, length, segment_ids) if positions is None else positions
 
         q_BTHK = split_heads(self.query(x_BTD), self.heads)
         k_BTHK = split_heads(self.key(x_BTD), self.key_value_heads)

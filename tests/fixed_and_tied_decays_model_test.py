@@ -81,7 +81,7 @@ def test_hgrn2_has_four_squares_of_its_width():
 @pytest.mark.parametrize(("layer", "options"), [(0, {}), (1, {"decay": "alibi", "gate_rank": 3}), (1, {"lrpe": "all"})])
 def test_lightning_attention_computes_its_layer(layer, options):
     mixer = build_mixer(lightning, heads=2, layer=layer, **options)
-    theta = array(mixer.theta_K) if layer == 0 or options.get("lrpe") == "all" else np.zeros(4)
+    theta = array(mixer.rotation.theta_K) if layer == 0 or options.get("lrpe") == "all" else np.zeros(4)
 
     def transcription(x_TD):
         q, k, v = (project(x_TD, m, 2) for m in (mixer.query, mixer.key, mixer.value))

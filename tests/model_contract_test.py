@@ -69,6 +69,13 @@ OTHERS = {  # mixers whose op and kind of state have a row above
     "kda": Row(("kda",), {"kda": {"heads": 2, "expand_v": 0.5}}, depth=3),
     "retnet": Row(("retnet",), {"retnet": {"heads": 2}}),
     "hgrn2": Row(("hgrn2",), {"hgrn2": {"heads": 2}}),
+    "hedgehog": Row(("hedgehog",), {"hedgehog": {"heads": 2}}),
+    "hedgehog_exp": Row(("hedgehog",), {"hedgehog": {"heads": 4, "feature_map": "exp", "rope": False}}),
+    "based": Row(
+        ("based", "window_attention"),
+        {"based": {"heads": 2, "feature_size": 4}, "window_attention": {"window": 4, "heads": 2}},
+        depth=3,
+    ),
     "mamba2_norm_before_gate": Row(
         ("mamba2",), {"mamba2": {"state_size": 3, "heads": 2, "norm": "before_gate", "conv_width": 1}}
     ),

@@ -19,6 +19,8 @@ from experiments import main as mains
 from experiments import results, train
 from experiments.table import Cell, available_tables, config_hash, find_cells, find_table
 
+README = Path(__file__).parent.parent / "README.md"
+
 
 def reproduce(
     name: str, scale: str, *, runs: Path, directory: Path = results.DIRECTORY, only: str = "", collect: bool = False
@@ -45,6 +47,8 @@ def reproduce(
     text = results.markdown(table, name, scale, cells, rows)
     results.figure(table, cells, rows, directory / f"{name}_{scale}.png")
     write_results(directory)
+    if directory == results.DIRECTORY:
+        insert_tables(README)
     return text
 
 
@@ -68,6 +72,21 @@ def write_results(directory: Path = results.DIRECTORY) -> None:
                 sections.append(results.markdown(table, name, scale, cells, rows))
                 sections.append(f"![{table.TITLE}]({name}_{scale}.png)\n")
     (directory / "RESULTS.md").write_text("\n".join(sections), encoding="utf-8")
+
+
+def insert_tables(document: Path, directory: Path = results.DIRECTORY) -> None:
+    """Renews every table between `<!-- results: <table> <scale> -->` and `<!-- end of results -->` in a document."""
+
+    def renew(block: re.Match[str]) -> str:
+        opening, name, scale, closing = block.groups()
+        table = find_table(name)
+        cells = find_cells(table, scale)
+        rows = results.matching(cells, results.read(name, directory), scale)
+        return f"{opening}\n{results.grid(cells, rows)}\n{closing}"
+
+    text = document.read_text(encoding="utf-8")
+    pattern = r"(<!-- results: (\w+) (\w+) -->).*?(<!-- end of results -->)"
+    document.write_text(re.sub(pattern, renew, text, flags=re.DOTALL), encoding="utf-8")
 
 
 def plan(name: str, scale: str) -> str:

@@ -37,7 +37,7 @@ FACTS = (
 
 def make_row(table: str, scale: str, cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a finished run; `summary` as `train.run` returns it."""
-    config = cell.make_config()
+    config: Any = cell.make_config()
     return {
         "table": table,
         "scale": scale,
@@ -90,10 +90,20 @@ def format_cell(cell: Cell, row: Mapping[str, Any] | None) -> str:
     return ours if cell.published is None else f"{ours} [{cell.published:.3f}]"
 
 
-def markdown(table: ModuleType, name: str, scale: str, cells: Sequence[Cell], rows: Sequence[Any]) -> str:
-    """The table in Markdown, with where it was measured."""
+def grid(cells: Sequence[Cell], rows: Sequence[Any]) -> str:
+    """The cells alone, as a table in Markdown."""
     columns, names = (list(dict.fromkeys(getattr(cell, axis) for cell in cells)) for axis in ("column", "row"))
     text = {(c.row, c.column): format_cell(c, r) for c, r in zip(cells, rows, strict=True)}
+    lines = [
+        "| | " + " | ".join(columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+        *(f"| {row} | " + " | ".join(text.get((row, column), "") for column in columns) + " |" for row in names),
+    ]
+    return "\n".join(lines)
+
+
+def markdown(table: ModuleType, name: str, scale: str, cells: Sequence[Cell], rows: Sequence[Any]) -> str:
+    """The table in Markdown, with where it was measured."""
     lines = [
         f"## {table.TITLE}: `{name}` at scale `{scale}`",
         "",
@@ -101,9 +111,7 @@ def markdown(table: ModuleType, name: str, scale: str, cells: Sequence[Cell], ro
         "",
         f"Scale `{scale}`: {table.SCALES[scale]}",
         "",
-        "| | " + " | ".join(columns) + " |",
-        "|---" * (1 + len(columns)) + "|",
-        *(f"| {row} | " + " | ".join(text.get((row, column), "") for column in columns) + " |" for row in names),
+        grid(cells, rows),
         "",
     ]
     filled = [row for row in rows if row]

@@ -69,3 +69,24 @@ def test_a_broken_row_is_reported_with_its_line(tmp_path):
     (tmp_path / "state_tracking.jsonl").write_text('{"scale": "cpu"}\nnot json\n')
     with pytest.raises(ValueError, match=r"state_tracking\.jsonl, line 2 is not a result row"):
         results.read("state_tracking", tmp_path)
+
+
+def test_tables_in_a_document_are_renewed_and_the_rest_of_it_stays(tmp_path):
+    summary = fake_summary(0.25)
+    for cell in find_cells(find_table("state_tracking"), "demo")[:1]:
+        results.append(results.make_row("state_tracking", "demo", cell, summary), tmp_path)
+    document = tmp_path / "README.md"
+    document.write_text("a\n<!-- results: state_tracking demo -->\nold\n<!-- end of results -->\nb\n")
+    reproduce.insert_tables(document, tmp_path)
+    text = document.read_text()
+    assert text.startswith("a\n<!-- results: state_tracking demo -->\n| | parity |\n")
+    assert text.endswith("\n<!-- end of results -->\nb\n")
+    assert "| Mamba [0, 1] | 0.350 ± 0.141 (n=2) [0.000] |" in text
+    assert "old" not in text
+
+
+def test_the_readme_shows_the_recorded_tables(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text(reproduce.README.read_text())
+    reproduce.insert_tables(copy)
+    assert copy.read_text() == reproduce.README.read_text()

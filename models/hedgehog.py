@@ -14,8 +14,8 @@ Mimicry", ICLR 2024, arXiv 2402.04347.
 
 The map has one layer, so that it can be fitted to the weights of softmax attention; trained from scratch it learns with
 everything else. Over 2K features the softmax keeps each feature in (0, 1); the one of the queries cancels in a_ts, the
-one of the keys does not. feature_map="exp" is the paper's unnormalised map and overflows where |y| passes 88. The scores depend on
-each position by itself, not on differences: positions must start at 0 in every document.
+one of the keys does not. feature_map="exp" is the paper's unnormalised map and overflows where |y| passes 88. The
+scores depend on each position by itself, not on differences: positions must start at 0 in every document.
 
 State: 2 d (V + 1) floats and the position. Cost per token: O(2 d V).
 

@@ -9,6 +9,8 @@ from jax.typing import DTypeLike
 NORMAL = nnx.initializers.normal(0.02)
 # The authors' code of GLA and DeltaNet: Xavier-uniform with gain 2^-2.5; a gain enters the variance squared.
 XAVIER_SMALL = nnx.initializers.variance_scaling((2**-2.5) ** 2, "fan_avg", "uniform")
+# The authors' code of TransNormer: Xavier-uniform with gain 2^-0.5.
+XAVIER_MEDIUM = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 # U(-fan_in^-1/2, fan_in^-1/2): the uniform distribution on +-b has variance b^2 / 3.
 FAN_IN_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import based, hedgehog
+from models import based, diag_attention, hedgehog, transnormer
 from tests.layer_check import (
     FLOAT32,
     array,
     build_mixer,
+    call,
     check_layer,
     count_parameters,
+    inputs,
     merge,
     project,
+    rms,
     rotated,
     weight,
 )
@@ -96,3 +99,44 @@ def test_based_state_has_its_closed_form_at_the_published_size():
     mixer = nnx.eval_shape(lambda: based.Mixer(1024, depth=27, rngs=nnx.Rngs(0), **FLOAT32))
     state = jax.eval_shape(lambda: mixer.init_state(1))
     assert mixer.state_bytes == 4 * 16 * 153 * (1024 // 16 + 1) == 4 * state["memory"].size
+
+
+def turned(mixer, x_THK):
+    return rotated(x_THK, np.arange(len(x_THK))[:, None, None] * array(mixer.rotation.theta_K))
+
+
+def test_norm_attention_computes_its_layer_and_ignores_the_size_of_values():
+    mixer = build_mixer(transnormer, heads=2)
+
+    def transcription(x_TD):
+        q, k, v = (project(x_TD, m, 2) for m in (mixer.query, mixer.key, mixer.value))
+        q, k = (turned(mixer, np.where(x > 0, x + 1, np.exp(x))) for x in (q, k))
+        o = np.einsum("hts,shv->thv", np.tril(np.einsum("thk,shk->hts", q, k)), v)
+        return rms(merge(o), eps=1e-6) @ weight(mixer.output)
+
+    check_layer(mixer, transcription)
+    want = call(mixer, inputs())
+    mixer.value.kernel[...] = 3 * mixer.value.kernel[...]
+    np.testing.assert_allclose(call(mixer, inputs()), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [3, 64])
+def test_diag_attention_is_softmax_attention_inside_blocks(block):
+    mixer = build_mixer(diag_attention, heads=2, block=block)
+
+    def transcription(x_TD):
+        q, k, v = (project(x_TD, m, 2) for m in (mixer.query, mixer.key, mixer.value))
+        q, k = turned(mixer, q), turned(mixer, k)
+        o = np.zeros_like(v)
+        for t in range(len(x_TD)):
+            seen = slice(t - t % block, t + 1)
+            scores = np.exp(np.einsum("hk,shk->hs", q[t], k[seen]) / math.sqrt(8))
+            o[t] = np.einsum("hs,shv->hv", scores / scores.sum(-1, keepdims=True), v[seen])
+        return merge(o) @ weight(mixer.output)
+
+    check_layer(mixer, transcription)
+
+
+def test_a_mixer_of_transnormer_has_four_squares_of_its_width():
+    for module in (transnormer, diag_attention):
+        assert count_parameters(module, 768, depth=12, heads=12) == 4 * 768**2 + 32

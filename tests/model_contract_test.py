@@ -2,8 +2,8 @@
 states.
 
 A model joins by a row: a pattern of mixers, their options and the depth. It stands in `ROWS` if it is the first of its
-kind and in `OTHERS`, which only `make test-all` runs, if a row in `ROWS` has the same op and kind of state. Sizes are
-tiny and shapes are shared between tests, so that each row compiles few programs.
+kind, and in `OTHERS`, which only `make test-all` runs, if a row in `ROWS` calls the same op in much the same way. Sizes
+are tiny and shapes are shared between tests, so that each row compiles few programs.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ LONGER = {  # other options of the same mixers, and a hybrid
         {"window_attention": {"window": 4, "heads": 4, "key_value_heads": 2, "qk_norm": True, "rope": False}},
     ),
 }
-OTHERS = {  # mixers whose op and kind of state have a row above
+OTHERS = {  # mixers whose op has a row above
     "gated_delta_net_negative": Row(
         ("gated_delta_net",), {"gated_delta_net": {"heads": 3, "conv_width": 0, "eigenvalue_range": (-1, 1)}}
     ),
@@ -75,6 +75,11 @@ OTHERS = {  # mixers whose op and kind of state have a row above
         ("based", "window_attention"),
         {"based": {"heads": 2, "feature_size": 4}, "window_attention": {"window": 4, "heads": 2}},
         depth=3,
+    ),
+    "lightnet": Row(("lightnet",), {"lightnet": {"heads": 2, "gate_rank": 4}}),
+    "lightnet_one": Row(("lightnet",), {"lightnet": {"heads": 1, "gate_rank": 4, "empty_sum": "one"}}),
+    "transnormer": Row(
+        ("diag_attention", "transnormer"), {"diag_attention": {"heads": 2, "block": 4}, "transnormer": {"heads": 2}}
     ),
     "mamba2_norm_before_gate": Row(
         ("mamba2",), {"mamba2": {"state_size": 3, "heads": 2, "norm": "before_gate", "conv_width": 1}}

@@ -1,0 +1,27 @@
+"""TransNormer T2 (Qin et al., EMNLP 2022, arXiv 2210.10340): DiagAttention in the lower half of the layers,
+NormAttention in the upper half.
+
+    python -m experiments.train --config=experiments/configs/transnormer.py:text,smoke --workdir=runs/transnormer
+
+text,smoke: a few minutes on 2 CPU cores. The paper's autoregressive WikiText-103: test perplexity 31.01, as softmax
+attention. Bidirectional, of 12 layers 0, 6 and 12 with DiagAttention: 4.23, 3.82, 4.75.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.configs.recipes import recipe
+
+
+def get_config(task: str) -> ConfigDict:
+    config: Any = recipe(task)
+    lower = config.model.depth // 2
+    config.model.pattern = ("diag_attention",) * lower + ("transnormer",) * (config.model.depth - lower)
+    config.model.mixers = ConfigDict(
+        {
+            "diag_attention": {"heads": 4, "block": 64},
+            "transnormer": {"heads": 4, "norm_eps": 1e-6},
+        }
+    )
+    return config

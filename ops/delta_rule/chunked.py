@@ -8,7 +8,7 @@ With S the state at the start of a chunk and the interval products of `ops/chunk
     N  = M (beta . (V - K0 S)),  M = (I + A)^-1     the corrected values that the chunk's tokens write
     O  = Q0 S + P N                                 S' = Diag(total) S + K1^T N
 
-One scan over the chunks does all of it, so that what a chunk needs is made, used and forgotten while it is in cache.
+One scan over the chunks does all of it, so that what a chunk needs is made and used while it is in cache.
 M is computed by forward substitution in diagonal blocks and merging of blocks, never by squaring A: with identical keys
 the powers of A overflow float32 while M itself stays below 2.
 
@@ -18,8 +18,8 @@ Backward, with dS' the gradient of the state at a chunk's end; D is the gradient
     dP = dO N^T (i >= j)    dA = -D N^T (i > j)     dV = beta . D
 
 and the rest follows from the definitions of P, A, Q0, K0, K1. Only the inputs are kept; a first scan recomputes the
-states. (Yang et al., Parallelizing Linear Transformers with the Delta Rule, arXiv 2406.06484, section 3; with decay:
-Gated Delta Networks, arXiv 2412.06464.)
+states, M and N. (Yang et al., Parallelizing Linear Transformers with the Delta Rule, arXiv 2406.06484, section 3; with
+decay: Gated Delta Networks, arXiv 2412.06464.)
 """
 
 from typing import NamedTuple
@@ -70,26 +70,31 @@ def _cut(q, k, v, beta, decay_log, scale, segment_ids) -> _Chunk:
     return _Chunk(q, k, v, beta, chunking.decay_factors(decay_log, segment_ids, chunk, length))
 
 
-def _forward_step(S, chunk: _Chunk):
-    """S [..., V, K] at the chunk's end, and what the rest is made of."""
-    k, beta = chunk.k, chunk.beta
-    tree = None if chunk.a is None else chunking.decay_tree(chunk.a)
-    k0, k1 = (k, k) if tree is None else (k * tree.prefix, k * tree.suffix)
-    KK = chunking.lower(chunking.decay_scores(k, k, tree), strict=True)
-    M = unit_lower_inverse(beta * KK)
+def _intervals(chunk: _Chunk):
+    """The decay tree, q0, k0 and k1."""
+    if chunk.a is None:
+        return None, chunk.q, chunk.k, chunk.k
+    tree = chunking.decay_tree(chunk.a)
+    return tree, chunk.q * tree.prefix, chunk.k * tree.prefix, chunk.k * tree.suffix
+
+
+def _advance(S, chunk: _Chunk, tree, k0, k1):
+    """S [..., V, K] at the chunk's end; K K^T with its decays, M, (V - K0 S)^T and N^T."""
+    KK = chunking.lower(chunking.decay_scores(chunk.k, chunk.k, tree), strict=True)
+    M = unit_lower_inverse(chunk.beta * KK)
     missingT = flip(chunk.v) - einsum("...vk,...ck->...vc", S, k0)
-    NT = einsum("...vj,...ij->...vi", missingT, M * flip(beta))
+    NT = einsum("...vj,...ij->...vi", missingT, M * flip(chunk.beta))
     after = (S if tree is None else tree.total * S) + einsum("...vc,...ck->...vk", NT, k1)
-    return after, (tree, k0, k1, KK, M, missingT, NT)
+    return after, (KK, M, missingT, NT)
 
 
 def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
     """Shapes as in `api.py`; returns o in float32 and the final state."""
 
     def step(S, chunk):
-        after, (tree, *_, NT) = _forward_step(S, chunk)
+        tree, q0, k0, k1 = _intervals(chunk)
+        after, (*_, NT) = _advance(S, chunk, tree, k0, k1)
         P = chunking.decay_scores(chunk.q, chunk.k, tree)
-        q0 = chunk.q if tree is None else chunk.q * tree.prefix
         return after, flip(einsum("...vk,...ck->...vc", S, q0) + einsum("...vj,...ij->...vi", NT, P))
 
     final, o = lax.scan(step, flip(initial_state), _cut(q, k, v, beta, decay_log, scale, segment_ids))
@@ -100,14 +105,17 @@ def backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_st
     """Cotangents of q, k, v, beta, decay_log and initial_state, in float32."""
     length, key_heads = k.shape[1:3]
     chunks = _cut(q, k, v, beta, decay_log, scale, segment_ids)
-    _, states = lax.scan(lambda S, chunk: (_forward_step(S, chunk)[0], S), flip(initial_state), chunks)
+
+    def first(S, chunk):
+        tree, _, k0, k1 = _intervals(chunk)
+        after, made = _advance(S, chunk, tree, k0, k1)
+        return after, (S, *made)
 
     def step(dS, inputs):
-        chunk, S, do = inputs
+        chunk, (S, KK, M, missingT, NT), do = inputs
         q, k, _, beta, a = chunk
-        _, (tree, k0, k1, KK, M, missingT, NT) = _forward_step(S, chunk)
+        tree, q0, k0, k1 = _intervals(chunk)
         P = chunking.decay_scores(q, k, tree)
-        q0 = q if tree is None else q * tree.prefix
         doT = chunking.flipped_copy(do)
 
         DT = einsum("...vi,...ij->...vj", doT, P) + einsum("...vk,...ck->...vc", dS, k1)
@@ -136,7 +144,8 @@ def backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_st
         return before, (dq * scale, dk, beta * D, dbeta, dg)
 
     do = chunking.to_chunks(do, chunks.q.shape[-2])
-    dinitial_state, (*gradients, dg) = lax.scan(step, flip(dfinal_state), (chunks, states, do), reverse=True)
+    _, made = lax.scan(first, flip(initial_state), chunks)
+    dinitial_state, (*gradients, dg) = lax.scan(step, flip(dfinal_state), (chunks, made, do), reverse=True)
     dq, dk, dv, dbeta = (chunking.from_chunks(x, length) for x in gradients)
     dq, dk = (chunking.sum_heads(x, key_heads) for x in (dq, dk))
     ddecay_log = None if decay_log is None or dg is None else chunking.decay_cotangent(dg, decay_log, length)

@@ -3,8 +3,8 @@ Balance the Recall-Throughput Tradeoff", ICML 2024, arXiv 2402.18668. This is it
 is `window_attention`, beside it in a pattern.
 
     S_t = S_{t-1} + phi(k_t)^T v_t,    z_t = z_{t-1} + phi(k_t)
-    o_t = phi(q_t) S_t / (phi(q_t) z_t)                                                 (Section 4, Eq. 4, 5)
-    phi(q) phi(k) = 1 + s + s^2 / 2,    s = q k / sqrt(K)                               (Section 4, Eq. 6)
+    o_t = phi(q_t) S_t / (phi(q_t) z_t)                                                 (Section 4)
+    phi(q) phi(k) = 1 + s + s^2 / 2,    s = q k / sqrt(K)                               (Section 4)
     y_t = o_t W_o
 
     q, k    q_BTHK, k_BTHK          x W_q, x W_k; K = feature_size = 16 whatever the width is

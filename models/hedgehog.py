@@ -22,7 +22,7 @@ State: 2 d (V + 1) floats and the position. Cost per token: O(2 d V).
 Departures: none known for a layer trained from scratch; the paper's loss that fits the map to a softmax layer belongs
 to converting a trained model and is not part of the mixer. Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
 
-Authors' code: https://github.com/HazyResearch/hedgehog
+Authors' code: the feature map in https://github.com/HazyResearch/lolcats
 """
 
 import functools

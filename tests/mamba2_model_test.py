@@ -49,9 +49,18 @@ def test_a_scalar_transition_makes_mambas_scan_linear_attention():
     B, C = (jax.random.normal(key, (batch, length, states)) for key in keys[1:3])
     dt = jax.nn.softplus(jax.random.normal(keys[3], (batch, length, heads)))
     A = -jnp.array([0.5, 3.0])
-    got, _ = gated_linear_attention(C[:, :, None], B[:, :, None], dt[..., None] * x, A[None, None, :] * dt, scale=1.0)
     per_channel = jnp.repeat(dt, size, axis=2), jnp.broadcast_to(jnp.repeat(A, size)[:, None], (heads * size, states))
-    want, _ = selective_scan(x.reshape(batch, length, -1), *per_channel, B, C)
+
+    @jax.jit
+    def both():
+        scalar = A[None, None, :] * dt
+        definition = {"implementation": "reference"}
+        q, k, v = C[:, :, None], B[:, :, None], dt[..., None] * x
+        attention, _ = gated_linear_attention(q, k, v, scalar, scale=1.0, **definition)
+        scan, _ = selective_scan(x.reshape(batch, length, -1), *per_channel, B, C, **definition)
+        return attention, scan
+
+    got, want = both()
     np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-5)
 
 

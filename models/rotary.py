@@ -14,39 +14,35 @@ def check_pairs(head_size: int) -> int:
     return head_size
 
 
-def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, *, base: float) -> jax.Array:
-    """Turns the pair (x_i, x_{i + K/2}) by the angle position * base^(-2i/K), i < K/2; K even, angles in float32.
-
-    The product of a rotated query and a rotated key depends on the difference of their positions alone.
-    """
-    return rotate_by(x_BTHK, angles(positions_BT, frequencies(x_BTHK.shape[-1], base)))
-
-
 def frequencies(size: int, base: float) -> jax.Array:
     """base^(-2i/size) for the size/2 pairs of `size` channels."""
     half = size // 2
     return base ** (-jnp.arange(half, dtype=jnp.float32) / half)
 
 
-def angles(positions_BT: jax.Array, frequency_K: jax.Array) -> jax.Array:
-    """[B, T] times [K/2] -> [B, T, K/2], float32."""
-    return positions_BT.astype(jnp.float32)[..., None] * frequency_K[None, None, :]
+def turn(x_BTHK: jax.Array, positions_BT: jax.Array, frequency_K: jax.Array) -> jax.Array:
+    """Turns the pair (x_i, x_{i + K/2}) by the angle position * frequency_K[i], i < K/2; angles in float32.
 
-
-def rotate_by(x_BTHK: jax.Array, angle_BTK: jax.Array) -> jax.Array:
-    """Turns the pair (x_i, x_{i + K/2}) of every head by angle_BTK[..., i], i < K/2."""
+    The product of a turned query and a turned key depends on the difference of their positions alone.
+    """
+    angle_BTK = positions_BT.astype(jnp.float32)[..., None] * frequency_K[None, None, :]
     cos_BTHK, sin_BTHK = jnp.cos(angle_BTK)[:, :, None, :], jnp.sin(angle_BTK)[:, :, None, :]
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate((first * cos_BTHK - second * sin_BTHK, first * sin_BTHK + second * cos_BTHK), axis=-1)
-    return rotated.astype(x_BTHK.dtype)
+    turned = jnp.concatenate((first * cos_BTHK - second * sin_BTHK, first * sin_BTHK + second * cos_BTHK), axis=-1)
+    return turned.astype(x_BTHK.dtype)
+
+
+def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, *, base: float) -> jax.Array:
+    """`turn` by the fixed angles of RoPE, position * base^(-2i/K); K even."""
+    return turn(x_BTHK, positions_BT, frequencies(x_BTHK.shape[-1], base))
 
 
 class LearnedRotation(nnx.Module):
-    """LRPE (Qin et al. 2023, arXiv 2307.09270): the angles per position are learned and start as those of RoPE."""
+    """LRPE (Qin et al. 2023, arXiv 2307.09270): `turn` by angles that are learned and start as those of RoPE."""
 
     def __init__(self, head_size: int):
         theta_K = frequencies(check_pairs(head_size), 10000.0)
         self.theta_K = nnx.Param(theta_K, group="no_decay", out_sharding=(None,))
 
     def __call__(self, x_BTHK: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        return rotate_by(x_BTHK, angles(positions_BT, self.theta_K[...]))
+        return turn(x_BTHK, positions_BT, self.theta_K[...])

@@ -1,4 +1,4 @@
-"""Shared by the tests that hold a layer to a slow float64 transcription of its paper."""
+"""Shared by tests of models: random parameters, and a layer against a slow float64 transcription of its paper."""
 
 import math
 from collections.abc import Callable
@@ -13,20 +13,23 @@ BATCH, LENGTH, WIDTH = 2, 7, 16
 FLOAT32: dict[str, Any] = {"param_dtype": jnp.dtype("float32"), "compute_dtype": jnp.dtype("float32")}
 
 
-def randomised(build: Callable[[], Any]) -> Any:
-    """The module with random parameters of order one: no term of an equation can hide behind a zero or a one.
+def parts(build: Callable[[], Any]) -> tuple[Any, nnx.State, nnx.State]:
+    """What `nnx.merge` makes the module of: structure, abstract parameters, and the values of all other variables,
+    such as constants that differ between layers."""
+    graphdef, params, variables = nnx.eval_shape(lambda: nnx.split(build(), nnx.Param, ...))
+    if jax.tree.leaves(variables):
+        variables = jax.jit(lambda: nnx.split(build(), nnx.Param, ...)[2])()  # under jit no parameter is computed
+    return graphdef, params, variables
 
-    Variables that are not parameters, such as constants that differ between layers, keep their values.
-    """
+
+def randomised(build: Callable[[], Any]) -> Any:
+    """The module with random parameters of order one: no term of an equation can hide behind a zero or a one."""
     rng = np.random.default_rng(0)
 
     def value(leaf):
         return jnp.asarray(rng.standard_normal(leaf.shape) / math.sqrt(leaf.shape[0]) + 0.2, leaf.dtype)
 
-    graphdef, params, variables = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
-    if jax.tree.leaves(variables):
-        # Under jit the parameters, which nobody asks for, are not computed.
-        variables = jax.jit(lambda: nnx.split(build(), nnx.Param, ...)[2])()
+    graphdef, params, variables = parts(build)
     return nnx.merge(graphdef, jax.tree.map(value, params), variables)
 
 

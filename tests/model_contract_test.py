@@ -19,6 +19,7 @@ from flax import nnx
 
 from models.lm import LM, build
 from models.stack import available_mixers
+from tests.layer_check import parts
 
 # A sequence is two pieces of PIECE tokens and one of one token: three lengths, three programs per row.
 BATCH, PIECE, LENGTH, VOCABULARY = 2, 5, 11, 17
@@ -106,21 +107,12 @@ every_row = pytest.mark.parametrize(
 
 
 def make(name: str, *, seed: int = 0, compute_dtype: str = "float32", **model: Any) -> LM:
-    """The row's model with random parameters of order one, so that no path through a block is negligible.
-
-    Variables that are not parameters, such as constants that differ between layers, keep their values.
-    """
+    """The row's model with random parameters of order one, so that no path through a block is negligible."""
     row = ALL[name]
     config = {"width": 32, "depth": row.depth, "pattern": row.pattern, "mixers": row.mixers, **row.model, **model}
     dtypes: dict[str, Any] = {"param_dtype": "float32", "compute_dtype": compute_dtype}
-
-    def split() -> Any:
-        lm = build(config, vocabulary_size=VOCABULARY, rngs=nnx.Rngs(0), **dtypes)
-        return nnx.split(lm, nnx.Param, ...)
-
-    graphdef, params, variables = nnx.eval_shape(split)
-    if jax.tree.leaves(variables):
-        variables = jax.jit(lambda: split()[2])()  # the parameters, which nobody asks for, are not computed
+    build_row = functools.partial(build, config, vocabulary_size=VOCABULARY, **dtypes)
+    graphdef, params, variables = parts(lambda: build_row(rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(seed)
 
     def value(leaf):

@@ -19,19 +19,20 @@ from experiments.config import Config
 
 FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-RESULTS = "experiments/results"
+GENERATED = (":(exclude)experiments/results", ":(exclude)README.md")  # recorded rows, and the tables made of them
 CHECKOUT = Path(__file__).parent.parent
 
 
 def environment() -> dict[str, Any]:
     """Commit and whether files differ from it (None outside a git checkout), versions, devices.
 
-    Recorded results do not count as a difference: nothing is computed from them, and each new row changes them.
+    Recorded results and the documents they are shown in do not count: nothing is computed from them, and each new row
+    changes them.
     """
     devices, commit = jax.devices(), _git("rev-parse", "HEAD")
     return {
         "commit": commit,
-        "dirty": None if commit is None else bool(_git("status", "--porcelain", ".", f":(exclude){RESULTS}")),
+        "dirty": None if commit is None else bool(_git("status", "--porcelain", ".", *GENERATED)),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
         "device": devices[0].device_kind,

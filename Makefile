@@ -14,7 +14,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PLATFORMS ?= cpu
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope -q
 
-.PHONY: demo test test-fast test-ops test-all test-other lint format clean
+.PHONY: demo test test-fast test-all test-other lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m experiments.reproduce --table=state_tracking --scale=demo
@@ -25,15 +25,12 @@ test: $(VENV)/ready
 test-fast: $(VENV)/ready
 	$(PYTEST) -m "not full and not slow"
 
-test-ops: $(VENV)/ready
-	$(PYTEST) -m "not full and not slow" tests/gated_linear_attention_test.py tests/*_tasks_test.py tests/recipes_test.py
-
 test-all: $(VENV)/ready
 	$(PYTEST)
 
-# Ops and tasks on the other supported pair of versions, where such an interpreter works.
+# The fast tier on the other supported pair of versions, where such an interpreter works.
 test-other:
-	@if [ -n "$(OTHER)" ]; then $(MAKE) test-ops PYTHON="$(OTHER)" VENV=.venv-other; \
+	@if [ -n "$(OTHER)" ]; then $(MAKE) test-fast PYTHON="$(OTHER)" VENV=.venv-other; \
 	else echo "no second interpreter that runs: the other pair of jax and flax is not tested"; fi
 
 lint: $(VENV)/ready

@@ -7,10 +7,11 @@ layers stores one set of residuals (the inputs), not one per candidate.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from jax import lax
 
 # What `implementation=None` takes on each platform, where the op has it; everywhere else it takes `chunked`.
@@ -24,14 +25,45 @@ def check_implementation(op: str, implementation: str | None, modules: Mapping[s
         raise ValueError(f"implementation of {op} must be None or one of {', '.join(names)}; got {implementation!r}")
 
 
-def call(modules: Mapping[str, ModuleType], rule: str, implementation: str | None, *args: Any, **static: Any) -> Any:
+def call(
+    modules: Mapping[str, ModuleType],
+    rule: str,
+    implementation: str | None,
+    *args: Any,
+    dtypes: Sequence[Any] = (),
+    **static: Any,
+) -> Any:
     """Runs `rule` ("forward" or "backward") of the chosen implementation on `args` (pytrees of arrays) and `static`.
 
-    A named implementation runs or raises; None takes `PREFERRED` for the lowering platform, else `chunked`.
+    A named implementation runs or raises; None takes `PREFERRED` for the lowering platform, else `chunked`. `dtypes`,
+    one per result, are those that the results take: a kernel writes its own, and alternatives must agree.
     """
-    rules = {name: functools.partial(getattr(module, rule), **static) for name, module in modules.items()}
-    if implementation is not None:
-        return rules[implementation](*args)
+    functions = tuple((name, getattr(module, rule)) for name, module in modules.items())
+    return _chosen(_Choice(functions, implementation, tuple(dtypes), tuple(sorted(static.items()))), *args)
+
+
+class _Choice(NamedTuple):
+    """What decides about a program besides its arguments; hashable."""
+
+    rules: tuple[tuple[str, Callable[..., Sequence[Any]]], ...]
+    implementation: str | None
+    dtypes: tuple[Any, ...]
+    static: tuple[tuple[str, Any], ...]
+
+
+# Compiled, because choosing by platform traces all candidates: a kernel is traced once per shape, not in every layer
+# and not in every eager call.
+@functools.partial(jax.jit, static_argnums=0)
+def _chosen(choice: _Choice, *args: Any) -> Any:
+    def results(rule: Callable[..., Sequence[Any]], *args: Any) -> tuple[Any, ...]:
+        values = tuple(rule(*args, **dict(choice.static)))
+        if not choice.dtypes:
+            return values
+        return tuple(x if x is None else x.astype(to) for x, to in zip(values, choice.dtypes, strict=True))
+
+    rules = {name: functools.partial(results, rule) for name, rule in choice.rules}
+    if choice.implementation is not None:
+        return rules[choice.implementation](*args)
     kernels = {platform: rules[name] for platform, name in PREFERRED.items() if name in rules}
     if not kernels:
         return rules["chunked"](*args)

@@ -4,13 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ops
 from ops import gated_linear_attention
-from tests.op_contract import BATCH, OpContract, assert_close, hard_decay_log
+from tests.op_contract import BATCH, LENGTH, OpContract, assert_close, hard_decay_log
 
 KEY_HEADS, HEADS, KEY, VALUE = 2, 4, 20, 24  # chunks of 32 tokens
 
@@ -43,6 +44,100 @@ class TestGatedLinearAttention(OpContract):
 
     def initial_state(self, key, variant):
         return jax.random.normal(key, (BATCH, HEADS, KEY, VALUE))
+
+
+# Relative L2 against the float32 reference fed the same rounded inputs. bfloat16 inputs: factors of matmuls are rounded
+# to 8 bits (2^-9 each, independent), then the outputs; gradients pass two such products, those of decays three.
+BFLOAT16_L2 = {"o": 1e-2, "final state": 1e-2, "gradient of decay_log": 3e-2, "gradient": 2e-2}
+
+
+def assert_l2_close(name, got, expected, limits):
+    limit = limits.get(name, limits["gradient"])
+    got, expected = (np.asarray(x.astype(jnp.float32), np.float64) for x in (got, expected))
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    assert error <= limit, f"{name}: relative L2 error {error:.1e} > {limit:.0e}"
+
+
+@pytest.mark.full
+class TestPallasTpu(TestGatedLinearAttention):
+    """The TPU kernels, interpreted: the whole contract. What `make test` runs of it stands below."""
+
+    implementations = ("pallas_tpu",)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_values_states_and_gradients_equal_the_reference(self, variant, implementation, dtype):
+        if dtype == "float32":
+            super().test_values_states_and_gradients_equal_the_reference(variant, implementation, dtype)
+            return
+        inputs, state, ids = self.data(variant, LENGTH, dtype)
+        expected = self.values_and_gradients("reference", inputs, state, ids)
+        got = self.values_and_gradients(implementation, inputs, state, ids)
+        for name in expected:
+            assert_l2_close(name, got[name], expected[name], BFLOAT16_L2)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param("none", marks=pytest.mark.full),
+        pytest.param("constant", marks=pytest.mark.full),
+        pytest.param("scalar", marks=pytest.mark.slow),
+        pytest.param("vector", marks=pytest.mark.slow),
+    ],
+)
+def test_tpu_kernels_equal_the_reference(variant):
+    contract = TestGatedLinearAttention()
+    inputs, state, ids = contract.data(variant, 40)  # three quarters of one chunk of 64 tokens
+    expected = contract.values_and_gradients("reference", inputs, state, ids)
+    got = contract.values_and_gradients("pallas_tpu", inputs, state, ids)
+    for name in expected:
+        assert_close(name, got[name], expected[name])
+
+
+def test_a_tpu_kernel_carries_its_state_over_chunks_and_segments():
+    contract = TestGatedLinearAttention()
+    inputs, state, ids = contract.data("scalar", LENGTH)
+    expected = contract.forward("reference", inputs, state, ids)
+    for name, got, wanted in zip(
+        ("o", "final state"), contract.forward("pallas_tpu", inputs, state, ids), expected, strict=True
+    ):
+        assert_close(name, got, wanted)
+
+
+# Key heads, heads, K, V: heads that fill lanes only together, one key head for several grid steps, K and V beyond 128.
+SIZES = [(2, 2, 64, 64), (3, 3, 96, 128), (1, 4, 16, 256), (1, 8, 128, 128), (2, 4, 256, 64)]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("variant", ["scalar", "vector"])
+def test_tpu_kernels_take_any_size_and_group_of_heads(sizes, variant):
+    key_heads, heads, key, value = sizes
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k = (jax.random.normal(x, (1, 150, key_heads, key)) for x in keys[:2])
+    v, do = (jax.random.normal(x, (1, 150, heads, value)) for x in keys[2:4])
+    g = hard_decay_log(keys[4], (1, 150, heads) + ((key,) if variant == "vector" else ()))
+
+    def gradients(implementation):
+        def loss(*inputs):
+            o, state = gated_linear_attention(*inputs, implementation=implementation)
+            return jnp.sum(o * do) + jnp.sum(jnp.sin(state))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(q, k, v, g)
+
+    for name, got, wanted in zip("qkvg", gradients("pallas_tpu"), gradients("reference"), strict=True):
+        assert_close(f"gradient of {name}", got, wanted, 1e-5)
+
+
+def test_a_program_lowered_for_a_tpu_takes_the_kernels():
+    x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return gated_linear_attention(q, k, v)[0].astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(x, x, x)
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 3
+    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def random_case(seed, variant, length=37) -> tuple[Any, ...]:

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from .. import dispatch
 from ..arguments import check_matrix_state
-from ..dispatch import cast_like
-from . import chunked, reference
+from . import chunked, pallas_tpu, reference
 
-IMPLEMENTATIONS = {"chunked": chunked}
+IMPLEMENTATIONS = {"chunked": chunked, "pallas_tpu": pallas_tpu}
 
 
 def gated_linear_attention(
@@ -41,12 +40,14 @@ def gated_linear_attention(
         segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
         starts from zero. None means one segment.
-      implementation: "reference" (a scan over tokens), "chunked" (plain JAX), or None for the best of the platform that
-        the program is lowered for. A named implementation runs or raises.
+      implementation: "reference" (a scan over tokens), "chunked" (plain JAX), "pallas_tpu" (kernels; interpreted when
+        lowered for a CPU), or None for the best of the platform that the program is lowered for: the kernels on TPU,
+        else "chunked". A named implementation runs or raises.
 
     Returns:
       o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32. The state and all sums
-      are float32 whatever the inputs are, no exponent is positive and none is clipped. Differentiable in every float
+      are float32 whatever the inputs are, no exponent is positive and none is clipped; where q, k and v are bfloat16,
+      the TPU kernels round the factors of matmuls to bfloat16 too. Differentiable in every float
       input, and through both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
 
     Raises:
@@ -62,13 +63,15 @@ def gated_linear_attention(
         initial_state = jnp.zeros((batch, heads, key_size, value_size), jnp.float32)
     if implementation == "reference":
         o, state = reference.gated_linear_attention(q, k, v, decay_log, scale, initial_state, segment_ids)
+        o = o.astype(v.dtype)
     else:
         o, state = _recurrence(scale, implementation, q, k, v, decay_log, initial_state, segment_ids)
-    return o.astype(v.dtype), state
+    return o, state
 
 
 def _forward(scale, implementation, *inputs) -> Any:
-    return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs, scale=scale)
+    dtypes = inputs[2].dtype, jnp.float32  # of v for o
+    return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs, dtypes=dtypes, scale=scale)
 
 
 def _forward_keeping_inputs(scale, implementation, *inputs):
@@ -76,8 +79,10 @@ def _forward_keeping_inputs(scale, implementation, *inputs):
 
 
 def _backward(scale, implementation, inputs, cotangents):
-    gradients = dispatch.call(IMPLEMENTATIONS, "backward", implementation, *inputs, *cotangents, scale=scale)
-    return *cast_like(gradients, inputs[:-1]), None  # segment_ids are integers
+    floats = inputs[:-1]  # segment_ids are integers
+    dtypes = [None if x is None else x.dtype for x in floats]
+    arguments = *inputs, *cotangents
+    return *dispatch.call(IMPLEMENTATIONS, "backward", implementation, *arguments, dtypes=dtypes, scale=scale), None
 
 
 _recurrence: Any = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))

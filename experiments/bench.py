@@ -2,6 +2,7 @@
 
     python -m experiments.bench --shapes=cpu                       all ops at the shapes named "cpu"
     python -m experiments.bench --shapes=cpu --ops=delta_rule --implementations=chunked --json=bench.json
+    python -m experiments.bench --tpu_aot                          TPU kernels, compiled ahead of time (extra `aot`)
     python -m experiments.bench --shapes=cpu --peers               beside jax-linear-attention, where it is installed
 
 Every case is compiled first; then all implementations (and the peer) of one case take turns, so that a machine that
@@ -25,7 +26,7 @@ from absl import flags
 
 import ops
 from experiments import main as mains
-from experiments import run_record
+from experiments import run_record, tpu_aot
 from ops.delta_rule import shapes as delta_shapes
 from ops.gated_linear_attention import shapes as attention_shapes
 from ops.selective_scan import shapes as scan_shapes
@@ -227,6 +228,9 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     options = flags.FLAGS
+    if options.tpu_aot:
+        tpu_aot.report(options.tpu_aot_ratchet)
+        return
     for op in options.ops:
         if op not in CASES:
             raise ValueError(f"--ops must be of {', '.join(CASES)}; got {op!r}")
@@ -255,4 +259,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 7, "Measured rounds.", lower_bound=1)
     flags.DEFINE_bool("peers", False, "Measure jax-linear-attention beside ours.")
     flags.DEFINE_string("json", "", "File to write all rows to.")
+    flags.DEFINE_bool("tpu_aot", False, "Compile the TPU kernels ahead of time and report (experiments/tpu_aot.py).")
+    flags.DEFINE_bool("tpu_aot_ratchet", False, "With --tpu_aot: record its cycles as those not to exceed.")
     mains.run(main)

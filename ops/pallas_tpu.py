@@ -1,8 +1,9 @@
 """What the TPU kernels share: how work is cut into grid steps, how matmuls round, how heads are interleaved.
 
 **Layout.** Arrays stay as the caller has them, seen as [B, T, H * K]: heads lie side by side along lanes, and a grid
-step (batch, block of heads, chunk) reads a rectangle of C tokens and a few heads. Nothing is transposed or padded in
-memory: rows past T are masked inside the kernel, and a K that is no multiple of 128 is cut out of its lanes there.
+step (batch, block of heads, chunk) reads a rectangle of C tokens and a few heads. That is how projections make them;
+nothing is transposed or padded in memory: rows past T are masked inside the kernel, and a K that is no multiple of 128
+is cut out of its lanes there.
 
 **Precision.** A TPU's matrix unit multiplies bfloat16 and adds in float32. Float32 inputs take the six-pass products
 (HIGHEST), bfloat16 inputs one pass; whatever is rounded for it is cast in plain sight, so that interpreted kernels

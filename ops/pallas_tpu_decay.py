@@ -128,7 +128,7 @@ class NoDecay:
 
 @dataclass(frozen=True)
 class ScalarDecay:
-    """One decay per token and head; kernel input: log a, prefix and suffix [3, heads, C] of the step.
+    """One decay per token and head; kernel input: log a, prefix and suffix of the step [heads, 3C].
 
     log: [heads, C]; prefix, suffix: columns [C, heads]; total: [heads, 1].
     """
@@ -147,14 +147,16 @@ class ScalarDecay:
         ragged = blocks.length % chunk
         if ragged and log_rows.shape[2] != blocks.chunks:  # tokens past the end do not decay: the last chunk differs
             log_rows = jnp.repeat(log_rows, blocks.chunks, 2).at[:, :, -1, :, ragged:].set(0.0)
-        until = jnp.tri(chunk, dtype=jnp.float32)
-        prefix = jnp.exp(einsum("...t,it->...i", log_rows, until))
-        suffix = jnp.exp(einsum("...t,tj->...j", log_rows, until - jnp.eye(chunk)))
-        rows = jnp.stack([log_rows, prefix, suffix], 3)
+        until = np.tri(chunk, dtype=np.float32)
+        both = np.concatenate([until.T, until - np.eye(chunk, dtype=np.float32)], 1)
+        # One plain matrix: XLA takes a product with leading axes for a convolution over them.
+        sums = einsum("rt,ti->ri", log_rows.reshape(-1, chunk), both).reshape(*log_rows.shape[:-1], 2 * chunk)
+        rows = jnp.concatenate([log_rows, jnp.exp(sums)], -1)
         return ScalarDecay(matmul, blocks), [(rows, blocks.rows(rows, reverse))]
 
     def load(self, refs: Any, chunk_index: jax.Array) -> "ScalarDecay":
-        log, prefix, suffix = (refs[0][0, 0, 0, part] for part in range(3))
+        chunk = self.blocks.chunk
+        log, prefix, suffix = (refs[0][0, 0, 0, :, at : at + chunk] for at in range(0, 3 * chunk, chunk))
         return ScalarDecay(self.matmul, self.blocks, log, prefix.T, suffix.T, prefix[:, -1:])
 
     def ends(self, head: int, k: jax.Array) -> Generator[None, None, tuple[jax.Array, Any]]:

@@ -94,6 +94,7 @@ def test_tpu_kernels_equal_the_reference(variant):
         assert_close(name, got[name], expected[name])
 
 
+@pytest.mark.slow
 def test_a_tpu_kernel_carries_its_state_over_chunks_and_segments():
     contract = TestGatedLinearAttention()
     inputs, state, ids = contract.data("scalar", LENGTH)

@@ -1,0 +1,51 @@
+"""The TPU kernels, compiled by the TPU's own compiler: they compile, and their estimated cycles do not grow."""
+
+import importlib.util
+
+import pytest
+
+from experiments import tpu_aot
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='libtpu is not installed: pip install "scanax[aot]"'
+)
+REPRESENTATIVE = {"gla_forward_vector_bfloat16_bfloat16_4h_128x128_v6e", "gla_backward_scalar_bfloat16_4h_128x128_v5e"}
+
+
+def cases():
+    for program in tpu_aot.programs():
+        mark = pytest.mark.slow if program.name in REPRESENTATIVE else pytest.mark.full
+        yield pytest.param(program, id=program.name, marks=mark)
+
+
+@needs_libtpu
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("program", list(cases()))
+def test_kernels_compile_for_tpu_and_do_not_become_slower(program):
+    row = tpu_aot.measure(program)
+    assert row["kernels"] == {"forward": 1, "backward": 2}[program.direction]
+    assert not tpu_aot.grown(row, tpu_aot.installed_versions()["libtpu"])
+
+
+def test_growth_beyond_two_percent_is_found_and_unknown_versions_are_not_judged(tmp_path, monkeypatch):
+    ratchet = tmp_path / "ratchet.json"
+    ratchet.write_text('{"1.0": {"p": {"cycles": 100.0, "vmem_bytes": 1000}}}')
+    monkeypatch.setattr(tpu_aot, "RATCHET", ratchet)
+    assert not tpu_aot.grown({"name": "p", "cycles": 101.9, "vmem_bytes": 900}, "1.0")
+    assert tpu_aot.grown({"name": "p", "cycles": 103.0, "vmem_bytes": 900}, "1.0") == [
+        "cycles of p: 103.0, recorded 100.0"
+    ]
+    assert not tpu_aot.grown({"name": "p", "cycles": 500.0, "vmem_bytes": 900}, "2.0")
+    assert not tpu_aot.grown({"name": "q", "cycles": 500.0, "vmem_bytes": 900}, "1.0")
+
+
+def test_representative_programs_exist_once():
+    names = [program.name for program in tpu_aot.programs()]
+    assert len(names) == len(set(names)) and set(names) >= REPRESENTATIVE
+
+
+def test_bytes_of_a_forward_pass_are_inputs_and_outputs_once():
+    program = next(tpu_aot.programs())
+    function, shapes = tpu_aot.function_and_shapes(program, 256)
+    (call,) = tpu_aot.kernel_calls(function, shapes)
+    assert tpu_aot.moved_bytes(call) == tpu_aot.minimum_bytes(program, 256)

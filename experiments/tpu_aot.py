@@ -81,8 +81,8 @@ def programs() -> Iterator[Program]:
     for generation in ("v6e", "v5e"):
         for direction in ("forward", "backward"):
             for decay in ("none", "constant", "scalar", "vector"):
-                yield Program(generation, direction, decay)
-            yield Program(generation, direction, "vector", decay_dtype="float32")
+                yield Program(generation, direction, decay, analyse=_can_be_analysed(generation, direction, decay))
+            yield Program(generation, direction, "vector", decay_dtype="float32", analyse=generation == "v6e")
             for decay in ("scalar", "vector"):
                 yield Program(generation, direction, decay, dtype="float32", decay_dtype="float32", analyse=False)
                 yield Program(generation, direction, decay, segments=True, analyse=False)
@@ -93,6 +93,11 @@ def programs() -> Iterator[Program]:
         for direction in ("forward", "backward"):
             for decay in ("none", "scalar", "vector"):
                 yield Program(generation, direction, decay, analyse=False)
+
+
+def _can_be_analysed(generation: str, direction: str, decay: str) -> bool:
+    """libtpu's cycle analysis (not its compiler) aborts on bfloat16 operands of these v5e programs."""
+    return generation == "v6e" or decay == "none" or (decay, direction) == ("vector", "forward")
 
 
 def function_and_shapes(program: Program, length: int) -> tuple[Any, list[Any]]:
@@ -261,7 +266,7 @@ def report(record_ratchet: bool, only: str = "") -> None:
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             if not program.analyse:
                 raise
-            # The compiler's own analysis gave up: what remains is that the program compiles.
+            # The analysis gave up: what remains is that the program compiles.
             rows.append(measure(replace(program, analyse=False)) | {"analysis": str(error).splitlines()[0][:200]})
         print(json.dumps(rows[-1]), flush=True)
     text = table(rows, versions)

@@ -3,6 +3,7 @@ it."""
 
 from .arguments import checks
 from .delta_rule.api import delta_rule
+from .diagonal_scan.api import diagonal_scan
 from .gated_linear_attention.api import gated_linear_attention
 from .selective_scan.api import selective_scan
 from .short_convolution.api import short_convolution
@@ -12,6 +13,7 @@ __all__ = [
     "WindowState",
     "checks",
     "delta_rule",
+    "diagonal_scan",
     "gated_linear_attention",
     "init_window_state",
     "selective_scan",

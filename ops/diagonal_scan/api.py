@@ -1,0 +1,114 @@
+"""Diagonal scan, the recurrence of S4D, S5 and the LRU: the public function."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import dispatch
+from ..arguments import check_float, check_segment_ids, check_shape, check_values, finite
+from . import chunked, reference
+
+IMPLEMENTATIONS = {"chunked": chunked}
+
+Number = jax.Array | tuple[jax.Array, jax.Array]
+
+
+def diagonal_scan(
+    a: Number,
+    b: Number,
+    *,
+    initial_state: Number | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Any, Any]:
+    """A linear recurrence in each channel by itself, real or complex.
+
+        h_t = a_t h_{t-1} + b_t
+
+    the discretised state equation of diagonal state-space models: S4D (Gu et al., 2022), S5 (Smith et al., 2023, eq. 2
+    and 5) and the linear recurrent unit (Orvieto et al., 2023, eq. 2).
+
+    A complex number is a pair of real arrays (real part, imaginary part), of one shape. Not a complex dtype: kernels
+    have none, a pair can be in bfloat16, states go through checkpoints as they are, and gradients are those of the two
+    real arrays, with no convention about conjugation. `a`, `b` and `initial_state` are all arrays or all pairs.
+
+    Args:
+      a: [N], the same for all tokens, or [B, T, N]; finite. It may be 0, negative or, where the state may grow, larger
+        than 1: it is never divided by or taken to a logarithm.
+      b: [B, T, N], any T >= 1.
+      initial_state: [B, N], the state before the first token; None means zeros. It belongs to the first token's
+        segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
+        starts from zero. None means one segment.
+      implementation: "reference" (a scan over tokens), "chunked" (plain JAX with a hand-written backward pass), or None
+        for the best of the platform that the program is lowered for. A named implementation runs or raises.
+
+    Returns:
+      h [B, T, N] in b's dtype and the state after the last token [B, N] in float32, arrays or pairs as b is. The state
+      is float32 whatever the inputs are. Differentiable in every float input, and through both outputs; memory beyond
+      the inputs, the output and their gradients grows with T / 64 states.
+
+    Raises:
+      ValueError: for wrong forms, ranks, shapes, dtypes and names while tracing, and for a non-finite `a` where values
+        can be seen (an eager call, or under `ops.checks`).
+    """
+    b_parts = _parts("b", b, None)
+    a_parts = _parts("a", a, len(b_parts))
+    check_shape("b", b_parts[0], "[B, T, N]", (None,) * 3)
+    batch, length, channels = b_parts[0].shape
+    if length == 0 or channels == 0:
+        raise ValueError(f"b must have T >= 1 and N >= 1; got {b_parts[0].shape}")
+    if jnp.ndim(a_parts[0]) == 1:
+        check_shape("a", a_parts[0], "[N] with N of b", (channels,))
+    else:
+        check_shape("a", a_parts[0], "[N] or [B, T, N] like b", (batch, length, channels))
+    if initial_state is None:
+        state_parts = tuple(jnp.zeros((batch, channels), jnp.float32) for _ in b_parts)
+    else:
+        state_parts = _parts("initial_state", initial_state, len(b_parts))
+        check_shape("initial_state", state_parts[0], "[B, N]", (batch, channels))
+    check_segment_ids(segment_ids, batch, length)
+    for part in a_parts:
+        check_values("a", part, "finite", finite)
+    dispatch.check_implementation("diagonal_scan", implementation, IMPLEMENTATIONS)
+
+    if implementation == "reference":
+        h, state = reference.diagonal_scan(a_parts, b_parts, state_parts, segment_ids)
+    else:
+        h, state = _recurrence(implementation, a_parts, b_parts, state_parts, segment_ids)
+    h = jax.tree.map(lambda part, like: part.astype(like.dtype), h, b_parts)
+    return (h, state) if len(b_parts) == 2 else (h[0], state[0])
+
+
+def _parts(name: str, number: Any, count: int | None) -> tuple[jax.Array, ...]:
+    """(array,) or (real, imaginary); raises unless there are `count` of them, of one shape and real dtypes."""
+    parts = number if isinstance(number, tuple) else (number,)
+    if len(parts) not in ((1, 2) if count is None else (count,)):
+        wanted = {None: "an array or a pair of arrays", 1: "an array like b", 2: "a pair of arrays like b"}[count]
+        got = f"a tuple of {len(parts)}" if isinstance(number, tuple) else "an array"
+        raise ValueError(f"{name} must be {wanted}; got {got}")
+    shapes = [jnp.shape(part) for part in parts]
+    for part in parts:
+        check_float(**{name: part})
+    if shapes[0] != shapes[-1]:
+        raise ValueError(f"{name} must have parts of one shape; got {shapes[0]} and {shapes[-1]}")
+    return tuple(jnp.asarray(part) for part in parts)
+
+
+def _forward(implementation, *inputs) -> Any:
+    return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs)
+
+
+def _forward_keeping_inputs(implementation, *inputs):
+    return _forward(implementation, *inputs), inputs
+
+
+def _backward(implementation, inputs, cotangents):
+    gradients = dispatch.call(IMPLEMENTATIONS, "backward", implementation, *inputs, *cotangents)
+    like_inputs = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), tuple(gradients), inputs[:-1])
+    return *like_inputs, None  # segment_ids are integers
+
+
+_recurrence = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_recurrence.defvjp(_forward_keeping_inputs, _backward)

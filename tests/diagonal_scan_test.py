@@ -1,0 +1,192 @@
+"""Diagonal scan: the op contract, and what ties its forms to each other and to a convolution."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import ops
+from ops import diagonal_scan
+from ops.diagonal_scan.shapes import SHAPES
+from tests.op_contract import BATCH, DOCUMENT, OpContract, assert_close
+
+scan = jax.jit(diagonal_scan, static_argnames="implementation")
+CHANNELS = SHAPES["test"]["channels"]
+HARD_MODULI = (0.0, 1e-30, 0.5, 1 - 1e-3, 1.0)  # total decay to none, side by side
+
+
+def normal(seed, *shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def factors(seed, *shape):
+    """Real and imaginary parts of factors of hard moduli at random angles; the real form takes signs for angles."""
+    rng = np.random.default_rng(seed)
+    modulus, angle = rng.choice(HARD_MODULI, shape), rng.uniform(0, 2 * np.pi, shape)
+    return jnp.asarray(modulus * np.cos(angle), jnp.float32), jnp.asarray(modulus * np.sin(angle), jnp.float32)
+
+
+class TestDiagonalScan(OpContract):
+    variants = ("real, constant", "complex, per token")  # the other two are tied to these below
+    implementations = ("chunked",)
+
+    def inputs(self, key, variant, length, dtype):
+        seed = int(jax.random.bits(key))
+        if variant == "real, constant":
+            return {
+                "a": jnp.asarray((*HARD_MODULI, -0.9), jnp.float32),
+                "b": normal(seed, BATCH, length, CHANNELS, dtype=dtype),
+            }
+        a_real, a_imaginary = factors(seed, BATCH, length, CHANNELS)
+        return {
+            "a_real": a_real,
+            "a_imaginary": a_imaginary,
+            "b_real": normal(seed + 1, BATCH, length, CHANNELS, dtype=dtype),
+            "b_imaginary": normal(seed + 2, BATCH, length, CHANNELS, dtype=dtype),
+        }
+
+    def initial_state(self, key, variant):
+        return jax.random.normal(key, (BATCH, CHANNELS if variant.startswith("real") else 2 * CHANNELS))
+
+    @classmethod
+    def call(cls, inputs, state, segment_ids, implementation):
+        call = functools.partial(diagonal_scan, segment_ids=segment_ids, implementation=implementation)
+        if "a" in inputs:
+            return call(**inputs, initial_state=state)
+        outputs = call(
+            (inputs["a_real"], inputs["a_imaginary"]),
+            (inputs["b_real"], inputs["b_imaginary"]),
+            initial_state=None if state is None else tuple(jnp.split(state, 2, axis=-1)),
+        )
+        return tuple(jnp.concatenate(pair, axis=-1) for pair in outputs)
+
+
+def values_and_gradients(function, *inputs):
+    outputs, pullback = jax.vjp(function, *inputs)
+    return outputs, pullback(jax.tree.map(jnp.cos, outputs))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_a_constant_factor_equals_it_at_every_token(implementation):
+    a, b = factors(0, CHANNELS), (normal(1, BATCH, 65, CHANNELS), normal(2, BATCH, 65, CHANNELS))  # two chunks, ragged
+    state = (normal(3, BATCH, CHANNELS), normal(4, BATCH, CHANNELS))
+
+    def repeated(a, b, state):
+        a = tuple(jnp.broadcast_to(part[None, None, :], b[0].shape) for part in a)
+        return diagonal_scan(a, b, initial_state=state, implementation="reference")
+
+    @jax.jit
+    def both(a, b, state):
+        def constant(a, b, state):
+            return diagonal_scan(a, b, initial_state=state, implementation=implementation)
+
+        return values_and_gradients(constant, a, b, state), values_and_gradients(repeated, a, b, state)
+
+    got, want = both(a, b, state)
+    for (path, value), expected in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert_close(jax.tree_util.keystr(path), value, expected)
+
+
+def test_a_real_scan_is_a_complex_one_without_imaginary_parts():
+    a, b = factors(5, BATCH, DOCUMENT, CHANNELS)[0], normal(6, BATCH, DOCUMENT, CHANNELS)
+
+    def real(a, b):
+        return diagonal_scan(a, b)
+
+    def part(a, b):
+        (h, h_imaginary), (final, _) = diagonal_scan((a, jnp.zeros_like(a)), (b, jnp.zeros_like(b)))
+        return h + h_imaginary, final
+
+    got, want = jax.jit(lambda a, b: (values_and_gradients(real, a, b), values_and_gradients(part, a, b)))(a, b)
+    for value, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close("real", value, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_a_constant_factor_makes_a_convolution_with_its_powers(implementation):
+    a, b = factors(7, CHANNELS), (normal(8, BATCH, DOCUMENT, CHANNELS), normal(9, BATCH, DOCUMENT, CHANNELS))
+    (real, imaginary), final = scan(a, b, implementation=implementation)
+    a_N, b_BTN = (np.asarray(z[0], np.float64) + 1j * np.asarray(z[1], np.float64) for z in (a, b))
+    want = np.stack([sum(a_N**lag * b_BTN[:, t - lag] for lag in range(t + 1)) for t in range(DOCUMENT)], axis=1)
+    assert_close("real part", real, np.real(want))
+    assert_close("imaginary part", imaginary, np.imag(want))
+    np.testing.assert_array_equal(final, (real[:, -1], imaginary[:, -1]))
+
+
+def test_a_growing_state_overflows_only_where_the_definition_does():
+    length = 67  # two chunks and one padded token, whose state would be 3 * 2^127
+    a, b, state = jnp.full((1,), 3.0), jnp.zeros((1, length, 1)), jnp.full((1, 1), 2.0**127 / 3.0**length)
+
+    def loss(a, b, state):
+        return diagonal_scan(a, b, initial_state=state)[1].sum() * 2.0**-20
+
+    da, db, dstate = jax.jit(jax.grad(loss, (0, 1, 2)))(a, b, state)
+    powers = 3.0 ** np.arange(length - 1, -1, -1.0) * 2.0**-20
+    assert_close("gradient of a", da, [length * 2.0**107 / 3])
+    assert_close("gradient of b", db[0, :, 0], powers)
+    assert_close("gradient of initial_state", dstate, [[3 * powers[0]]])
+
+
+@pytest.mark.slow
+def test_the_backward_pass_keeps_a_state_per_chunk_not_per_token():
+    channels = 2048
+    state_bytes = 4 * BATCH * channels
+
+    def temporary_bytes(implementation, length):
+        def loss(a, b):
+            h, final = diagonal_scan(a, b, implementation=implementation)
+            return (h[:, -1] * final).sum()
+
+        arguments = jnp.ones(channels), jnp.ones((BATCH, length, channels))
+        return jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    def states_per_token(implementation):
+        return (temporary_bytes(implementation, 1024) - temporary_bytes(implementation, 256)) / (768 * state_bytes)
+
+    copies = 3  # of b, of the cotangent of h and of the gradient of b, cut into chunks
+    assert states_per_token("chunked") < copies + 1 / 32  # 1/64 expected
+    assert states_per_token("reference") > copies + 2
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+GOOD = {"a": ones(BATCH, 4, CHANNELS), "b": ones(BATCH, 4, CHANNELS)}
+PAIR = {"a": (ones(CHANNELS), ones(CHANNELS)), "b": (ones(BATCH, 4, CHANNELS), ones(BATCH, 4, CHANNELS))}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("b", {"b": ones(BATCH, 4)}),
+        ("b", {"b": ones(BATCH, 0, CHANNELS)}),
+        ("b", {"b": ones(BATCH, 4, CHANNELS, dtype=np.complex64)}),
+        ("b", {"b": (ones(BATCH, 4, CHANNELS),) * 3}),
+        ("b", {"b": ()}),
+        ("b", PAIR | {"b": (ones(BATCH, 4, CHANNELS), ones(BATCH, 4, 1))}),
+        ("a", {"a": ones(CHANNELS + 1)}),
+        ("a", {"a": ones(BATCH, CHANNELS)}),
+        ("a", {"a": ones(BATCH, 5, CHANNELS)}),
+        ("a", {"a": np.full(CHANNELS, np.inf)}),
+        ("a", {"a": PAIR["a"]}),
+        ("a", PAIR | {"a": ones(CHANNELS)}),
+        ("initial_state", {"initial_state": ones(BATCH, CHANNELS + 1)}),
+        ("initial_state", PAIR | {"initial_state": ones(BATCH, CHANNELS)}),
+        ("segment_ids", {"segment_ids": ones(BATCH, 4)}),
+        ("implementation", {"implementation": "fast"}),
+    ],
+)
+def test_errors_name_the_argument(name, change):
+    with pytest.raises(ValueError, match=rf"^{name} "):
+        diagonal_scan(**GOOD | change)
+
+
+def test_values_are_checked_under_jit_by_ops_checks():
+    checked = ops.checks(lambda a: diagonal_scan(a, GOOD["b"])[0])
+    checked(GOOD["a"])
+    with pytest.raises(checkify.JaxRuntimeError, match="a must be finite"):
+        checked(GOOD["a"] * np.nan)

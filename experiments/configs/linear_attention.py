@@ -3,9 +3,8 @@
     python -m experiments.train --config=experiments/configs/linear_attention.py:mqar,smoke
     --workdir=runs/linear_attention
 
-mqar,smoke: about a minute on 2 CPU cores. Expected: it stays behind. At this setting (64 tokens, 16 pairs, width 32)
-a run of 1,500 steps reached an accuracy of 0.09, where the delta rule reaches 1.0: a positive feature map cannot
-separate keys.
+mqar,smoke: under a minute on 2 CPU cores, accuracy 0.78 (one seed), where the delta rule reaches 1.00: a positive
+feature map separates keys badly.
 """
 
 from typing import Any

@@ -3,8 +3,8 @@
     python -m experiments.train --config=experiments/configs/transformer.py:mqar,smoke --workdir=runs/transformer
 
 mqar,smoke: half a minute on 2 CPU cores and too short for it, accuracy 0.18 (one seed): without a convolution two
-layers must first learn to look one token back. Published accuracy on MQAR: 1.0 at every width. Published scaled accuracies
-on state tracking at lengths beyond training: parity 0.022, modular arithmetic 0.031.
+layers must first learn to look one token back. Published accuracy on MQAR: 1.0 at every width. Published scaled
+accuracies on state tracking at lengths beyond training: parity 0.022, modular arithmetic 0.031.
 """
 
 from typing import Any

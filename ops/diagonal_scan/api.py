@@ -26,8 +26,8 @@ def diagonal_scan(
 
         h_t = a_t h_{t-1} + b_t
 
-    the discretised state equation of diagonal state-space models: S4D (Gu et al., 2022), S5 (Smith et al., 2023, eq. 2
-    and 5) and the linear recurrent unit (Orvieto et al., 2023, eq. 2).
+    the discretised state equation of diagonal state-space models: S4D (Gu et al., 2022), S5 (Smith et al., 2023) and
+    the linear recurrent unit (Orvieto et al., 2023).
 
     A complex number is a pair of real arrays (real part, imaginary part), of one shape. Not a complex dtype: kernels
     have none, a pair can be in bfloat16, states go through checkpoints as they are, and gradients are those of the two

@@ -80,6 +80,7 @@ OTHERS = {  # mixers whose op has a row above
     ),
     "lightnet": Row(("lightnet",), {"lightnet": {"heads": 2, "gate_rank": 4}}),
     "lightnet_one": Row(("lightnet",), {"lightnet": {"heads": 1, "gate_rank": 4, "empty_sum": "one"}}),
+    "s4d": Row(("s4d",), {"s4d": {"state_size": 4}}),
     "s5": Row(("s5",), {"s5": {"state_size": 8, "blocks": 2, "clip_eigenvalues": True}}),
     "transnormer": Row(
         ("diag_attention", "transnormer"), {"diag_attention": {"heads": 2, "block": 4}, "transnormer": {"heads": 2}}

@@ -2,8 +2,9 @@
 
     python -m experiments.train --config=experiments/configs/s5.py:images,smoke --workdir=runs/s5
 
-images,smoke: some minutes on 2 CPU cores. Published test accuracies on the Long Range Arena, bidirectional: ListOps
-62.15, text 89.31, retrieval 91.40, image 88.00, Pathfinder 95.33, Path-X 98.58, mean 87.46.
+images,smoke: half a minute on 2 CPU cores, to a test accuracy near 0.75. Published test accuracies on the Long Range
+Arena, bidirectional: ListOps 62.15, text 89.31, retrieval 91.40, image 88.00, Pathfinder 95.33, Path-X 98.58, mean
+87.46.
 """
 
 from typing import Any

@@ -28,6 +28,7 @@ import ops
 from experiments import main as mains
 from experiments import run_record, tpu_aot
 from ops.delta_rule import shapes as delta_shapes
+from ops.diagonal_scan import shapes as diagonal_shapes
 from ops.gated_linear_attention import shapes as attention_shapes
 from ops.selective_scan import shapes as scan_shapes
 from ops.short_convolution import shapes as convolution_shapes
@@ -101,6 +102,20 @@ def scan_cases(shape: str, peers: Any) -> Iterator[Case]:
     )
 
 
+def diagonal_cases(shape: str, peers: Any) -> Iterator[Case]:
+    del peers
+    sizes = diagonal_shapes.SHAPES[shape]
+    keys = jax.random.split(jax.random.key(0), 4)
+    radius, angle = (jax.random.uniform(key, (sizes["channels"],)) for key in keys[:2])
+    b = [jax.random.normal(key, (sizes["batch"], sizes["length"], sizes["channels"])) for key in keys[2:]]
+
+    def call(implementation, a_real, a_imaginary, *b):
+        (real, imaginary), _ = ops.diagonal_scan((a_real, a_imaginary), b, implementation=implementation)
+        return real + imaginary
+
+    yield Case("diagonal_scan", shape, "complex", (radius * jnp.cos(angle), radius * jnp.sin(angle), *b), call)
+
+
 def convolution_cases(shape: str, peers: Any) -> Iterator[Case]:
     del peers
     sizes = convolution_shapes.SHAPES[shape]
@@ -134,6 +149,7 @@ CASES = {
     "gated_linear_attention": attention_cases,
     "delta_rule": delta_cases,
     "selective_scan": scan_cases,
+    "diagonal_scan": diagonal_cases,
     "short_convolution": convolution_cases,
     "window_attention": window_cases,
 }
@@ -141,6 +157,7 @@ SHAPES = {
     "gated_linear_attention": attention_shapes.SHAPES,
     "delta_rule": delta_shapes.SHAPES,
     "selective_scan": scan_shapes.SHAPES,
+    "diagonal_scan": diagonal_shapes.SHAPES,
     "short_convolution": convolution_shapes.SHAPES,
     "window_attention": window_shapes.SHAPES,
 }

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
+from jax import P
 from jax.sharding import Mesh
 
 from experiments import main as mains
 from experiments.losses import objective, report_metrics
-from experiments.mesh import place_batch
+from experiments.mesh import place_batch, process_rows
 from experiments.metrics_log import finite
 from experiments.progress import spread
 from experiments.run_loading import LoadedRun, load_run
@@ -35,14 +36,17 @@ EvalStep = Callable[[Any, Any, Any], dict[str, jax.Array]]
 
 
 def make_eval_step(blueprint: Blueprint, task: Task, seeds: Sequence[int]) -> EvalStep:
-    """Compiled (params, variables, batch) -> sums; all replicas see the same batch. No dropout."""
+    """Compiled (params, variables, batch) -> sums; all replicas see the same batch. No dropout.
+
+    To be called under a mesh; every process gets all sums.
+    """
 
     def one(params: Any, variables: Any, batch: Any) -> dict[str, jax.Array]:
         model = nnx.merge(blueprint.graphdef, params, variables)
         model.eval()
         return objective(task.loss, model, batch)[1]
 
-    return jax.jit(over_replicas(one, seeds, in_axes=(0, 0, None)))
+    return jax.jit(over_replicas(one, seeds, in_axes=(0, 0, None)), out_shardings=P())
 
 
 def evaluate_task(
@@ -64,12 +68,11 @@ def evaluate_task(
             name,
             examples=examples,
             batch_size=batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=process_rows(mesh, batch_size),
         )
         per_batch = jax.device_get(
             [
-                eval_step(params, variables, place_batch(mesh, batch))
+                eval_step(params, variables, place_batch(mesh, batch, batch_size))
                 for batch in batches
             ]
         )

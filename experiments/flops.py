@@ -75,11 +75,11 @@ class SpeedMeter:
         self.compile_seconds = 0.0
 
     def count(self, batch: Mapping[str, Any]) -> None:
-        """Adds a step over this process's `batch`; all processes have equal shares."""
+        """Adds a step over `batch`, that of all devices together."""
         self._work.steps += 1
         if "tokens" in batch:
-            self._work.tokens += jax.process_count() * batch["tokens"].size
-            self._work.targets += jax.process_count() * batch["targets"].size
+            self._work.tokens += batch["tokens"].size
+            self._work.targets += batch["targets"].size
 
     def compiled(self) -> None:
         """The first step is done: its time was compilation and does not count, nor does the step."""

@@ -5,7 +5,9 @@
     sequence    time
     tensor      heads and inner widths
 
-Axis types are Auto: the compiler inserts the collectives. The replica axis of several seeds is never sharded.
+Axis types are Auto: the compiler inserts the collectives. The replica axis of several seeds is never sharded. Any axis
+may span processes: which rows of a batch a process makes, and which part of time it hands to its devices, follows from
+where the mesh puts its devices.
 """
 
 import math
@@ -22,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from experiments.config import MESH_AXES
+from experiments.task import batch_length
 
 # Logical axis of a parameter -> mesh axis. Layers are never sharded: the scan over them slices that axis.
 LOGICAL_AXIS_RULES = (
@@ -65,15 +68,9 @@ def wait_for_all_processes(place: str) -> None:
 def make_mesh(sizes: Mapping[str, int], batch_size: int) -> Mesh:
     """The mesh over all devices of all processes; one size may be -1: what the others leave.
 
-    Raises ValueError if the sizes do not multiply to the number of devices, if the batch does not divide over data x
-    fsdp, or for sequence or tensor parallelism, which the models here do not have yet.
+    Raises ValueError if the sizes do not multiply to the number of devices, or if the batch does not divide over data x
+    fsdp.
     """
-    for axis in ("sequence", "tensor"):
-        if sizes[axis] != 1:
-            raise ValueError(
-                f"config.mesh.{axis} must be 1: {axis} parallelism is not supported"
-                f" yet; got {sizes[axis]}"
-            )
     devices = jax.device_count()
     shape = [sizes[axis] for axis in MESH_AXES]
     text = ", ".join(
@@ -163,14 +160,49 @@ def optimizer_specs(
     )
 
 
+def check_lengths(mesh: Mesh, lengths: Mapping[str, int]) -> None:
+    """Raises ValueError for the first of the named lengths that the sequence axis does not divide."""
+    parts = mesh.shape["sequence"]
+    for name, length in lengths.items():
+        if length % parts:
+            raise ValueError(
+                "config.mesh.sequence must divide the length of every batch; got"
+                f" {parts} for {name}, whose length is {length}"
+            )
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Rows of a global batch of which this process's devices hold a part, ascending."""
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    blocks = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = np.arange(batch_size)
+    return np.unique(np.concatenate([rows[block] for block in blocks if block]))
+
+
 def place_batch(
-    mesh: Mesh, batch: Mapping[str, np.ndarray], replicated_axis: bool = False
+    mesh: Mesh,
+    batch: Mapping[str, np.ndarray],
+    batch_size: int,
+    replicated_axis: bool = False,
 ) -> dict[str, jax.Array]:
-    """This process's rows of a batch [B, ...] ([R, B, ...] with a replica axis) as global arrays over data x fsdp."""
-    sharding = NamedSharding(
-        mesh, P(None, BATCH_AXES) if replicated_axis else P(BATCH_AXES)
-    )
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+    """Global arrays [B, ...] ([R, B, ...] with a replica axis) of a batch of which this process has `process_rows`.
+
+    Rows lie over data x fsdp; arrays with a time axis, as long as the sequences that the model reads, lie over sequence
+    with it. The others, such as the places of answers, are not worth cutting.
+    """
+    rows, lead = process_rows(mesh, batch_size), int(replicated_axis)
+    length = batch_length(batch, axis=lead + 1) if mesh.shape["sequence"] > 1 else None
+
+    def place(array: np.ndarray) -> jax.Array:
+        has_time = length is not None and array.shape[lead + 1 : lead + 2] == (length,)
+        spec = P(*[None] * lead, BATCH_AXES, *["sequence"] * has_time)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[lead].indices(batch_size)
+            own = slice(*np.searchsorted(rows, (start, stop)))
+            return array[(*index[:lead], own, *index[lead + 1 :])]
+
+        shape = (*array.shape[:lead], batch_size, *array.shape[lead + 1 :])
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+
+    return {name: place(array) for name, array in batch.items()}

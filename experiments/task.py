@@ -25,6 +25,9 @@ from experiments.losses import next_token_loss, token_metrics
 Batch = dict[str, np.ndarray]
 Loss = Callable[[Any, Any], tuple[Any, dict[str, Any]]]
 
+# What a model reads along time, [n, T, ...]: a batch has one of them, and its length is that of the batch.
+SEQUENCES = ("tokens", "examples")
+
 # Threads hide the making of a batch behind the step; eight batches bridge the hiccups of a disk.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 
@@ -74,6 +77,26 @@ class Task:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
+def batch_length(batch: Mapping[str, np.ndarray], axis: int = 1) -> int:
+    """T of a batch whose time axis is `axis`."""
+    return next(batch[name].shape[axis] for name in SEQUENCES if name in batch)
+
+
+def lengths(task: Task, seed: int) -> dict[str, int]:
+    """T of everything that a run with `seed` reads: training batches (each part of them) and evaluations, by name."""
+    parts = task.train(seed)
+    named = {
+        f"training part {number}": part
+        for number, part in enumerate(
+            (parts,) if isinstance(parts, Examples) else parts
+        )
+    }
+    named |= {f"evaluation {name}": part for name, part in task.evaluations.items()}
+    return {
+        name: batch_length(part.fetch(np.arange(1))) for name, part in named.items()
+    }
+
+
 def available_tasks() -> tuple[str, ...]:
     """Names of the files in experiments/tasks that define `make`."""
     files = (Path(__file__).parent / "tasks").glob("*.py")
@@ -112,17 +135,15 @@ def train_batches(
     *,
     seeds: Sequence[int],
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """An endless iterator over training batches: dicts of arrays [B, ...], or [R, B, ...] for R > 1 seeds.
 
     Every seed is a replica with a data stream of its own, the one it would have alone. `batch_size` is that of one
-    replica over all processes; process p of P gets the rows p B/P up to (p+1) B/P, so B must be a multiple of P
-    (ValueError). The iterator's state {"next_index": step} is saved and restored by orbax, or by get_state and
-    set_state.
+    replica over all processes; `rows` are those of its rows that are wanted here (None: all). The iterator's state
+    {"next_index": step} is saved and restored by orbax, or by get_state and set_state.
     """
-    rows = _process_rows(batch_size, process_index, process_count)
+    rows = np.arange(batch_size) if rows is None else rows
     replicas = [_replica_batches(task, seed, batch_size, rows) for seed in seeds]
     dataset = replicas[0]
     if len(replicas) > 1:
@@ -136,13 +157,12 @@ def evaluation_batches(
     *,
     examples: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> grain.IterDataset[Batch]:
     """The first `examples` examples of an evaluation, or all if it has fewer, as an iterable over batches [B, ...].
 
     All batches have the same shape: rows that fill up the last one have zero "weights" and "bytes" and so do not count.
-    `batch_size` and the processes are as in `train_batches`. Raises ValueError for an evaluation that does not exist.
+    `batch_size` and `rows` are as in `train_batches`. Raises ValueError for an evaluation that does not exist.
     """
     if name not in task.evaluations:
         raise ValueError(
@@ -154,7 +174,7 @@ def evaluation_batches(
         )
     source = task.evaluations[name]
     count = examples if source.length is None else min(examples, source.length)
-    rows = _process_rows(batch_size, process_index, process_count)
+    rows = np.arange(batch_size) if rows is None else rows
 
     def batch(step: int) -> Batch:
         indices = step * batch_size + rows
@@ -173,18 +193,6 @@ def evaluation_batches(
     )
 
 
-def _process_rows(
-    batch_size: int, process_index: int, process_count: int
-) -> np.ndarray:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size must be a positive multiple of the {process_count} processes;"
-            f" got {batch_size}"
-        )
-    share = batch_size // process_count
-    return process_index * share + np.arange(share)
-
-
 def _replica_batches(
     task: Task, seed: int, batch_size: int, rows: np.ndarray
 ) -> grain.MapDataset:
@@ -201,7 +209,7 @@ def _replica_batches(
 def _batches(
     examples: Examples, order: str, batch_size: int, rows: np.ndarray
 ) -> grain.MapDataset:
-    """Element i is this process's share of global batch i; `order` names the shuffle."""
+    """Element i is the wanted rows of global batch i; `order` names the shuffle."""
     if examples.length is None:
         return grain.MapDataset.range(sys.maxsize).map(
             lambda step: examples.fetch(step * batch_size + rows)

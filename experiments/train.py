@@ -29,10 +29,12 @@ from experiments.flops import SpeedMeter
 from experiments.interruption import Interruption
 from experiments.losses import report_metrics
 from experiments.mesh import (
+    check_lengths,
     join_processes,
     make_mesh,
     named,
     place_batch,
+    process_rows,
     wait_for_all_processes,
 )
 from experiments.metrics_log import (
@@ -47,7 +49,7 @@ from experiments.notices import warn
 from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
 from experiments.progress import ProgressReport
 from experiments.run_loading import load_model
-from experiments.task import Task, find_task, train_batches
+from experiments.task import Task, find_task, lengths, train_batches
 from experiments.train_state import (
     TrainState,
     empty_window,
@@ -85,18 +87,15 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
 
     # --- Mesh
     mesh = make_mesh(config.mesh, config.batch_size)
-    processes = {
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
     leading = jax.process_index() == 0
 
     # --- Data
     options = config.task.to_dict()
     task = find_task(options.pop("name"), options)
-    batches = train_batches(
-        task, seeds=seeds, batch_size=config.batch_size, **processes
-    )
+    if mesh.shape["sequence"] > 1:
+        check_lengths(mesh, lengths(task, seeds[0]))
+    rows = process_rows(mesh, config.batch_size)
+    batches = train_batches(task, seeds=seeds, batch_size=config.batch_size, rows=rows)
     beginning = batches.get_state()
     example_batch = next(batches)
     batches.set_state(beginning)
@@ -201,11 +200,11 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
                     and step <= profile[1]
                 ):
                     jax.profiler.start_trace(str(workdir / "profile"))
-                host_batch = next(batches)
-                state = train_step(
-                    state, place_batch(mesh, host_batch, replicated_axis=len(seeds) > 1)
+                batch = place_batch(
+                    mesh, next(batches), config.batch_size, len(seeds) > 1
                 )
-                meter.count(host_batch)
+                state = train_step(state, batch)
+                meter.count(batch)
                 if step == step_done + 1:
                     jax.block_until_ready(state)
                     meter.compiled()

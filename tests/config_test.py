@@ -59,7 +59,7 @@ def test_every_recipe_is_valid(argument):
         ({"model__init": "zeros"}, "init must be one of 'gaussian', 'guaranteed'; got 'zeros'"),
         ({"model__heads": 2}, "model linear_self_attention has no option 'heads'"),
         ({"task__width": 2}, "task icl_regression has no option 'width'; known options in task: dimension"),
-        ({"mesh__sequence": 2}, "config.mesh.sequence must be 1: .* not supported yet; got 2"),
+        ({"mesh__sequence": 2}, "must multiply to the number of devices, 1; got .*sequence=2"),
         ({"mesh__data": 3}, "config.mesh sizes must multiply to the number of devices, 1; got data=3"),
         ({"mesh__data": -1, "mesh__fsdp": -1}, "at most one of them -1"),
         ({"eval__best_metric": "test/loss"}, "config.eval.best_metric must be .*in_distribution/loss.* 'test/loss'"),

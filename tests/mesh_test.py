@@ -1,11 +1,6 @@
 """The mesh decides where arrays lie and nothing else."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +12,14 @@ from jax.sharding import AbstractMesh
 from orbax.checkpoint import v1
 
 from experiments import train
-from experiments.configs import linear_attention, linear_self_attention
-from experiments.mesh import make_mesh, optimizer_specs, parameter_specs
+from experiments.configs import linear_attention
+from experiments.mesh import check_lengths, make_mesh, optimizer_specs, parameter_specs
 from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
-from experiments.task import find_task
+from experiments.task import find_task, lengths
 from experiments.train_state import Blueprint, make_blueprint
+from tests.processes import started, train_command
 
-ROOT = Path(__file__).parent.parent
+FILE = "linear_attention.py:mqar,smoke"
 LM = {
     "steps": 4,
     "batch_size": 8,
@@ -38,53 +34,12 @@ LM = {
     "task.test": ((16, 2),),
     "eval.best_metric": "",
 }
-REGRESSION = {
-    "steps": 6,
-    "batch_size": 8,
-    "log_every_steps": 2,
-    "eval.every_steps": 3,
-    "eval.examples": 12,
-}
 
 
-def configured(config: Any, overrides: dict[str, Any]) -> Any:
-    config.update_from_flattened_dict(overrides)
+def lm_config(**overrides: Any) -> Any:
+    config: Any = linear_attention.get_config("mqar,smoke")
+    config.update_from_flattened_dict(LM | overrides)
     return config
-
-
-def lm_config() -> Any:
-    return configured(linear_attention.get_config("mqar,smoke"), LM)
-
-
-def start(
-    file: str, workdir: Path, overrides: dict[str, Any], environment: dict[str, str]
-) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.train",
-        f"--config=experiments/configs/{file}",
-        f"--workdir={workdir}",
-    ]
-    command += [f"--config.{key}={value}" for key, value in overrides.items()]
-    # With fewer threads than devices the CPU backend can wait for itself.
-    settings = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "16"} | environment
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    try:
-        printed, _ = process.communicate(timeout=180)
-    finally:
-        process.kill()
-    assert process.returncode == 0, printed
 
 
 def assert_same_metrics(one: Path, other: Path) -> None:
@@ -112,8 +67,9 @@ def blueprint() -> Blueprint:
     return make_blueprint(config, find_task(options.pop("name"), options))
 
 
-def abstract_mesh(data: int, fsdp: int) -> Any:
-    return AbstractMesh((data, fsdp, 1, 1), ("data", "fsdp", "sequence", "tensor"))
+def abstract_mesh(data: int, fsdp: int, sequence: int = 1) -> Any:
+    axes = ("data", "fsdp", "sequence", "tensor")
+    return AbstractMesh((data, fsdp, sequence, 1), axes)
 
 
 def test_parameters_are_laid_over_fsdp_by_their_logical_names(blueprint):
@@ -164,15 +120,25 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
         make_mesh({"data": -1, "fsdp": 2, "sequence": 1, "tensor": 1}, 12)
 
 
+def test_a_length_that_the_sequence_axis_does_not_divide_is_refused_by_its_name():
+    task = find_task(
+        "mqar", {"train": ((16, 2, 64), (24, 2, 64)), "test": ((16, 2), (36, 2))}
+    )
+    check_lengths(abstract_mesh(1, 1, sequence=4), lengths(task, seed=0))
+    with pytest.raises(
+        ValueError,
+        match=r"config.mesh.sequence must divide .* got 8 for evaluation length_36_.* whose length is 36",
+    ):
+        check_lengths(abstract_mesh(1, 1, sequence=8), lengths(task, seed=0))
+
+
 @pytest.mark.slow
 def test_eight_devices_compute_what_one_computes_with_sharded_parameters(tmp_path):
     sharded = LM | {"mesh.data": 2, "mesh.fsdp": 4}
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    process = start(
-        "linear_attention.py:mqar,smoke", tmp_path / "eight", sharded, environment
-    )
-    train.run(lm_config(), tmp_path / "one", quiet=True)
-    finish(process)
+    command = train_command(FILE, tmp_path / "eight", sharded)
+    with started([command], tmp_path / "logs", devices=8) as [child]:
+        train.run(lm_config(), tmp_path / "one", quiet=True)
+        child.succeed()
     assert_same_metrics(tmp_path / "one", tmp_path / "eight")
     stored: Any = v1.metadata(
         str(tmp_path / "eight/checkpoints/4"), checkpointable_name="model"
@@ -182,34 +148,3 @@ def test_eight_devices_compute_what_one_computes_with_sharded_parameters(tmp_pat
         embedding.shape == (64, 16)
         and embedding.storage_metadata.write_shape[1] == 16 // 4
     )
-
-
-@pytest.mark.slow
-def test_two_processes_go_on_with_what_one_began_and_compute_what_one_computes(
-    tmp_path, monkeypatch
-):
-    config = configured(
-        linear_self_attention.get_config("icl_regression,smoke"), REGRESSION
-    )
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(
-            train.Interruption,
-            "at",
-            lambda _, step: signal.SIGTERM if step == 2 else None,
-        )
-        train.run(config, tmp_path / "two", quiet=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    file, workdir = "linear_self_attention.py:icl_regression,smoke", tmp_path / "two"
-    processes = [
-        start(file, workdir, REGRESSION, environment | {"JAX_PROCESS_ID": str(place)})
-        for place in range(2)
-    ]
-    train.run(config, tmp_path / "one", quiet=True)
-    for process in processes:
-        finish(process)
-    assert_same_metrics(tmp_path / "one", workdir)
-    [continued] = json.loads((workdir / "run.json").read_text())["continued"]
-    assert continued["process_count"] == 2 and continued["step"] == 2

@@ -1,0 +1,77 @@
+"""Several processes hold one run: its data, its parameters, its checkpoints; and lose it together."""
+
+import functools
+import json
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from experiments import train
+from experiments.mesh import join_processes, make_mesh, place_batch, process_rows
+from experiments.run_loading import load_run
+from experiments.task import find_task, train_batches
+from tests.mesh_test import FILE, LM, assert_same_metrics, lm_config
+from tests.processes import started, train_command
+
+# (data, fsdp, sequence, tensor) over two processes of four devices. In the first, rows and time lie within a process;
+# in the others processes share rows, time, or both.
+MESHES = ((2, 2, 2, 1), (1, 1, 8, 1), (1, 2, 4, 1), (1, 1, 1, 8), (1, 1, 2, 4))
+ALL_AXES = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2}
+
+
+def compare_batches_on_every_mesh() -> None:
+    """In each of two processes: the global arrays are those that one process makes."""
+    join_processes()
+    task = find_task("mqar", {"train": ((16, 2, 64),), "test": ((16, 2),)})
+    for sizes, seeds in [(MESHES[0], (3,)), *((sizes, (0, 1)) for sizes in MESHES)]:
+        mesh = make_mesh(
+            dict(zip(("data", "fsdp", "sequence", "tensor"), sizes, strict=True)), 8
+        )
+        rows = process_rows(mesh, 8)
+        assert len(rows) == 8 // min(sizes[0] * sizes[1], 2), (sizes, rows)
+        expected = next(train_batches(task, seeds=seeds, batch_size=8))
+        own = next(train_batches(task, seeds=seeds, batch_size=8, rows=rows))
+        placed: Any = place_batch(mesh, own, 8, replicated_axis=len(seeds) > 1)
+        assert ("sequence" in placed["tokens"].sharding.spec) == (sizes[2] > 1)
+        for name, array in placed.items():
+            gathered = multihost_utils.process_allgather(array, tiled=True)
+            np.testing.assert_array_equal(gathered, expected[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_place_the_batch_of_one_process_on_any_mesh(tmp_path):
+    code = "from tests import processes_test as t; t.compare_batches_on_every_mesh()"
+    command = [sys.executable, "-c", code]
+    with started([command] * 2, tmp_path / "logs", devices=4) as children:
+        for child in children:
+            child.succeed()
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+    told = lambda _, step: signal.SIGTERM if step == last else None  # noqa: E731
+    monkeypatch.setattr(train.Interruption, "at", told)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_began_and_compute_what_one_computes(
+    tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_at(patch, 2)
+        train.run(lm_config(), tmp_path / "two", quiet=True)
+    command = train_command(FILE, tmp_path / "two", LM | ALL_AXES)
+    with started([command] * 2, tmp_path / "logs", devices=4) as children:
+        train.run(lm_config(), tmp_path / "one", quiet=True)
+        for child in children:
+            child.succeed()
+    assert_same_metrics(tmp_path / "one", tmp_path / "two")
+    record = json.loads((tmp_path / "two/run.json").read_text())
+    [continued] = record["continued"]
+    assert continued["process_count"] == 2 and continued["step"] == 2
+    one, two = (load_run(tmp_path / name).params for name in ("one", "two"))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, two, one)

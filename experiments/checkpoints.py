@@ -40,10 +40,11 @@ def steps(directory: Path) -> list[int]:
 def _checksums(tree: Any) -> Any:
     """uint32 [] per array: the sum of its words, each times an odd number of its place, so that order counts too.
 
-    Elementwise and a sum: every device reads its own part only.
+    Elementwise and a sum: every device reads its own part only, also where that lies in the memory of the host.
     """
 
     def checksum(leaf: jax.Array) -> jax.Array:
+        leaf = jax.device_put(leaf, jax.memory.Space.Device)
         words = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
         words = jax.lax.bitcast_convert_type(
             words, jnp.dtype(f"uint{8 * words.dtype.itemsize}")
@@ -83,10 +84,12 @@ def restore(
     for name, tree in wanted.items():
         shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
         stored = _abstract(jax.eval_shape(_storable, tree), shardings)
+        checksums = jax.eval_shape(_checksums, stored)
+        on_device = jax.tree.map(lambda leaf: NamedSharding(leaf.mesh, P()), shardings)
         _check_shapes(path, name, stored)
         abstract[name] = {
             "tree": stored,
-            "checksums": _abstract(jax.eval_shape(_checksums, stored), shardings),
+            "checksums": _abstract(checksums, on_device),
         }
     try:
         place = {} if data is None else {"data": data.get_state()}
@@ -122,15 +125,14 @@ def restore(
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:
-    """Shapes and types of `tree` with the shardings of the arrays, or of the arrays that scalars were made from."""
-
-    def leaf(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        spec = P(*sharding.spec[: len(leaf.shape)])
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, spec)
-        )
-
-    return jax.tree.map(leaf, tree, shardings)
+    """Shapes and types of `tree` with shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        tree,
+        shardings,
+    )
 
 
 def restore_latest(

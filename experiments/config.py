@@ -20,6 +20,7 @@ KEYS: dict[str, type] = {
     "seeds": tuple,
     "steps": int,
     "batch_size": int,
+    "accumulate": int,
     "log_every_steps": int,
     "param_dtype": str,
     "compute_dtype": str,
@@ -39,6 +40,7 @@ KEYS: dict[str, type] = {
     "optimizer.weight_decay": float,
     "optimizer.clip_norm": float,
     "optimizer.ssm_lr": float,
+    "optimizer.offload": bool,
     "eval.every_steps": int,
     "eval.examples": int,
     "eval.best_metric": str,
@@ -46,6 +48,16 @@ KEYS: dict[str, type] = {
     "checkpoint.every_steps": int,
     "checkpoint.keep": int,
     **{f"mesh.{axis}": int for axis in MESH_AXES},
+    "mesh.zero": int,
+    "heartbeat_timeout_seconds": int,
+}
+# Entries younger than the oldest recorded results, with what they are where a record does not have them. `to_json`
+# leaves them out while they are that, so that a config is recorded and hashed as it was before they came.
+ADDED = {
+    "accumulate": 1,
+    "optimizer.offload": False,
+    "mesh.zero": 3,
+    "heartbeat_timeout_seconds": 100,
 }
 OPEN_SECTIONS = ("task", "model")
 
@@ -63,13 +75,18 @@ FREE_ON_RESUME = (
     "checkpoint.every_steps",
     "checkpoint.keep",
     *(f"mesh.{axis}" for axis in MESH_AXES),
+    "mesh.zero",
+    "optimizer.offload",
+    "heartbeat_timeout_seconds",
 )
 
 POSITIVE = (
     "steps",
     "batch_size",
+    "accumulate",
     "log_every_steps",
     "max_rejected_steps",
+    "heartbeat_timeout_seconds",
     "eval.every_steps",
     "eval.examples",
     "checkpoint.every_steps",
@@ -89,6 +106,7 @@ CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
     "eval.best_mode": ("max", "min"),
     "optimizer.name": OPTIMIZERS,
+    "mesh.zero": (1, 3),
 }
 
 
@@ -118,7 +136,9 @@ def validate(config: Config) -> None:
         accepted = {float: (float, int), tuple: (tuple, list)}.get(
             expected, (expected,)
         )
-        if not isinstance(value, accepted) or isinstance(value, bool):
+        if not isinstance(value, accepted) or (
+            isinstance(value, bool) and expected is not bool
+        ):
             raise ValueError(
                 f"config.{key} must be of type {expected.__name__}; got {value!r}"
                 f" ({type(value).__name__})"
@@ -129,7 +149,10 @@ def validate(config: Config) -> None:
         _require(values[key] >= 0, key, "0 or greater", values[key])
     for key, choices in CHOICES.items():
         _require(
-            values[key] in choices, key, f"one of {', '.join(choices)}", values[key]
+            values[key] in choices,
+            key,
+            f"one of {', '.join(map(str, choices))}",
+            values[key],
         )
     for key in ("optimizer.b1", "optimizer.b2"):
         _require(0 <= values[key] < 1, key, "in [0, 1)", values[key])
@@ -189,12 +212,16 @@ def profile_range(text: str, steps: int) -> tuple[int, int] | None:
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """The config as JSON types (tuples become lists)."""
-    return json.loads(json.dumps(config.to_dict()))
+    """The config as JSON types (tuples become lists), without the ADDED entries that say nothing new."""
+    values = json.loads(json.dumps(config.to_dict()))
+    for section, name, value in _added(values):
+        if section.get(name) == value:
+            del section[name]
+    return values
 
 
 def from_json(values: Mapping[str, Any]) -> Config:
-    """The inverse of `to_json`; sequences come back as tuples."""
+    """The inverse of `to_json` for a config of a run; sequences come back as tuples."""
 
     def restore(value: Any) -> Any:
         if isinstance(value, list):
@@ -205,7 +232,20 @@ def from_json(values: Mapping[str, Any]) -> Config:
             else value
         )
 
-    return ConfigDict(restore(dict(values)))
+    restored = restore(dict(values))
+    for section, name, value in _added(restored):
+        section.setdefault(name, value)
+    return ConfigDict(restored)
+
+
+def _added(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The section of `values` for every entry of ADDED, the entry's name there and what it is by default."""
+    for key, value in ADDED.items():
+        *path, name = key.split(".")
+        section = values
+        for part in path:
+            section = section.get(part, {})
+        yield section, name, value
 
 
 def differences(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:

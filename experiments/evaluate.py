@@ -136,6 +136,7 @@ def evaluate(run: LoadedRun, examples: int | None = None) -> dict[str, Any]:
     """
     config, task = run.config, run.task
     devices = run.mesh.devices.size
+    part = config.batch_size // config.accumulate
     with jax.set_mesh(run.mesh):
         results = evaluate_task(
             task,
@@ -145,7 +146,7 @@ def evaluate(run: LoadedRun, examples: int | None = None) -> dict[str, Any]:
             mesh=run.mesh,
             seeds=run.seeds,
             examples=examples or config.eval.examples,
-            batch_size=-(-config.batch_size // devices) * devices,
+            batch_size=-(-part // devices) * devices,
         )
         source = next(iter(task.evaluations.values()))
         batch = source.fetch(

@@ -1,7 +1,8 @@
 """The device mesh of a run, and which axis of it every array is laid over.
 
     data        batch
-    fsdp        batch; parameters and optimizer state (ZeRO-3: each device holds a part of every large parameter)
+    fsdp        batch; parameters and optimizer state (ZeRO-3: each device holds a part of every large parameter), or
+                optimizer state alone (ZeRO-1: parameters are whole on every device)
     sequence    time
     tensor      heads and inner widths
 
@@ -35,6 +36,7 @@ LOGICAL_AXIS_RULES = (
     ("layers", None),
 )
 BATCH_AXES = ("data", "fsdp")
+HOST_MEMORY = "pinned_host"
 
 
 def join_processes() -> None:
@@ -65,11 +67,11 @@ def wait_for_all_processes(place: str) -> None:
         multihost_utils.sync_global_devices(place)
 
 
-def make_mesh(sizes: Mapping[str, int], batch_size: int) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], batch_size: int, accumulate: int = 1) -> Mesh:
     """The mesh over all devices of all processes; one size may be -1: what the others leave.
 
-    Raises ValueError if the sizes do not multiply to the number of devices, or if the batch does not divide over data x
-    fsdp.
+    Raises ValueError if the sizes do not multiply to the number of devices, or if one of the `accumulate` parts of the
+    batch does not divide over data x fsdp.
     """
     devices = jax.device_count()
     shape = [sizes[axis] for axis in MESH_AXES]
@@ -88,22 +90,33 @@ def make_mesh(sizes: Mapping[str, int], batch_size: int) -> Mesh:
             f"config.mesh sizes must multiply to the number of devices, {devices}; got"
             f" {text}"
         )
-    shards = shape[0] * shape[1]
+    shards = accumulate * shape[0] * shape[1]
     if batch_size % shards:
         raise ValueError(
-            "config.batch_size must be a multiple of mesh.data x mesh.fsdp ="
-            f" {shape[0]} x {shape[1]} = {shards}; got {batch_size}"
+            "config.batch_size must be a multiple of accumulate x mesh.data x mesh.fsdp"
+            f" = {accumulate} x {shape[0]} x {shape[1]} = {shards}; got {batch_size}"
         )
     return jax.make_mesh(
         tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )
 
 
+def check_host_memory(mesh: Mesh) -> None:
+    """Raises ValueError if the devices do not reach memory of their host."""
+    device = mesh.local_devices[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"config.optimizer.offload needs devices with the memory {HOST_MEMORY}; got"
+            f" {device.device_kind} with {', '.join(kinds)}"
+        )
+
+
 def parameter_specs(
-    mesh: Mesh, params: nnx.State, replicated_axis: bool
+    mesh: Mesh, params: nnx.State, replicated_axis: bool, zero: int = 3
 ) -> dict[str, Any]:
     """PartitionSpecs of abstract parameters by their logical axis names, behind an unsharded replica axis if there is
-    one. Raises ValueError for a parameter whose size the mesh axis does not divide."""
+    one; with zero=1 not over fsdp. Raises ValueError for a parameter whose size the mesh axis does not divide."""
     with nnx.logical_axis_rules(LOGICAL_AXIS_RULES):
         specs = nnx.to_pure_dict(nnx.get_partition_spec(params))
 
@@ -115,7 +128,8 @@ def parameter_specs(
                     f" got {mesh.shape[axis]} for parameter {parameter_name(path)} with"
                     f" shape {param.shape}"
                 )
-        return P(None, *spec) if replicated_axis else spec
+        laid = [None if zero == 1 and axis == "fsdp" else axis for axis in spec]
+        return P(*[None] * replicated_axis, *laid)
 
     return jax.tree.map_with_path(
         checked,
@@ -130,10 +144,10 @@ def parameter_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def named(mesh: Mesh, specs: Any) -> Any:
-    """NamedShardings for a tree of PartitionSpecs."""
+def named(mesh: Mesh, specs: Any, memory_kind: str | None = None) -> Any:
+    """NamedShardings for a tree of PartitionSpecs; memory_kind None is the devices' own."""
     return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
+        lambda spec: NamedSharding(mesh, spec, memory_kind=memory_kind),
         specs,
         is_leaf=lambda leaf: isinstance(leaf, P),
     )

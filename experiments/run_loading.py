@@ -85,7 +85,7 @@ def load_model(
     )
     specs = {
         "params": parameter_specs(
-            mesh, blueprint.params, replicated_axis=len(seeds) > 1
+            mesh, blueprint.params, len(seeds) > 1, config.mesh.zero
         ),
         "variables": jax.tree.map(lambda _: jax.P(), variables),
     }

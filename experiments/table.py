@@ -25,6 +25,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.config import to_json
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -102,7 +104,7 @@ class Computation(Cell):
 def config_hash(config: ConfigDict) -> str:
     """Twelve hexadecimal digits of everything that a run computes from."""
     return hashlib.sha256(
-        json.dumps(config.to_dict(), sort_keys=True).encode()
+        json.dumps(to_json(config), sort_keys=True).encode()
     ).hexdigest()[:12]
 
 

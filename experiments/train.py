@@ -29,10 +29,10 @@ from experiments.flops import SpeedMeter
 from experiments.interruption import Interruption
 from experiments.losses import report_metrics
 from experiments.mesh import (
+    check_host_memory,
     check_lengths,
     join_processes,
     make_mesh,
-    named,
     place_batch,
     process_rows,
     wait_for_all_processes,
@@ -56,6 +56,7 @@ from experiments.train_state import (
     initial_state,
     make_blueprint,
     make_step,
+    state_shardings,
     state_specs,
     sum_names,
     with_shardings,
@@ -86,7 +87,9 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     schedule = make_schedule(config.optimizer, steps)
 
     # --- Mesh
-    mesh = make_mesh(config.mesh, config.batch_size)
+    mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
+    if config.optimizer.offload:
+        check_host_memory(mesh)
     leading = jax.process_index() == 0
 
     # --- Data
@@ -117,7 +120,8 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
         return initial_state(blueprint, tx, sums, seeds)
 
     abstract = jax.eval_shape(initial)
-    shardings = named(mesh, state_specs(mesh, blueprint, tx, abstract, seeds))
+    specs = state_specs(mesh, blueprint, tx, abstract, seeds, config.mesh.zero)
+    shardings = state_shardings(mesh, specs, config.optimizer.offload)
     abstract = with_shardings(abstract, shardings)
 
     directory, initial_params = workdir / "checkpoints", None
@@ -161,12 +165,16 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
                 mesh=mesh,
                 seeds=seeds,
                 examples=config.eval.examples,
-                batch_size=config.batch_size,
+                batch_size=config.batch_size // config.accumulate,
             )
 
         # --- Step
+        step_options = {
+            "accumulate": config.accumulate,
+            "offload": config.optimizer.offload,
+        }
         train_step = jax.jit(
-            make_step(blueprint, task, tx, seeds),
+            make_step(blueprint, task, tx, seeds, **step_options),
             donate_argnums=0,
             out_shardings=shardings,
         )

@@ -8,7 +8,7 @@ import functools
 import importlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +19,10 @@ from flax import nnx
 from jax import P
 from jax.sharding import Mesh
 
+from experiments.accumulation import in_parts
 from experiments.config import Config
 from experiments.losses import objective
-from experiments.mesh import optimizer_specs, parameter_specs
+from experiments.mesh import HOST_MEMORY, named, optimizer_specs, parameter_specs
 from experiments.task import Task
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -168,15 +169,27 @@ def state_specs(
     tx: optax.GradientTransformation,
     state: TrainState,
     seeds: Sequence[int],
+    zero: int = 3,
 ) -> TrainState:
-    """PartitionSpecs of an abstract state."""
-    params = parameter_specs(mesh, blueprint.params, replicated_axis=len(seeds) > 1)
+    """PartitionSpecs of an abstract state; `zero` as config.mesh.zero."""
+    several = len(seeds) > 1
+    moments = parameter_specs(mesh, blueprint.params, several)
     replicated = functools.partial(jax.tree.map, lambda _: P())
     return TrainState(
-        params,
+        parameter_specs(mesh, blueprint.params, several, zero),
         replicated(state.variables),
-        optimizer_specs(tx, state.opt_state, params),
+        optimizer_specs(tx, state.opt_state, moments),
         replicated(state.window),
+    )
+
+
+def state_shardings(mesh: Mesh, specs: TrainState, offload: bool) -> TrainState:
+    """Where a state lies between steps: in the devices' memory, with `offload` the optimizer's in that of the host."""
+    shardings = named(mesh, specs)
+    return (
+        replace(shardings, opt_state=named(mesh, specs.opt_state, HOST_MEMORY))
+        if offload
+        else shardings
     )
 
 
@@ -196,18 +209,29 @@ def make_step(
     task: Task,
     tx: optax.GradientTransformation,
     seeds: Sequence[int],
+    *,
+    accumulate: int = 1,
+    offload: bool = False,
 ) -> Callable[[TrainState, Any], TrainState]:
     """(state, batch) -> state, pure. A step whose loss or gradient is not finite changes neither parameters, nor
-    optimizer moments, nor variables; it is counted and nothing else."""
+    optimizer moments, nor variables; it is counted and nothing else.
+
+    The batch is worked on in `accumulate` parts, one after the other. With `offload` the optimizer state that comes in
+    lies in the memory of the host; that the new one goes there is up to the shardings of the output.
+    """
+
+    def loss_of(params: Any, variables: Any, batch: Any) -> tuple[jax.Array, Any]:
+        model = nnx.merge(blueprint.graphdef, params, variables)
+        loss, sums = objective(task.loss, model, batch)
+        return loss, (sums, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))))
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    if accumulate > 1:
+        gradient = in_parts(gradient, accumulate)
 
     def one(state: TrainState, batch: Any) -> TrainState:
-        def loss_of(params: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(blueprint.graphdef, params, state.variables)
-            loss, sums = objective(task.loss, model, batch)
-            return loss, (sums, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))))
-
-        (loss, (sums, variables)), grads = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params
+        (loss, (sums, variables)), grads = gradient(
+            state.params, state.variables, batch
         )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -237,4 +261,10 @@ def make_step(
         }
         return TrainState(params, variables, opt_state, window)
 
-    return over_replicas(one, seeds)
+    def step(state: TrainState, batch: Any) -> TrainState:
+        if offload:
+            opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)
+            state = replace(state, opt_state=opt_state)
+        return over_replicas(one, seeds)(state, batch)
+
+    return step

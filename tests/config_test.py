@@ -1,5 +1,7 @@
 """A user's mistake is found before anything is built, and costs one line that says how to mend it."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from experiments import config as configs
 from experiments import main, train
 from experiments.configs.linear_self_attention import get_config
 from experiments.configs.recipes import RECIPES, recipe
+from experiments.table import config_hash
 
 FILE = "experiments/configs/linear_self_attention.py"
 
@@ -54,6 +57,10 @@ def test_every_recipe_is_valid(argument):
             {"optimizer__schedule": "refined:/nowhere", "optimizer__warmup_steps": 9},
             "config.optimizer.warmup_steps must be 0 for a refined schedule, .* got 9",
         ),
+        ({"accumulate": 0}, "config.accumulate must be greater than 0; got 0"),
+        ({"accumulate": 7}, "config.batch_size must be a multiple of accumulate x .* = 7 x 1 x 1 = 7; got 1024"),
+        ({"mesh__zero": 2}, "config.mesh.zero must be one of 1, 3; got 2"),
+        ({"heartbeat_timeout_seconds": 0}, "config.heartbeat_timeout_seconds must be greater than 0; got 0"),
         ({"model__name": "rnn"}, "config.model.name must be one of .*lm.*; got 'rnn'"),
         ({"task__name": "chess"}, "task must be one of .*mqar.*; got 'chess'"),
         ({"model__init": "zeros"}, "init must be one of 'gaussian', 'guaranteed'; got 'zeros'"),
@@ -101,6 +108,21 @@ def test_a_missing_an_unknown_and_an_ill_typed_key_are_named():
 def test_a_config_survives_json(name):
     config = recipe(name)
     assert configs.from_json(configs.to_json(config)).to_dict() == config.to_dict()
+
+
+def test_entries_younger_than_results_are_hashed_and_recorded_only_where_they_say_something():
+    young = recipe("mqar")
+    old = young.to_dict()
+    del old["accumulate"], old["heartbeat_timeout_seconds"]
+    del old["optimizer"]["offload"], old["mesh"]["zero"]
+    digest = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    assert config_hash(young) == digest[:12]
+    assert configs.from_json(old).to_dict() == young.to_dict()
+    for key, value in {"accumulate": 2, "mesh.zero": 1}.items():
+        other: Any = recipe("mqar")
+        other.update_from_flattened_dict({key: value})
+        assert config_hash(other) != config_hash(young)
+        assert configs.from_json(configs.to_json(other)).to_dict() == other.to_dict()
 
 
 def test_only_what_computes_nothing_may_differ_on_resume():

@@ -1,7 +1,10 @@
-"""The mesh decides where arrays lie and nothing else."""
+"""The mesh, and what saves memory, decide where arrays lie and nothing else."""
 
+import functools
 import json
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,12 +14,25 @@ from jax import P
 from jax.sharding import AbstractMesh
 from orbax.checkpoint import v1
 
-from experiments import train
-from experiments.configs import linear_attention
-from experiments.mesh import check_lengths, make_mesh, optimizer_specs, parameter_specs
+from experiments import checkpoints, train
+from experiments.configs import linear_attention, linear_self_attention
+from experiments.mesh import (
+    check_host_memory,
+    check_lengths,
+    make_mesh,
+    optimizer_specs,
+    parameter_specs,
+)
 from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
-from experiments.task import find_task, lengths
-from experiments.train_state import Blueprint, make_blueprint
+from experiments.task import find_task, lengths, train_batches
+from experiments.train_state import (
+    Blueprint,
+    initial_state,
+    make_blueprint,
+    make_step,
+    state_specs,
+    sum_names,
+)
 from tests.processes import started, train_command
 
 FILE = "linear_attention.py:mqar,smoke"
@@ -34,6 +50,13 @@ LM = {
     "task.test": ((16, 2),),
     "eval.best_metric": "",
 }
+
+
+def regression_config(**overrides: Any) -> Any:
+    config: Any = linear_self_attention.get_config("icl_regression,smoke")
+    options = {"steps": 4, "batch_size": 8, "log_every_steps": 1, "eval.examples": 12}
+    config.update_from_flattened_dict(options | overrides)
+    return config
 
 
 def lm_config(**overrides: Any) -> Any:
@@ -116,8 +139,56 @@ def test_a_size_that_does_not_divide_is_refused_by_the_parameters_name(blueprint
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    with pytest.raises(ValueError, match=r"mesh.data x mesh.fsdp = 4 x 2 = 8; got 12"):
+    with pytest.raises(ValueError, match=r"accumulate x .* = 1 x 4 x 2 = 8; got 12"):
         make_mesh({"data": -1, "fsdp": 2, "sequence": 1, "tensor": 1}, 12)
+
+
+def test_zero_1_lays_moments_over_fsdp_and_parameters_not(blueprint):
+    mesh = abstract_mesh(2, 4)
+    options = lm_config().optimizer
+    tx = make_optimizer(
+        options, make_schedule(options, 4), parameter_groups(blueprint.params)
+    )
+    state = jax.eval_shape(lambda: initial_state(blueprint, tx, ("loss_sum",), (0,)))
+    whole = state_specs(mesh, blueprint, tx, state, (0,), zero=1)
+    parts = state_specs(mesh, blueprint, tx, state, (0,), zero=3)
+    assert whole.params["embedding"]["embedding"] == P("tensor", None)
+    assert parts.params["embedding"]["embedding"] == P("tensor", "fsdp")
+    assert whole.opt_state == parts.opt_state
+
+
+def test_a_batch_in_parts_is_one_batch():
+    config = regression_config(**{"optimizer.clip_norm": 0.5})
+    options = config.task.to_dict()
+    task = find_task(options.pop("name"), options)
+    blueprint = make_blueprint(config, task)
+    batch = next(train_batches(task, seeds=(0,), batch_size=8))
+    # Parts of unequal weight; rows 2 and 6, of four parts the third, have none.
+    weights = np.array([1, 0.3, 0, 2, 0, 0.5, 0, 1], np.float32)
+    batch["weights"] = weights
+    schedule = make_schedule(config.optimizer, 4)
+    tx = make_optimizer(config.optimizer, schedule, parameter_groups(blueprint.params))
+    sums = sum_names(blueprint, task, batch)
+    start = jax.jit(lambda: initial_state(blueprint, tx, sums, (0,)))()
+    whole = jax.jit(make_step(blueprint, task, tx, (0,)))(start, batch)
+    parts = jax.jit(make_step(blueprint, task, tx, (0,), accumulate=4))(start, batch)
+    assert float(whole.window["gradient_norm"]) > 0.1
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, parts, whole)
+
+
+def test_devices_without_host_memory_are_refused():
+    memories = [SimpleNamespace(kind="device")]
+    device = SimpleNamespace(
+        addressable_memories=lambda: memories, device_kind="Abacus"
+    )
+    mesh: Any = SimpleNamespace(local_devices=[device])
+    with pytest.raises(
+        ValueError,
+        match=r"config.optimizer.offload needs .* pinned_host; got Abacus with device",
+    ):
+        check_host_memory(mesh)
+    check_host_memory(make_mesh(lm_config().mesh, 8))
 
 
 def test_a_length_that_the_sequence_axis_does_not_divide_is_refused_by_its_name():
@@ -130,6 +201,34 @@ def test_a_length_that_the_sequence_axis_does_not_divide_is_refused_by_its_name(
         match=r"config.mesh.sequence must divide .* got 8 for evaluation length_36_.* whose length is 36",
     ):
         check_lengths(abstract_mesh(1, 1, sequence=8), lengths(task, seed=0))
+
+
+def test_moments_in_host_memory_change_no_number(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        told = lambda _, step: signal.SIGTERM if step == 2 else None  # noqa: E731
+        patch.setattr(train.Interruption, "at", told)
+        train.run(
+            regression_config(**{"optimizer.offload": True}),
+            tmp_path / "saving",
+            quiet=True,
+        )
+    lying = []
+    real = checkpoints.Checkpoints.save
+
+    def save(self: Any, step: int, parts: Any, *rest: Any) -> None:
+        leaves = jax.tree.leaves(parts["optimizer"]["opt_state"])
+        lying.append({leaf.sharding.memory_kind for leaf in leaves})
+        real(self, step, parts, *rest)
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
+    train.run(
+        regression_config(**{"optimizer.offload": True}),
+        tmp_path / "saving",
+        quiet=True,
+    )
+    train.run(regression_config(), tmp_path / "plain", quiet=True)
+    assert lying == [{"pinned_host"}, {"device"}]
+    assert_same_metrics(tmp_path / "plain", tmp_path / "saving")
 
 
 @pytest.mark.slow

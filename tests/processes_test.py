@@ -4,6 +4,7 @@ import functools
 import json
 import signal
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from tests.processes import started, train_command
 # in the others processes share rows, time, or both.
 MESHES = ((2, 2, 2, 1), (1, 1, 8, 1), (1, 2, 4, 1), (1, 1, 1, 8), (1, 1, 2, 4))
 ALL_AXES = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2}
+SAVING = {"mesh.zero": 1, "optimizer.offload": True}
 
 
 def compare_batches_on_every_mesh() -> None:
@@ -62,8 +64,9 @@ def test_two_processes_go_on_with_what_one_began_and_compute_what_one_computes(
 ):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_at(patch, 2)
-        train.run(lm_config(), tmp_path / "two", quiet=True)
-    command = train_command(FILE, tmp_path / "two", LM | ALL_AXES)
+        train.run(lm_config(accumulate=2), tmp_path / "two", quiet=True)
+    overrides = LM | ALL_AXES | SAVING | {"accumulate": 2}
+    command = train_command(FILE, tmp_path / "two", overrides)
     with started([command] * 2, tmp_path / "logs", devices=4) as children:
         train.run(lm_config(), tmp_path / "one", quiet=True)
         for child in children:

@@ -330,6 +330,7 @@ def _base() -> Any:
             "seeds": (0,),  # several: independent replicas, trained together
             "steps": 0,
             "batch_size": 0,  # sequences, over all devices, per replica
+            "accumulate": 1,  # the batch in this many parts, one after the other
             "log_every_steps": 50,
             "task": {},
             "model": {
@@ -358,6 +359,7 @@ def _base() -> Any:
                 "weight_decay": 0.1,
                 "clip_norm": 1.0,  # 0: no clipping
                 "ssm_lr": 0.0,  # 0: lr
+                "offload": False,  # moments in host memory between steps
             },
             "eval": {
                 "every_steps": 1_000,
@@ -367,11 +369,13 @@ def _base() -> Any:
             },
             "checkpoint": {"every_steps": 1_000, "keep": 2},
             "mesh": {
-                "data": -1,
+                "data": -1,  # -1: the devices that are left
                 "fsdp": 1,
                 "sequence": 1,
                 "tensor": 1,
-            },  # -1: the devices that are left
+                "zero": 3,  # over fsdp: 3 parameters and moments, 1 moments alone
+            },
+            "heartbeat_timeout_seconds": 100,  # then a silent process counts as lost
             "init_from": "",
             "profile_steps": "",
             "max_rejected_steps": 20,

@@ -1,0 +1,215 @@
+"""Would this run fit a TPU slice, and what would bound its step? Compiled for the slice and modelled; no TPU needed.
+
+    python -m experiments.plan --config=experiments/configs/gla.py:text --topology=v5p:4x4x4 --config.mesh.fsdp=8
+    python -m experiments.plan --config=... --topology=v5e:4x4 --config.model.width=2048 --json=plan.json
+
+Compiles the train step of a config, as `experiments.train` builds it, with the TPU's own compiler for a named slice,
+and reads the result: bytes of memory per device against those of the chip, collectives by kind and mesh axis, matmul
+flops, bytes moved, and from them the time of a step under the model of experiments/chips.py. Nothing of the model's
+size is allocated. A batch that is too small for data x fsdp is raised to fill it. Ends with status 1 and what would
+help if the step does not fit.
+
+What the numbers are:
+
+- memory: parameters, optimizer state and batch are exact sizes of the shards; padding is what the compiler's layouts
+  add to them; temporaries (activations kept for the backward pass, buffers) and the program are the compiler's numbers;
+- flops, bytes and collectives are read from the compiled program, as experiments/program_cost.py and
+  experiments/collectives.py say, loops counted as often as they run;
+- the time of a step lies between that of the slowest of compute, memory and collectives (all three at once, the
+  roofline) and their sum (one after the other). Neither counts waiting, nor a matrix unit that is not full.
+
+Needs libtpu: pip install "scanax[aot]" (Linux x86-64).
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import config as configs
+from experiments import main as mains
+from experiments.abstract_run import (
+    abstract_run,
+    filling_batch_size,
+    mesh_over,
+    shard_bytes,
+    tpu_devices,
+)
+from experiments.chips import Slice, collective_seconds, parse_topology
+from experiments.collectives import by_kind_and_axes, find_collectives
+from experiments.compiled_program import CompiledProgram
+from experiments.config import Config
+from experiments.flops import peak_flops
+from experiments.kernel_flops import kernel_flops
+from experiments.plan_report import advice, format_plan
+from experiments.program_cost import hbm_bytes, matmul_flops
+
+
+def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any]:
+    """All that is printed, as JSON types; "advice" is "" for a step that fits. `devices` as from `tpu_devices`.
+
+    Raises ValueError for a config that cannot work there.
+    """
+    configs.validate(config)
+    mesh = mesh_over(config, devices)
+    recipe_batch_size = config.batch_size
+    config.batch_size = filling_batch_size(config, mesh)
+    run = abstract_run(config, mesh)
+    state, batch = run.state, run.batch
+
+    plan: dict[str, Any] = {
+        "topology": where.name,
+        "devices": len(devices),
+        "device_kind": devices[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "batch_size": config.batch_size,
+        "recipe_batch_size": recipe_batch_size,
+        "sequence_length": run.sequence_length,
+        "replicas": len(config.seeds),
+        "parameters": run.blueprint.parameter_count,
+    }
+    plan["memory"] = memory = {
+        "hbm_bytes": where.chip.hbm_bytes,
+        "parameters": shard_bytes(state.params),
+        "optimizer_state": shard_bytes(state.opt_state),
+        "batch_and_counters": shard_bytes((batch, state.variables, state.window)),
+    }
+    if memory["parameters"] + memory["optimizer_state"] > where.chip.hbm_bytes:
+        return plan | {"advice": advice(plan, config)}
+
+    # --- Compile
+    began = time.perf_counter()
+    with jax.set_mesh(mesh):
+        traced = run.step.trace(state, batch)
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            memory |= _refused_bytes(str(error))
+            return plan | {"advice": advice(plan, config, str(error))}
+    plan["compile_s"] = time.perf_counter() - began
+    plan["versions"] = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")
+    }
+
+    # --- Read it
+    _add_compiled_memory(memory, compiled.memory_analysis())
+    fits = memory["total"] <= where.chip.hbm_bytes
+    plan["advice"] = "" if fits else advice(plan, config)
+    program = CompiledProgram(compiled.as_text() or "")
+    flops = matmul_flops(program, kernel_flops(traced.jaxpr))
+    places = np.array([device.coords for device in mesh.devices.flat])
+    rows = by_kind_and_axes(
+        (
+            (one, collective_seconds(one, places, where))
+            for one in find_collectives(program, len(devices))
+        ),
+        mesh.shape,
+    )
+    plan["collectives"] = [vars(row) for row in rows]
+    plan["work"] = {
+        "matmul_flops": flops.flops,
+        "matmul_pass_flops": flops.passes,
+        "hbm_bytes": hbm_bytes(program),
+        "model_flops": run.model_flops,
+        "loops_counted_once": program.unknown_loops,
+    }
+    plan["time"] = step_time(plan, where)
+    return plan
+
+
+def step_time(plan: dict[str, Any], where: Slice) -> dict[str, Any]:
+    """Seconds of a step by resource and the speeds that follow, from a plan's work and collectives."""
+    work, peak = plan["work"], peak_flops(plan["device_kind"])
+    if peak is None:
+        raise ValueError(
+            f"no peak is known for devices of kind {plan['device_kind']!r}"
+        )
+    by_axis: dict[str, float] = {}
+    for row in plan["collectives"]:
+        axes = " x ".join(row["axes"])
+        by_axis[axes] = by_axis.get(axes, 0.0) + row["seconds"]
+    parts = {
+        "compute": work["matmul_pass_flops"] / peak,
+        "memory": work["hbm_bytes"] / where.chip.hbm_bytes_per_s,
+        "collectives": sum(by_axis.values()),
+    }
+    speeds = {}
+    for name, seconds in (
+        ("overlapped", max(parts.values())),
+        ("serial", sum(parts.values())),
+    ):
+        speeds[name] = {"step_s": seconds}
+        if work["model_flops"] is not None:
+            tokens = plan["batch_size"] * plan["sequence_length"] * plan["replicas"]
+            speeds[name] |= {
+                "tokens_per_s": tokens / seconds,
+                "model_flops_utilisation": work["model_flops"]
+                / (seconds * plan["devices"] * peak),
+            }
+    return {
+        "seconds": parts,
+        "collective_seconds_by_axes": by_axis,
+        "bound": max(parts, key=lambda name: parts[name]),
+        "speeds": speeds,
+    }
+
+
+def _add_compiled_memory(memory: dict[str, Any], analysis: Any) -> None:
+    exact = sum(
+        memory[key] for key in ("parameters", "optimizer_state", "batch_and_counters")
+    )
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    memory["padding"] = analysis.argument_size_in_bytes - exact
+    memory["temporaries"] = analysis.temp_size_in_bytes + outputs
+    memory["program"] = analysis.generated_code_size_in_bytes
+    memory["total"] = exact + memory["padding"]
+    memory["total"] += memory["temporaries"] + memory["program"]
+
+
+def _refused_bytes(refusal: str) -> dict[str, int]:
+    """What a program wanted that the compiler refused for want of memory, as far as it says so."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    forms = {
+        "total": r"Used ([\d.]+)([KMGT])",
+        "temporaries": r"temporaries \(([\d.]+)([KMGT])",
+    }
+    found = {name: re.search(form, refusal) for name, form in forms.items()}
+    return {
+        name: int(float(said[1]) * units[said[2]])
+        for name, said in found.items()
+        if said
+    }
+
+
+def main() -> None:
+    options = flags.FLAGS
+    jax.config.update("jax_platforms", "cpu")
+    where = parse_topology(options.topology)
+    plan = make_plan(options.config, where, tpu_devices(where))
+    if options.json:
+        Path(options.json).write_text(json.dumps(plan, indent=1) + "\n")
+    if plan["advice"]:
+        raise ValueError(plan["advice"])
+    print(format_plan(plan))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config", None, "File of experiments/configs, as <file>:<task>[,smoke]."
+    )
+    flags.DEFINE_string(
+        "topology", None, "TPU slice, such as v5e:4x4 or v5p:8x8x8.", required=True
+    )
+    flags.DEFINE_string("json", "", "File to write the plan to.")
+    flags.mark_flag_as_required("config")
+    mains.run(main)

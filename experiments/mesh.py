@@ -39,11 +39,13 @@ BATCH_AXES = ("data", "fsdp")
 HOST_MEMORY = "pinned_host"
 
 
-def join_processes() -> None:
+def join_processes(heartbeat_timeout_seconds: int) -> None:
     """Joins the other processes of this run, if the environment says that there are any.
 
     That is: JAX_COORDINATOR_ADDRESS (host:port) with JAX_NUM_PROCESSES and JAX_PROCESS_ID, a Slurm step of several
-    tasks, or a TPU slice of several hosts. To be called before anything asks jax for devices.
+    tasks, or a TPU slice of several hosts. To be called before anything asks jax for devices. From then on a process
+    that gives no sign of life for `heartbeat_timeout_seconds` is lost, and jax aborts all others, however deep in a
+    collective they wait for it; the same command then goes on from the last checkpoint.
     """
     variables = os.environ
     if (
@@ -58,6 +60,7 @@ def join_processes() -> None:
         jax.distributed.initialize(
             num_processes=int(count) if count else None,
             process_id=int(place) if place else None,
+            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
         )
 
 

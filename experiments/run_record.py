@@ -2,6 +2,7 @@
 
 import datetime
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from experiments import config as configs
 from experiments.config import Config
@@ -93,6 +96,39 @@ def check_continues(workdir: Path, config: Config) -> None:
             f"{workdir} holds a run with another config ({'; '.join(changed)}); "
             "use another --workdir, or the same config to continue that run"
         )
+
+
+def check_same_everywhere(workdir: Path, config: Config) -> None:
+    """Raises ValueError, in every process, unless all of them have the same workdir, commit and config; says which
+    entries differ. Otherwise processes would wait for each other in different programs."""
+    if jax.process_count() == 1:
+        return
+    own = {
+        "--workdir": str(workdir),
+        "commit": _git("rev-parse", "HEAD"),
+        **{f"config.{key}": value for key, value in configs.flatten(config)},
+    }
+    text = json.dumps(own, sort_keys=True).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
+    if np.all(digests == digest):
+        return
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    padded = np.frombuffer(text.ljust(longest), np.uint8)
+    texts = multihost_utils.process_allgather(padded)
+    everywhere = [json.loads(bytes(row)) for row in texts]
+    differences = []
+    for key in sorted(set().union(*everywhere)):
+        # The first process with each value: of thousands, these are the few that tell.
+        places: dict[str, int] = {}
+        for place, values in enumerate(everywhere):
+            places.setdefault(json.dumps(values.get(key, "(absent)")), place)
+        if len(places) > 1:
+            found = (f"{value} in process {place}" for value, place in places.items())
+            differences.append(f"{key}: {', '.join(found)}")
+    raise ValueError(
+        f"all processes of a run must be started alike; got {'; '.join(differences)}"
+    )
 
 
 def write(

@@ -76,6 +76,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     workdir = Path(workdir).expanduser().absolute()
 
     # --- Config: everything that can be wrong is found before the workdir is touched.
+    run_record.check_same_everywhere(workdir, config)
     configs.validate(config)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir must be a directory; {workdir} is a file")
@@ -339,8 +340,10 @@ def _report(
 
 
 def main() -> None:
-    join_processes()
-    summary = run(flags.FLAGS.config, flags.FLAGS.workdir)
+    config = flags.FLAGS.config
+    # An impossible time-out is named once all processes are there to be told.
+    join_processes(max(1, config.heartbeat_timeout_seconds))
+    summary = run(config, flags.FLAGS.workdir)
     if jax.process_index() == 0:
         print(
             f"{summary['workdir']}: {summary['step']} steps, {summary['seconds']:.1f}"

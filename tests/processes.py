@@ -4,7 +4,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,14 @@ class Child:
     def wait(self, seconds: float = 180) -> int:
         """The exit status; subprocess.TimeoutExpired if the process has not ended by then."""
         return self.process.wait(seconds)
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 120) -> None:
+        """Waits until `condition()` holds; the process must still be running then."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.printed
+            assert time.monotonic() < deadline, self.printed
+            time.sleep(0.01)
 
     def succeed(self) -> None:
         """Waits; fails with what was printed unless the status is 0."""

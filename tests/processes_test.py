@@ -4,6 +4,7 @@ import functools
 import json
 import signal
 import sys
+import time
 from typing import Any
 
 import jax
@@ -11,23 +12,33 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from experiments import train
+from experiments import checkpoints, train
 from experiments.mesh import join_processes, make_mesh, place_batch, process_rows
 from experiments.run_loading import load_run
 from experiments.task import find_task, train_batches
-from tests.mesh_test import FILE, LM, assert_same_metrics, lm_config
+from tests.mesh_test import FILE, LM, assert_same_metrics, lm_config, regression_config
 from tests.processes import started, train_command
 
 # (data, fsdp, sequence, tensor) over two processes of four devices. In the first, rows and time lie within a process;
 # in the others processes share rows, time, or both.
 MESHES = ((2, 2, 2, 1), (1, 1, 8, 1), (1, 2, 4, 1), (1, 1, 1, 8), (1, 1, 2, 4))
+REGRESSION = "linear_self_attention.py:icl_regression,smoke"
 ALL_AXES = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2}
+# So many steps that a process can be lost among them.
+LONG = {
+    "steps": 120,
+    "batch_size": 8,
+    "log_every_steps": 30,
+    "eval.every_steps": 120,
+    "eval.examples": 12,
+    "checkpoint.every_steps": 30,
+}
 SAVING = {"mesh.zero": 1, "optimizer.offload": True}
 
 
 def compare_batches_on_every_mesh() -> None:
     """In each of two processes: the global arrays are those that one process makes."""
-    join_processes()
+    join_processes(heartbeat_timeout_seconds=100)
     task = find_task("mqar", {"train": ((16, 2, 64),), "test": ((16, 2),)})
     for sizes, seeds in [(MESHES[0], (3,)), *((sizes, (0, 1)) for sizes in MESHES)]:
         mesh = make_mesh(
@@ -78,3 +89,44 @@ def test_two_processes_go_on_with_what_one_began_and_compute_what_one_computes(
     one, two = (load_run(tmp_path / name).params for name in ("one", "two"))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(close, two, one)
+
+
+@pytest.mark.slow
+def test_processes_started_with_different_configs_all_stop_and_name_what_differs(
+    tmp_path,
+):
+    commands = [
+        train_command(REGRESSION, tmp_path / "run", {"steps": 4, "optimizer.lr": lr})
+        for lr in (0.01, 0.02)
+    ]
+    with started(commands, tmp_path / "logs") as children:
+        for child in children:
+            assert child.wait() == 1
+            assert (
+                "error: all processes of a run must be started alike; got"
+                " config.optimizer.lr: 0.01 in process 0, 0.02 in process 1\n"
+            ) in child.printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_the_run_goes_on_from_its_checkpoint(
+    tmp_path,
+):
+    workdir, timeout = tmp_path / "run", 10
+    overrides = LONG | {"heartbeat_timeout_seconds": timeout}
+    laid = {"mesh.data": 2, "mesh.sequence": 3}
+    command = train_command(REGRESSION, workdir, overrides | laid)
+    with started([command] * 2, tmp_path / "logs", devices=3) as children:
+        lost, left = children[::-1]
+        lost.wait_until(lambda: checkpoints.steps(workdir / "checkpoints"))
+        lost.process.kill()
+        killed = time.monotonic()
+        assert left.wait(60) not in (0, 1)
+        assert time.monotonic() - killed < timeout + 10
+    assert "another task died" in left.printed
+    done = checkpoints.steps(workdir / "checkpoints")[-1]
+    assert 0 < done < overrides["steps"], "the run was over before the process was lost"
+    train.run(regression_config(**overrides), tmp_path / "whole", quiet=True)
+    train.run(regression_config(**overrides), workdir, quiet=True)
+    assert_same_metrics(tmp_path / "whole", workdir)

@@ -12,7 +12,7 @@ along which the coordinates of its groups vary. What counts as one collective:
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,16 +127,16 @@ def parse_replica_groups(text: str, devices: int) -> np.ndarray:
 
     {{0,1},{2,3}}                          listed; {} is one group of all
     [2,4]<=[4,2]T(1,0)                     an iota of shape [4,2], transposed and reshaped
-    mesh['a'=2,'b'=4] {'a','b':(1)2}       axes of a mesh, or parts (elements before)(size) of them; `device_ids=(...)`
-                                           after the mesh if its devices are not in order
+    mesh['a'=2,'b'=4] {'a','b':(1)2}       axes of a mesh, or parts (elements before)(size) of them; after the mesh,
+                                           if its devices are not in order, device_ids=(...): all of them, or
+                                           [4,2]T(1,0), a transposed iota
     """
     if text.startswith("mesh["):
         return _mesh_groups(text)
     if iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, sizes = _numbers(iota[1]), _numbers(iota[2])
-        places = np.arange(np.prod(sizes)).reshape(sizes)
-        if iota[3]:
-            places = places.transpose(_numbers(iota[3]))
+        order = _numbers(iota[3]) if iota[3] else range(len(sizes))
+        places = _iota(sizes, order)
         return places.reshape(shape[0], -1) if len(shape) > 1 else places.reshape(1, -1)
     if text.startswith("{}"):
         return np.arange(devices)[None]
@@ -145,13 +145,22 @@ def parse_replica_groups(text: str, devices: int) -> np.ndarray:
     raise ValueError(f"unknown form of replica_groups: {text[:200]!r}")
 
 
+def _iota(sizes: Sequence[int], order: Sequence[int]) -> np.ndarray:
+    """Places counted up in an array of these sizes, then transposed."""
+    return np.arange(np.prod(sizes)).reshape(sizes).transpose(order)
+
+
 def _mesh_groups(text: str) -> np.ndarray:
-    parsed = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text)
+    parsed = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((\S*)\))? \{([^}]*)\}", text)
     if parsed is None:
         raise ValueError(f"unknown form of replica_groups: {text[:200]!r}")
     sizes = {name: int(size) for name, size in re.findall(r"([^,=]+)=(\d+)", parsed[1])}
     count = int(np.prod(list(sizes.values())))
-    places = np.array(_numbers(parsed[2])) if parsed[2] else np.arange(count)
+    places = np.arange(count)
+    if parsed[2] and "T" in parsed[2]:
+        places = _iota(*map(_numbers, parsed[2].split("T")))
+    elif parsed[2]:
+        places = np.array(_numbers(parsed[2]))
     # Every axis as (before, part, after), so that a part of an axis is an axis of its own.
     chosen: dict[str, list[tuple[int, int]]] = {}
     for name, before, size in re.findall(r"([^,:]+)(?::\((\d+)\)(\d+))?,?", parsed[3]):
@@ -191,7 +200,7 @@ class Row:
 
 
 def by_kind_and_axes(
-    timed: Iterator[tuple[Collective, float]], mesh_shape: Mapping[str, int]
+    timed: Iterable[tuple[Collective, float]], mesh_shape: Mapping[str, int]
 ) -> list[Row]:
     """Rows of (collective, seconds of one run), in the order of KINDS, then of axes."""
     rows: dict[tuple[str, tuple[str, ...]], Row] = {}

@@ -194,6 +194,8 @@ def _refused_bytes(refusal: str) -> dict[str, int]:
 def main() -> None:
     options = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")
+    # A program for devices that are not there can be stored in the cache, but not be read from it.
+    jax.config.update("jax_enable_compilation_cache", False)
     where = parse_topology(options.topology)
     plan = make_plan(options.config, where, tpu_devices(where))
     if options.json:

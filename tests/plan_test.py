@@ -238,6 +238,7 @@ def test_collectives_of_a_known_program_are_found_with_axes_counts_and_bytes(
         ("mesh['a'=4] {'a':(1)2}, use", [[0, 2], [1, 3]]),
         ("mesh['a'=4] {'a':(2)2}, use", [[0, 1], [2, 3]]),
         ("mesh['a'=2,'b'=2], device_ids=([0,2,1,3]) {'b'}, use", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, use", [[0, 2], [1, 3]]),
     ],
 )
 def test_replica_groups_are_read_in_every_form(text, groups):

@@ -23,12 +23,18 @@ from jax.typing import DTypeLike
 from models.mlp import SwiGLU
 from models.norms import rms_norm
 from models.options import check_choice, check_options
+from ops.op import CARRIED
+from ops.sharding import constrain
 
+# What came from other devices is small and took a collective: it is kept by every policy.
+_CARRIED = jax.checkpoint_policies.save_only_these_names(CARRIED)
 # What the backward pass keeps of a block: everything, its input alone, or its matrix products too.
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _CARRIED,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _CARRIED
+    ),
 }
 
 
@@ -226,7 +232,9 @@ class Stack(nnx.Module):
             for block, block_state in zip(
                 blocks, states or [None] * len(blocks), strict=True
             ):
-                x_BTD, final = block(x_BTD, block_state, positions, segment_ids)
+                x_BTD, final = block(
+                    constrain(x_BTD, "BTD"), block_state, positions, segment_ids
+                )
                 finals.append(final)
             return x_BTD, tuple(finals)
 

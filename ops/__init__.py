@@ -7,6 +7,7 @@ from .diagonal_scan.api import diagonal_scan
 from .gated_linear_attention.api import gated_linear_attention
 from .long_convolution.api import long_convolution
 from .selective_scan.api import selective_scan
+from .sequence_parallel import sequence_method
 from .short_convolution.api import short_convolution
 from .window_attention.api import WindowState, init_window_state, window_attention
 
@@ -19,6 +20,7 @@ __all__ = [
     "init_window_state",
     "long_convolution",
     "selective_scan",
+    "sequence_method",
     "short_convolution",
     "window_attention",
 ]

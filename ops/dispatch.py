@@ -41,7 +41,8 @@ def call(
     """Runs `rule` ("forward" or "backward") of the chosen implementation on `args` (pytrees of arrays) and `static`.
 
     A named implementation runs or raises; None takes `PREFERRED` for the lowering platform, else `chunked`. `dtypes`,
-    one per result, are those that the results take: a kernel writes its own, and alternatives must agree.
+    one (or a tree) for each result at least, are those that the results take: a kernel writes its own, and alternatives
+    must agree.
     """
     functions = tuple((name, getattr(module, rule)) for name, module in modules.items())
     return _chosen(
@@ -70,8 +71,8 @@ def _chosen(choice: _Choice, *args: Any) -> Any:
         if not choice.dtypes:
             return values
         return tuple(
-            x if x is None else x.astype(to)
-            for x, to in zip(values, choice.dtypes, strict=True)
+            None if x is None else jax.tree.map(lambda leaf, to: leaf.astype(to), x, to)
+            for x, to in zip(values, choice.dtypes, strict=False)
         )
 
     rules = {name: functools.partial(results, rule) for name, rule in choice.rules}
@@ -83,11 +84,3 @@ def _chosen(choice: _Choice, *args: Any) -> Any:
     if not kernels:
         return rules["chunked"](*args)
     return lax.platform_dependent(*args, default=rules["chunked"], **kernels)
-
-
-def cast_like(gradients: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """Each cotangent in the dtype of its input; None where the input is None."""
-    return tuple(
-        None if x is None else g.astype(x.dtype)
-        for g, x in zip(gradients, inputs, strict=True)
-    )

@@ -1,15 +1,17 @@
 """The (gated) delta rule: the public function."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from .. import dispatch
 from ..arguments import check_float, check_matrix_state, check_shape, check_values
-from . import chunked, pallas_tpu, reference
+from ..op import Op, run
+from ..sharding import decay_layout
+from . import chunked, over_time, pallas_tpu, reference
 
-IMPLEMENTATIONS = {"chunked": chunked, "pallas_tpu": pallas_tpu}
+OP = Op(
+    "delta_rule", {"chunked": chunked, "pallas_tpu": pallas_tpu}, over_time.OVER_TIME
+)
 
 
 def delta_rule(
@@ -64,7 +66,7 @@ def delta_rule(
     check_float(beta=beta)
     check_shape("beta", beta, "[B, T, H]", v.shape[:3])
     check_values("beta", beta, "in [0, 2]", lambda x: (x >= 0) & (x <= 2))
-    dispatch.check_implementation("delta_rule", implementation, IMPLEMENTATIONS)
+    dispatch.check_implementation(OP.name, implementation, OP.implementations)
 
     (batch, _, heads, value_size), key_size = v.shape, k.shape[-1]
     scale = key_size**-0.5 if scale is None else float(scale)
@@ -76,39 +78,27 @@ def delta_rule(
         )
         o = o.astype(v.dtype)
     else:
-        o, state = _recurrence(
-            scale, implementation, q, k, v, beta, decay_log, initial_state, segment_ids
+        o, state = run(
+            OP,
+            implementation,
+            q,
+            k,
+            v,
+            beta,
+            decay_log,
+            initial_state,
+            segment_ids,
+            layouts=(
+                "BTGK",
+                "BTGK",
+                "BTHV",
+                "BTH",
+                decay_layout(decay_log),
+                "BHKV",
+                "BT",
+            ),
+            outputs=("BTHV", "BHKV"),
+            dtypes=(v.dtype, jnp.dtype(jnp.float32)),
+            scale=scale,
         )
     return o, state
-
-
-def _forward(scale, implementation, *inputs) -> Any:
-    dtypes = inputs[2].dtype, jnp.float32  # of v for o
-    return dispatch.call(
-        IMPLEMENTATIONS, "forward", implementation, *inputs, dtypes=dtypes, scale=scale
-    )
-
-
-def _forward_keeping_inputs(scale, implementation, *inputs):
-    return _forward(scale, implementation, *inputs), inputs
-
-
-def _backward(scale, implementation, inputs, cotangents):
-    floats = inputs[:-1]  # segment_ids are integers
-    dtypes = [None if x is None else x.dtype for x in floats]
-    arguments = *inputs, *cotangents
-    return (
-        *dispatch.call(
-            IMPLEMENTATIONS,
-            "backward",
-            implementation,
-            *arguments,
-            dtypes=dtypes,
-            scale=scale,
-        ),
-        None,
-    )
-
-
-_recurrence: Any = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
-_recurrence.defvjp(_forward_keeping_inputs, _backward)

@@ -13,9 +13,12 @@ from ..arguments import (
     check_values,
     finite,
 )
-from . import chunked, pallas_tpu, reference
+from ..op import Op, run
+from . import chunked, over_time, pallas_tpu, reference
 
-IMPLEMENTATIONS = {"chunked": chunked, "pallas_tpu": pallas_tpu}
+OP = Op(
+    "diagonal_scan", {"chunked": chunked, "pallas_tpu": pallas_tpu}, over_time.OVER_TIME
+)
 
 Number = jax.Array | tuple[jax.Array, jax.Array]
 
@@ -80,13 +83,20 @@ def diagonal_scan(
     check_segment_ids(segment_ids, batch, length)
     for part in a_parts:
         check_values("a", part, "finite", finite)
-    dispatch.check_implementation("diagonal_scan", implementation, IMPLEMENTATIONS)
+    dispatch.check_implementation(OP.name, implementation, OP.implementations)
 
     if implementation == "reference":
         h, state = reference.diagonal_scan(a_parts, b_parts, state_parts, segment_ids)
     else:
-        h, state = _recurrence(
-            implementation, a_parts, b_parts, state_parts, segment_ids
+        h, state = run(
+            OP,
+            implementation,
+            a_parts,
+            b_parts,
+            state_parts,
+            segment_ids,
+            layouts=("H" if a_parts[0].ndim == 1 else "BTH", "BTH", "BH", "BT"),
+            outputs=("BTH", "BH"),
         )
     h = jax.tree.map(lambda part, like: part.astype(like.dtype), h, b_parts)
     return (h, state) if len(b_parts) == 2 else (h[0], state[0])
@@ -111,25 +121,3 @@ def _parts(name: str, number: Any, count: int | None) -> tuple[jax.Array, ...]:
             f"{name} must have parts of one shape; got {shapes[0]} and {shapes[-1]}"
         )
     return tuple(jnp.asarray(part) for part in parts)
-
-
-def _forward(implementation, *inputs) -> Any:
-    return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs)
-
-
-def _forward_keeping_inputs(implementation, *inputs):
-    return _forward(implementation, *inputs), inputs
-
-
-def _backward(implementation, inputs, cotangents):
-    gradients = dispatch.call(
-        IMPLEMENTATIONS, "backward", implementation, *inputs, *cotangents
-    )
-    like_inputs = jax.tree.map(
-        lambda gradient, x: gradient.astype(x.dtype), tuple(gradients), inputs[:-1]
-    )
-    return *like_inputs, None  # segment_ids are integers
-
-
-_recurrence = jax.custom_vjp(_forward, nondiff_argnums=(0,))
-_recurrence.defvjp(_forward_keeping_inputs, _backward)

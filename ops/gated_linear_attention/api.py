@@ -1,17 +1,22 @@
 """Gated linear attention: the public function."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from .. import dispatch
 from ..arguments import check_matrix_state
-from . import chunked, pallas_tpu, reference
+from ..op import Op, run
+from ..sharding import decay_layout
+from . import chunked, over_time, pallas_tpu, reference
 
-IMPLEMENTATIONS = {"chunked": chunked, "pallas_tpu": pallas_tpu}
+NAME = "gated_linear_attention"
+ONE_STATE = Op(
+    NAME, {"chunked": chunked, "pallas_tpu": pallas_tpu}, over_time.OVER_TIME
+)
 # The kernels keep one state per sequence.
-SEGMENT_STATES = {"chunked": chunked}
+SEGMENT_STATES = Op(
+    f"{NAME} with num_segments", {"chunked": chunked}, over_time.OVER_TIME
+)
 
 
 def gated_linear_attention(
@@ -62,12 +67,8 @@ def gated_linear_attention(
         or, with num_segments, impossible `segment_ids` where values can be seen (an eager call, or under `ops.checks`).
     """
     check_matrix_state(q, k, v, decay_log, initial_state, segment_ids, num_segments)
-    dispatch.check_implementation(
-        "gated_linear_attention"
-        + (" with num_segments" if num_segments is not None else ""),
-        implementation,
-        _implementations(num_segments),
-    )
+    op = ONE_STATE if num_segments is None else SEGMENT_STATES
+    dispatch.check_implementation(op.name, implementation, op.implementations)
 
     (batch, _, heads, value_size), key_size = v.shape, k.shape[-1]
     scale = key_size**-0.5 if scale is None else float(scale)
@@ -82,49 +83,18 @@ def gated_linear_attention(
         )
         o = o.astype(v.dtype)
     else:
-        o, state = _recurrence(
-            scale, num_segments, implementation, *inputs, initial_state, segment_ids
+        segments = {} if num_segments is None else {"num_segments": num_segments}
+        states = "BSHKV" if segments else "BHKV"
+        o, state = run(
+            op,
+            implementation,
+            *inputs,
+            initial_state,
+            segment_ids,
+            layouts=("BTGK", "BTGK", "BTHV", decay_layout(decay_log), states, "BT"),
+            outputs=("BTHV", states),
+            dtypes=(v.dtype, jnp.dtype(jnp.float32)),
+            scale=scale,
+            **segments,
         )
     return o, state
-
-
-def _implementations(num_segments):
-    return IMPLEMENTATIONS if num_segments is None else SEGMENT_STATES
-
-
-def _static(scale, num_segments):
-    segments = {} if num_segments is None else {"num_segments": num_segments}
-    return {"scale": scale, **segments}
-
-
-def _forward(scale, num_segments, implementation, *inputs) -> Any:
-    return dispatch.call(
-        _implementations(num_segments),
-        "forward",
-        implementation,
-        *inputs,
-        dtypes=(inputs[2].dtype, jnp.float32),  # of v for o
-        **_static(scale, num_segments),
-    )
-
-
-def _forward_keeping_inputs(scale, num_segments, implementation, *inputs):
-    return _forward(scale, num_segments, implementation, *inputs), inputs
-
-
-def _backward(scale, num_segments, implementation, inputs, cotangents):
-    floats = inputs[:-1]  # segment_ids are integers
-    gradients = dispatch.call(
-        _implementations(num_segments),
-        "backward",
-        implementation,
-        *inputs,
-        *cotangents,
-        dtypes=[None if x is None else x.dtype for x in floats],
-        **_static(scale, num_segments),
-    )
-    return *gradients, None
-
-
-_recurrence: Any = jax.custom_vjp(_forward, nondiff_argnums=(0, 1, 2))
-_recurrence.defvjp(_forward_keeping_inputs, _backward)

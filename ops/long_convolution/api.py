@@ -1,15 +1,13 @@
 """Long convolution, the parallel form of linear time-invariant state-space models: the public function."""
 
-from typing import Any
-
 import jax
 
 from .. import dispatch
 from ..arguments import check_float, check_shape
-from ..dispatch import cast_like
+from ..op import Op, run
 from . import fft, reference
 
-IMPLEMENTATIONS = {"fft": fft}
+OP = Op("long_convolution", {"fft": fft})
 
 
 def long_convolution(
@@ -41,28 +39,17 @@ def long_convolution(
     if length == 0 or channels == 0:
         raise ValueError(f"u must have T >= 1 and D >= 1; got {u.shape}")
     check_shape("kernel", kernel, "[D, T] with T and D of u", (channels, length))
-    dispatch.check_implementation("long_convolution", implementation, IMPLEMENTATIONS)
+    dispatch.check_implementation(OP.name, implementation, OP.implementations)
     if implementation == "reference":
         y = reference.long_convolution(u, kernel)
     else:
-        (y,) = _convolution(implementation or "fft", u, kernel)
+        # All of time for some of the channels: where a mesh cuts time, the devices exchange one for the other.
+        (y,) = run(
+            OP,
+            implementation or "fft",
+            u,
+            kernel,
+            layouts=("BLC", "CL"),
+            outputs=("BLC",),
+        )
     return y.astype(u.dtype)
-
-
-def _forward(implementation, *inputs) -> Any:
-    return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs)
-
-
-def _forward_keeping_inputs(implementation, *inputs):
-    return _forward(implementation, *inputs), inputs
-
-
-def _backward(implementation, inputs, cotangents):
-    gradients = dispatch.call(
-        IMPLEMENTATIONS, "backward", implementation, *inputs, *cotangents
-    )
-    return cast_like(gradients, inputs)
-
-
-_convolution = jax.custom_vjp(_forward, nondiff_argnums=(0,))
-_convolution.defvjp(_forward_keeping_inputs, _backward)

@@ -1,7 +1,5 @@
 """Selective scan, the recurrence of Mamba: the public function."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -13,9 +11,14 @@ from ..arguments import (
     check_values,
     finite,
 )
-from . import chunked, pallas_tpu, reference
+from ..op import Op, run
+from . import chunked, over_time, pallas_tpu, reference
 
-IMPLEMENTATIONS = {"chunked": chunked, "pallas_tpu": pallas_tpu}
+OP = Op(
+    "selective_scan",
+    {"chunked": chunked, "pallas_tpu": pallas_tpu},
+    over_time.OVER_TIME,
+)
 EIGENVALUE_RANGES = ((0, 1), (-1, 1))
 
 
@@ -93,7 +96,7 @@ def selective_scan(
     check_values(
         "A", A, "finite and <= 0", lambda values: (values <= 0) & finite(values)
     )
-    dispatch.check_implementation("selective_scan", implementation, IMPLEMENTATIONS)
+    dispatch.check_implementation(OP.name, implementation, OP.implementations)
 
     eigenvalue_range = (int(eigenvalue_range[0]), int(eigenvalue_range[1]))
     if initial_state is None:
@@ -104,8 +107,8 @@ def selective_scan(
         )
         y = y.astype(x.dtype)
     else:
-        y, state = _recurrence(
-            eigenvalue_range,
+        y, state = run(
+            OP,
             implementation,
             x,
             delta,
@@ -115,38 +118,9 @@ def selective_scan(
             D,
             initial_state,
             segment_ids,
+            layouts=("BTH", "BTH", "HN", "BTN", "BTN", "H", "BHN", "BT"),
+            outputs=("BTH", "BHN"),
+            dtypes=(x.dtype, jnp.dtype(jnp.float32)),
+            eigenvalue_range=eigenvalue_range,
         )
     return y, state
-
-
-def _forward(eigenvalue_range, implementation, *inputs) -> Any:
-    return dispatch.call(
-        IMPLEMENTATIONS,
-        "forward",
-        implementation,
-        *inputs,
-        dtypes=(inputs[0].dtype, jnp.float32),  # of x for y
-        eigenvalue_range=eigenvalue_range,
-    )
-
-
-def _forward_keeping_inputs(eigenvalue_range, implementation, *inputs):
-    return _forward(eigenvalue_range, implementation, *inputs), inputs
-
-
-def _backward(eigenvalue_range, implementation, inputs, cotangents):
-    floats = inputs[:-1]  # segment_ids are integers
-    gradients = dispatch.call(
-        IMPLEMENTATIONS,
-        "backward",
-        implementation,
-        *inputs,
-        *cotangents,
-        dtypes=[None if x is None else x.dtype for x in floats],
-        eigenvalue_range=eigenvalue_range,
-    )
-    return *gradients, None
-
-
-_recurrence = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
-_recurrence.defvjp(_forward_keeping_inputs, _backward)

@@ -1,16 +1,18 @@
 """Short convolution, the depthwise causal convolution in front of many recurrences: the public function."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from .. import dispatch
 from ..arguments import check_float, check_segment_ids, check_shape
-from ..dispatch import cast_like
-from . import chunked, pallas_tpu, reference
+from ..op import Op, run
+from . import chunked, over_time, pallas_tpu, reference
 
-IMPLEMENTATIONS = {"chunked": chunked, "pallas_tpu": pallas_tpu}
+OP = Op(
+    "short_convolution",
+    {"chunked": chunked, "pallas_tpu": pallas_tpu},
+    over_time.OVER_TIME,
+)
 
 
 def short_convolution(
@@ -60,31 +62,21 @@ def short_convolution(
             "initial_state", initial_state, "[B, W - 1, D]", (batch, taps - 1, channels)
         )
     check_segment_ids(segment_ids, batch, length)
-    dispatch.check_implementation("short_convolution", implementation, IMPLEMENTATIONS)
+    dispatch.check_implementation(OP.name, implementation, OP.implementations)
 
     if initial_state is None:
         initial_state = jnp.zeros((batch, taps - 1, channels), jnp.float32)
     if implementation == "reference":
         y, state = reference.short_convolution(x, w, initial_state, segment_ids)
     else:
-        y, state = _convolution(implementation, x, w, initial_state, segment_ids)
+        y, state = run(
+            OP,
+            implementation,
+            x,
+            w,
+            initial_state,
+            segment_ids,
+            layouts=("BTH", "WH", "BWH", "BT"),
+            outputs=("BTH", "BWH"),
+        )
     return y.astype(x.dtype), state
-
-
-def _forward(implementation, *inputs) -> Any:
-    return dispatch.call(IMPLEMENTATIONS, "forward", implementation, *inputs)
-
-
-def _forward_keeping_inputs(implementation, *inputs):
-    return _forward(implementation, *inputs), inputs
-
-
-def _backward(implementation, inputs, cotangents):
-    gradients = dispatch.call(
-        IMPLEMENTATIONS, "backward", implementation, *inputs, *cotangents
-    )
-    return *cast_like(gradients, inputs[:-1]), None  # segment_ids are integers
-
-
-_convolution = jax.custom_vjp(_forward, nondiff_argnums=(0,))
-_convolution.defvjp(_forward_keeping_inputs, _backward)

@@ -1,6 +1,6 @@
 """Sliding-window softmax attention: the public function and its state."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ from jax.typing import DTypeLike
 
 from .. import dispatch
 from ..arguments import check_float, check_segment_ids, check_shape
-from ..dispatch import cast_like
-from . import chunked, reference
+from ..op import Op, run
+from . import chunked, over_time, reference
 
-IMPLEMENTATIONS = {"chunked": chunked}
+OP = Op("window_attention", {"chunked": chunked}, over_time.OVER_TIME)
 
 
 class WindowState(NamedTuple):
@@ -108,7 +108,7 @@ def window_attention(
             initial_state, (batch, window - 1, key_heads), key_size, v.shape[3]
         )
     check_segment_ids(segment_ids, batch, length)
-    dispatch.check_implementation("window_attention", implementation, IMPLEMENTATIONS)
+    dispatch.check_implementation(OP.name, implementation, OP.implementations)
 
     scale = key_size**-0.5 if scale is None else float(scale)
     if implementation == "reference":
@@ -120,8 +120,18 @@ def window_attention(
         )
     else:
         past = initial_state or (None, None, None)
-        o, *state = _attention(
-            window, scale, implementation, q, k, v, *past, segment_ids
+        o, *state = run(
+            OP,
+            implementation,
+            q,
+            k,
+            v,
+            *past,
+            segment_ids,
+            layouts=("BTHK", "BTGK", "BTGV", "BWGK", "BWGV", "BW", "BT"),
+            outputs=("BTHV", "BWGK", "BWGV", "BW"),
+            window=window,
+            scale=scale,
         )
     return o.astype(v.dtype), WindowState(*state)
 
@@ -146,35 +156,3 @@ def _check_state(
         raise ValueError(
             f"initial_state.valid must be boolean; got {jnp.result_type(state.valid)}"
         )
-
-
-def _forward(window, scale, implementation, *inputs) -> Any:
-    return dispatch.call(
-        IMPLEMENTATIONS, "forward", implementation, *inputs, window=window, scale=scale
-    )
-
-
-def _forward_keeping_inputs(window, scale, implementation, *inputs):
-    return _forward(window, scale, implementation, *inputs), inputs
-
-
-def _backward(window, scale, implementation, inputs, cotangents):
-    gradients = dispatch.call(
-        IMPLEMENTATIONS,
-        "backward",
-        implementation,
-        *inputs,
-        *cotangents[:3],
-        window=window,
-        scale=scale,
-    )
-    # `valid` and segment_ids have no gradient.
-    return (
-        *cast_like(gradients, inputs[:5]),
-        None,
-        None,
-    )
-
-
-_attention = jax.custom_vjp(_forward, nondiff_argnums=(0, 1, 2))
-_attention.defvjp(_forward_keeping_inputs, _backward)

@@ -126,7 +126,7 @@ def backward(
     window,
     scale,
 ):
-    """Cotangents of q, k, v, k_past and v_past (None without initial state)."""
+    """Cotangents of q, k, v, k_past and v_past (None without initial state), and None for valid_past."""
 
     def outputs(q, k, v, k_past, v_past):
         return forward(
@@ -134,4 +134,4 @@ def backward(
         )[:3]
 
     _, pullback = jax.vjp(outputs, q, k, v, k_past, v_past)
-    return pullback((do, dk_last, dv_last))
+    return *pullback((do, dk_last, dv_last)), None

@@ -1,0 +1,54 @@
+"""The diagonal scan with time cut over devices: what `ops/sequence_parallel.py` asks of an op.
+
+What a token holds of the state before the device is the product E_t of the factors up to t, which the op itself
+computes from ones without input; the last one is the transition A. For complex numbers transposition is that of a pair
+of reals: a product with the conjugate.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ..sequence_parallel import Affine
+
+
+def multiply(a, h):
+    """Product of two numbers, each a tuple of one real array or of real and imaginary part."""
+    if len(a) == 1:
+        return (a[0] * h[0],)
+    (a_re, a_im), (h_re, h_im) = a, h
+    return a_re * h_re - a_im * h_im, a_re * h_im + a_im * h_re
+
+
+def multiply_conjugate(a, h):
+    return multiply((a[0], *(-part for part in a[1:])), h)
+
+
+def _response(local, a, b, segment_ids):
+    """E [B, T, N] and A [B, N]."""
+    (batch, _, channels), parts = b[0].shape, len(b)
+    nothing = tuple(jnp.zeros(part.shape, jnp.float32) for part in b)
+    one = jnp.ones((batch, channels), jnp.float32)
+    ones = (one, *(jnp.zeros_like(one),) * (parts - 1))
+    return local.forward(a, nothing, ones, segment_ids)
+
+
+def summary(local, a, b, segment_ids):
+    zero = tuple(jnp.zeros_like(part[:, 0], jnp.float32) for part in b)
+    h, M = local.forward(a, b, zero, segment_ids)
+    E, A = _response(local, a, b, segment_ids)
+
+    def read(S):
+        from_before = multiply(E, tuple(part[:, None] for part in S))
+        return jax.tree.map(lambda x, y: (x + y).astype(x.dtype), h, from_before)
+
+    return A, M, read
+
+
+def adjoint(local, a, b, S, segment_ids, dh):
+    del S
+    E, A = _response(local, a, b, segment_ids)
+    dh = jax.tree.map(lambda x: x.astype(jnp.float32), dh)
+    return A, jax.tree.map(lambda x: x.sum(axis=1), multiply_conjugate(E, dh))
+
+
+OVER_TIME = Affine(summary, adjoint, multiply, multiply_conjugate, split=True)

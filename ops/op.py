@@ -1,0 +1,216 @@
+"""What every op is made of: two rules, forward and backward, chosen by platform and cut over the mesh.
+
+An op is one `jax.custom_vjp`, and under a mesh its forward and its backward rule are one `shard_map` each. The
+differentiation is outside: cotangents are those of global arrays. (Inside, with an output that all devices along an
+axis hold, each of them would receive the cotangent divided by their number.) What the backward rule keeps are the
+inputs and, where time is cut, the state that came in from the left.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import P, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from . import dispatch, sequence_parallel, sharding
+
+# The name, for a policy of `jax.checkpoint`, of what came in from the left: kept, it is not gathered again.
+CARRIED = "carried_state"
+
+
+class OverTime(Protocol):
+    """An op on devices that hold consecutive parts of time; see `ops/sequence_parallel.py`."""
+
+    # (local, line, *inputs) -> outputs, carried; (local, line, carried, inputs, cotangents) -> gradients
+    @property
+    def forward(self) -> Callable[..., tuple[Any, Any]]: ...
+    @property
+    def backward(self) -> Callable[..., tuple[Any, ...]]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """name: of the public function; implementations: modules with `forward` and `backward`; over_time: where time is
+    cut, None for an op whose layouts leave time whole."""
+
+    name: str
+    implementations: Mapping[str, ModuleType]
+    over_time: OverTime | None = None
+
+
+class _Call(NamedTuple):
+    """All that is static in a call; hashable."""
+
+    op: Op
+    implementation: str | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dtypes: tuple[Any, ...]
+    static: tuple[tuple[str, Any], ...]
+    method: str
+
+
+class Local(NamedTuple):
+    """The rules of a call on the arrays of one device."""
+
+    call: _Call
+
+    @property
+    def static(self) -> dict[str, Any]:
+        return dict(self.call.static)
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        call = self.call
+        return dispatch.call(
+            call.op.implementations,
+            "forward",
+            call.implementation,
+            *inputs,
+            dtypes=call.dtypes,
+            **self.static,
+        )
+
+    def backward(self, inputs: Any, cotangents: Any) -> tuple[Any, ...]:
+        """Gradients of the inputs up to the last that has one."""
+        call = self.call
+        return dispatch.call(
+            call.op.implementations,
+            "backward",
+            call.implementation,
+            *inputs,
+            *cotangents,
+            dtypes=jax.tree.map(lambda x: x.dtype, tuple(inputs)),
+            **self.static,
+        )
+
+
+def run(
+    op: Op,
+    implementation: str | None,
+    *inputs: Any,
+    layouts: tuple[str, ...],
+    outputs: tuple[str, ...],
+    dtypes: tuple[Any, ...] = (),
+    **static: Any,
+) -> Any:
+    """The outputs of an op, differentiable in its inputs but those that its backward rules leave out at the end.
+
+    inputs: arrays, trees of arrays or None; layouts: of each, in the letters of `ops/sharding.py`; outputs: layouts of
+    the outputs; dtypes: of the outputs, where implementations would write others.
+    """
+    call = _Call(
+        op,
+        implementation,
+        layouts,
+        outputs,
+        dtypes,
+        tuple(sorted(static.items())),
+        sequence_parallel.current_method(),
+    )
+    return _run(call, *inputs)
+
+
+def _forward(call: _Call, *inputs: Any) -> Any:
+    return _forward_rule(call, *inputs)[0]
+
+
+def _forward_rule(call: _Call, *inputs: Any) -> tuple[Any, Any]:
+    local, mesh = Local(call), sharding.ambient_mesh()
+    if mesh is None:
+        return local.forward(*inputs), (inputs, None)
+    in_specs = sharding.specs(call.op.name, mesh, call.inputs, inputs)
+    line, everywhere = _line(call, mesh), P(mesh.axis_names)
+
+    def on_device(*inputs: Any) -> tuple[Any, Any]:
+        if line is None or call.op.over_time is None:
+            return local.forward(*inputs), None
+        outputs, carried = call.op.over_time.forward(local, line, *inputs)
+        return outputs, jax.tree.map(lambda x: x[None], carried)
+
+    shapes = jax.eval_shape(local.forward, *inputs)
+    out_specs = sharding.specs(call.op.name, mesh, call.outputs, shapes)
+    outputs, carried = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=(out_specs, everywhere),
+        check_vma=False,
+    )(*inputs)
+    return outputs, (inputs, checkpoint_name(carried, CARRIED))
+
+
+def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    (inputs, carried), local = residuals, Local(call)
+    mesh = sharding.ambient_mesh()
+    # An output that is not a float has no cotangent.
+    floats = [i for i, x in enumerate(cotangents) if _is_float(x)]
+    cotangents = tuple(cotangents[i] for i in floats)
+    if mesh is None:
+        return _padded(local.backward(inputs, cotangents), inputs)
+    in_specs = sharding.specs(call.op.name, mesh, call.inputs, inputs)
+    cotangent_layouts = [call.outputs[i] for i in floats]
+    cotangent_specs = sharding.specs(call.op.name, mesh, cotangent_layouts, cotangents)
+    line, everywhere = _line(call, mesh), P(mesh.axis_names)
+    computing = sharding.axes_of(in_specs)
+
+    def on_device(inputs: Any, carried: Any, cotangents: Any) -> tuple[Any, ...]:
+        if line is None or call.op.over_time is None:
+            gradients = local.backward(inputs, cotangents)
+        else:
+            carried = jax.tree.map(lambda x: x[0], carried)
+            gradients = call.op.over_time.backward(
+                local, line, carried, inputs, cotangents
+            )
+        return tuple(
+            _sum_over_devices(gradient, computing - _held(layout, spec))
+            for layout, gradient, spec in zip(
+                call.inputs, _padded(gradients, inputs), in_specs, strict=True
+            )
+        )
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(in_specs, everywhere, cotangent_specs),
+        out_specs=tuple(
+            spec if _is_float(x) else None
+            for x, spec in zip(inputs, in_specs, strict=True)
+        ),
+        check_vma=False,
+    )(inputs, carried, cotangents)
+
+
+def _padded(gradients: tuple[Any, ...], inputs: Any) -> tuple[Any, ...]:
+    """None for the inputs after the last that has a gradient."""
+    return (*gradients, *(None,) * (len(inputs) - len(gradients)))
+
+
+def _line(call: _Call, mesh: Any) -> sequence_parallel.Line | None:
+    size = sharding.axis_size(mesh, sharding.SEQUENCE)
+    return sequence_parallel.Line(size, call.method) if size > 1 else None
+
+
+def _is_float(value: Any) -> bool:
+    return all(
+        jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(value)
+    )
+
+
+def _held(layout: str, spec: Any) -> set[str]:
+    """The axes along which each device computes a gradient of its own: those that cut the input, and time for a state,
+    the gradient of which every device along time computes whole."""
+    is_state = "B" in layout and "T" not in layout
+    return sharding.axes_of(spec) | ({sharding.SEQUENCE} if is_state else set())
+
+
+def _sum_over_devices(gradient: Any, axes: set[str]) -> Any:
+    """An input that several devices share collects what each of them computed."""
+    return lax.psum(gradient, tuple(sorted(axes))) if axes else gradient
+
+
+_run: Any = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_run.defvjp(_forward_rule, _backward)

@@ -1,0 +1,46 @@
+"""The selective scan with time cut over devices: what `ops/sequence_parallel.py` asks of an op.
+
+What a token reads from the state before the device, C_t times the product of the factors up to t, is D x N numbers per
+token and is never formed: the op runs from a zero state for the state that it leaves, and again from the state that
+came in; backward likewise. The product of all factors is exp(A sum_t delta_t), or what the op makes of ones without
+input where factors are not exponentials.
+"""
+
+import jax.numpy as jnp
+
+from ..sequence_parallel import Affine, from_the_start
+
+
+def _transition(local, x, delta, A, B, C, segment_ids):
+    batch, _, channels = x.shape
+    if local.static["eigenvalue_range"] == (0, 1):
+        total_BD = jnp.sum(delta.astype(jnp.float32), axis=1)
+        factor_BDN = jnp.exp(total_BD[:, :, None] * A.astype(jnp.float32)[None])
+        keep = from_the_start(segment_ids)
+        return (
+            factor_BDN
+            if keep is None
+            else jnp.where(keep[:, -1, None, None], factor_BDN, 0)
+        )
+    ones = jnp.ones((batch, channels, A.shape[1]), jnp.float32)
+    nothing = jnp.zeros_like(x)
+    return local.forward(nothing, delta, A, B, C, None, ones, segment_ids)[1]
+
+
+def summary(local, x, delta, A, B, C, D, segment_ids):
+    zero = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
+    _, M = local.forward(x, delta, A, B, C, D, zero, segment_ids)
+
+    def read(S):
+        return local.forward(x, delta, A, B, C, D, S, segment_ids)[0]
+
+    return _transition(local, x, delta, A, B, C, segment_ids), M, read
+
+
+def adjoint(local, x, delta, A, B, C, D, S, segment_ids, dy):
+    inputs = x, delta, A, B, C, D, S, segment_ids
+    dS = local.backward(inputs, (dy, jnp.zeros_like(S)))[-1]
+    return _transition(local, x, delta, A, B, C, segment_ids), dS
+
+
+OVER_TIME = Affine(summary, adjoint, jnp.multiply, jnp.multiply, split=True)

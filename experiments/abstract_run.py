@@ -122,7 +122,15 @@ def mesh_over(config: Config, devices: list[Any]) -> Mesh:
             f" {len(devices)}, at most one of them -1 (the rest); got {text}"
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(whole), MESH_AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(tuple(whole), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError as error:
+        # jax lays every axis of a mesh over whole dimensions of the slice, so that its rings stay rings.
+        text = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, whole, strict=True))
+        raise ValueError(
+            "config.mesh sizes must each be a product of dimensions of the slice, every"
+            f" dimension in one of them; got {text}"
+        ) from error
 
 
 def filling_batch_size(config: Config, mesh: Mesh) -> int:

@@ -97,29 +97,36 @@ def advice(plan: dict[str, Any], config: Config, refusal: str = "") -> str:
         known["temporaries"] = memory["total"] - sum(known.values())
     known["temporaries"] = memory.get("temporaries", known.get("temporaries", 0))
     largest = max(known, key=lambda name: known[name])
-    wider = f"config.mesh.fsdp={2 * sizes['fsdp']} or more (now {sizes['fsdp']})"
     help_with = {
-        "parameters": [wider, f"config.mesh.tensor={2 * sizes['tensor']}"],
-        "optimizer_state": [wider, "config.optimizer.name=lion, of one moment"],
-        "temporaries": [
-            f"config.batch_size={max(1, plan['batch_size'] // 2)}",
-            f"config.mesh.sequence={2 * sizes['sequence']}",
+        "parameters": [
+            f"more of config.mesh.fsdp (now {sizes['fsdp']})",
+            f"of config.mesh.tensor (now {sizes['tensor']})",
         ],
+        "optimizer_state": [
+            f"more of config.mesh.fsdp (now {sizes['fsdp']})",
+            "config.optimizer.name=lion, which keeps one moment",
+        ],
+        "temporaries": [f"time over config.mesh.sequence (now {sizes['sequence']})"],
     }[largest]
-    if largest == "temporaries" and config.model.get("remat") in ("none", "dots"):
-        help_with.insert(0, "config.model.remat=full")
-    if largest == "temporaries":
-        help_with.append(f"config.accumulate={2 * config.accumulate}")
-    if largest == "optimizer_state" and not config.optimizer.offload:
-        help_with.append("config.optimizer.offload=True")
     if largest == "parameters" and config.mesh.zero == 1:
         help_with.insert(0, "config.mesh.zero=3")
+    if largest == "optimizer_state" and not config.optimizer.offload:
+        help_with.append("config.optimizer.offload=True")
+    if largest == "temporaries":
+        if config.model.get("remat") in ("none", "dots"):
+            help_with.insert(0, "config.model.remat=full")
+        parts = config.accumulate * sizes["data"] * sizes["fsdp"]
+        if plan["batch_size"] >= 2 * parts:
+            help_with += [
+                f"config.accumulate={2 * config.accumulate}",
+                f"config.batch_size={plan['batch_size'] // 2}",
+            ]
     said = re.search(r"[Rr]an out of memory[^\n]*", refusal)
-    parts = ", ".join(
-        f"{name.replace('_', ' ')} {size / 1e9:.1f} GB" for name, size in known.items()
+    listed = ", ".join(
+        f"{name.replace('_', ' ')} {si(size, 'B')}" for name, size in known.items()
     )
     return (
-        f"{plan['topology']} has {memory['hbm_bytes'] / 1e9:.1f} GB per device, and the"
-        f" step does not fit: {parts}{f' (compiler: {said[0]})' if said else ''}. Largest:"
+        f"{plan['topology']} has {si(memory['hbm_bytes'], 'B')} per device, and the"
+        f" step does not fit: {listed}{f' (compiler: {said[0]})' if said else ''}. Largest:"
         f" {largest.replace('_', ' ')}; smaller with {', or '.join(help_with)}"
     )

@@ -352,7 +352,10 @@ def test_a_state_that_cannot_fit_is_refused_before_compilation_with_advice():
     config.model.width, config.model.depth = 2**16, 32
     plan = make_plan(config, parse_topology("v5e:1x1"), jax.devices()[:1])
     assert plan["advice"].startswith("v5e:1x1 has 17.2 GB per device")
-    assert "Largest: optimizer state; smaller with config.mesh.fsdp=2" in plan["advice"]
+    assert (
+        "Largest: optimizer state; smaller with more of config.mesh.fsdp"
+        in plan["advice"]
+    )
     assert plan["memory"]["optimizer_state"] == pytest.approx(
         2 * plan["memory"]["parameters"], rel=1e-3
     )

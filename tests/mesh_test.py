@@ -24,6 +24,7 @@ from experiments.mesh import (
     parameter_specs,
 )
 from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
+from experiments.run_loading import load_run
 from experiments.task import find_task, lengths, train_batches
 from experiments.train_state import (
     Blueprint,
@@ -231,19 +232,35 @@ def test_moments_in_host_memory_change_no_number(tmp_path, monkeypatch):
     assert_same_metrics(tmp_path / "plain", tmp_path / "saving")
 
 
-@pytest.mark.slow
-def test_eight_devices_compute_what_one_computes_with_sharded_parameters(tmp_path):
-    sharded = LM | {"mesh.data": 2, "mesh.fsdp": 4}
-    command = train_command(FILE, tmp_path / "eight", sharded)
+LAYOUTS = [
+    {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2},
+    {"mesh.fsdp": 4, "mesh.tensor": 2},
+    {"mesh.sequence": 4, "mesh.tensor": 2, "seeds": (0, 1)},
+    {"mesh.fsdp": 8, "mesh.zero": 1, "optimizer.offload": True},
+]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, marks=pytest.mark.full if place else pytest.mark.slow)
+        for place, layout in enumerate(LAYOUTS)
+    ],
+)
+def test_eight_devices_compute_what_one_computes_with_arrays_in_parts(tmp_path, layout):
+    seeds = {"seeds": layout.get("seeds", (0,))}
+    command = train_command(FILE, tmp_path / "eight", LM | layout)
     with started([command], tmp_path / "logs", devices=8) as [child]:
-        train.run(lm_config(), tmp_path / "one", quiet=True)
+        train.run(lm_config(**seeds), tmp_path / "one", quiet=True)
         child.succeed()
     assert_same_metrics(tmp_path / "one", tmp_path / "eight")
     stored: Any = v1.metadata(
         str(tmp_path / "eight/checkpoints/4"), checkpointable_name="model"
     ).metadata
-    embedding = stored["tree"]["params"]["embedding"]["embedding"]
-    assert (
-        embedding.shape == (64, 16)
-        and embedding.storage_metadata.write_shape[1] == 16 // 4
-    )
+    embedding = stored["tree"]["params"]["embedding"]["embedding"].storage_metadata
+    over_fsdp = layout.get("mesh.fsdp", 1) if layout.get("mesh.zero", 3) == 3 else 1
+    assert embedding.write_shape[-1] == 16 // over_fsdp
+    # One process of one device reads what eight devices wrote.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    one, eight = (load_run(tmp_path / name).params for name in ("one", "eight"))
+    jax.tree.map(close, eight, one)

@@ -2,9 +2,10 @@
 
 import functools
 import json
-import signal
+import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ import pytest
 from jax.experimental import multihost_utils
 
 from experiments import checkpoints, train
+from experiments.config import MESH_AXES
 from experiments.mesh import join_processes, make_mesh, place_batch, process_rows
 from experiments.run_loading import load_run
+from experiments.run_record import check_same_everywhere
 from experiments.task import find_task, train_batches
 from tests.mesh_test import FILE, LM, assert_same_metrics, lm_config, regression_config
 from tests.processes import started, train_command
@@ -23,27 +26,30 @@ from tests.processes import started, train_command
 # in the others processes share rows, time, or both.
 MESHES = ((2, 2, 2, 1), (1, 1, 8, 1), (1, 2, 4, 1), (1, 1, 1, 8), (1, 1, 2, 4))
 REGRESSION = "linear_self_attention.py:icl_regression,smoke"
-ALL_AXES = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2}
-# So many steps that a process can be lost among them.
-LONG = {
-    "steps": 120,
+# Prompts of 20 columns, which two parts of time share.
+SHORT = {
+    "task.examples": 19,
+    "steps": 4,
     "batch_size": 8,
+    "log_every_steps": 1,
+    "eval.every_steps": 4,
+    "eval.examples": 12,
+}
+# So many steps that a process can be lost among them.
+LONG = SHORT | {
+    "steps": 120,
     "log_every_steps": 30,
     "eval.every_steps": 120,
-    "eval.examples": 12,
     "checkpoint.every_steps": 30,
 }
-SAVING = {"mesh.zero": 1, "optimizer.offload": True}
 
 
-def compare_batches_on_every_mesh() -> None:
-    """In each of two processes: the global arrays are those that one process makes."""
+def compare_batches_and_configs() -> None:
+    """In each of two processes: global arrays are those that one process makes, and a config that differs is named."""
     join_processes(heartbeat_timeout_seconds=100)
     task = find_task("mqar", {"train": ((16, 2, 64),), "test": ((16, 2),)})
     for sizes, seeds in [(MESHES[0], (3,)), *((sizes, (0, 1)) for sizes in MESHES)]:
-        mesh = make_mesh(
-            dict(zip(("data", "fsdp", "sequence", "tensor"), sizes, strict=True)), 8
-        )
+        mesh = make_mesh(dict(zip(MESH_AXES, sizes, strict=True)), 8)
         rows = process_rows(mesh, 8)
         assert len(rows) == 8 // min(sizes[0] * sizes[1], 2), (sizes, rows)
         expected = next(train_batches(task, seeds=seeds, batch_size=8))
@@ -53,45 +59,56 @@ def compare_batches_on_every_mesh() -> None:
         for name, array in placed.items():
             gathered = multihost_utils.process_allgather(array, tiled=True)
             np.testing.assert_array_equal(gathered, expected[name], err_msg=name)
+    check_same_everywhere(Path("/run"), regression_config())
+    own_lr = (0.01, 0.125)[jax.process_index()]
+    message = "alike; got config.optimizer.lr: 0.01 in process 0, 0.125 in process 1$"
+    with pytest.raises(ValueError, match=message):
+        check_same_everywhere(
+            Path("/run"), regression_config(**{"optimizer.lr": own_lr})
+        )
 
 
 @pytest.mark.slow
-def test_two_processes_place_the_batch_of_one_process_on_any_mesh(tmp_path):
-    code = "from tests import processes_test as t; t.compare_batches_on_every_mesh()"
+def test_two_processes_place_the_batch_of_one_on_any_mesh_and_refuse_other_configs(
+    tmp_path,
+):
+    code = "from tests import processes_test as t; t.compare_batches_and_configs()"
     command = [sys.executable, "-c", code]
     with started([command] * 2, tmp_path / "logs", devices=4) as children:
         for child in children:
             child.succeed()
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
-    told = lambda _, step: signal.SIGTERM if step == last else None  # noqa: E731
-    monkeypatch.setattr(train.Interruption, "at", told)
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "options", "config"),
+    [
+        pytest.param(REGRESSION, SHORT, regression_config, marks=pytest.mark.slow),
+        pytest.param(FILE, LM, lm_config, marks=pytest.mark.full),
+    ],
+    ids=["regression", "language model"],
+)
 def test_two_processes_go_on_with_what_one_began_and_compute_what_one_computes(
-    tmp_path, monkeypatch
+    tmp_path, file, options, config
 ):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        interrupt_at(patch, 2)
-        train.run(lm_config(accumulate=2), tmp_path / "two", quiet=True)
-    overrides = LM | ALL_AXES | SAVING | {"accumulate": 2}
-    command = train_command(FILE, tmp_path / "two", overrides)
+    one, two = tmp_path / "one", tmp_path / "two"
+    begun = options | {"checkpoint.every_steps": 2, "accumulate": 2}
+    train.run(config(**begun), one, quiet=True)
+    shutil.copytree(one, two, ignore=shutil.ignore_patterns("4", "summary.json"))
+    assert checkpoints.steps(two / "checkpoints") == [2]
+    laid = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2}
+    command = train_command(file, two, begun | laid | {"optimizer.offload": True})
     with started([command] * 2, tmp_path / "logs", devices=4) as children:
-        train.run(lm_config(), tmp_path / "one", quiet=True)
         for child in children:
             child.succeed()
-    assert_same_metrics(tmp_path / "one", tmp_path / "two")
-    record = json.loads((tmp_path / "two/run.json").read_text())
-    [continued] = record["continued"]
+    assert_same_metrics(one, two)
+    [continued] = json.loads((two / "run.json").read_text())["continued"]
     assert continued["process_count"] == 2 and continued["step"] == 2
-    one, two = (load_run(tmp_path / name).params for name in ("one", "two"))
+    # One process reads the checkpoint of two.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-    jax.tree.map(close, two, one)
+    jax.tree.map(close, load_run(two).params, load_run(one).params)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_processes_started_with_different_configs_all_stop_and_name_what_differs(
     tmp_path,
 ):
@@ -115,9 +132,9 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_from_its_checkpoint
 ):
     workdir, timeout = tmp_path / "run", 10
     overrides = LONG | {"heartbeat_timeout_seconds": timeout}
-    laid = {"mesh.data": 2, "mesh.sequence": 3}
+    laid = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2}
     command = train_command(REGRESSION, workdir, overrides | laid)
-    with started([command] * 2, tmp_path / "logs", devices=3) as children:
+    with started([command] * 2, tmp_path / "logs", devices=4) as children:
         lost, left = children[::-1]
         lost.wait_until(lambda: checkpoints.steps(workdir / "checkpoints"))
         lost.process.kill()

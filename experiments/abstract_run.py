@@ -168,10 +168,10 @@ def _laid_out(mesh: Mesh, batch: dict[str, Any], replicas: int) -> dict[str, Any
     return {name: laid_out(array) for name, array in batch.items()}
 
 
-def shard_bytes(tree: Any) -> int:
-    """Bytes of abstract arrays in one device's memory, without those that lie in its host's."""
+def shard_bytes(tree: Any, on_host: bool = False) -> int:
+    """Bytes that one device has of abstract arrays: in its own memory, or of those that lie in its host's."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
-        if leaf.sharding.memory_kind != HOST_MEMORY
+        if (leaf.sharding.memory_kind == HOST_MEMORY) == on_host
     )

@@ -16,7 +16,8 @@ What the numbers are:
 - flops, bytes and collectives are read from the compiled program, as experiments/program_cost.py and
   experiments/collectives.py say, loops counted as often as they run;
 - the time of a step lies between that of the slowest of compute, memory and collectives (all three at once, the
-  roofline) and their sum (one after the other). Neither counts waiting, nor a matrix unit that is not full.
+  roofline) and their sum (one after the other). Neither counts waiting, a matrix unit that is not full, or transfers
+  between a device and its host's memory.
 
 Needs libtpu: pip install "scanax[aot]" (Linux x86-64).
 """
@@ -80,6 +81,7 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
         "hbm_bytes": where.chip.hbm_bytes,
         "parameters": shard_bytes(state.params),
         "optimizer_state": shard_bytes(state.opt_state),
+        "optimizer_state_on_host": shard_bytes(state.opt_state, on_host=True),
         "batch_and_counters": shard_bytes((batch, state.variables, state.window)),
     }
     if memory["parameters"] + memory["optimizer_state"] > where.chip.hbm_bytes:

@@ -49,6 +49,9 @@ def format_plan(plan: dict[str, Any]) -> str:
         share = memory[key] / memory["hbm_bytes"]
         name = key.replace("_", " ")
         lines.append(f"  {name:<20}{si(memory[key], 'B'):>10}{share:>9.1%}")
+    if memory["optimizer_state_on_host"]:
+        on_host = si(memory["optimizer_state_on_host"], "B")
+        lines.append(f"  in the host's memory, per device: optimizer state, {on_host}")
     lines += ["", "collectives per step and device"]
     if not plan["collectives"]:
         lines.append("  none")
@@ -100,7 +103,7 @@ def advice(plan: dict[str, Any], config: Config, refusal: str = "") -> str:
     help_with = {
         "parameters": [
             f"more of config.mesh.fsdp (now {sizes['fsdp']})",
-            f"of config.mesh.tensor (now {sizes['tensor']})",
+            f"more of config.mesh.tensor (now {sizes['tensor']})",
         ],
         "optimizer_state": [
             f"more of config.mesh.fsdp (now {sizes['fsdp']})",

@@ -26,7 +26,7 @@ from experiments.compiled_program import CompiledProgram
 from experiments.configs import gla
 from experiments.kernel_flops import kernel_flops
 from experiments.plan import make_plan
-from experiments.plan_report import format_plan, si
+from experiments.plan_report import advice, format_plan, si
 from experiments.program_cost import Flops, hbm_bytes, matmul_flops
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +123,24 @@ def test_a_slice_of_a_stacked_weight_is_read_as_a_slice_and_vmem_is_free():
     assert hbm_bytes(CompiledProgram(TPU_LOOP)) == copied + 3 * (
         w + 2 * x + counters + 4
     )
+
+
+def test_bytes_and_flops_of_a_program_without_loops_are_those_of_xla_itself():
+    def loss(x, w, v):
+        y = jnp.tanh(x @ w) * 2 + x
+        return ((y @ v)[:, :3]).sum()
+
+    shapes = [
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 96), (96, 96), (96, 32))
+    ]
+    step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile()
+    program = CompiledProgram(step.as_text())
+    theirs: Any = step.cost_analysis()
+    # XLA counts a few words of its own more.
+    assert hbm_bytes(program) == pytest.approx(theirs["bytes accessed"], rel=1e-3)
+    # And what is done element by element.
+    matmuls = matmul_flops(program, {}).flops
+    assert 0.9 * theirs["flops"] < matmuls < theirs["flops"]
 
 
 @pytest.mark.parametrize(
@@ -358,6 +376,24 @@ def test_a_state_that_cannot_fit_is_refused_before_compilation_with_advice():
     )
     assert plan["memory"]["optimizer_state"] == pytest.approx(
         2 * plan["memory"]["parameters"], rel=1e-3
+    )
+
+
+def test_advice_against_large_activations_follows_what_the_config_can_still_change():
+    config: Any = gla.get_config("text,smoke")
+    memory = {"hbm_bytes": 16e9, "parameters": 1e9, "optimizer_state": 2e9}
+    plan = {"topology": "v5e:2x2", "batch_size": 8, "mesh": MESH, "memory": memory}
+    refusal = "RESOURCE_EXHAUSTED: Ran out of memory on HBM: 20G."
+    memory["total"] = 20e9
+    said = advice(plan, config, refusal)
+    assert "temporaries 17 GB (compiler: Ran out of memory on HBM: 20G.)" in said
+    assert said.endswith(
+        "Largest: temporaries; smaller with config.model.remat=full, or time over"
+        " config.mesh.sequence (now 2), or config.accumulate=2, or config.batch_size=4"
+    )
+    config.model.remat, plan["batch_size"] = "full", 4
+    assert advice(plan, config, refusal).endswith(
+        "Largest: temporaries; smaller with time over config.mesh.sequence (now 2)"
     )
 
 

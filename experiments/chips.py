@@ -2,10 +2,13 @@
 
 Published per chip (bfloat16 peaks are in experiments/flops.py):
 
-    v4    Jouppi et al., ISCA 2023, arXiv 2304.01433, table 4: 32 GiB at 1200 GB/s, 6 links of 50 GB/s each way
+    v4    docs.cloud.google.com/tpu/docs/v4: 32 GiB at 1200 GB/s; Jouppi et al., ISCA 2023, arXiv 2304.01433: 6 links
+          of 50 GB/s each way
     v5e   docs.cloud.google.com/tpu/docs/v5e: 16 GB at 819 GB/s, 400 GB/s over 4 links both ways
     v5p   docs.cloud.google.com/tpu/docs/v5p: 95 GiB at 2765 GB/s, 1200 GB/s over 6 links both ways
     v6e   docs.cloud.google.com/tpu/docs/v6e: 32 GB at 1638 GB/s, 800 GB/s over 4 links both ways
+
+The same pages' bisection bandwidths agree with these links: 1.6 TB/s of a v5e pod are 32 links of 50 GB/s.
 
 A slice is a box of chips, one jax device each. Neighbours along each of its dimensions share a link; the ends of a
 dimension are linked too (it is a ring) where the dimension is a multiple of 4 on v4 and v5p, whose cubes of 4 x 4 x 4

@@ -198,6 +198,10 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     # A program for devices that are not there can be stored in the cache, but not be read from it.
     jax.config.update("jax_enable_compilation_cache", False)
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise ValueError(
+            f"--json must be in a directory that exists; got {options.json}"
+        )
     where = parse_topology(options.topology)
     plan = make_plan(options.config, where, tpu_devices(where))
     if options.json:

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from models.mlp import SwiGLU
 from models.norms import rms_norm
 from models.options import check_choice, check_options
-from ops.op import CARRIED
+from ops.sequence_parallel import CARRIED
 from ops.sharding import constrain
 
 # What came from other devices is small and took a collective: it is kept by every policy.

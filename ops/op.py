@@ -14,12 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import P, lax
-from jax.ad_checkpoint import checkpoint_name
 
 from . import dispatch, sequence_parallel, sharding
-
-# The name, for a policy of `jax.checkpoint`, of what came in from the left: kept, it is not gathered again.
-CARRIED = "carried_state"
 
 
 class OverTime(Protocol):
@@ -140,7 +136,7 @@ def _forward_rule(call: _Call, *inputs: Any) -> tuple[Any, Any]:
         out_specs=(out_specs, everywhere),
         check_vma=False,
     )(*inputs)
-    return outputs, (inputs, checkpoint_name(carried, CARRIED))
+    return outputs, (inputs, carried)
 
 
 def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:

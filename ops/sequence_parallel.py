@@ -35,8 +35,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from .sharding import SEQUENCE
+
+# The name, for a policy of `jax.checkpoint`, of what came from other devices: kept, it does not travel again when a
+# forward pass is repeated.
+CARRIED = "carried_state"
 
 METHODS = ("all_gather", "ring", "pipelined")
 # States travel in this many blocks at most; each adds a send and shortens the wait.
@@ -197,7 +202,7 @@ class Affine:
         S, final = line.prefix(
             self.act, _kept(entered, A), M, initial_state, self.split
         )
-        S = _kept(entered, S)
+        S, entered = checkpoint_name((_kept(entered, S), entered), CARRIED)
         return (read(S), final), (S, entered)
 
     def backward(

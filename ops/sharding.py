@@ -6,8 +6,8 @@ letters say which mesh axes cut them:
 
     B       batch                       data x fsdp
     T       time                        sequence
-    H       heads, or channels          tensor
-    G       key heads                   tensor; not cut where there is one for all value heads
+    H       heads, or channels          tensor; a single one is not cut
+    G       key heads                   tensor; likewise
     C       channels of an op that needs all of time: tensor x sequence
     others  not cut
 
@@ -65,7 +65,7 @@ def axis_size(mesh: AbstractMesh | None, axis: str) -> int:
 
 def cutting_axes(mesh: AbstractMesh, letter: str, size: int) -> tuple[str, ...]:
     """The axes that cut a dimension of this letter and size."""
-    if letter == "G" and size == 1:
+    if letter in "HG" and size == 1:
         return ()
     return tuple(axis for axis in AXES.get(letter, ()) if axis_size(mesh, axis) > 1)
 

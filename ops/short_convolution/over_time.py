@@ -5,8 +5,9 @@ alone.
 """
 
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from ..sequence_parallel import Line, to_the_end
+from ..sequence_parallel import CARRIED, Line, to_the_end
 
 
 def _tail(x, segment_ids, taps):
@@ -30,7 +31,7 @@ class OverTime:
             )
         entered, tail = line.entered(segment_ids), _tail(x, segment_ids, taps)
         before = jnp.where(line.rank == 0, initial_state, line.shift(tail))
-        before = _kept(entered, before)
+        before, entered = checkpoint_name((_kept(entered, before), entered), CARRIED)
         y, _ = local.forward(x, w, before, segment_ids)
         final = line.from_device(tail, line.size - 1)
         return (y, final), (before, entered)

@@ -9,8 +9,9 @@ where they came from.
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from ..sequence_parallel import Line, to_the_end
+from ..sequence_parallel import CARRIED, Line, to_the_end
 from ..sharding import SEQUENCE
 
 
@@ -54,7 +55,7 @@ class OverTime:
                 (*tail[:2], tail[2].astype(jnp.int32)), line.size - 1
             )
             final = (*final[:2], final[2] != 0)
-            carried = before
+            before = carried = checkpoint_name(before, CARRIED)
         o, *_ = local.forward(q, k, v, *before, ids)
         return (o, *final), carried
 

@@ -1,0 +1,340 @@
+"""What ops and models compute on eight devices, cut along batch, time and heads, is what they compute on one.
+
+Not collected by itself: the number of devices is that of a process. `tests/sequence_parallel_test.py` runs it in one of
+its own.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import P
+from jax.sharding import AxisType, Mesh
+
+import ops
+from ops.sequence_parallel import CARRIED
+from tests import (
+    delta_rule_test,
+    diagonal_scan_test,
+    gated_linear_attention_test,
+    model_contract_test,
+    selective_scan_test,
+    short_convolution_test,
+)
+from tests.op_contract import assert_close
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+CONTRACTS = {
+    "gated_linear_attention": gated_linear_attention_test.TestGatedLinearAttention,
+    "delta_rule": delta_rule_test.TestDeltaRule,
+    "selective_scan": selective_scan_test.TestSelectiveScan,
+    "diagonal_scan": diagonal_scan_test.TestDiagonalScan,
+    "short_convolution": short_convolution_test.TestShortConvolution,
+}
+LENGTH = 64
+
+
+def mesh_of(*shape: int) -> Mesh:
+    devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def variants(contract: Any) -> list[str]:
+    """Without the marks of the contract's own parametrisation."""
+    return [getattr(variant, "values", (variant,))[0] for variant in contract.variants]
+
+
+IN_MAKE_TEST = {
+    ("gated_linear_attention", "vector", "all_gather", (2, 1, 2, 2)),
+    ("gated_linear_attention", "scalar", "pipelined", (1, 1, 4, 1)),
+    ("delta_rule", "scalar", "all_gather", (2, 1, 2, 2)),
+    ("delta_rule", "none", "ring", (1, 1, 4, 1)),
+    ("selective_scan", "positive", "all_gather", (2, 1, 2, 2)),
+    ("diagonal_scan", "complex, per token", "all_gather", (1, 1, 4, 1)),
+    ("short_convolution", "4 taps", "all_gather", (2, 1, 2, 2)),
+}
+WAYS = (
+    ("all_gather", (1, 1, 2, 1)),
+    ("all_gather", (1, 1, 4, 1)),
+    ("all_gather", (1, 1, 8, 1)),
+    ("all_gather", (2, 1, 2, 2)),
+    ("all_gather", (1, 2, 1, 2)),
+    ("ring", (1, 1, 4, 1)),
+    ("ring", (2, 1, 4, 1)),
+    ("pipelined", (1, 1, 4, 1)),
+    ("pipelined", (1, 1, 8, 1)),
+)
+CASES = [
+    (op, variant, *way)
+    for op, contract in CONTRACTS.items()
+    for variant in variants(contract)
+    for way in WAYS
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "variant", "method", "shape"),
+    [
+        pytest.param(*case, marks=() if case in IN_MAKE_TEST else pytest.mark.full)
+        for case in CASES
+    ],
+)
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_values_states_and_gradients_of_ops(op, variant, method, shape, packed):
+    contract = CONTRACTS[op]()
+    inputs, state, ids = contract.data(variant, LENGTH)
+    # A document that ends where a device's tokens end, beside those that do not.
+    ids = ids.at[0, LENGTH // 2 :].add(5) if packed else None
+    expected = contract.values_and_gradients("chunked", inputs, state, ids)
+    with jax.set_mesh(mesh_of(*shape)), ops.sequence_method(method):
+        # The program is a function of the method too, which jax's cache of traces does not know.
+        run = jax.jit(
+            lambda inputs, state, ids: values_and_gradients(
+                contract, inputs, state, ids
+            )
+        )
+        got = run(inputs, state, ids)
+    for name, value in expected.items():
+        assert_close(name, got[name], value)
+
+
+def values_and_gradients(contract, inputs, state, ids):
+    """As `OpContract.values_and_gradients`, untraced so far."""
+    key_o, key_state = jax.random.split(jax.random.key(7))
+    (o, final), pullback = jax.vjp(
+        lambda inputs, state: contract.call(inputs, state, ids, "chunked"),
+        inputs,
+        state,
+    )
+    gradients, gradient_state = pullback(
+        (
+            jax.random.normal(key_o, o.shape, o.dtype),
+            jax.random.normal(key_state, final.shape),
+        )
+    )
+    return {
+        "o": o,
+        "final state": final,
+        **{f"gradient of {name}": g for name, g in gradients.items()},
+        "gradient of initial_state": gradient_state,
+    }
+
+
+@pytest.mark.parametrize(
+    ("window", "shape"),
+    [
+        (5, (2, 1, 2, 2)),  # the halo is on the neighbour
+        (20, (1, 1, 4, 1)),  # it is not: keys and values of all devices
+        pytest.param(1, (1, 1, 4, 1), marks=pytest.mark.full),
+        pytest.param(5, (1, 1, 4, 1), marks=pytest.mark.full),
+        pytest.param(9, (1, 1, 4, 1), marks=pytest.mark.full),
+        pytest.param(10, (1, 1, 4, 1), marks=pytest.mark.full),
+        pytest.param(40, (2, 1, 2, 2), marks=pytest.mark.full),
+    ],
+)
+@pytest.mark.parametrize(
+    ("packed", "state"),
+    [
+        (True, True),
+        pytest.param(False, False, marks=pytest.mark.full),
+        pytest.param(False, True, marks=pytest.mark.full),
+    ],
+)
+def test_window_attention(window, shape, packed, state):
+    batch, length, heads, key_heads, size, past = 2, 32, 4, 2, 8, window - 1
+
+    def normal(seed: int, *shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(seed), shape)
+
+    arrays = [normal(0, batch, length, heads, size)]
+    arrays += [normal(i, batch, length, key_heads, size) for i in (1, 2)]
+    arrays += [normal(i, batch, past, key_heads, size) for i in (3, 4)]
+    valid = jnp.broadcast_to(jnp.arange(past)[None] >= past // 3, (batch, past))
+    starts = jax.random.uniform(jax.random.key(5), (batch, length)) < 0.06
+    ids = jnp.cumsum(starts, axis=1) if packed else None
+
+    def outputs(q, k, v, k_past, v_past):
+        first = ops.WindowState(k_past, v_past, valid) if state else None
+        o, last = ops.window_attention(
+            q, k, v, window=window, initial_state=first, segment_ids=ids
+        )
+        return (o, last.k, last.v), last.valid
+
+    def everything(*arrays):
+        values, pullback, valid = jax.vjp(outputs, *arrays, has_aux=True)
+        cotangents = tuple(normal(6 + i, *x.shape) for i, x in enumerate(values))
+        return values, valid, pullback(cotangents)
+
+    expected = jax.jit(everything)(*arrays)
+    with jax.set_mesh(mesh_of(*shape)):
+        got = jax.jit(lambda *arrays: everything(*arrays))(*arrays)
+    for (path, value), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        assert_close(jax.tree_util.keystr(path), value, wanted)
+
+
+# --- What travels -----------------------------------------------------------------------------------------------------
+
+
+def collectives(function: Any, *arrays: Any) -> dict[str, list[str]]:
+    """Kinds of collectives in the compiled program, and the shapes of their results."""
+    program = jax.jit(function).lower(*arrays).compile().as_text()
+    kinds = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
+    found: dict[str, list[str]] = {}
+    for shape, kind in re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", program):
+        found.setdefault(kind, []).append(shape)
+    return found
+
+
+def loss_of(op: str) -> Any:
+    def loss(q, k, v, g, ids):
+        g = -jnp.abs(g)
+        if op == "delta_rule":
+            o, _ = ops.delta_rule(q, k, v, jnp.exp(g), g, segment_ids=ids)
+        else:
+            o, _ = ops.gated_linear_attention(q, k, v, g, segment_ids=ids)
+        return jnp.sum(jnp.sin(o))
+
+    return loss
+
+
+def arguments(mesh: Mesh, length: int, packed: bool) -> list[Any]:
+    cut = jax.NamedSharding(mesh, P(None, "sequence"))
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=cut)
+
+    matrix = array(1, length, 2, 16)
+    ids = array(1, length, dtype=jnp.int32) if packed else None
+    return [matrix, matrix, matrix, array(1, length, 2), ids]
+
+
+@pytest.mark.parametrize("op", ["gated_linear_attention", "delta_rule"])
+def test_one_gather_forward_and_one_backward_whose_size_is_not_that_of_time(op):
+    mesh, programs = mesh_of(1, 1, 8, 1), []
+    with jax.set_mesh(mesh):
+        for length in (64, 512):
+            given = arguments(mesh, length, packed=False)
+            gradient = jax.grad(loss_of(op), argnums=(0, 1, 2, 3))
+            programs.append(
+                [collectives(loss_of(op), *given), collectives(gradient, *given)]
+            )
+    short, long = programs
+    assert short == long
+    forward, both = short
+    # The loss itself is one sum over devices.
+    assert len(forward.pop("all-gather")) == 1 and set(forward) == {"all-reduce"}
+    assert len(both.pop("all-gather")) == 2 and set(both) <= {"all-reduce"}
+
+
+def test_rematerialisation_that_keeps_what_came_in_gathers_it_once():
+    mesh = mesh_of(1, 1, 8, 1)
+    keep = jax.checkpoint_policies.save_only_these_names(CARRIED)
+    loss = loss_of("gated_linear_attention")
+    with jax.set_mesh(mesh):
+        given = arguments(mesh, 64, packed=True)
+        found = collectives(
+            jax.grad(jax.checkpoint(loss, policy=keep), argnums=(0, 1, 2, 3)), *given
+        )
+    assert len(found["all-gather"]) == 2
+    # Whether a segment goes on from the device before: asked once, and once more where the forward pass is repeated.
+    assert 1 <= len(found["collective-permute"]) <= 2
+
+
+def test_ring_sends_a_state_from_device_to_device():
+    mesh = mesh_of(1, 1, 8, 1)
+    with jax.set_mesh(mesh), ops.sequence_method("ring"):
+        given = arguments(mesh, 64, packed=False)
+        gradient = jax.grad(loss_of("gated_linear_attention"), argnums=(0, 1, 2, 3))
+        found = collectives(gradient, *given)
+    assert len(found["collective-permute"]) == 2 * 7 and "all-gather" not in found
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+ROWS = model_contract_test.ALL
+MODELS_IN_MAKE_TEST = {"gla", "hybrid", "mamba", "s4"}
+# Heads that two devices cannot share.
+ONE_OR_THREE_HEADS = {"gla_convolution", "gated_delta_net_negative", "lightnet_one"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name in MODELS_IN_MAKE_TEST else pytest.mark.full
+        )
+        for name in ROWS
+    ],
+)
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 4, 1), pytest.param((2, 1, 2, 2), marks=pytest.mark.full)]
+)
+def test_loss_state_and_gradients_of_models(name, shape):
+    if shape[3] > 1 and name in ONE_OR_THREE_HEADS:
+        pytest.skip("a number of heads that the tensor axis does not divide")
+    rng, vocabulary = np.random.default_rng(0), model_contract_test.VOCABULARY
+    lm = model_contract_test.make(name)
+    tokens = jnp.asarray(rng.integers(0, vocabulary, (2, 32)), jnp.int32)
+    ids = jnp.cumsum(jnp.asarray(rng.random((2, 32)) < 0.08), axis=1)
+    graphdef, params, variables = nnx.split(lm, nnx.Param, ...)
+
+    def loss(params, tokens, ids, state):
+        model = nnx.merge(graphdef, params, variables)
+        logits, state = model(tokens, state, segment_ids=ids)
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen), (logits, state)
+
+    run = jax.value_and_grad(loss, has_aux=True)
+    given = params, tokens, ids, lm.init_state(2)
+    expected = jax.jit(run)(*given)
+    with jax.set_mesh(mesh_of(*shape)):
+        got = jax.jit(lambda *given: run(*given))(*given)
+    for (path, value), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        # Sums over 32 tokens through up to five blocks with weights of order one.
+        assert_close(jax.tree_util.keystr(path), value, wanted, 3e-5)
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_size_that_does_not_divide_names_the_axes():
+    def call(batch: int, length: int, heads: int) -> Any:
+        x = jnp.zeros((batch, length, heads, 4))
+        return ops.gated_linear_attention(x, x, x)
+
+    with jax.set_mesh(mesh_of(1, 2, 2, 2)):
+        with pytest.raises(ValueError, match=r"length of gated.*, sequence=2; got 5"):
+            call(2, 5, 2)
+        with pytest.raises(ValueError, match=r"batch size of gated.*, fsdp=2; got 1"):
+            call(1, 4, 2)
+        with pytest.raises(ValueError, match=r"heads.* of gated.*, tensor=2; got 3"):
+            call(2, 4, 3)
+    with (
+        pytest.raises(ValueError, match="sequence_method must be one of all_gather"),
+        ops.sequence_method("star"),
+    ):
+        pass
+
+
+def test_an_op_inside_a_shard_map_is_local():
+    mesh = mesh_of(1, 1, 4, 1)
+    x = jax.random.normal(jax.random.key(0), (1, 16, 1, 4))
+    with jax.set_mesh(mesh):
+        local = jax.shard_map(
+            lambda x: ops.gated_linear_attention(x, x, x)[0],
+            in_specs=P(None, "sequence"),
+            out_specs=P(None, "sequence"),
+            check_vma=False,
+        )
+        o = jax.jit(local)(x)
+    parts = [ops.gated_linear_attention(p, p, p)[0] for p in jnp.split(x, 4, axis=1)]
+    assert_close("o", o, jnp.concatenate(parts, axis=1))

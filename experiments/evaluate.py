@@ -148,19 +148,15 @@ def evaluate(run: LoadedRun, examples: int | None = None) -> dict[str, Any]:
             examples=examples or config.eval.examples,
             batch_size=-(-part // devices) * devices,
         )
-        source = next(iter(task.evaluations.values()))
-        batch = source.fetch(
-            np.arange(min(DECODED_EXAMPLES, source.length or DECODED_EXAMPLES))
-        )
-        difference = None
-        if run.blueprint.state_bytes is not None and "tokens" in batch:
-            tokens_BT = jnp.asarray(batch["tokens"][:, :DECODED_TOKENS])
-            check = functools.partial(
-                decode_difference, run.blueprint, tokens_BT=tokens_BT
-            )
-            difference = max(
-                check(*run.replica(place)) for place in range(len(run.seeds))
-            )
+    source = next(iter(task.evaluations.values()))
+    batch = source.fetch(
+        np.arange(min(DECODED_EXAMPLES, source.length or DECODED_EXAMPLES))
+    )
+    difference = None
+    if run.blueprint.state_bytes is not None and "tokens" in batch:
+        tokens_BT = jnp.asarray(batch["tokens"][:, :DECODED_TOKENS])
+        check = functools.partial(decode_difference, run.blueprint, tokens_BT=tokens_BT)
+        difference = max(check(*run.replica(place)) for place in range(len(run.seeds)))
     return {
         "workdir": str(run.workdir),
         "step": run.step,

@@ -134,16 +134,15 @@ def main() -> None:
             f" {options.replica}"
         )
     coder = find_prompt_coder(run.config, run.task)
-    with jax.set_mesh(run.mesh):
-        continuations = generate(
-            run.blueprint,
-            *run.replica(options.replica),
-            [coder.encode(prompt) for prompt in options.prompt],
-            tokens=options.tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            seed=options.seed,
-        )
+    continuations = generate(
+        run.blueprint,
+        *run.replica(options.replica),
+        [coder.encode(prompt) for prompt in options.prompt],
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
     separator = "" if run.config.task.name == "text" else " "
     for prompt, continuation in zip(options.prompt, continuations, strict=True):
         print(f"{prompt}{separator}{coder.decode(continuation.tolist())}")

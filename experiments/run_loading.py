@@ -39,13 +39,12 @@ class LoadedRun:
         return tuple(self.config.seeds)
 
     def replica(self, place: int) -> tuple[Any, Any]:
-        """(params, variables) of one replica, without a replica axis."""
+        """(params, variables) of one replica, without a replica axis, on one device: for a few sequences, which need
+        not divide over several."""
         both = (self.params, self.variables)
-        return (
-            both
-            if len(self.seeds) == 1
-            else jax.tree.map(lambda leaf: leaf[place], both)
-        )
+        if len(self.seeds) > 1:
+            both = jax.tree.map(lambda leaf: leaf[place], both)
+        return jax.device_put(both, jax.local_devices()[0])
 
 
 def load_run(workdir: Path, step: str = "latest") -> LoadedRun:

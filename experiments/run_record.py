@@ -101,7 +101,7 @@ def check_continues(workdir: Path, config: Config) -> None:
 def check_same_everywhere(workdir: Path, config: Config) -> None:
     """Raises ValueError, in every process, unless all of them have the same workdir, commit and config; says which
     entries differ. Otherwise processes would wait for each other in different programs."""
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return
     own = {
         "--workdir": str(workdir),

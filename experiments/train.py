@@ -84,6 +84,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     if (summary := run_record.read_json(workdir / "summary.json")) is not None:
         return summary
     seeds, steps = tuple(config.seeds), config.steps
+    several = len(seeds) > 1
     profile = configs.profile_range(config.profile_steps, steps)
     schedule = make_schedule(config.optimizer, steps)
 
@@ -107,12 +108,15 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     # --- State: abstract so far; nothing is computed
     blueprint = make_blueprint(config, task)
     tx = make_optimizer(config.optimizer, schedule, parameter_groups(blueprint.params))
-    one_batch = (
-        example_batch
-        if len(seeds) == 1
-        else {name: array[0] for name, array in example_batch.items()}
-    )
-    sums = sum_names(blueprint, task, one_batch)
+    one_part = {
+        name: jax.ShapeDtypeStruct(
+            (config.batch_size // config.accumulate, *array.shape[1 + several :]),
+            array.dtype,
+        )
+        for name, array in example_batch.items()
+    }
+    with jax.set_mesh(mesh):
+        sums = sum_names(blueprint, task, one_part)
     best = checkpoints.Best(
         _known_metric(config.eval.best_metric, task, sums), config.eval.best_mode
     )
@@ -209,9 +213,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
                     and step <= profile[1]
                 ):
                     jax.profiler.start_trace(str(workdir / "profile"))
-                batch = place_batch(
-                    mesh, next(batches), config.batch_size, len(seeds) > 1
-                )
+                batch = place_batch(mesh, next(batches), config.batch_size, several)
                 state = train_step(state, batch)
                 meter.count(batch)
                 if step == step_done + 1:

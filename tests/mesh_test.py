@@ -3,6 +3,7 @@
 import functools
 import json
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -264,3 +265,28 @@ def test_eight_devices_compute_what_one_computes_with_arrays_in_parts(tmp_path, 
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     one, eight = (load_run(tmp_path / name).params for name in ("one", "eight"))
     jax.tree.map(close, eight, one)
+
+
+@pytest.mark.full
+def test_eight_devices_evaluate_and_continue_prompts_as_one_does(tmp_path):
+    summary = train.run(lm_config(), tmp_path / "run", quiet=True)
+    module = [sys.executable, "-m"]
+    run = f"--workdir={tmp_path / 'run'}"
+    prompts = ["--prompt=3 14 15", "--prompt=7", "--tokens=5", "--temperature=0"]
+    evaluation = [*module, "experiments.evaluate", run, "--json"]
+    with started([evaluation], tmp_path / "evaluation", devices=8) as [child]:
+        child.succeed()
+    result = json.loads(child.printed.splitlines()[-1])
+    assert result["decode_max_abs_difference"] < 1e-5
+    [found], [expected] = (
+        part.values() for part in (result["evaluations"], summary["evaluations"])
+    )
+    assert found == {name: pytest.approx(value) for name, value in expected.items()}
+    printed = []
+    for devices in (1, 8):
+        generation = [*module, "experiments.generate", run, *prompts]
+        logs = tmp_path / f"generation_{devices}"
+        with started([generation], logs, devices=devices) as [child]:
+            child.succeed()
+        printed.append(child.printed)
+    assert printed[0] == printed[1] and printed[0].startswith("3 14 15 ")

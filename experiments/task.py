@@ -78,19 +78,23 @@ class Task:
 
 
 def batch_length(batch: Mapping[str, np.ndarray], axis: int = 1) -> int:
-    """T of a batch whose time axis is `axis`."""
-    return next(batch[name].shape[axis] for name in SEQUENCES if name in batch)
+    """T of a batch whose time axis is `axis`. Raises ValueError for a batch without a sequence."""
+    for name in SEQUENCES:
+        if name in batch:
+            return batch[name].shape[axis]
+    raise ValueError(
+        f"a batch must have one of {', '.join(SEQUENCES)}; got {', '.join(batch)}"
+    )
 
 
 def lengths(task: Task, seed: int) -> dict[str, int]:
     """T of everything that a run with `seed` reads: training batches (each part of them) and evaluations, by name."""
     parts = task.train(seed)
-    named = {
-        f"training part {number}": part
-        for number, part in enumerate(
-            (parts,) if isinstance(parts, Examples) else parts
-        )
-    }
+    named = (
+        {"training batches": parts}
+        if isinstance(parts, Examples)
+        else {f"training part {number}": part for number, part in enumerate(parts)}
+    )
     named |= {f"evaluation {name}": part for name, part in task.evaluations.items()}
     return {
         name: batch_length(part.fetch(np.arange(1))) for name, part in named.items()

@@ -85,6 +85,12 @@ def assert_same_metrics(one: Path, other: Path) -> None:
                 )
 
 
+def assert_same_parameters(one: Path, other: Path) -> None:
+    """Equal up to the order of sums, of which Adam makes a thousandth of a step (of 0.01) where a gradient is small."""
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, load_run(other).params, load_run(one).params)
+
+
 @pytest.fixture(scope="module")
 def blueprint() -> Blueprint:
     config = lm_config()
@@ -205,6 +211,7 @@ def test_a_length_that_the_sequence_axis_does_not_divide_is_refused_by_its_name(
         check_lengths(abstract_mesh(1, 1, sequence=8), lengths(task, seed=0))
 
 
+@pytest.mark.slow
 def test_moments_in_host_memory_change_no_number(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         told = lambda _, step: signal.SIGTERM if step == 2 else None  # noqa: E731
@@ -262,9 +269,7 @@ def test_eight_devices_compute_what_one_computes_with_arrays_in_parts(tmp_path, 
     over_fsdp = layout.get("mesh.fsdp", 1) if layout.get("mesh.zero", 3) == 3 else 1
     assert embedding.write_shape[-1] == 16 // over_fsdp
     # One process of one device reads what eight devices wrote.
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-    one, eight = (load_run(tmp_path / name).params for name in ("one", "eight"))
-    jax.tree.map(close, eight, one)
+    assert_same_parameters(tmp_path / "one", tmp_path / "eight")
 
 
 @pytest.mark.full

@@ -1,6 +1,5 @@
 """Several processes hold one run: its data, its parameters, its checkpoints; and lose it together."""
 
-import functools
 import json
 import shutil
 import sys
@@ -16,10 +15,16 @@ from jax.experimental import multihost_utils
 from experiments import checkpoints, train
 from experiments.config import MESH_AXES
 from experiments.mesh import join_processes, make_mesh, place_batch, process_rows
-from experiments.run_loading import load_run
 from experiments.run_record import check_same_everywhere
 from experiments.task import find_task, train_batches
-from tests.mesh_test import FILE, LM, assert_same_metrics, lm_config, regression_config
+from tests.mesh_test import (
+    FILE,
+    LM,
+    assert_same_metrics,
+    assert_same_parameters,
+    lm_config,
+    regression_config,
+)
 from tests.processes import started, train_command
 
 # (data, fsdp, sequence, tensor) over two processes of four devices. In the first, rows and time lie within a process;
@@ -104,8 +109,7 @@ def test_two_processes_go_on_with_what_one_began_and_compute_what_one_computes(
     [continued] = json.loads((two / "run.json").read_text())["continued"]
     assert continued["process_count"] == 2 and continued["step"] == 2
     # One process reads the checkpoint of two.
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-    jax.tree.map(close, load_run(two).params, load_run(one).params)
+    assert_same_parameters(one, two)
 
 
 @pytest.mark.full

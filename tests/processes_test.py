@@ -85,22 +85,25 @@ def test_two_processes_place_the_batch_of_one_on_any_mesh_and_refuse_other_confi
 
 
 @pytest.mark.parametrize(
-    ("file", "options", "config"),
+    ("file", "options", "config", "sizes"),
     [
-        pytest.param(REGRESSION, SHORT, regression_config, marks=pytest.mark.slow),
-        pytest.param(FILE, LM, lm_config, marks=pytest.mark.full),
+        pytest.param(
+            REGRESSION, SHORT, regression_config, (2, 2, 2, 1), marks=pytest.mark.slow
+        ),
+        pytest.param(FILE, LM, lm_config, (2, 2, 2, 1), marks=pytest.mark.full),
+        pytest.param(FILE, LM, lm_config, (1, 1, 4, 2), marks=pytest.mark.full),
     ],
-    ids=["regression", "language model"],
+    ids=["regression", "language model", "language model whose time spans processes"],
 )
 def test_two_processes_go_on_with_what_one_began_and_compute_what_one_computes(
-    tmp_path, file, options, config
+    tmp_path, file, options, config, sizes
 ):
     one, two = tmp_path / "one", tmp_path / "two"
     begun = options | {"checkpoint.every_steps": 2, "accumulate": 2}
     train.run(config(**begun), one, quiet=True)
     shutil.copytree(one, two, ignore=shutil.ignore_patterns("4", "summary.json"))
     assert checkpoints.steps(two / "checkpoints") == [2]
-    laid = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2}
+    laid = {f"mesh.{axis}": n for axis, n in zip(MESH_AXES, sizes, strict=True)}
     command = train_command(file, two, begun | laid | {"optimizer.offload": True})
     with started([command] * 2, tmp_path / "logs", devices=4) as children:
         for child in children:

@@ -38,13 +38,12 @@ from models.dispatch import (
     Dispatch,
     copies,
     dispatch,
-    last_entries,
+    remembered,
     sorted_entries,
 )
 from models.memory_rules import RULES, MemoryProjection
 from models.norms import rms_norm
 from models.options import check_choice
-from models.positions import document_starts
 from models.projections import (
     XAVIER_SMALL,
     head_size,
@@ -54,6 +53,12 @@ from models.projections import (
 )
 from models.router import Router
 from models.short_convolution import ShortConvolution
+from models.time_parts import (
+    documents,
+    to_parts,
+    to_whole,
+)
+from ops.sharding import parts_as_batch, time_parts
 
 # A decay of exp(-1e4) is 0 in float32, and the ops multiply decays: exactly nothing passes from document to document.
 FORGET_LOG = -1e4
@@ -158,30 +163,31 @@ class MixtureOfMemories(nnx.Module):
         batch, length, _ = x_BTD.shape
         state = self.init_state(batch) if state is None else state
         memory_BTJ, weight_BTJ = self.route(x_BTD)
+        # Letters from here on: B counts parts of sequences, T their tokens.
+        parts = time_parts()
+        own = functools.partial(to_parts, parts=parts)
         plan = dispatch(
-            memory_BTJ,
-            jnp.cumsum(document_starts(segment_ids), axis=1)
-            if segment_ids is not None
-            else jnp.zeros((batch, length), jnp.int32),
+            own(memory_BTJ),
+            documents(segment_ids, batch, length, parts),
             memories=self.memories,
             history=max(self.conv_q.width - 1, 0),
             one_stream=self.one_stream,
+            parts=parts,
         )
-        q_BTX = self.query(x_BTD)[:, :, None]
+        q_BTX = own(self.query(x_BTD))[:, :, None]
         q_BTEX = jnp.broadcast_to(
-            q_BTX, (batch, length, self.memories, q_BTX.shape[-1])
+            q_BTX, (*q_BTX.shape[:2], self.memories, q_BTX.shape[-1])
         )
-        q, conv_q = self.convolved(self.conv_q, q_BTEX, state["conv_q"], plan)
-        k, conv_k = self.convolved(self.conv_k, self.key(x_BTD), state["conv_k"], plan)
-        v, conv_v = self.convolved(
-            self.conv_v, self.value(x_BTD), state["conv_v"], plan
-        )
+        key, value = own(self.key(x_BTD)), own(self.value(x_BTD))
+        q, conv_q = self.convolved(self.conv_q, q_BTEX, state["conv_q"], plan, parts)
+        k, conv_k = self.convolved(self.conv_k, key, state["conv_k"], plan, parts)
+        v, conv_v = self.convolved(self.conv_v, value, state["conv_v"], plan, parts)
         gates = {
-            name: sorted_entries(gate_BTEX, None, plan)
+            name: sorted_entries(own(gate_BTEX), None, plan)
             for name, gate_BTEX in self.rule.gates(x_BTD).items()
         }
-        o, memory = self.recurrence(q, k, v, gates, state["memory"], plan)
-        o_BTJX = copies(merge_heads(o), plan).astype(jnp.float32)
+        o, memory = self.recurrence(q, k, v, gates, state["memory"], plan, parts)
+        o_BTJX = to_whole(copies(merge_heads(o), plan), parts).astype(jnp.float32)
         o_BTX = jnp.einsum("btj,btjx->btx", weight_BTJ, o_BTJX)
         o_BTX = merge_heads(self.norm(split_heads(o_BTX, self.heads)))
         gate_BTX = jax.nn.silu(self.output_gate(x_BTD))
@@ -198,12 +204,16 @@ class MixtureOfMemories(nnx.Module):
         x_BTEX: jax.Array,
         tail_BEWX: jax.Array | None,
         plan: Dispatch,
+        parts: int,
     ) -> tuple[jax.Array, jax.Array | None]:
         """silu(conv(x)) over the tokens of each memory [B R, N, H, K], and what each memory remembers next."""
-        x_RNX = sorted_entries(x_BTEX, tail_BEWX, plan)
-        y_RNX, _ = convolution(x_RNX, None, plan.segment)
-        tail = None if tail_BEWX is None else last_entries(x_RNX, plan)
-        return split_heads(jax.nn.silu(y_RNX), self.heads), tail
+        before, last = tail_BEWX, tail_BEWX
+        if tail_BEWX is not None:
+            before, last = remembered(x_BTEX, tail_BEWX, plan, parts)
+        x_RNX = sorted_entries(x_BTEX, before, plan)
+        with parts_as_batch():
+            y_RNX, _ = convolution(x_RNX, None, plan.segment)
+        return split_heads(jax.nn.silu(y_RNX), self.heads), last
 
     def recurrence(
         self,
@@ -213,22 +223,29 @@ class MixtureOfMemories(nnx.Module):
         gates: dict[str, jax.Array],
         memory: jax.Array,
         plan: Dispatch,
+        parts: int,
     ) -> tuple[jax.Array, jax.Array]:
         """The outputs of all entries [B R, N, H, V] and the memories [B, E, H, K, V]."""
         decay_log = jnp.where(plan.writes[..., None], gates["decay_log"], 0.0)
         decay_log = jnp.where(plan.resets[..., None], FORGET_LOG, decay_log)
-        gates = {**gates, "decay_log": decay_log}
-        rule = functools.partial(self.rule, q, k, v, gates, plan.writes)
+        # A stream of a part goes on in the next part.
+        whole = functools.partial(to_whole, parts=parts)
+        q, k, v, gates, writes = jax.tree.map(
+            whole, (q, k, v, {**gates, "decay_log": decay_log}, plan.writes)
+        )
+        rule = functools.partial(self.rule, q, k, v, gates, writes)
         if self.one_stream:
             o, after = rule(
                 initial_state=memory,
-                segment_ids=plan.memory,
+                segment_ids=whole(plan.memory),
                 num_segments=self.memories,
             )
         else:
             o, after = rule(initial_state=memory.reshape(-1, *memory.shape[2:]))
             after = after.reshape(memory.shape)
-        return o, jnp.where(plan.keeps[..., None, None, None], after, 0.0)
+        return to_parts(o, parts), jnp.where(
+            plan.keeps[..., None, None, None], after, 0.0
+        )
 
     def route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Memories and weights of each token's copies [B, T, J]; the shared memory comes last, with weight 1."""

@@ -65,7 +65,9 @@ class Router(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         p_BTM = jax.nn.softmax(self.logits(x_BTD), axis=-1)
-        p_BTJ, memory_BTJ = jax.lax.top_k(p_BTM, self.top_k)
+        # Not lax.top_k: the compiler gathers its operand from all devices, also where the axis it sorts is not cut.
+        memory_BTJ = jnp.argsort(-p_BTM, axis=-1, stable=True)[..., : self.top_k]
+        p_BTJ = jnp.take_along_axis(p_BTM, memory_BTJ, axis=-1)
         weight_BTJ = p_BTJ / jnp.sum(p_BTJ, axis=-1, keepdims=True)
         selected_BTM = jax.nn.one_hot(memory_BTJ, self.memories).sum(axis=2)
         usage_M = jnp.mean(selected_BTM, axis=(0, 1)) / self.top_k

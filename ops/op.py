@@ -101,8 +101,8 @@ def run(
     call = _Call(
         op,
         implementation,
-        layouts,
-        outputs,
+        sharding.in_context(layouts),
+        sharding.in_context(outputs),
         dtypes,
         tuple(sorted(static.items())),
         sequence_parallel.current_method(),
@@ -187,7 +187,9 @@ def _padded(gradients: tuple[Any, ...], inputs: Any) -> tuple[Any, ...]:
 
 def _line(call: _Call, mesh: Any) -> sequence_parallel.Line | None:
     size = sharding.axis_size(mesh, sharding.SEQUENCE)
-    return sequence_parallel.Line(size, call.method) if size > 1 else None
+    if size == 1 or not any("T" in layout for layout in call.inputs):
+        return None
+    return sequence_parallel.Line(size, call.method)
 
 
 def _is_float(value: Any) -> bool:

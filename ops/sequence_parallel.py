@@ -187,6 +187,7 @@ class Affine:
     adjoint(local, *tokens, S, segment_ids, do) -> A, E^T do
     act(A, S), act_transposed(A, lambda) -> A S, A^T lambda
     split: an entry of A belongs to one column (last axis) of the state
+    every_segment: each segment has a state, which goes on where the segment does, on any device
     """
 
     summary: Callable[..., tuple[Any, Any, Callable[[Any], Any]]]
@@ -194,10 +195,11 @@ class Affine:
     act: Callable[[Any, Any], Any]
     act_transposed: Callable[[Any, Any], Any]
     split: bool
+    every_segment: bool = False
 
     def forward(self, local: Any, line: Line, *inputs: Any) -> tuple[Any, Any]:
         *tokens, initial_state, segment_ids = inputs
-        entered = line.entered(segment_ids)
+        entered = None if self.every_segment else line.entered(segment_ids)
         A, M, read = self.summary(local, *tokens, segment_ids)
         S, final = line.prefix(
             self.act, _kept(entered, A), M, initial_state, self.split

@@ -9,13 +9,16 @@ letters say which mesh axes cut them:
     H       heads, or channels          tensor; a single one is not cut
     G       key heads                   tensor; likewise
     C       channels of an op that needs all of time: tensor x sequence
+    P       parts of time of all sequences as a batch, the first parts first: sequence x data x fsdp
     others  not cut
 
 Axes of other names are left alone: devices along them compute the same.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +32,7 @@ AXES = {
     "H": ("tensor",),
     "G": ("tensor",),
     "C": ("tensor", SEQUENCE),
+    "P": (SEQUENCE, "data", "fsdp"),
 }
 NAMES = {
     "B": "batch size",
@@ -36,6 +40,7 @@ NAMES = {
     "H": "number of heads (or channels)",
     "G": "number of key heads",
     "C": "number of channels",
+    "P": "batch size times parts of time",
 }
 # Of a decay, by its number of dimensions.
 DECAY_LAYOUTS = {1: "H", 3: "BTH", 4: "BTHK"}
@@ -61,6 +66,31 @@ def ambient_mesh() -> AbstractMesh | None:
 
 def axis_size(mesh: AbstractMesh | None, axis: str) -> int:
     return mesh.shape.get(axis, 1) if mesh is not None else 1
+
+
+def time_parts() -> int:
+    """The number of devices along time on the ambient mesh; 1 without one."""
+    return axis_size(ambient_mesh(), SEQUENCE)
+
+
+_parts_as_batch = contextvars.ContextVar("parts_as_batch", default=False)
+
+
+@contextlib.contextmanager
+def parts_as_batch() -> Iterator[None]:
+    """For ops inside whose batch is [parts of time x B]: a device computes its part, and nothing passes to the next."""
+    token = _parts_as_batch.set(True)
+    try:
+        yield
+    finally:
+        _parts_as_batch.reset(token)
+
+
+def in_context(layouts: tuple[str, ...]) -> tuple[str, ...]:
+    """Layouts as they are inside `parts_as_batch`; themselves outside."""
+    if not _parts_as_batch.get():
+        return layouts
+    return tuple(layout.replace("B", "P").replace("T", "L") for layout in layouts)
 
 
 def cutting_axes(mesh: AbstractMesh, letter: str, size: int) -> tuple[str, ...]:

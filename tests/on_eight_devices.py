@@ -256,10 +256,34 @@ def test_ring_sends_a_state_from_device_to_device():
     assert len(found["collective-permute"]) == 2 * 7 and "all-gather" not in found
 
 
+def test_mixture_of_memories_sends_states_and_no_tokens():
+    """Between devices go the memories, the last inputs of their convolutions, gradients of parameters, and the indices
+    of documents; tokens are sorted where they are."""
+    mesh, sizes = mesh_of(1, 1, 8, 1), []
+    graphdef, params, variables = nnx.split(
+        model_contract_test.make("mom"), nnx.Param, ...
+    )
+
+    def loss(params, tokens):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params, variables)(tokens)[0]))
+
+    with jax.set_mesh(mesh):
+        cut = jax.NamedSharding(mesh, P(None, "sequence"))
+        for length in (64, 512):
+            tokens = jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=cut)
+            found = collectives(jax.grad(loss), params, tokens)
+            assert set(found) <= {"all-gather", "all-reduce"}
+            shapes = re.findall(r"f32\[([\d,]*)\]", str(found))
+            sizes.append(
+                [math.prod(map(int, s.split(","))) if s else 1 for s in shapes]
+            )
+    assert sizes[0] == sizes[1]
+
+
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 ROWS = model_contract_test.ALL
-MODELS_IN_MAKE_TEST = {"gla", "hybrid", "mamba", "s4"}
+MODELS_IN_MAKE_TEST = {"gla", "hybrid", "mamba", "mom"}
 # Heads that two devices cannot share.
 ONE_OR_THREE_HEADS = {"gla_convolution", "gated_delta_net_negative", "lightnet_one"}
 

@@ -15,7 +15,7 @@ ONE_STATE = Op(
 )
 # The kernels keep one state per sequence.
 SEGMENT_STATES = Op(
-    f"{NAME} with num_segments", {"chunked": chunked}, over_time.OVER_TIME
+    f"{NAME} with num_segments", {"chunked": chunked}, over_time.SEGMENTS_OVER_TIME
 )
 
 
@@ -49,8 +49,9 @@ def gated_linear_attention(
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
         starts from zero. None means one segment.
       num_segments: static S, for one state per segment instead of one per sequence. `segment_ids` must then be in
-        0..S-1 and non-decreasing along time; a segment may be empty. `initial_state` is [B, S, H, K, V]: each segment
-        starts from its own state, and an empty one returns it unchanged.
+        0..S-1 and non-decreasing along time (of each device, where a mesh cuts time); a segment may be empty.
+        `initial_state` is [B, S, H, K, V]: each segment starts from its own state, and an empty one returns it
+        unchanged.
       implementation: "reference" (a scan over tokens), "chunked" (plain JAX), "pallas_tpu" (kernels; interpreted when
         lowered for a CPU; without num_segments), or None for the best of the platform that the program is lowered for:
         the kernels on TPU where they can, else "chunked". A named implementation runs or raises.

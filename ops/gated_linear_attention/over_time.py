@@ -60,10 +60,6 @@ def _queries(local, q, decay_log, segment_ids, heads):
 
 def summary(local, q, k, v, decay_log, segment_ids):
     batch, length, heads, value_size = v.shape
-    if "num_segments" in local.static:
-        raise ValueError(
-            "num_segments needs all of time on one device; got a mesh that cuts time"
-        )
     E, A = _queries(local, q, decay_log, segment_ids, heads)
     k_end = _weighted(
         chunking.repeat_heads(k, heads),
@@ -87,3 +83,48 @@ def adjoint(local, q, k, v, decay_log, S, segment_ids, do):
 
 
 OVER_TIME = Affine(summary, adjoint, jnp.multiply, jnp.multiply, split=False)
+
+
+# --- One state per segment (num_segments): tokens that follow each other may lie far apart, so that the op runs again
+# from the states that came in.
+
+
+def _segment_transition(local, v, decay_log, segment_ids):
+    """A, [B, S, H, K or 1, 1]."""
+    (batch, length, heads, _), segments = v.shape, local.static["num_segments"]
+    member = segment_ids[..., None] == jnp.arange(segments)[None, None]
+    if decay_log is None:
+        g = jnp.zeros((batch, length, heads, 1), jnp.float32)
+    elif decay_log.ndim == 1:
+        g = jnp.broadcast_to(decay_log[None, None, :, None], (batch, length, heads, 1))
+    else:
+        g = decay_log if decay_log.ndim == 4 else decay_log[..., None]
+    log = einsum("bts,bthk->bshk", member.astype(jnp.float32), g.astype(jnp.float32))
+    return jnp.exp(log)[..., None]
+
+
+def segment_summary(local, q, k, v, decay_log, segment_ids):
+    (batch, _, heads, value_size), key_size = v.shape, k.shape[-1]
+    shape = (batch, local.static["num_segments"], heads, key_size, value_size)
+    _, M = local.forward(q, k, v, decay_log, jnp.zeros(shape, jnp.float32), segment_ids)
+
+    def read(S):
+        return local.forward(q, k, v, decay_log, S, segment_ids)[0]
+
+    return _segment_transition(local, v, decay_log, segment_ids), M, read
+
+
+def segment_adjoint(local, q, k, v, decay_log, S, segment_ids, do):
+    inputs = q, k, v, decay_log, S, segment_ids
+    dS = local.backward(inputs, (do, jnp.zeros_like(S)))[4]
+    return _segment_transition(local, v, decay_log, segment_ids), dS
+
+
+SEGMENTS_OVER_TIME = Affine(
+    segment_summary,
+    segment_adjoint,
+    jnp.multiply,
+    jnp.multiply,
+    split=False,
+    every_segment=True,
+)

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from jax import NamedSharding, P
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from experiments.chips import Slice
-from experiments.config import MESH_AXES, Config
+from experiments.config import Config
 from experiments.flops import count_weights
 from experiments.mesh import BATCH_AXES, HOST_MEMORY
 from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
@@ -108,29 +108,6 @@ def abstract_run(config: Config, mesh: Mesh) -> AbstractRun:
         batch_length(example),
         model_flops,
     )
-
-
-def mesh_over(config: Config, devices: list[Any]) -> Mesh:
-    """As experiments.mesh.make_mesh, over `devices`."""
-    shape = [config.mesh[axis] for axis in MESH_AXES]
-    known = int(np.prod([size for size in shape if size != -1]))
-    whole = [len(devices) // known if size == -1 else size for size in shape]
-    if shape.count(-1) > 1 or known < 1 or np.prod(whole) != len(devices):
-        text = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, shape, strict=True))
-        raise ValueError(
-            "config.mesh sizes must multiply to the number of devices,"
-            f" {len(devices)}, at most one of them -1 (the rest); got {text}"
-        )
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    try:
-        return jax.make_mesh(tuple(whole), MESH_AXES, axis_types=types, devices=devices)
-    except NotImplementedError as error:
-        # jax lays every axis of a mesh over whole dimensions of the slice, so that its rings stay rings.
-        text = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, whole, strict=True))
-        raise ValueError(
-            "config.mesh sizes must each be a product of dimensions of the slice, every"
-            f" dimension in one of them; got {text}"
-        ) from error
 
 
 def filling_batch_size(config: Config, mesh: Mesh) -> int:

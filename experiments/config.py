@@ -49,6 +49,7 @@ KEYS: dict[str, type] = {
     "checkpoint.keep": int,
     **{f"mesh.{axis}": int for axis in MESH_AXES},
     "mesh.zero": int,
+    "mesh.sequence_method": str,
     "heartbeat_timeout_seconds": int,
 }
 # Entries younger than the oldest recorded results, with what they are where a record does not have them. `to_json`
@@ -57,6 +58,7 @@ ADDED = {
     "accumulate": 1,
     "optimizer.offload": False,
     "mesh.zero": 3,
+    "mesh.sequence_method": "all_gather",
     "heartbeat_timeout_seconds": 100,
 }
 OPEN_SECTIONS = ("task", "model")
@@ -76,6 +78,7 @@ FREE_ON_RESUME = (
     "checkpoint.keep",
     *(f"mesh.{axis}" for axis in MESH_AXES),
     "mesh.zero",
+    "mesh.sequence_method",
     "optimizer.offload",
     "heartbeat_timeout_seconds",
 )

@@ -13,7 +13,7 @@ where the mesh puts its devices.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,38 +70,50 @@ def wait_for_all_processes(place: str) -> None:
         multihost_utils.sync_global_devices(place)
 
 
-def make_mesh(sizes: Mapping[str, int], batch_size: int, accumulate: int = 1) -> Mesh:
-    """The mesh over all devices of all processes; one size may be -1: what the others leave.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over `devices`, by default all of all processes; one size may be -1: what the others leave.
 
-    Raises ValueError if the sizes do not multiply to the number of devices, or if one of the `accumulate` parts of the
-    batch does not divide over data x fsdp.
+    Raises ValueError if the sizes do not multiply to the number of devices, or if they do not go with the dimensions of
+    a TPU slice.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in MESH_AXES]
-    text = ", ".join(
-        f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True)
-    )
+
+    def text() -> str:
+        return ", ".join(f"{a}={n}" for a, n in zip(MESH_AXES, shape, strict=True))
+
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise ValueError(
             "config.mesh sizes must be positive, at most one of them -1 (the rest);"
-            f" got {text}"
+            f" got {text()}"
         )
     known = math.prod(size for size in shape if size != -1)
-    shape = [devices // known if size == -1 else size for size in shape]
-    if math.prod(shape) != devices:
+    whole = [len(devices) // known if size == -1 else size for size in shape]
+    if math.prod(whole) != len(devices):
         raise ValueError(
-            f"config.mesh sizes must multiply to the number of devices, {devices}; got"
-            f" {text}"
+            "config.mesh sizes must multiply to the number of devices,"
+            f" {len(devices)}; got {text()}"
         )
-    shards = accumulate * shape[0] * shape[1]
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(tuple(whole), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError as error:
+        # jax lays every axis of a mesh over whole dimensions of the slice, so that its rings stay rings.
+        raise ValueError(
+            "config.mesh sizes must each be a product of dimensions of the slice, every"
+            f" dimension in one of them; got {text()}"
+        ) from error
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+    """Raises ValueError if one of the `accumulate` parts of the batch does not divide over data x fsdp."""
+    data, fsdp = (mesh.shape[axis] for axis in BATCH_AXES)
+    shards = accumulate * data * fsdp
     if batch_size % shards:
         raise ValueError(
             "config.batch_size must be a multiple of accumulate x mesh.data x mesh.fsdp"
-            f" = {accumulate} x {shape[0]} x {shape[1]} = {shards}; got {batch_size}"
+            f" = {accumulate} x {data} x {fsdp} = {shards}; got {batch_size}"
         )
-    return jax.make_mesh(
-        tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
 
 
 def check_host_memory(mesh: Mesh) -> None:

@@ -40,7 +40,6 @@ from experiments import main as mains
 from experiments.abstract_run import (
     abstract_run,
     filling_batch_size,
-    mesh_over,
     shard_bytes,
     tpu_devices,
 )
@@ -50,8 +49,10 @@ from experiments.compiled_program import CompiledProgram
 from experiments.config import Config
 from experiments.flops import peak_flops
 from experiments.kernel_flops import kernel_flops
+from experiments.mesh import make_mesh
 from experiments.plan_report import advice, format_plan
 from experiments.program_cost import hbm_bytes, matmul_flops
+from ops.sequence_parallel import sequence_method
 
 
 def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
     Raises ValueError for a config that cannot work there.
     """
     configs.validate(config)
-    mesh = mesh_over(config, devices)
+    mesh = make_mesh(config.mesh, devices)
     recipe_batch_size = config.batch_size
     config.batch_size = filling_batch_size(config, mesh)
     run = abstract_run(config, mesh)
@@ -89,7 +90,7 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
 
     # --- Compile
     began = time.perf_counter()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), sequence_method(config.mesh.sequence_method):
         traced = run.step.trace(state, batch)
         try:
             compiled = traced.lower().compile()

@@ -57,9 +57,7 @@ def load_run(workdir: Path, step: str = "latest") -> LoadedRun:
     options = config.task.to_dict()
     task = find_task(options.pop("name"), options)
     blueprint = make_blueprint(config, task)
-    mesh = make_mesh(
-        {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1}, jax.device_count()
-    )
+    mesh = make_mesh({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
     found, params, variables = load_model(workdir, step, config, blueprint, mesh)
     return LoadedRun(workdir, config, task, blueprint, mesh, found, params, variables)
 

@@ -29,6 +29,7 @@ from experiments.flops import SpeedMeter
 from experiments.interruption import Interruption
 from experiments.losses import report_metrics
 from experiments.mesh import (
+    check_batch_size,
     check_host_memory,
     check_lengths,
     join_processes,
@@ -61,6 +62,7 @@ from experiments.train_state import (
     sum_names,
     with_shardings,
 )
+from ops.sequence_parallel import sequence_method
 
 
 def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -89,7 +91,8 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     schedule = make_schedule(config.optimizer, steps)
 
     # --- Mesh
-    mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
+    mesh = make_mesh(config.mesh)
+    check_batch_size(mesh, config.batch_size, config.accumulate)
     if config.optimizer.offload:
         check_host_memory(mesh)
     leading = jax.process_index() == 0
@@ -115,7 +118,8 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
         )
         for name, array in example_batch.items()
     }
-    with jax.set_mesh(mesh):
+    method = config.mesh.sequence_method
+    with jax.set_mesh(mesh), sequence_method(method):
         sums = sum_names(blueprint, task, one_part)
     best = checkpoints.Best(
         _known_metric(config.eval.best_metric, task, sums), config.eval.best_mode
@@ -140,6 +144,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     workdir.mkdir(parents=True, exist_ok=True)
     with (
         jax.set_mesh(mesh),
+        sequence_method(method),
         run_record.exclusive(workdir),
         Interruption() as interruption,
     ):

@@ -18,6 +18,7 @@ from orbax.checkpoint import v1
 from experiments import checkpoints, train
 from experiments.configs import linear_attention, linear_self_attention
 from experiments.mesh import (
+    check_batch_size,
     check_host_memory,
     check_lengths,
     make_mesh,
@@ -145,10 +146,11 @@ def test_a_size_that_does_not_divide_is_refused_by_the_parameters_name(blueprint
         parameter_specs(abstract_mesh(1, 3), blueprint.params, replicated_axis=False)
 
 
-def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
+def test_a_batch_that_does_not_divide_is_refused():
+    mesh = abstract_mesh(4, 2)
+    check_batch_size(mesh, 16, 2)
     with pytest.raises(ValueError, match=r"accumulate x .* = 1 x 4 x 2 = 8; got 12"):
-        make_mesh({"data": -1, "fsdp": 2, "sequence": 1, "tensor": 1}, 12)
+        check_batch_size(mesh, 12, 1)
 
 
 def test_zero_1_lays_moments_over_fsdp_and_parameters_not(blueprint):
@@ -196,7 +198,7 @@ def test_devices_without_host_memory_are_refused():
         match=r"config.optimizer.offload needs .* pinned_host; got Abacus with device",
     ):
         check_host_memory(mesh)
-    check_host_memory(make_mesh(lm_config().mesh, 8))
+    check_host_memory(make_mesh(lm_config().mesh))
 
 
 def test_a_length_that_the_sequence_axis_does_not_divide_is_refused_by_its_name():

@@ -54,7 +54,7 @@ def compare_batches_and_configs() -> None:
     join_processes(heartbeat_timeout_seconds=100)
     task = find_task("mqar", {"train": ((16, 2, 64),), "test": ((16, 2),)})
     for sizes, seeds in [(MESHES[0], (3,)), *((sizes, (0, 1)) for sizes in MESHES)]:
-        mesh = make_mesh(dict(zip(MESH_AXES, sizes, strict=True)), 8)
+        mesh = make_mesh(dict(zip(MESH_AXES, sizes, strict=True)))
         rows = process_rows(mesh, 8)
         assert len(rows) == 8 // min(sizes[0] * sizes[1], 2), (sizes, rows)
         expected = next(train_batches(task, seeds=seeds, batch_size=8))

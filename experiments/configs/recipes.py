@@ -374,6 +374,7 @@ def _base() -> Any:
                 "sequence": 1,
                 "tensor": 1,
                 "zero": 3,  # over fsdp: 3 parameters and moments, 1 moments alone
+                "sequence_method": "all_gather",  # or ring, pipelined
             },
             "heartbeat_timeout_seconds": 100,  # then a silent process counts as lost
             "init_from": "",

@@ -20,7 +20,7 @@ from experiments.config import Config
 from experiments.flops import count_weights
 from experiments.mesh import BATCH_AXES, HOST_MEMORY
 from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
-from experiments.task import Examples, Task, batch_length, find_task
+from experiments.task import Examples, Task, batch_length, configured_task
 from experiments.train_state import (
     Blueprint,
     TrainState,
@@ -77,8 +77,7 @@ class AbstractRun:
 
 def abstract_run(config: Config, mesh: Mesh) -> AbstractRun:
     """The run of a config on a mesh. Raises ValueError for what cannot work."""
-    options = config.task.to_dict()
-    task = find_task(options.pop("name"), options)
+    task = configured_task(config)
     seeds, offload = tuple(config.seeds), config.optimizer.offload
     blueprint = make_blueprint(config, task)
     schedule = make_schedule(config.optimizer, config.steps)

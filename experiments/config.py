@@ -21,6 +21,7 @@ KEYS: dict[str, type] = {
     "steps": int,
     "batch_size": int,
     "accumulate": int,
+    "z_loss": float,
     "log_every_steps": int,
     "param_dtype": str,
     "compute_dtype": str,
@@ -56,6 +57,7 @@ KEYS: dict[str, type] = {
 # leaves them out while they are that, so that a config is recorded and hashed as it was before they came.
 ADDED = {
     "accumulate": 1,
+    "z_loss": 0.0,
     "optimizer.offload": False,
     "mesh.zero": 3,
     "mesh.sequence_method": "all_gather",
@@ -98,6 +100,7 @@ POSITIVE = (
     "optimizer.eps",
 )
 NOT_NEGATIVE = (
+    "z_loss",
     "optimizer.warmup_steps",
     "optimizer.end_lr",
     "optimizer.weight_decay",

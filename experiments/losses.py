@@ -23,9 +23,11 @@ MODEL_INPUTS = ("positions", "segment_ids", "readout_positions")
 
 
 def next_token_loss(
-    model: Any, batch: Mapping[str, jax.Array]
+    model: Any, batch: Mapping[str, jax.Array], *, z_loss: float = 0.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy in nats per weighted target.
+    """Cross-entropy in nats per weighted target, and z_loss times log^2 Z, Z the sum of the exponentials of logits.
+
+    The latter keeps logits from drifting (Chowdhery et al., PaLM, 2022, arXiv 2204.02311). It is in the scalar alone.
 
     batch: tokens int [B, T]; targets int and weights float, [B, T], or [B, N] when `readout_positions` [B, N] is there,
     where alone the model then computes logits; optional positions, segment_ids [B, T], and bytes [B], the bytes that
@@ -55,6 +57,10 @@ def next_token_loss(
     }
     if "bytes" in batch:
         sums["bytes_sum"] = jnp.sum(batch["bytes"].astype(jnp.float32))
+    if z_loss:
+        log_z_BN = jax.nn.logsumexp(logits_BNW.astype(jnp.float32), axis=-1)
+        square_BN = jnp.where(counted_BN, weights_BN * jnp.square(log_z_BN), 0.0)
+        loss_sum = loss_sum + z_loss * jnp.sum(square_BN)
     return _mean(loss_sum, sums["weight_sum"]), sums
 
 

@@ -14,7 +14,7 @@ from experiments.config import Config
 from experiments.mesh import make_mesh, named, parameter_specs
 from experiments.metrics_log import read_rows
 from experiments.notices import warn
-from experiments.task import Task, find_task
+from experiments.task import Task, configured_task
 from experiments.train_state import (
     Blueprint,
     initial_model,
@@ -54,8 +54,7 @@ def load_run(workdir: Path, step: str = "latest") -> LoadedRun:
     """
     workdir = workdir.expanduser().absolute()
     config = run_record.read_config(workdir)
-    options = config.task.to_dict()
-    task = find_task(options.pop("name"), options)
+    task = configured_task(config)
     blueprint = make_blueprint(config, task)
     mesh = make_mesh({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
     found, params, variables = load_model(workdir, step, config, blueprint, mesh)

@@ -6,6 +6,8 @@ the training step and keeps the place in a state that is one number. Batch i is 
 number of processes, not of how often the run was interrupted.
 """
 
+import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -132,6 +134,24 @@ def find_task(name: str, options: Mapping[str, Any]) -> Task:
                 f" {', '.join(known)}"
             )
     return make(**options)
+
+
+def configured_task(config: Any) -> Task:
+    """The task of a run's config, with the loss that it trains.
+
+    Raises ValueError as `find_task`, and for a z-loss where there are no logits.
+    """
+    options = config.task.to_dict()
+    task = find_task(options.pop("name"), options)
+    if not config.z_loss:
+        return task
+    if task.loss is not next_token_loss:
+        raise ValueError(
+            "config.z_loss is for tasks with a vocabulary; got"
+            f" {config.z_loss} for {config.task.name}"
+        )
+    loss = functools.partial(next_token_loss, z_loss=config.z_loss)
+    return dataclasses.replace(task, loss=loss)
 
 
 def train_batches(

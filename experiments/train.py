@@ -50,7 +50,7 @@ from experiments.notices import warn
 from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
 from experiments.progress import ProgressReport
 from experiments.run_loading import load_model
-from experiments.task import Task, find_task, lengths, train_batches
+from experiments.task import Task, configured_task, lengths, train_batches
 from experiments.train_state import (
     TrainState,
     empty_window,
@@ -98,8 +98,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     leading = jax.process_index() == 0
 
     # --- Data
-    options = config.task.to_dict()
-    task = find_task(options.pop("name"), options)
+    task = configured_task(config)
     if mesh.shape["sequence"] > 1:
         check_lengths(mesh, lengths(task, seeds[0]))
     rows = process_rows(mesh, config.batch_size)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1
 
+from experiments.configs import linear_self_attention
 from experiments.losses import next_token_loss, squared_error_loss, token_metrics
 from experiments.task import (
     Examples,
     Task,
     available_tasks,
+    configured_task,
     evaluation_batches,
     find_task,
     from_arrays,
@@ -275,6 +277,34 @@ def test_next_token_loss_is_the_mean_log_loss_of_the_weighted_targets() -> None:
     )
     metrics = token_metrics({name: float(value) for name, value in sums.items()})
     assert metrics["accuracy"] == pytest.approx(2.5 / 3.5)
+
+
+def test_z_loss_adds_the_square_of_log_z_to_the_scalar_alone() -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(2, 3, 7)).astype(np.float32)
+    weights = np.array([[1, 0, 0.5], [0, 0, 0]], np.float32)
+    batch = {
+        "tokens": np.zeros((2, 3), int),
+        "targets": rng.integers(0, 7, (2, 3)),
+        "weights": weights,
+    }
+
+    def model(tokens: Any) -> Any:
+        return jnp.asarray(logits), None
+
+    plain, sums = next_token_loss(model, batch)
+    loss, same_sums = next_token_loss(model, batch, z_loss=0.1)
+    log_z = np.log(np.exp(logits).sum(axis=-1))
+    expected = 0.1 * (log_z[0, 0] ** 2 + 0.5 * log_z[0, 2] ** 2) / 1.5
+    assert float(loss - plain) == pytest.approx(expected, rel=1e-5)
+    assert jax.tree.map(float, sums) == jax.tree.map(float, same_sums)
+
+
+def test_z_loss_needs_logits() -> None:
+    config: Any = linear_self_attention.get_config("icl_regression,smoke")
+    config.z_loss = 1e-4
+    with pytest.raises(ValueError, match=r"config\.z_loss is for tasks with a vocab"):
+        configured_task(config)
 
 
 def test_next_token_loss_passes_on_what_the_batch_tells_the_model() -> None:

@@ -331,6 +331,7 @@ def _base() -> Any:
             "steps": 0,
             "batch_size": 0,  # sequences, over all devices, per replica
             "accumulate": 1,  # the batch in this many parts, one after the other
+            "z_loss": 0.0,  # times log^2 of the sum of exponentials of logits; 1e-4 is usual
             "log_every_steps": 50,
             "task": {},
             "model": {

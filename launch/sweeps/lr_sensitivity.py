@@ -1,10 +1,10 @@
-"""Learning-rate sensitivity of attention with and without QK-norm (Wortsman et al., ICLR 2024, arXiv 2309.14322).
+"""Learning-rate sensitivity of attention, with and without QK-norm and z-loss (Wortsman et al., ICLR 2024, arXiv
+2309.14322).
 
     python -m launch.sweep --sweep=launch/sweeps/lr_sensitivity.py --scale=tiny --report=lr_sensitivity.html
 
 The figure is runs/lr_sensitivity/lr_sensitivity_<scale>.png. As in the paper: seven rates, AdamW with (0.9, 0.95),
-clipping at 1, a warm-up of 5% and cosine to 1e-5. Other than there, weight decay is multiplied by the learning rate,
-and no row has z-loss, which the loss here does not have.
+clipping at 1, a warm-up of 5% and cosine to 1e-5. Other than there, weight decay is multiplied by the learning rate.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 from experiments import lr_sensitivity
 from experiments.table import Cell, grid
 
-TITLE = "Learning-rate sensitivity with and without QK-norm"
+TITLE = "Learning-rate sensitivity with and without QK-norm and z-loss"
 METRIC = "Validation loss, nats per byte"
 SCALES = {
     "tiny": "width 16, one layer, 30 steps of 4 sequences of 32 bytes, three rates: shows that it runs",
@@ -37,6 +37,7 @@ def cells(scale: str) -> list[Cell]:
     options = {
         "model.width": widths,
         "model.mixers.transformer.qk_norm": (False, True),
+        "z_loss": (0.0, 1e-4),
         "optimizer.lr": rates[1::2] if scale == "tiny" else rates,
     }
     shared = {

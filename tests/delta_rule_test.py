@@ -206,6 +206,7 @@ def test_identical_keys_stay_close_to_the_reference(beta):
         assert_close(name, got, want, 2e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), size=st.sampled_from([1, 2, 8, 16, 64]))
 def test_the_inverse_is_one(seed, size):

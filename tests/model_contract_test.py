@@ -58,28 +58,7 @@ LONGER = {  # other options of the same mixers, and a hybrid
         {"delta_net": {"heads": 2}, "window_attention": {"window": 4, "heads": 2}},
         depth=5,  # two periods and a remainder
     ),
-    "linear_attention_identity": Row(
-        ("linear_attention",),
-        {
-            "linear_attention": {
-                "heads": 2,
-                "feature_map": "identity",
-                "normaliser": "rms_norm",
-                "conv_width": 3,
-            }
-        },
-    ),
     "s4": Row(("s4",), {"s4": {"state_size": 4, "kernel_length": 16}}),
-    "gla_convolution": Row(("gla",), {"gla": {"heads": 1, "conv_width": 2}}),
-    "base_conv": Row(("base_conv", "gla"), {"base_conv": {}, "gla": {"heads": 2}}),
-    "delta_net_negative": Row(
-        ("delta_net",),
-        {"delta_net": {"heads": 2, "conv_width": 0, "eigenvalue_range": (-1, 1)}},
-    ),
-    "mamba_negative": Row(
-        ("mamba",),
-        {"mamba": {"state_size": 4, "eigenvalue_range": (-1, 1), "conv_width": 1}},
-    ),
     "window_attention": Row(
         ("window_attention",),
         {
@@ -100,7 +79,28 @@ LONGER = {  # other options of the same mixers, and a hybrid
         ("seqboat",), {"seqboat": {"window": 3, "key_size": 8, "state_size": 3}}
     ),
 }
-OTHERS = {  # mixers whose op has a row above
+OTHERS = {  # mixers whose op has a row above, and further options
+    "linear_attention_identity": Row(
+        ("linear_attention",),
+        {
+            "linear_attention": {
+                "heads": 2,
+                "feature_map": "identity",
+                "normaliser": "rms_norm",
+                "conv_width": 3,
+            }
+        },
+    ),
+    "mamba_negative": Row(
+        ("mamba",),
+        {"mamba": {"state_size": 4, "eigenvalue_range": (-1, 1), "conv_width": 1}},
+    ),
+    "base_conv": Row(("base_conv", "gla"), {"base_conv": {}, "gla": {"heads": 2}}),
+    "delta_net_negative": Row(
+        ("delta_net",),
+        {"delta_net": {"heads": 2, "conv_width": 0, "eigenvalue_range": (-1, 1)}},
+    ),
+    "gla_convolution": Row(("gla",), {"gla": {"heads": 1, "conv_width": 2}}),
     "gated_delta_net_negative": Row(
         ("gated_delta_net",),
         {"gated_delta_net": {"heads": 3, "conv_width": 0, "eigenvalue_range": (-1, 1)}},
@@ -357,8 +357,18 @@ def test_state_bytes_are_the_bytes_of_the_state(name, compute_dtype):
     )
 
 
-@pytest.mark.slow
-@every_row
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.slow
+            if name in {"gla", "delta_net", "mamba", "mom"}
+            else pytest.mark.full,
+        )
+        for name in ALL
+    ],
+)
 def test_replicas_under_vmap_learn_as_they_would_alone(name):
     graphdef, _, variables = nnx.split(model_of(name), nnx.Param, ...)
     models = [model_of(name), make(name, seed=1)]

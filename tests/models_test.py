@@ -554,7 +554,10 @@ def test_tied_head_is_the_embedding():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("remat", "scan_layers"), [("full", True), ("dots", False)])
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"),
+    [("full", True), pytest.param("dots", False, marks=pytest.mark.full)],
+)
 def test_remat_changes_no_gradient(remat, scan_layers):
     tokens = jnp.arange(6)[None, :]
 
@@ -592,7 +595,7 @@ def test_embedding_dropout_draws_anew_in_each_training_call_and_never_in_evaluat
     assert np.abs(np.asarray(call(model) - first)).max() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_embedding_dropout_works_for_replicas_under_vmap():
     def replica(key):
         return nnx.split(

@@ -198,7 +198,7 @@ def test_the_order_of_the_memories_does_not_matter():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, GLA])
+@pytest.mark.parametrize("options", [GLA, pytest.param({}, marks=pytest.mark.full)])
 def test_a_memory_to_which_no_token_is_routed_stays_as_it_is_to_the_bit(options):
     mixer = build_mom(top_k=1, **options)
     # The first memory is always chosen.

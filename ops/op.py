@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import P, lax
+from jax.sharding import AbstractMesh
 
 from . import dispatch, sequence_parallel, sharding
 
@@ -47,13 +48,18 @@ class _Call(NamedTuple):
     outputs: tuple[str, ...]
     dtypes: tuple[Any, ...]
     static: tuple[tuple[str, Any], ...]
+    mesh: AbstractMesh | None
     method: str
 
 
 class Local(NamedTuple):
-    """The rules of a call on the arrays of one device."""
+    """The rules of a call on the arrays of one device.
+
+    partial: places of the inputs whose gradients other devices still add to; they stay float32 until then.
+    """
 
     call: _Call
+    partial: frozenset[int] = frozenset()
 
     @property
     def static(self) -> dict[str, Any]:
@@ -73,13 +79,18 @@ class Local(NamedTuple):
     def backward(self, inputs: Any, cotangents: Any) -> tuple[Any, ...]:
         """Gradients of the inputs up to the last that has one."""
         call = self.call
+
+        def dtype(place: int) -> Any:
+            wide = jnp.dtype(jnp.float32) if place in self.partial else None
+            return jax.tree.map(lambda x: wide or x.dtype, inputs[place])
+
         return dispatch.call(
             call.op.implementations,
             "backward",
             call.implementation,
             *inputs,
             *cotangents,
-            dtypes=jax.tree.map(lambda x: x.dtype, tuple(inputs)),
+            dtypes=tuple(dtype(place) for place in range(len(inputs))),
             **self.static,
         )
 
@@ -105,6 +116,7 @@ def run(
         sharding.in_context(outputs),
         dtypes,
         tuple(sorted(static.items())),
+        sharding.ambient_mesh(),
         sequence_parallel.current_method(),
     )
     return _run(call, *inputs)
@@ -115,7 +127,7 @@ def _forward(call: _Call, *inputs: Any) -> Any:
 
 
 def _forward_rule(call: _Call, *inputs: Any) -> tuple[Any, Any]:
-    local, mesh = Local(call), sharding.ambient_mesh()
+    local, mesh = Local(call), call.mesh
     if mesh is None:
         return local.forward(*inputs), (inputs, None)
     in_specs = sharding.specs(call.op.name, mesh, call.inputs, inputs)
@@ -140,18 +152,23 @@ def _forward_rule(call: _Call, *inputs: Any) -> tuple[Any, Any]:
 
 
 def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    (inputs, carried), local = residuals, Local(call)
-    mesh = sharding.ambient_mesh()
+    (inputs, carried), mesh = residuals, call.mesh
     # An output that is not a float has no cotangent.
     floats = [i for i, x in enumerate(cotangents) if _is_float(x)]
     cotangents = tuple(cotangents[i] for i in floats)
     if mesh is None:
-        return _padded(local.backward(inputs, cotangents), inputs)
+        return _padded(Local(call).backward(inputs, cotangents), inputs)
     in_specs = sharding.specs(call.op.name, mesh, call.inputs, inputs)
     cotangent_layouts = [call.outputs[i] for i in floats]
     cotangent_specs = sharding.specs(call.op.name, mesh, cotangent_layouts, cotangents)
     line, everywhere = _line(call, mesh), P(mesh.axis_names)
+    # An input that several devices share collects what each of them computed.
     computing = sharding.axes_of(in_specs)
+    missing = [
+        tuple(sorted(computing - _held(layout, spec)))
+        for layout, spec in zip(call.inputs, in_specs, strict=True)
+    ]
+    local = Local(call, frozenset(i for i, axes in enumerate(missing) if axes))
 
     def on_device(inputs: Any, carried: Any, cotangents: Any) -> tuple[Any, ...]:
         if line is None or call.op.over_time is None:
@@ -162,9 +179,9 @@ def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
                 local, line, carried, inputs, cotangents
             )
         return tuple(
-            _sum_over_devices(gradient, computing - _held(layout, spec))
-            for layout, gradient, spec in zip(
-                call.inputs, _padded(gradients, inputs), in_specs, strict=True
+            _summed(gradient, axes, x)
+            for gradient, axes, x in zip(
+                _padded(gradients, inputs), missing, inputs, strict=True
             )
         )
 
@@ -205,9 +222,11 @@ def _held(layout: str, spec: Any) -> set[str]:
     return sharding.axes_of(spec) | ({sharding.SEQUENCE} if is_state else set())
 
 
-def _sum_over_devices(gradient: Any, axes: set[str]) -> Any:
-    """An input that several devices share collects what each of them computed."""
-    return lax.psum(gradient, tuple(sorted(axes))) if axes else gradient
+def _summed(gradient: Any, axes: tuple[str, ...], like: Any) -> Any:
+    if gradient is None or not axes:
+        return gradient
+    gradient = lax.psum(gradient, axes)
+    return jax.tree.map(lambda total, x: total.astype(x.dtype), gradient, like)
 
 
 _run: Any = jax.custom_vjp(_forward, nondiff_argnums=(0,))

@@ -124,6 +124,20 @@ def values_and_gradients(contract, inputs, state, ids):
     }
 
 
+def test_gradients_of_shared_inputs_are_added_up_in_float32():
+    # Devices contribute 257, seven times, and 265: 2064 in bfloat16, but 2048 if each is rounded first.
+    x = jnp.arange(8 * 265) % 265 < jnp.where(jnp.arange(8 * 265) < 7 * 265, 257, 265)
+    x = x.astype(jnp.bfloat16)[None, :, None]
+
+    def output_sum(w):
+        y, _ = ops.short_convolution(x, w)
+        return jnp.sum(y.astype(jnp.float32))
+
+    with jax.set_mesh(mesh_of(1, 1, 8, 1)):
+        gradient = jax.jit(jax.grad(output_sum))(jnp.ones((1, 1), jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16 and float(gradient[0, 0]) == 2064
+
+
 @pytest.mark.parametrize(
     ("window", "shape"),
     [

@@ -53,7 +53,8 @@ def decay_layout(decay_log: jax.Array | None) -> str:
 
 def ambient_mesh() -> AbstractMesh | None:
     """The mesh that an op has to be put on: None without one, where it has one device along every axis that an op
-    knows, and inside a shard_map over such an axis, where arrays are local already."""
+    knows, and inside a shard_map over such an axis, where arrays are local already. Raises ValueError for axes that are
+    explicit."""
     mesh = jax.sharding.get_abstract_mesh()
     known = {axis for axes in AXES.values() for axis in axes}
     types = [
@@ -61,6 +62,12 @@ def ambient_mesh() -> AbstractMesh | None:
         for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if axis in known and mesh.shape[axis] > 1
     ]
+    if AxisType.Explicit in types:
+        kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        raise ValueError(
+            "the axes of the mesh must be of type Auto: jax.make_mesh(..., axis_types="
+            f"(AxisType.Auto,) * {len(kinds)}); got {kinds}"
+        )
     return mesh if types and AxisType.Manual not in types else None
 
 

@@ -362,6 +362,13 @@ def test_a_size_that_does_not_divide_names_the_axes():
         pass
 
 
+def test_explicit_axes_are_refused():
+    x = jnp.zeros((2, 4, 2, 4))
+    mesh = jax.make_mesh((1, 1, 4, 2), AXES, axis_types=(AxisType.Explicit,) * 4)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="must be of type Auto"):
+        ops.gated_linear_attention(x, x, x)
+
+
 def test_an_op_inside_a_shard_map_is_local():
     mesh = mesh_of(1, 1, 4, 1)
     x = jax.random.normal(jax.random.key(0), (1, 16, 1, 4))

@@ -77,12 +77,11 @@ def dispatch(
         live_BRN, entries = live_BEL, history + length
     streams = live_BRN.shape[1]
     number_R1 = jnp.arange(streams)[:, None]
-    # Stable: live entries first, in the order in which they are, by memory and then by time.
-    order_BRN = jnp.argsort(~live_BRN, axis=-1, stable=True)[..., :entries]
-    live_BRN, counted_BRN = (
-        jnp.take_along_axis(live_BRN, order_BRN, axis=-1),
-        jnp.cumsum(live_BRN, axis=-1),
-    )
+    # Live entries in the order in which they are, by memory and then by time, found by bisection: they are in order
+    # already, and need no sort. Behind them stands the last one, not live.
+    counted_BRN = jnp.cumsum(live_BRN, axis=-1)
+    order_BRN = _places(counted_BRN, jnp.arange(1, entries + 1)[None, None])
+    live_BRN = jnp.arange(entries)[None, None] < counted_BRN[..., -1:]
     source_BRN = (
         order_BRN + (number_R1 * (memories // streams) * (history + length))[None]
     )
@@ -103,10 +102,11 @@ def dispatch(
     if not one_stream:
         place_BEL = place_BEL + (number_R1 * entries)[None]
     place_BTE = jnp.moveaxis(place_BEL[..., history:], 1, 2)
-    # The last tokens of each memory: stable again, the routed ones of the last document at the end.
-    recent_BET = jnp.argsort(of_last_BET, axis=-1, stable=True)
-    missing = ((0, 0), (0, 0), (max(history - length, 0), 0))
-    recent_BEW = jnp.pad(recent_BET, missing)[..., max(length - history, 0) :]
+    # The last tokens of each memory in the last document; of no account where there are fewer.
+    seen_BET = jnp.cumsum(of_last_BET, axis=-1)
+    recent_BEW = _places(
+        seen_BET, seen_BET[..., -1:] - jnp.arange(history)[::-1][None, None]
+    )
 
     def rows(x_BRN: jax.Array) -> jax.Array:
         return x_BRN.reshape(-1, entries)
@@ -123,6 +123,15 @@ def dispatch(
         fresh=last_B1[:, 0] > 0,
         keeps=~stale_last_BE,
     )
+
+
+def _places(counts_BRL: jax.Array, number_BRN: jax.Array) -> jax.Array:
+    """Where running counts reach a number first; the last place where they never do."""
+    number_BRN = jnp.broadcast_to(
+        number_BRN, (*counts_BRL.shape[:2], number_BRN.shape[-1])
+    )
+    find = jax.vmap(jax.vmap(jnp.searchsorted))
+    return jnp.minimum(find(counts_BRL, number_BRN), counts_BRL.shape[-1] - 1)
 
 
 def _stale_after(stale_BE: jax.Array, part: tuple[jax.Array, ...]) -> jax.Array:

@@ -400,7 +400,7 @@ def test_advice_against_large_activations_follows_what_the_config_can_still_chan
 def test_a_mesh_that_does_not_fill_the_slice_is_refused():
     config: Any = gla.get_config("text,smoke")
     config.mesh.data, config.mesh.fsdp = 1, 3
-    with pytest.raises(ValueError, match=r"number of devices, 1, .*fsdp=3"):
+    with pytest.raises(ValueError, match=r"number of devices, 1; .*fsdp=3"):
         make_plan(config, parse_topology("v5e:1x1"), jax.devices()[:1])
 
 

@@ -173,11 +173,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
         "eval.best_metric": "test/loss",
         "optimizer.schedule": "constant",
     }
-    monkeypatch.setattr(train, "find_task", lambda name, options: spoiled)
+    monkeypatch.setattr(train, "configured_task", lambda config: spoiled)
     rejected = train.run(
         tiny(**options, steps=6, log_every_steps=1), tmp_path / "spoiled", quiet=True
     )
-    monkeypatch.setattr(train, "find_task", lambda name, options: skipping)
+    monkeypatch.setattr(train, "configured_task", lambda config: skipping)
     clean = train.run(
         tiny(**options, steps=5, log_every_steps=1), tmp_path / "clean", quiet=True
     )
@@ -192,7 +192,7 @@ def test_a_run_that_only_meets_non_finite_losses_stops_and_says_so(
     tmp_path, monkeypatch
 ):
     hopeless = task_with(lambda label, index: np.where(index < 16, label, np.inf))
-    monkeypatch.setattr(train, "find_task", lambda name, options: hopeless)
+    monkeypatch.setattr(train, "configured_task", lambda config: hopeless)
     config = tiny(
         **{
             "task.name": "stub",

@@ -10,29 +10,33 @@ from typing import Any
 import jax
 
 from experiments.program_cost import PASSES, Flops
+from ops.by_platform import form_of
 
 
 def kernel_flops(jaxpr: Any) -> dict[str, Flops]:
     """Flops of one run of every Pallas kernel in a jaxpr, by name; of runs that differ, the largest."""
     kernels: dict[str, Flops] = {}
-    for equation in _equations(jaxpr):
-        if (
-            equation.primitive.name == "pallas_call"
-            and not equation.params["interpret"]
-        ):
-            name = equation.params["name"] or str(equation.params["name_and_src_info"])
-            grid = math.prod(equation.params["grid_mapping"].grid)
-            flops = _body_flops(equation.params["jaxpr"]).times(grid)
-            kernels[name] = max(flops, kernels.get(name, flops))
+    for call in kernel_calls(jaxpr):
+        name = call.params["name"] or str(call.params["name_and_src_info"])
+        grid = math.prod(call.params["grid_mapping"].grid)
+        flops = _body_flops(call.params["jaxpr"]).times(grid)
+        kernels[name] = max(flops, kernels.get(name, flops))
     return kernels
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
+def kernel_calls(jaxpr: Any, platform: str = "tpu") -> Iterator[Any]:
+    """The equations of a jaxpr that run a kernel where the program is lowered for `platform`, in order."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield equation
-        if equation.primitive.name != "pallas_call":
-            for inner in _inner(equation):
-                yield from _equations(inner)
+        if equation.primitive.name == "pallas_call":
+            if not equation.params["interpret"]:
+                yield equation
+            continue
+        form = form_of(equation, platform)
+        if form is not None:
+            shapes = [x.aval for x in equation.invars]
+            yield from kernel_calls(jax.make_jaxpr(form)(*shapes), platform)
+        for inner in _inner(equation):
+            yield from kernel_calls(inner, platform)
 
 
 def _inner(equation: Any) -> Iterator[Any]:

@@ -34,6 +34,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments.kernel_flops import kernel_calls
 from experiments.tpu_programs import (
     delta_rule,
     diagonal_scan,
@@ -89,26 +90,6 @@ def compile_for(program: Program, length: int) -> tuple[Any, float]:
     return compiled, time.perf_counter() - began
 
 
-def kernel_calls(function: Any, shapes: Any) -> list[Any]:
-    """All kernel calls of a function, in order, those for a TPU only."""
-    calls = []
-
-    def visit(jaxpr: Any) -> None:
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "pallas_call":
-                if not equation.params["interpret"]:
-                    calls.append(equation)
-                continue
-            for value in equation.params.values():
-                for inner in value if isinstance(value, tuple | list) else (value,):
-                    inner = getattr(inner, "jaxpr", inner)
-                    if hasattr(inner, "eqns"):
-                        visit(inner)
-
-    visit(jax.make_jaxpr(function)(*shapes).jaxpr)
-    return calls
-
-
 def moved_bytes(call: Any) -> int:
     """Bytes of the blocks that a kernel call fetches and writes: a block stays while its index does not change."""
     mapping = call.params["grid_mapping"]
@@ -153,7 +134,8 @@ def work(program: Program) -> dict[str, Any]:
         others = [line for line in lines if "tpu_custom_call" not in line]
         cycles.append([sum(_estimates(line)) for line in kernels])
         glue.append(sum(sum(_estimates(line)) for line in others))
-        moved.append(sum(moved_bytes(call) for call in kernel_calls(function, shapes)))
+        calls = kernel_calls(jax.make_jaxpr(function)(*shapes))
+        moved.append(sum(moved_bytes(call) for call in calls))
         minimum.append(minimum_bytes(program, length))
         row |= {"compile_s": round(seconds, 1), "kernels": len(kernels)}
     scoped = r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"\d+","size":"(\d+)"'

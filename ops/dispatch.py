@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
+
+from .by_platform import by_platform
 
 # What `implementation=None` takes on each platform, where the op has it; everywhere else it takes `chunked`.
 PREFERRED = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
@@ -62,8 +63,7 @@ class _Choice(NamedTuple):
     static: tuple[tuple[str, Any], ...]
 
 
-# Compiled, because choosing by platform traces all candidates: a kernel is traced once per shape, not in every layer
-# and not in every eager call.
+# Compiled, so that a rule is traced once per shape, not in every layer and not in every eager call.
 @functools.partial(jax.jit, static_argnums=0)
 def _chosen(choice: _Choice, *args: Any) -> Any:
     def results(rule: Callable[..., Sequence[Any]], *args: Any) -> tuple[Any, ...]:
@@ -83,4 +83,4 @@ def _chosen(choice: _Choice, *args: Any) -> Any:
     }
     if not kernels:
         return rules["chunked"](*args)
-    return lax.platform_dependent(*args, default=rules["chunked"], **kernels)
+    return by_platform(kernels, *args, default=rules["chunked"])

@@ -25,6 +25,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .by_platform import by_platform
+
 LANES = 128
 # Where a segment starts the decay is zero: a log that any sum of real ones leaves at exp(.) == 0 exactly. It is only
 # ever added to other logs, never subtracted.
@@ -209,10 +211,12 @@ def call(
             ),
         )(*arrays)
 
-    return lax.platform_dependent(
+    return by_platform(
+        {
+            "tpu": functools.partial(run, interpret=False),
+            "cpu": functools.partial(run, interpret=True),
+        },
         *arrays,
-        tpu=functools.partial(run, interpret=False),
-        cpu=functools.partial(run, interpret=True),
     )
 
 

@@ -106,6 +106,10 @@ def decay(
             decay_log.astype(jnp.float32)[:, None], (blocks.all_heads, blocks.chunk)
         )
         rows = rows.reshape(1, -1, 1, blocks.heads, blocks.chunk)
+        ragged = blocks.length % blocks.chunk
+        if ragged:  # tokens past the end do not decay: the last chunk differs
+            rows = jnp.repeat(rows, blocks.chunks, 2)
+            rows = rows.at[:, :, -1, :, ragged:].set(0.0)
         return ScalarDecay.inputs(matmul, blocks, rows, reverse)
     elif decay_log.ndim == 1:
         log_BHT = jnp.broadcast_to(
@@ -166,15 +170,8 @@ class ScalarDecay:
 
     @staticmethod
     def inputs(matmul: Matmul, blocks: Blocks, log_rows: jax.Array, reverse: bool):
-        """log_rows: [B or 1, n, G or 1, heads, C], G = 1 for a decay that is the same in all chunks."""
+        """log_rows: [B or 1, n, G or 1, heads, C], G = 1 for a decay that is the same in all chunks; 0 where no token is."""
         chunk = blocks.chunk
-        ragged = blocks.length % chunk
-        if (
-            ragged and log_rows.shape[2] != blocks.chunks
-        ):  # tokens past the end do not decay: the last chunk differs
-            log_rows = (
-                jnp.repeat(log_rows, blocks.chunks, 2).at[:, :, -1, :, ragged:].set(0.0)
-            )
         until = np.tri(chunk, dtype=np.float32)
         both = np.concatenate([until.T, until - np.eye(chunk, dtype=np.float32)], 1)
         # One plain matrix: XLA takes a product with leading axes for a convolution over them.

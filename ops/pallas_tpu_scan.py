@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .by_platform import by_platform
 from .pallas_tpu import LANES, VMEM_BYTES
 
 SUBLANES = 8
@@ -197,10 +198,12 @@ def call(
             ),
         )(*arrays)
 
-    return lax.platform_dependent(
+    return by_platform(
+        {
+            "tpu": functools.partial(run, interpret=False),
+            "cpu": functools.partial(run, interpret=True),
+        },
         *arrays,
-        tpu=functools.partial(run, interpret=False),
-        cpu=functools.partial(run, interpret=True),
     )
 
 

@@ -369,3 +369,11 @@ def test_checks_find_a_positive_decay_under_jit():
     assert_close("o", ops.checks(run)(good), run(good))
     with pytest.raises(Exception, match="decay_log must be finite and <= 0"):
         ops.checks(run)(-good)
+
+
+def test_tpu_kernels_leave_the_state_alone_after_the_last_token():
+    contract = TestGatedLinearAttention()
+    inputs, state, _ = contract.data("constant", 11)  # a part of a single chunk
+    _, expected = contract.forward("reference", inputs, state)
+    _, got = contract.forward("pallas_tpu", inputs, state)
+    assert_close("final state", got, expected)

@@ -2,9 +2,11 @@
 
 import importlib.util
 
+import jax
 import pytest
 
 from experiments import tpu_aot
+from experiments.kernel_flops import kernel_calls
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -57,5 +59,5 @@ def test_representative_programs_exist_once():
 def test_bytes_of_a_forward_pass_are_inputs_and_outputs_once():
     program = next(tpu_aot.programs())
     function, shapes = program.function_and_shapes(256)
-    (call,) = tpu_aot.kernel_calls(function, shapes)
+    (call,) = kernel_calls(jax.make_jaxpr(function)(*shapes))
     assert tpu_aot.moved_bytes(call) == tpu_aot.minimum_bytes(program, 256)

@@ -41,10 +41,23 @@ def call(
 ) -> Any:
     """Runs `rule` ("forward" or "backward") of the chosen implementation on `args` (pytrees of arrays) and `static`.
 
-    A named implementation runs or raises; None takes `PREFERRED` for the lowering platform, else `chunked`. `dtypes`,
+    A named implementation runs or raises; None takes `PREFERRED` for the lowering platform where its `supports` agrees,
+    else `chunked`. `dtypes`,
     one (or a tree) for each result at least, are those that the results take: a kernel writes its own, and alternatives
     must agree.
     """
+    if implementation is None:
+        modules = {
+            name: module
+            for name, module in modules.items()
+            if _supports(module, args, static)
+        }
+    elif not _supports(modules[implementation], args, static):
+        shapes = ", ".join(f"{x.dtype}{x.shape}" for x in jax.tree.leaves(args))
+        raise ValueError(
+            f"implementation {implementation!r} takes"
+            f" {modules[implementation].SUPPORTED}; got {shapes}"
+        )
     functions = tuple((name, getattr(module, rule)) for name, module in modules.items())
     return _chosen(
         _Choice(
@@ -52,6 +65,12 @@ def call(
         ),
         *args,
     )
+
+
+def _supports(module: ModuleType, args: Any, static: Mapping[str, Any]) -> bool:
+    """What the module says of these arguments, of either rule; one that does not say takes all."""
+    supports = getattr(module, "supports", None)
+    return supports is None or supports(*args, **static)
 
 
 class _Choice(NamedTuple):

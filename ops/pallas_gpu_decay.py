@@ -2,7 +2,7 @@
 
 As in `ops/chunking.py` a chunk needs, of the decays a_t of its tokens,
 
-    W_ij = a_{j+1} .. a_i  (i >= j)     prefix_i = a_0 .. a_i     suffix_j = a_{j+1} .. a_{C-1}     total = a_0 .. a_{C-1}
+    W_ij = a_{j+1} .. a_i  (i >= j)    prefix_i = a_0 .. a_i    suffix_j = a_{j+1} .. a_{C-1}    total = a_0 .. a_{C-1}
 
 and takes them from sums of logs, all of one sign: nothing is subtracted, so nothing cancels, and no exponent is
 positive. Sums are matmuls with zeros and ones. Where a segment starts, products are set to zero by comparing segment
@@ -17,6 +17,7 @@ each b = 1, 2, 4 .. C/2 covers all i > j. Backward, with M the gradient of the s
 images, dX = M X, and the gradient of the logs is the adjoint of their sums applied to X dX.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from jax.experimental import pallas as pl
 
 from . import pallas_gpu as gpu
 
-CHANNELS = 64  # channels of a tile where each has its own decay
+CHANNELS = 32  # channels of a tile where each has its own decay
 
 
 def segment_numbers(segment_ids: jax.Array | None) -> jax.Array | None:
@@ -148,11 +149,11 @@ def token_log_gradient(
 # --- One decay per channel --------------------------------------------------------------------------------------------
 
 
-def _levels(chunk: int) -> list[int]:
-    return [1 << n for n in range(chunk.bit_length() - 1)]
+def _levels(chunk: int) -> int:
+    return chunk.bit_length() - 1
 
 
-def _level(b: int, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _level(b: Any, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """second [C, 1]: rows in second halves; which [C, C]: the tokens whose logs a row sums; pairs [C, C], both ways."""
     row, column = gpu.indices(chunk, chunk)
     second = (row & b) != 0
@@ -163,16 +164,19 @@ def _level(b: int, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 class ChannelDecay(NamedTuple):
-    """What `channel_scores` computes, for the G chunks of [B, H, T padded to G C].
+    """What `channel_scores` computes, for the G chunks of [B, H, T padded to G C]; or the cotangents of that.
 
     scores [B, H, GC, C]: of a row with the tokens of its chunk, times `scale`; q_start [B, H, GC, K]: scale q prefix;
-    k_end [B, H, GC, K]: k suffix; total [B, H, G, K], float32.
+    k_end [B, H, GC, K]: k suffix; total [B, H, G, K], float32. Where asked for, of keys with keys: key_scores
+    [B, H, GC, C], those of earlier tokens only, float32; key_start [B, H, GC, K]: k prefix.
     """
 
-    scores: jax.Array
-    q_start: jax.Array
-    k_end: jax.Array
-    total: jax.Array
+    scores: Any
+    q_start: Any
+    k_end: Any
+    total: Any
+    key_scores: Any = None
+    key_start: Any = None
 
 
 def channel_scores(
@@ -183,69 +187,85 @@ def channel_scores(
     scale: float,
     chunk: int,
     dtype: Any,
+    keys: bool = False,
 ) -> ChannelDecay:
-    """q, k [B, T, HK, K], decay_log [B, T, H, K], numbers [B, T]; results but `total` in `dtype`."""
-    batch, length, heads, key = decay_log.shape
-    chunks = pl.cdiv(length, chunk)
-    rows = chunks * chunk
-    like = jax.ShapeDtypeStruct
+    """q, k [B, T, HK, K], decay_log [B, T, H, K], numbers [B, T]; results in `dtype` where not said otherwise.
 
-    def kernel(q, k, log, numbers, scores, q_start, k_end, total, *, compiled):
+    keys: also the scores of keys with keys.
+    """
+    batch, length, heads, key = decay_log.shape
+    tile = _Tiles(length, heads, q.shape[2], key, chunk)
+    chunks, rows = tile.chunks, tile.chunks * chunk
+
+    def kernel(q, k, log, numbers, out, *, compiled):
         matmul = gpu.Matmul(dtype, compiled)
         t, at = pl.program_id(0), pl.program_id(1)
         b, h = at // heads, at % heads
-        hk = h // (heads // q.shape[2])
         segments = load_segments(numbers, b, t * chunk, chunk, length)
-        tokens = gpu.span(t * chunk, chunk, length, length % chunk == 0)
         row, column = gpu.indices(chunk, chunk)
+        padded, square = tile.padded(t), gpu.span(0, chunk, chunk, True)
 
-        def channels(n: Any, sums: jax.Array) -> jax.Array:
-            width = min(CHANNELS, gpu.tile_size(key))
-            cs = gpu.span(n * width, width, key, key % width == 0)
-            q_, k_ = (
-                gpu.load(x, b, tokens, hk, cs).astype(jnp.float32) for x in (q, k)
-            )
-            log_ = gpu.load(log, b, tokens, h, cs).astype(jnp.float32)
-            for level in _levels(chunk):
-                second, which, pairs = _level(level, chunk)
-                x = jnp.where(second, q_, k_) * jnp.exp(matmul.sums(which, log_))
-                sums += jnp.where(pairs & (row > column), matmul.nt(x, x), 0.0)
-            sums += jnp.where(row == column, (q_ * k_).sum(1)[:, None], 0.0)
-            read = scale * q_ * jnp.exp(matmul.sums(row >= column, log_))
-            write = k_ * jnp.exp(matmul.sums(row < column, log_))
-            whole = jnp.exp(log_.sum(0))
+        def channels(n: Any, sums: Any) -> Any:
+            cs = tile.channels(n)
+            q_, k_, log_ = tile.load(b, h, t, cs, q, k, log)
+
+            def level(n: Any, sums: Any) -> Any:
+                second, which, pairs = _level(jnp.left_shift(1, n), chunk)
+                earlier = pairs & (row > column)
+                factor = jnp.exp(matmul.sums(which, log_))
+                x = jnp.where(second, q_, k_) * factor
+                products = [matmul.nt(x, x)]
+                if keys:
+                    y = k_ * factor
+                    products.append(matmul.nt(y, y))
+                return [
+                    total + jnp.where(earlier, x, 0.0)
+                    for total, x in zip(sums, products, strict=True)
+                ]
+
+            sums = lax.fori_loop(0, _levels(chunk), level, list(sums))
+            sums[0] += jnp.where(row == column, (q_ * k_).sum(1)[:, None], 0.0)
+            prefix = jnp.exp(matmul.sums(row >= column, log_))
+            suffix = jnp.exp(matmul.sums(row < column, log_))
+            total = jnp.exp(log_.sum(0))
             if segments is not None:
-                read = jnp.where(segments.reads[:, None], read, 0.0)
-                write = jnp.where(segments.writes[:, None], write, 0.0)
-                whole = jnp.where(segments.passes, whole, 0.0)
-            every = gpu.span(t * chunk, chunk, rows, True)
-            gpu.store(q_start, read, b, h, every, cs)
-            gpu.store(k_end, write, b, h, every, cs)
-            gpu.store(total, whole, b, h, t, cs)
+                prefix = jnp.where(segments.reads[:, None], prefix, 0.0)
+                suffix = jnp.where(segments.writes[:, None], suffix, 0.0)
+                total = jnp.where(segments.passes, total, 0.0)
+            gpu.store(out.q_start, scale * q_ * prefix, b, h, padded, cs)
+            gpu.store(out.k_end, k_ * suffix, b, h, padded, cs)
+            gpu.store(out.total, total, b, h, t, cs)
+            if keys:
+                gpu.store(out.key_start, k_ * prefix, b, h, padded, cs)
             return sums
 
-        tiles = pl.cdiv(key, CHANNELS)
-        sums = lax.fori_loop(0, tiles, channels, jnp.zeros((chunk, chunk), jnp.float32))
+        zeros = [jnp.zeros((chunk, chunk), jnp.float32)] * (2 if keys else 1)
+        sums = lax.fori_loop(0, tile.count, channels, zeros)
         if segments is not None:
-            sums = jnp.where(segments.same, sums, 0.0)
-        every = gpu.span(t * chunk, chunk, rows, True)
-        gpu.store(scores, scale * sums, b, h, every, gpu.span(0, chunk, chunk, True))
+            sums = [jnp.where(segments.same, x, 0.0) for x in sums]
+        gpu.store(out.scores, scale * sums[0], b, h, padded, square)
+        if keys:
+            gpu.store(out.key_scores, sums[1], b, h, padded, square)
 
-    return ChannelDecay(
-        *gpu.call(
-            "decay_scores",
-            kernel,
-            (chunks, batch * heads),
-            (q, k, decay_log, numbers),
-            (
-                like((batch, heads, rows, chunk), dtype),
-                like((batch, heads, rows, key), dtype),
-                like((batch, heads, rows, key), dtype),
-                like((batch, heads, chunks, key), jnp.float32),
-            ),
-            warps=4,
-        )
+    like = functools.partial(_of_heads, batch, heads)
+    (result,) = gpu.call(
+        "decay_scores",
+        kernel,
+        (chunks, batch * heads),
+        (q, k, decay_log, numbers),
+        [
+            ChannelDecay(
+                like(rows, chunk, dtype),
+                like(rows, key, dtype),
+                like(rows, key, dtype),
+                like(chunks, key, jnp.float32),
+                like(rows, chunk, jnp.float32) if keys else None,
+                like(rows, key, dtype) if keys else None,
+            )
+        ],
+        warps=4,
     )
+    return result
 
 
 def channel_scores_adjoint(
@@ -253,10 +273,7 @@ def channel_scores_adjoint(
     k: jax.Array,
     decay_log: jax.Array,
     numbers: jax.Array | None,
-    dscores: jax.Array,
-    dq_start: jax.Array,
-    dk_end: jax.Array,
-    dtotal: jax.Array,
+    cotangents: ChannelDecay,
     scale: float,
     chunk: int,
     dtype: Any,
@@ -264,74 +281,139 @@ def channel_scores_adjoint(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cotangents of q, k and decay_log, all [B, T, H, K] in `dtypes`, from those of the results of `channel_scores`."""
     batch, length, heads, key = decay_log.shape
-    chunks = pl.cdiv(length, chunk)
-    rows = chunks * chunk
+    tile = _Tiles(length, heads, q.shape[2], key, chunk)
 
-    def kernel(
-        q, k, log, numbers, dscores, dq_start, dk_end, dtotal, dq, dk, dlog, *, compiled
-    ):
+    def kernel(q, k, log, numbers, cotangents, dq, dk, dlog, *, compiled):
         matmul = gpu.Matmul(dtype, compiled)
-        t, at = pl.program_id(0), pl.program_id(1)
-        n, at = at % tiles, at // tiles
-        b, h = at // heads, at % heads
-        hk = h // (heads // q.shape[2])
+        at, head = pl.program_id(0), pl.program_id(1)
+        n, t = at % tile.count, at // tile.count
+        b, h = head // heads, head % heads
         segments = load_segments(numbers, b, t * chunk, chunk, length)
-        tokens = gpu.span(t * chunk, chunk, length, length % chunk == 0)
-        every = gpu.span(t * chunk, chunk, rows, True)
-        cs = gpu.span(n * width, width, key, key % width == 0)
         row, column = gpu.indices(chunk, chunk)
+        padded, square = tile.padded(t), gpu.span(0, chunk, chunk, True)
+        cs = tile.channels(n)
+        q_, k_, log_ = tile.load(b, h, t, cs, q, k, log)
 
-        q_, k_ = (gpu.load(x, b, tokens, hk, cs).astype(jnp.float32) for x in (q, k))
-        log_ = gpu.load(log, b, tokens, h, cs).astype(jnp.float32)
-        square = gpu.span(0, chunk, chunk, True)
-        of_scores = scale * gpu.load(dscores, b, h, every, square).astype(jnp.float32)
-        of_scores = jnp.where(row >= column, of_scores, 0.0)
-        if segments is not None:
-            of_scores = jnp.where(segments.same, of_scores, 0.0)
-        diagonal = jnp.where(row == column, of_scores, 0.0).sum(1)[:, None]
-        both = of_scores + of_scores.T  # the diagonal, twice, is in no level
+        def of_scores(ref: Any, which: jax.Array) -> jax.Array:
+            x = gpu.load(ref, b, h, padded, square).astype(jnp.float32)
+            return jnp.where(
+                which if segments is None else which & segments.same, x, 0.0
+            )
 
+        def of_rows(ref: Any, which: Any) -> jax.Array:
+            x = gpu.load(ref, b, h, padded, cs).astype(jnp.float32)
+            return x if segments is None else jnp.where(which[:, None], x, 0.0)
+
+        dscores = scale * of_scores(cotangents.scores, row >= column)
+        diagonal = jnp.where(row == column, dscores, 0.0).sum(1)[:, None]
+        both = [dscores + dscores.T]  # the diagonal, twice, is in no level
+        if cotangents.key_scores is not None:
+            of_keys = of_scores(cotangents.key_scores, row > column)
+            both.append(of_keys + of_keys.T)
+
+        reads = None if segments is None else segments.reads
         prefix = jnp.exp(matmul.sums(row >= column, log_))
+        dq_ = scale * of_rows(cotangents.q_start, reads) * prefix
+        of_prefix = dq_ * q_
+        dk_ = jnp.zeros_like(dq_)
+        if cotangents.key_start is not None:
+            dk_ = of_rows(cotangents.key_start, reads) * prefix
+            of_prefix += dk_ * k_
+        writes = None if segments is None else segments.writes
         suffix = jnp.exp(matmul.sums(row < column, log_))
-        whole = jnp.exp(log_.sum(0))
-        dread = scale * gpu.load(dq_start, b, h, every, cs).astype(jnp.float32)
-        dwrite = gpu.load(dk_end, b, h, every, cs).astype(jnp.float32)
-        dwhole = gpu.load(dtotal, b, h, t, cs)
+        dk_end = of_rows(cotangents.k_end, writes) * suffix
+        dtotal = gpu.load(cotangents.total, b, h, t, cs) * jnp.exp(log_.sum(0))
         if segments is not None:
-            dread = jnp.where(segments.reads[:, None], dread, 0.0)
-            dwrite = jnp.where(segments.writes[:, None], dwrite, 0.0)
-            dwhole = jnp.where(segments.passes, dwhole, 0.0)
-        dread, dwrite = dread * prefix, dwrite * suffix
-        dq_, dk_ = dread + diagonal * k_, dwrite + diagonal * q_
-        dlog_ = (dwhole * whole)[None, :] + matmul.sums(row <= column, dread * q_)
-        dlog_ += matmul.sums(row > column, dwrite * k_)
-        for level in _levels(chunk):
-            second, which, pairs = _level(level, chunk)
+            dtotal = jnp.where(segments.passes, dtotal, 0.0)
+        dlog_ = dtotal[None, :] + matmul.sums(row <= column, of_prefix)
+        dlog_ += matmul.sums(row > column, dk_end * k_)
+        dq_, dk_ = dq_ + diagonal * k_, dk_ + dk_end + diagonal * q_
+
+        def level(n: Any, sums: Any) -> Any:
+            dq_, dk_, dlog_ = sums
+            second, which, pairs = _level(jnp.left_shift(1, n), chunk)
             factor = jnp.exp(matmul.sums(which, log_))
             x = jnp.where(second, q_, k_) * factor
-            dx = matmul.nn(jnp.where(pairs, both, 0.0), x)
-            dlog_ += matmul.sums(_transposed(level, chunk), x * dx)
-            dx *= factor
-            dq_ += jnp.where(second, dx, 0.0)
-            dk_ += jnp.where(second, 0.0, dx)
-        for ref, x in ((dq, dq_), (dk, dk_), (dlog, dlog_)):
-            gpu.store(ref, x, b, tokens, h, cs)
+            dx = matmul.nn(jnp.where(pairs, both[0], 0.0), x)
+            of_factor, dx = x * dx, dx * factor
+            dq_, dk_ = (
+                dq_ + jnp.where(second, dx, 0.0),
+                dk_ + jnp.where(second, 0.0, dx),
+            )
+            for of_keys in both[1:]:
+                y = k_ * factor
+                dy = matmul.nn(jnp.where(pairs, of_keys, 0.0), y)
+                of_factor += y * dy
+                dk_ += dy * factor
+            mirrored = _mirrored_sums(jnp.left_shift(1, n), chunk)
+            return dq_, dk_, dlog_ + matmul.sums(mirrored, of_factor)
 
-    width = min(CHANNELS, gpu.tile_size(key))
-    tiles = pl.cdiv(key, width)
+        sums = lax.fori_loop(0, _levels(chunk), level, (dq_, dk_, dlog_))
+        for ref, x in zip((dq, dk, dlog), sums, strict=True):
+            gpu.store(ref, x, b, tile.tokens(t), h, cs)
+
     return gpu.call(
         "decay_scores_adjoint",
         kernel,
-        (chunks, batch * heads * tiles),
-        (q, k, decay_log, numbers, dscores, dq_start, dk_end, dtotal),
+        (tile.chunks * tile.count, batch * heads),
+        (q, k, decay_log, numbers, cotangents),
         [jax.ShapeDtypeStruct(decay_log.shape, dtype) for dtype in dtypes],
         warps=4,
     )
 
 
-def _transposed(b: int, chunk: int) -> jax.Array:
+def _mirrored_sums(b: Any, chunk: int) -> jax.Array:
     """`which` of `_level`, rows and columns exchanged."""
     row, column = gpu.indices(chunk, chunk)
-    second = (column & b) != 0
-    after = jnp.where(second, row <= column, row > column)
+    after = jnp.where((column & b) != 0, row <= column, row > column)
     return after & ((row ^ column) < b)
+
+
+def _of_heads(batch: int, heads: int, *shape: Any) -> jax.ShapeDtypeStruct:
+    *sizes, dtype = shape
+    return jax.ShapeDtypeStruct((batch, heads, *sizes), dtype)
+
+
+class _Tiles(NamedTuple):
+    """How chunks and channels of q, k [B, T, HK, K] and decays [B, T, H, K] are read."""
+
+    length: int
+    heads: int
+    key_heads: int
+    key: int
+    chunk: int
+
+    @property
+    def chunks(self) -> int:
+        return pl.cdiv(self.length, self.chunk)
+
+    @property
+    def width(self) -> int:
+        return min(CHANNELS, gpu.tile_size(self.key))
+
+    @property
+    def count(self) -> int:
+        """Tiles of channels."""
+        return pl.cdiv(self.key, self.width)
+
+    def channels(self, n: Any) -> gpu.Span:
+        whole = self.key % self.width == 0
+        return gpu.span(n * self.width, self.width, self.key, whole)
+
+    def tokens(self, t: Any) -> gpu.Span:
+        whole = self.length % self.chunk == 0
+        return gpu.span(t * self.chunk, self.chunk, self.length, whole)
+
+    def padded(self, t: Any) -> gpu.Span:
+        """The same rows of an array that is padded to whole chunks."""
+        return gpu.span(t * self.chunk, self.chunk, self.chunks * self.chunk, True)
+
+    def load(
+        self, b: Any, h: Any, t: Any, channels: gpu.Span, q: Any, k: Any, log: Any
+    ) -> list[jax.Array]:
+        """q, k and log [C, channels], float32."""
+        key_head = h // (self.heads // self.key_heads)
+        return [
+            gpu.load(ref, b, self.tokens(t), head, channels).astype(jnp.float32)
+            for ref, head in ((q, key_head), (k, key_head), (log, h))
+        ]

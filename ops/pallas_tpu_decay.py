@@ -170,7 +170,7 @@ class ScalarDecay:
 
     @staticmethod
     def inputs(matmul: Matmul, blocks: Blocks, log_rows: jax.Array, reverse: bool):
-        """log_rows: [B or 1, n, G or 1, heads, C], G = 1 for a decay that is the same in all chunks; 0 where no token is."""
+        """log_rows: [B or 1, n, G or 1, heads, C], 0 where no token is; G = 1: all chunks are the same."""
         chunk = blocks.chunk
         until = np.tri(chunk, dtype=np.float32)
         both = np.concatenate([until.T, until - np.eye(chunk, dtype=np.float32)], 1)

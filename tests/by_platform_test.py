@@ -37,7 +37,7 @@ def test_a_platform_without_a_form_takes_the_default_or_is_refused():
     x = jnp.arange(3.0)
     lowered = jax.jit(choice([])).trace(x, x).lower(lowering_platforms=("cuda",))
     assert "5.0" in lowered.as_text()
-    with pytest.raises(ValueError, match="has forms for tpu.*lowered for cpu"):
+    with pytest.raises(ValueError, match=r"has forms for tpu.*lowered for cpu"):
         jax.jit(lambda x: by_platform({"tpu": jnp.sin}, x))(x)
 
 

@@ -7,11 +7,13 @@ from .. import dispatch
 from ..arguments import check_matrix_state
 from ..op import Op, run
 from ..sharding import decay_layout
-from . import chunked, over_time, pallas_tpu, reference
+from . import chunked, over_time, pallas_gpu, pallas_tpu, reference
 
 NAME = "gated_linear_attention"
 ONE_STATE = Op(
-    NAME, {"chunked": chunked, "pallas_tpu": pallas_tpu}, over_time.OVER_TIME
+    NAME,
+    {"chunked": chunked, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu},
+    over_time.OVER_TIME,
 )
 # The kernels keep one state per sequence.
 SEGMENT_STATES = Op(
@@ -52,15 +54,16 @@ def gated_linear_attention(
         0..S-1 and non-decreasing along time (of each device, where a mesh cuts time); a segment may be empty.
         `initial_state` is [B, S, H, K, V]: each segment starts from its own state, and an empty one returns it
         unchanged.
-      implementation: "reference" (a scan over tokens), "chunked" (plain JAX), "pallas_tpu" (kernels; interpreted when
-        lowered for a CPU; without num_segments), or None for the best of the platform that the program is lowered for:
-        the kernels on TPU where they can, else "chunked". A named implementation runs or raises.
+      implementation: "reference" (a scan over tokens), "chunked" (plain JAX), "pallas_tpu" and "pallas_gpu" (kernels;
+        interpreted when lowered for a CPU; without num_segments), or None for the best of the platform that the program
+        is lowered for: the kernels on TPU and GPU where they can, else "chunked". A named implementation runs or
+        raises.
 
     Returns:
       o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32, with num_segments those
       after the last token of each segment [B, S, H, K, V]. The state and all sums
       are float32 whatever the inputs are, no exponent is positive and none is clipped; where q, k and v are bfloat16,
-      the TPU kernels round the factors of matmuls to bfloat16 too. Differentiable in every float
+      the kernels round the factors of matmuls to bfloat16 too. Differentiable in every float
       input, and through both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
 
     Raises:

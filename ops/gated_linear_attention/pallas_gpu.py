@@ -1,6 +1,7 @@
 """Gated linear attention on NVIDIA GPUs: chunks in order where states pass, all chunks at once where they need not.
 
-With P the scores of a chunk with their decays and `scale`, r_i = scale prefix_i, w_j = suffix_j (`pallas_gpu_decay.py`):
+With P the scores of a chunk with their decays and `scale`, r_i = scale prefix_i and w_j = suffix_j
+(`pallas_gpu_decay.py`):
 
     O  = r (Q S) + P V          S' = total S + K^T (w V)
 
@@ -32,6 +33,7 @@ from jax.experimental import pallas as pl
 
 from .. import pallas_gpu as gpu
 from ..pallas_gpu_decay import (
+    ChannelDecay,
     TokenDecay,
     channel_scores,
     channel_scores_adjoint,
@@ -42,10 +44,14 @@ from ..pallas_gpu_decay import (
 )
 
 MAX_SIZE = 256  # of K and V: what fits registers
+SUPPORTED = (
+    f"float32 or bfloat16, K and V up to {MAX_SIZE}, and arrays of fewer than 2**31"
+    " elements"
+)
 
 
 def supports(q, k, v, decay_log, initial_state, segment_ids, *_, scale) -> bool:
-    """Whether the kernels take these arrays: float32 or bfloat16, K and V up to 256, arrays within 32-bit offsets."""
+    """Whether the kernels take these arrays: what SUPPORTED says, where jax has the lowering."""
     del k, decay_log, initial_state, segment_ids, scale
     batch, length, heads, value = v.shape
     key = q.shape[-1]
@@ -406,16 +412,12 @@ def backward(
     )
     of_keys, dv, dlog = _chunk_gradients(sizes, inputs, q, k, v, decay_log, do, S, dS)
     if inputs.scores is not None:
-        dscores, dq_start, dk_end = of_keys
         *of_keys, dlog = channel_scores_adjoint(
             q,
             k,
             decay_log,
             segment_numbers(segment_ids),
-            dscores,
-            dq_start,
-            dk_end,
-            dlog,
+            ChannelDecay(*of_keys, total=dlog),
             scale,
             sizes.chunk,
             sizes.dtype,

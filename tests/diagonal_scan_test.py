@@ -10,7 +10,7 @@ from jax.experimental import checkify
 
 import ops
 from ops import diagonal_scan
-from ops.diagonal_scan import chunked, pallas_tpu
+from ops.diagonal_scan import chunked, pallas_gpu, pallas_tpu
 from ops.diagonal_scan.shapes import SHAPES
 from tests.op_contract import (
     BATCH,
@@ -85,10 +85,10 @@ class TestDiagonalScan(OpContract):
 
 
 @pytest.mark.full
-class TestPallasTpu(TestDiagonalScan):
-    """The TPU kernels, interpreted: the whole contract. What `make test` runs of it stands below."""
+class TestKernels(TestDiagonalScan):
+    """The kernels, interpreted: the whole contract. What `make test` runs of it stands below."""
 
-    implementations = ("pallas_tpu",)
+    implementations = ("pallas_gpu", "pallas_tpu")
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_values_states_and_gradients_equal_the_reference(
@@ -136,9 +136,51 @@ def test_tpu_kernels_carry_states_and_gradients_over_chunks(variant, monkeypatch
         assert_close(name, got[name], expected[name])
 
 
+# Five turns, the last ragged, of four tokens: interpreted kernels take longer to compile than to run.
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param("complex, per token", marks=pytest.mark.slow),
+        pytest.param("real, constant", marks=pytest.mark.full),
+    ],
+)
+def test_gpu_kernels_equal_the_reference(variant, monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "TURN", 4)
+    contract = TestDiagonalScan()
+    inputs, state, ids = contract.data(variant, 19)
+    expected = contract.values_and_gradients("reference", inputs, state, ids)
+    got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
+    for name in expected:
+        assert_close(name, got[name], expected[name])
+
+
+# Three chunks in two parts; four in three, of which the last is empty.
 @pytest.mark.full
+@pytest.mark.parametrize(("length", "parts"), [(130, 2), (193, 3)])
+@pytest.mark.parametrize("variant", ["real, constant", "complex, per token"])
+def test_gpu_kernels_cut_time_into_parts(variant, length, parts, monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "parts", lambda length, programs: parts)
+    contract = TestDiagonalScan()
+    inputs, state, ids = contract.data(variant, length)
+    for segment_ids in (ids, None):
+        expected = contract.values_and_gradients(
+            "reference", inputs, state, segment_ids
+        )
+        got = contract.values_and_gradients("pallas_gpu", inputs, state, segment_ids)
+        for name in expected:
+            assert_close(name, got[name], expected[name])
+
+
+def test_gpu_kernels_refuse_what_they_do_not_take():
+    b = jnp.zeros((1, 4, 2), jnp.float16)
+    with pytest.raises(ValueError, match="'pallas_gpu' takes float32 or bfloat16"):
+        diagonal_scan(jnp.zeros((2,)), b, implementation="pallas_gpu")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu"])
 @pytest.mark.parametrize("channels", [1, 192, 700])  # below, beside, beyond a block
-def test_tpu_kernels_take_any_number_of_channels(channels):
+def test_kernels_take_any_number_of_channels(channels, implementation):
     a, b = factors(8, channels), factors(9, BATCH, 40, channels)
 
     def scan_and_gradients(implementation):
@@ -147,7 +189,7 @@ def test_tpu_kernels_take_any_number_of_channels(channels):
 
         return jax.jit(functools.partial(values_and_gradients, function))(a, b)
 
-    expected, got = scan_and_gradients("reference"), scan_and_gradients("pallas_tpu")
+    expected, got = scan_and_gradients("reference"), scan_and_gradients(implementation)
     for (path, value), wanted in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
     ):
@@ -253,7 +295,12 @@ def test_a_constant_factor_makes_a_convolution_with_its_powers(implementation):
 
 
 @pytest.mark.parametrize(
-    "implementation", ["chunked", pytest.param("pallas_tpu", marks=pytest.mark.slow)]
+    "implementation",
+    [
+        "chunked",
+        pytest.param("pallas_gpu", marks=pytest.mark.full),
+        pytest.param("pallas_tpu", marks=pytest.mark.slow),
+    ],
 )
 def test_a_growing_state_overflows_only_where_the_definition_does(implementation):
     length = 130  # of chunks with padded tokens, whose states would be 2^128 and more

@@ -8,6 +8,7 @@ from jax.experimental import checkify
 
 import ops
 from ops import selective_scan
+from ops.selective_scan import pallas_gpu
 from ops.selective_scan.shapes import SHAPES
 from tests.op_contract import (
     BATCH,
@@ -97,10 +98,10 @@ class TestSelectiveScan(OpContract):
 
 
 @pytest.mark.full
-class TestPallasTpu(TestSelectiveScan):
-    """The TPU kernels, interpreted: the whole contract. What `make test` runs of it stands below."""
+class TestKernels(TestSelectiveScan):
+    """The kernels, interpreted: the whole contract. What `make test` runs of it stands below."""
 
-    implementations = ("pallas_tpu",)
+    implementations = ("pallas_gpu", "pallas_tpu")
 
 
 @pytest.mark.parametrize(
@@ -128,10 +129,53 @@ def test_a_tpu_kernel_carries_its_state_over_chunks_without_segments():
         assert_close(name, got, wanted)
 
 
+# Two chunks, the last ragged. Turns of two tokens: interpreted kernels take longer to compile than to run.
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param("positive", marks=pytest.mark.slow),
+        pytest.param("negative", marks=pytest.mark.full),
+    ],
+)
+def test_gpu_kernels_equal_the_reference(variant, monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "TURN", 2)
+    monkeypatch.setattr(pallas_gpu, "BACKWARD_TURN", 2)
+    contract = TestSelectiveScan()
+    inputs, state, ids = contract.data(variant, 71)
+    expected = contract.values_and_gradients("reference", inputs, state, ids)
+    got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
+    for name in expected:
+        assert_close(name, got[name], expected[name])
+
+
+# Three chunks in two parts; four in three, of which the last is empty.
+@pytest.mark.full
+@pytest.mark.parametrize(("length", "parts"), [(130, 2), (193, 3)])
+@pytest.mark.parametrize("variant", ["positive", "negative"])
+def test_gpu_kernels_cut_time_into_parts(variant, length, parts, monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "parts", lambda length, programs: parts)
+    contract = TestSelectiveScan()
+    inputs, state, ids = contract.data(variant, length)
+    for segment_ids in (ids, None):
+        expected = contract.values_and_gradients(
+            "reference", inputs, state, segment_ids
+        )
+        got = contract.values_and_gradients("pallas_gpu", inputs, state, segment_ids)
+        for name in expected:
+            assert_close(name, got[name], expected[name])
+
+
+def test_gpu_kernels_refuse_what_they_do_not_take():
+    inputs = scan_inputs(11, 4, width=2, state=65)
+    with pytest.raises(ValueError, match=r"'pallas_gpu' takes .*N up to 64"):
+        selective_scan(**inputs, implementation="pallas_gpu")
+
+
 # D, N: two blocks of channels with part of a tile, registers of states, chunks of 32 tokens.
 @pytest.mark.full
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu"])
 @pytest.mark.parametrize(("width", "state"), [(700, 3), (130, 20), (256, 64)])
-def test_tpu_kernels_take_any_width_and_state(width, state):
+def test_kernels_take_any_width_and_state(width, state, implementation):
     inputs = scan_inputs(7, 70, width=width, state=state)
     dy = jnp.asarray(np.random.default_rng(8).standard_normal(inputs["x"].shape))
 
@@ -142,7 +186,7 @@ def test_tpu_kernels_take_any_width_and_state(width, state):
 
         return jax.jit(jax.grad(loss))(inputs)
 
-    expected, got = gradients("reference"), gradients("pallas_tpu")
+    expected, got = gradients("reference"), gradients(implementation)
     for name in expected:  # sums of up to 2 * 70 * 700 products
         assert_close(f"gradient of {name}", got[name], expected[name], 2e-5)
 

@@ -14,10 +14,12 @@ from ..arguments import (
     finite,
 )
 from ..op import Op, run
-from . import chunked, over_time, pallas_tpu, reference
+from . import chunked, over_time, pallas_gpu, pallas_tpu, reference
 
 OP = Op(
-    "diagonal_scan", {"chunked": chunked, "pallas_tpu": pallas_tpu}, over_time.OVER_TIME
+    "diagonal_scan",
+    {"chunked": chunked, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu},
+    over_time.OVER_TIME,
 )
 
 Number = jax.Array | tuple[jax.Array, jax.Array]
@@ -51,13 +53,14 @@ def diagonal_scan(
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
         starts from zero. None means one segment.
       implementation: "reference" (a scan over tokens), "chunked" (plain JAX with a hand-written backward pass),
-        "pallas_tpu" (kernels; interpreted when lowered for a CPU), or None for the best of the platform that the
-        program is lowered for: the kernels on TPU, else "chunked". A named implementation runs or raises.
+        "pallas_tpu" and "pallas_gpu" (kernels; interpreted when lowered for a CPU), or None for the best of the
+        platform that the program is lowered for: the kernels on TPU and, where they support the sizes, on NVIDIA GPUs,
+        else "chunked". A named implementation runs or raises.
 
     Returns:
       h [B, T, N] in b's dtype and the state after the last token [B, N] in float32, arrays or pairs as b is. The state
       is float32 whatever the inputs are. Differentiable in every float input, and through both outputs; memory beyond
-      the inputs, the output and their gradients grows with T / 64 states.
+      the inputs, the output and their gradients grows with T / 64 states (T / 16 with "pallas_gpu").
 
     Raises:
       ValueError: for wrong forms, ranks, shapes, dtypes and names while tracing, and for a non-finite `a` where values

@@ -12,11 +12,11 @@ from ..arguments import (
     finite,
 )
 from ..op import Op, run
-from . import chunked, over_time, pallas_tpu, reference
+from . import chunked, over_time, pallas_gpu, pallas_tpu, reference
 
 OP = Op(
     "selective_scan",
-    {"chunked": chunked, "pallas_tpu": pallas_tpu},
+    {"chunked": chunked, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu},
     over_time.OVER_TIME,
 )
 EIGENVALUE_RANGES = ((0, 1), (-1, 1))
@@ -55,8 +55,9 @@ def selective_scan(
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
         starts from zero. None means one segment.
       implementation: "reference" (a scan over tokens), "chunked" (plain JAX with a hand-written backward pass),
-        "pallas_tpu" (kernels; interpreted when lowered for a CPU), or None for the best of the platform that the
-        program is lowered for: the kernels on TPU, else "chunked". A named implementation runs or raises.
+        "pallas_tpu" and "pallas_gpu" (kernels; interpreted when lowered for a CPU), or None for the best of the
+        platform that the program is lowered for: the kernels on TPU and, where they support the sizes, on NVIDIA GPUs,
+        else "chunked". A named implementation runs or raises.
 
     Returns:
       y [B, T, D] in x's dtype, and the state after the last token [B, D, N] in float32. The state and all sums are

@@ -8,6 +8,10 @@ input t + i:
 m_{t,i} is 1 where the input and output t lie in one run of equal segment ids, else 0. The backward rule is written as
 shifts too (and not left to autodiff, whose residuals are W copies of the inputs and whose transposed slices do not fuse
 on a CPU). A grouped `lax.conv_general_dilated` computes the same; on a CPU it took 30 to 200 times as long.
+
+There is no kernel for NVIDIA GPUs: XLA fuses the multiply-adds of the forward rule into one kernel that reads x once
+and writes y once, as little as there can be; of the backward rule it makes two that each read x and dy, 5/3 of the
+least bytes, which is 1.4 for both rules together (compiled ahead of time, four taps; not measured).
 """
 
 import jax.numpy as jnp

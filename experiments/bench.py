@@ -3,6 +3,7 @@
     python -m experiments.bench --shapes=cpu                       all ops at the shapes named "cpu"
     python -m experiments.bench --shapes=cpu --ops=delta_rule --implementations=chunked --json=bench.json
     python -m experiments.bench --tpu_aot                          TPU kernels, compiled ahead of time (extra `aot`)
+    python -m experiments.bench --gpu_aot                          GPU kernels, likewise (extra `aot-gpu`)
     python -m experiments.bench --shapes=cpu --peers               beside jax-linear-attention, where it is installed
 
 Every case is compiled first; then all implementations (and the peer) of one case take turns, so that a machine that
@@ -25,8 +26,8 @@ import jax.numpy as jnp
 from absl import flags
 
 import ops
+from experiments import gpu_aot, run_record, tpu_aot
 from experiments import main as mains
-from experiments import run_record, tpu_aot
 from ops.delta_rule import shapes as delta_shapes
 from ops.diagonal_scan import shapes as diagonal_shapes
 from ops.gated_linear_attention import shapes as attention_shapes
@@ -326,6 +327,9 @@ def main() -> None:
     if options.tpu_aot:
         tpu_aot.report(options.tpu_aot_ratchet, options.tpu_aot_only)
         return
+    if options.gpu_aot:
+        gpu_aot.report(options.gpu_aot_ratchet, options.gpu_aot_only)
+        return
     for op in options.ops:
         if op not in CASES:
             raise ValueError(f"--ops must be of {', '.join(CASES)}; got {op!r}")
@@ -372,5 +376,18 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string(
         "tpu_aot_only", "", "With --tpu_aot: only programs with this in their name."
+    )
+    flags.DEFINE_bool(
+        "gpu_aot",
+        False,
+        "Compile the GPU kernels ahead of time and report (experiments/gpu_aot.py).",
+    )
+    flags.DEFINE_bool(
+        "gpu_aot_ratchet",
+        False,
+        "With --gpu_aot: record what kernels take as not to be exceeded.",
+    )
+    flags.DEFINE_string(
+        "gpu_aot_only", "", "With --gpu_aot: only programs with this in their name."
     )
     mains.run(main)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -69,7 +70,7 @@ _by_platform_p.multiple_results = True
 @_by_platform_p.def_abstract_eval
 def _abstract(*arrays: Any, forms: Any, default: Any, shapes: Any) -> Any:
     del arrays, forms, default
-    return [jax.core.ShapedArray(shape, dtype) for shape, dtype in shapes]
+    return [ShapedArray(shape, dtype) for shape, dtype in shapes]
 
 
 def _batched(

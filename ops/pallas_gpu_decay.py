@@ -19,6 +19,7 @@ images, dX = M X, and the gradient of the logs is the adjoint of their sums appl
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -374,7 +375,8 @@ def _of_heads(batch: int, heads: int, *shape: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch, heads, *sizes), dtype)
 
 
-class _Tiles(NamedTuple):
+@dataclass(frozen=True)
+class _Tiles:
     """How chunks and channels of q, k [B, T, HK, K] and decays [B, T, H, K] are read."""
 
     length: int

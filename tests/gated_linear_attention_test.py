@@ -2,6 +2,7 @@
 
 import functools
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ops
-from ops import gated_linear_attention
+from experiments.kernel_flops import kernel_calls
+from ops import gated_linear_attention, pallas_gpu
+from ops.gated_linear_attention import pallas_gpu as gpu_kernels
 from tests.op_contract import (
     BATCH,
     LENGTH,
@@ -88,10 +91,10 @@ def assert_l2_close(name, got, expected, limits):
 
 
 @pytest.mark.full
-class TestPallasTpu(TestGatedLinearAttention):
-    """The TPU kernels, interpreted: the whole contract. What `make test` runs of it stands below."""
+class TestKernels(TestGatedLinearAttention):
+    """The kernels, interpreted: the whole contract. What `make test` runs of it stands below."""
 
-    implementations = ("pallas_tpu",)
+    implementations = ("pallas_gpu", "pallas_tpu")
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_values_states_and_gradients_equal_the_reference(
@@ -109,6 +112,9 @@ class TestPallasTpu(TestGatedLinearAttention):
             assert_l2_close(name, got[name], expected[name], BFLOAT16_L2)
 
 
+KERNELS = pytest.mark.parametrize("kernels", ["pallas_gpu", "pallas_tpu"])
+
+
 @pytest.mark.parametrize(
     "variant",
     [
@@ -118,24 +124,26 @@ class TestPallasTpu(TestGatedLinearAttention):
         pytest.param("vector", marks=pytest.mark.slow),
     ],
 )
-def test_tpu_kernels_equal_the_reference(variant):
+@KERNELS
+def test_kernels_equal_the_reference(variant, kernels):
     contract = TestGatedLinearAttention()
     # Three quarters of one chunk of 64 tokens.
     inputs, state, ids = contract.data(variant, 40)
     expected = contract.values_and_gradients("reference", inputs, state, ids)
-    got = contract.values_and_gradients("pallas_tpu", inputs, state, ids)
+    got = contract.values_and_gradients(kernels, inputs, state, ids)
     for name in expected:
         assert_close(name, got[name], expected[name])
 
 
 @pytest.mark.slow
-def test_a_tpu_kernel_carries_its_state_over_chunks_and_segments():
+@KERNELS
+def test_kernels_carry_their_state_over_chunks_and_segments(kernels):
     contract = TestGatedLinearAttention()
     inputs, state, ids = contract.data("scalar", LENGTH)
     expected = contract.forward("reference", inputs, state, ids)
     for name, got, wanted in zip(
         ("o", "final state"),
-        contract.forward("pallas_tpu", inputs, state, ids),
+        contract.forward(kernels, inputs, state, ids),
         expected,
         strict=True,
     ):
@@ -155,7 +163,8 @@ SIZES = [
 @pytest.mark.full
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("variant", ["scalar", "vector"])
-def test_tpu_kernels_take_any_size_and_group_of_heads(sizes, variant):
+@KERNELS
+def test_kernels_take_any_size_and_group_of_heads(sizes, variant, kernels):
     key_heads, heads, key, value = sizes
     keys = jax.random.split(jax.random.key(0), 5)
     q, k = (jax.random.normal(x, (1, 150, key_heads, key)) for x in keys[:2])
@@ -172,7 +181,7 @@ def test_tpu_kernels_take_any_size_and_group_of_heads(sizes, variant):
         return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(q, k, v, g)
 
     for name, got, wanted in zip(
-        "qkvg", gradients("pallas_tpu"), gradients("reference"), strict=True
+        "qkvg", gradients(kernels), gradients("reference"), strict=True
     ):
         assert_close(f"gradient of {name}", got, wanted, 1e-5)
 
@@ -189,6 +198,21 @@ def test_a_program_lowered_for_a_tpu_takes_the_kernels():
         == 3
     )
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_a_program_lowered_for_a_gpu_takes_the_kernels_where_they_can():
+    def kernels(key):
+        x = jax.ShapeDtypeStruct((1, 256, 2, key), jnp.bfloat16)
+
+        def loss(q, k, v):
+            return gated_linear_attention(q, k, v)[0].astype(jnp.float32).sum()
+
+        jaxpr = jax.make_jaxpr(jax.jit(jax.value_and_grad(loss, (0, 1, 2))))(x, x, x)
+        return [call.params["name"] for call in kernel_calls(jaxpr, "cuda")]
+
+    names = kernels(128)
+    assert names[-1] == "gla_chunk_gradients" and "gla_forward" in names
+    assert not kernels(300)
 
 
 def test_segment_states_lowered_for_a_tpu_take_the_chunked_form():
@@ -371,9 +395,45 @@ def test_checks_find_a_positive_decay_under_jit():
         ops.checks(run)(-good)
 
 
-def test_tpu_kernels_leave_the_state_alone_after_the_last_token():
+@KERNELS
+def test_kernels_leave_the_state_alone_after_the_last_token(kernels):
     contract = TestGatedLinearAttention()
     inputs, state, _ = contract.data("constant", 11)  # a part of a single chunk
     _, expected = contract.forward("reference", inputs, state)
-    _, got = contract.forward("pallas_tpu", inputs, state)
+    _, got = contract.forward(kernels, inputs, state)
     assert_close("final state", got, expected)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param("none", marks=pytest.mark.full),
+        pytest.param("constant", marks=pytest.mark.full),
+        pytest.param("scalar", marks=pytest.mark.slow),
+        pytest.param("vector", marks=pytest.mark.full),
+    ],
+)
+def test_gpu_kernels_cut_a_long_sequence_into_parts(variant):
+    contract = TestGatedLinearAttention()
+    length = 150
+    assert length > 2 * gpu_kernels.chunk_length(length)
+    inputs, state, ids = contract.data(variant, length)
+    expected = contract.values_and_gradients("reference", inputs, state, ids)
+    with mock.patch.object(pallas_gpu, "split_time", return_value=2):
+        got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
+    for name in expected:
+        assert_close(name, got[name], expected[name])
+
+
+def test_time_is_cut_until_the_programs_fill_a_gpu():
+    assert pallas_gpu.split_time(chunks=1024, programs=264) == 1
+    assert pallas_gpu.split_time(chunks=1024, programs=32) == 8
+    assert pallas_gpu.split_time(chunks=31, programs=1) == 2  # eight chunks at least
+
+
+def test_gpu_kernels_refuse_what_they_do_not_take():
+    x = jnp.zeros((1, 16, 1, 300))
+    with pytest.raises(
+        ValueError, match=r"'pallas_gpu' takes .*K and V up to 256.*300"
+    ):
+        gated_linear_attention(x, x, x, implementation="pallas_gpu")

@@ -22,6 +22,7 @@ A decay per channel enters before: `channel_scores` writes P, Q with r and K wit
 them in the place of q and k.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -44,36 +45,22 @@ from ..pallas_gpu_decay import (
 )
 
 MAX_SIZE = 256  # of K and V: what fits registers
-SUPPORTED = (
-    f"float32 or bfloat16, K and V up to {MAX_SIZE}, and arrays of fewer than 2**31"
-    " elements"
-)
+SUPPORTED = f"float32 or bfloat16, K and V up to {MAX_SIZE}"
 
 
 def supports(q, k, v, decay_log, initial_state, segment_ids, *_, scale) -> bool:
     """Whether the kernels take these arrays: what SUPPORTED says, where jax has the lowering."""
-    del k, decay_log, initial_state, segment_ids, scale
-    batch, length, heads, value = v.shape
-    key = q.shape[-1]
-    chunk = _chunk(key, value)
-    elements = (
-        batch
-        * heads
-        * max(
-            (length + chunk) * max(key, value, chunk),
-            pl.cdiv(length, chunk) * key * value,
-        )
-    )
+    del decay_log, initial_state, segment_ids, scale
     return (
         gpu.available()
-        and max(key, value) <= MAX_SIZE
-        and elements < gpu.MAX_ELEMENTS
-        and all(x.dtype in (jnp.float32, jnp.bfloat16) for x in (q, v))
+        and max(q.shape[-1], v.shape[-1]) <= MAX_SIZE
+        and all(x.dtype in (jnp.float32, jnp.bfloat16) for x in (q, k, v))
     )
 
 
-def _chunk(key: int, value: int) -> int:
-    return 64 if max(key, value) <= 128 else 32
+def chunk_length(length: int) -> int:
+    """C: 64, the rows of Hopper's matmuls, or fewer where there are not as many tokens."""
+    return min(64, gpu.tile_size(length))
 
 
 def _divided(size: int, most: int) -> tuple[int, int]:
@@ -103,6 +90,11 @@ class Sizes:
     def rows(self) -> int:
         """T padded to whole chunks."""
         return self.chunks * self.chunk
+
+    @property
+    def warps(self) -> int:
+        """Of a program with tiles of 64 x 64; three products for one take twice the registers."""
+        return 4 if self.dtype == jnp.bfloat16 else 8
 
     @property
     def keys(self) -> gpu.Span:
@@ -154,7 +146,8 @@ def _inputs(
     scale: float,
 ) -> tuple[Sizes, Inputs]:
     (batch, length, heads, value), key = v.shape, q.shape[-1]
-    chunk, dtype = _chunk(key, value), gpu.matmul_dtype(q, k, v)
+    dtype = gpu.matmul_dtype(q, k, v)
+    chunk = chunk_length(length)
     numbers = segment_numbers(segment_ids)
     if decay_log is None or decay_log.ndim < 4:
         sizes = Sizes(batch, length, heads, key, value, chunk, dtype, scale)
@@ -199,21 +192,23 @@ class Chunk:
         log = gpu.load(ref, self.h).astype(jnp.float32)
         return jnp.where(place < sizes.length, log, 0.0)
 
-    def decay(self, columns: gpu.Span) -> TokenDecay:
-        """Of tokens; with a decay per channel only the total is left to do, [columns, 1]."""
+    def decay(self) -> TokenDecay:
+        """W, prefix, suffix and total; all ones where `channel_scores` has seen to the decays."""
         sizes = self.sizes
-        if self.inputs.total is not None:
-            total = gpu.load(self.inputs.total, self.b, self.h, self.t, columns)
-            return TokenDecay(None, None, None, total[:, None])
         segments = load_segments(
             self.inputs.numbers, self.b, self.t * sizes.chunk, sizes.chunk, sizes.length
         )
         return token_decay(self.log(), segments, self.matmul, sizes.chunk)
 
-    def scores(self, q: jax.Array, k: jax.Array, decay: TokenDecay) -> jax.Array:
-        """P without `sizes.scale` [C, C]."""
-        if self.inputs.scores is None:
-            return decay.weights * self.matmul.nt(q, k)
+    def keep(self, decay: TokenDecay, state: jax.Array, keys: gpu.Span) -> jax.Array:
+        """What is left of `state` [keys, values] after the chunk."""
+        if self.inputs.total is None:
+            return decay.keep(state)
+        total = gpu.load(self.inputs.total, self.b, self.h, self.t, keys)
+        return state * total[:, None]
+
+    def scores(self) -> jax.Array:
+        """P [C, C] as `channel_scores` left it."""
         rows = self.sizes.padded(self.t)
         columns = gpu.span(0, self.sizes.chunk, self.sizes.chunk, True)
         return gpu.load(self.inputs.scores, self.b, self.h, rows, columns)
@@ -225,7 +220,10 @@ class Chunk:
 def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
     """Shapes as in `api.py`; returns o in v's dtype and the final state in float32."""
     sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale)
-    width, tiles = _divided(sizes.value, 64 if sizes.key <= 128 else 32)
+    # The tile of the state that a program holds while it also multiplies.
+    in_registers = 8192 if sizes.dtype == jnp.bfloat16 else 4096
+    most = max(gpu.MIN_TILE, in_registers // sizes.keys.size)
+    width, tiles = _divided(sizes.value, min(64, most))
     parts = gpu.split_time(sizes.chunks, sizes.batch * sizes.heads * tiles)
     starts = _part_starts(sizes, inputs, v, initial_state, parts, reverse=False)
     per_part = pl.cdiv(sizes.chunks, parts)
@@ -239,11 +237,15 @@ def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
         def step(t: Any, S: jax.Array) -> jax.Array:
             chunk = Chunk(sizes, inputs, matmul, b, h, t)
             q, k = (chunk.keys(ref, keys) for ref in (inputs.q, inputs.k))
-            decay, v_ = chunk.decay(keys), chunk.values(v, values)
-            o_ = decay.read(matmul.nn(q, S))
-            o_ += matmul.nn(chunk.scores(q, k, decay), v_)
+            decay, v_ = chunk.decay(), chunk.values(v, values)
+            P = (
+                decay.weights * matmul.nt(q, k)
+                if inputs.scores is None
+                else chunk.scores()
+            )
+            o_ = decay.read(matmul.nn(q, S)) + matmul.nn(P, v_)
             gpu.store(o, sizes.scale * o_, b, sizes.tokens(t), h, values)
-            return decay.keep(S) + matmul.tn(k, decay.write(v_))
+            return chunk.keep(decay, S, keys) + matmul.tn(k, decay.write(v_))
 
         S = gpu.load(starts, b, part, h, keys, values).astype(jnp.float32)
         first = part * per_part
@@ -259,7 +261,7 @@ def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
             jax.ShapeDtypeStruct(v.shape, v.dtype),
             jax.ShapeDtypeStruct(starts.shape, jnp.float32),
         ),
-        warps=4,
+        warps=sizes.warps if sizes.key <= 128 else 8,
     )
     return o, final[:, -1]
 
@@ -274,11 +276,11 @@ def _walk(
     starts: jax.Array,
     reverse: bool,
     keep: bool,
-) -> tuple[jax.Array | None, jax.Array]:
+) -> list[jax.Array]:
     """Passes states over the chunks of each part: S' = total S + K^T (w x), or reverse dS = total dS' + Q^T (r x).
 
-    x: [B, T, H, V]; starts [B, parts, H, K, V], those that enter the parts. Returns the states that enter each chunk
-    [B, H, G, K, V] (None without `keep`) and those that leave the parts.
+    x: [B, T, H, V]; starts [B, parts, H, K, V], those that enter the parts. Returns, with `keep`, the states that enter
+    each chunk [B, H, G, K, V], and those that leave the parts.
     """
     (of_keys, key_tiles), (width, tiles) = (
         _divided(size, 64) for size in (sizes.key, sizes.value)
@@ -301,13 +303,12 @@ def _walk(
             chunk = Chunk(sizes, inputs, matmul, b, h, last - i if reverse else i)
             for ref in kept:
                 gpu.store(ref, S, b, h, chunk.t, keys, values)
-            decay, x_ = chunk.decay(keys), chunk.values(x, values)
+            decay, x_ = chunk.decay(), chunk.values(x, values)
+            S = chunk.keep(decay, S, keys)
             if not reverse:
-                k = chunk.keys(inputs.k, keys)
-                return decay.keep(S) + matmul.tn(k, decay.write(x_))
+                return S + matmul.tn(chunk.keys(inputs.k, keys), decay.write(x_))
             read = sizes.scale * decay.read(x_.astype(jnp.float32))
-            q = chunk.keys(inputs.q, keys)
-            return decay.keep(S) + matmul.tn(q, read)
+            return S + matmul.tn(chunk.keys(inputs.q, keys), read)
 
         S = gpu.load(starts, b, part, h, keys, values).astype(jnp.float32)
         bounds = (0, last - first + 1) if reverse else (first, last + 1)
@@ -316,15 +317,28 @@ def _walk(
 
     shape = sizes.batch, sizes.heads, sizes.chunks, sizes.key, sizes.value
     kept = [jax.ShapeDtypeStruct(shape, sizes.dtype)] if keep else []
-    *states, final = gpu.call(
+    return gpu.call(
         "gla_gradient_states" if reverse else "gla_states",
         kernel,
         (tiles * key_tiles * parts, sizes.batch * sizes.heads),
         (inputs, x, starts),
         (*kept, jax.ShapeDtypeStruct(starts.shape, jnp.float32)),
-        warps=4,
+        warps=sizes.warps,
     )
-    return (states[0] if states else None), final
+
+
+def _boundary_states(
+    sizes: Sizes,
+    inputs: Inputs,
+    parts: int,
+    x: jax.Array,
+    entering: jax.Array,
+    reverse: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The states that enter each chunk [B, H, G, K, V] and the one that leaves the last (reverse: the first)."""
+    starts = _part_starts(sizes, inputs, x, entering, parts, reverse)
+    states, final = _walk(sizes, inputs, x, starts, reverse, keep=True)
+    return states, final[:, 0 if reverse else -1]
 
 
 def _part_starts(
@@ -340,7 +354,7 @@ def _part_starts(
     if parts == 1:
         return entering[:, None]
     zeros = jnp.zeros((sizes.batch, parts, *entering.shape[1:]), jnp.float32)
-    _, added = _walk(sizes, inputs, x, zeros, reverse, keep=False)
+    (added,) = _walk(sizes, inputs, x, zeros, reverse, keep=False)
     totals = _part_totals(sizes, inputs, parts)
 
     def step(S: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
@@ -394,22 +408,9 @@ def backward(
         sizes.batch * sizes.heads
     )
     parts = gpu.split_time(sizes.chunks, programs)
-    S, _ = _walk(
-        sizes,
-        inputs,
-        v,
-        _part_starts(sizes, inputs, v, initial_state, parts, reverse=False),
-        reverse=False,
-        keep=True,
-    )
-    dS, dinitial = _walk(
-        sizes,
-        inputs,
-        do,
-        _part_starts(sizes, inputs, do, dfinal_state, parts, reverse=True),
-        reverse=True,
-        keep=True,
-    )
+    walk = functools.partial(_boundary_states, sizes, inputs, parts)
+    S, _ = walk(v, initial_state, reverse=False)
+    dS, dinitial_state = walk(do, dfinal_state, reverse=True)
     of_keys, dv, dlog = _chunk_gradients(sizes, inputs, q, k, v, decay_log, do, S, dS)
     if inputs.scores is not None:
         *of_keys, dlog = channel_scores_adjoint(
@@ -427,9 +428,9 @@ def backward(
         x.reshape(*q.shape[:3], -1, sizes.key).sum(3) if x.shape != q.shape else x
         for x in of_keys
     )
-    if decay_log is not None and decay_log.ndim == 1:
+    if dlog is not None and decay_log.ndim == 1:
         dlog = dlog.sum((0, 2))
-    return dq, dk, dv, dlog, dinitial[:, 0]
+    return dq, dk, dv, dlog, dinitial_state
 
 
 def _key_dtypes(q: jax.Array, k: jax.Array, sizes: Sizes) -> tuple[Any, Any]:
@@ -456,7 +457,9 @@ def _chunk_gradients(
     """
     by_channel = inputs.scores is not None
     constant = decay_log is not None and decay_log.ndim == 1
-    width, tiles = _divided(sizes.value, 64 if sizes.key <= 64 else 32)
+    (of_key, key_tiles), (width, tiles) = (
+        _divided(size, 64) for size in (sizes.key, sizes.value)
+    )
     shape = jax.ShapeDtypeStruct
     of_head = sizes.batch, sizes.heads
     if by_channel:
@@ -481,60 +484,81 @@ def _chunk_gradients(
         dlog = outputs[-1] if of_log else None
         matmul = gpu.Matmul(sizes.dtype, compiled)
         b, h, t = sizes.place()
-        chunk, keys, rows = (
-            Chunk(sizes, inputs, matmul, b, h, t),
-            sizes.keys,
-            sizes.tokens(t),
-        )
-        q, k = (chunk.keys(ref, keys) for ref in (inputs.q, inputs.k))
-        decay = chunk.decay(keys)
-        P = chunk.scores(q, k, decay)
+        chunk, rows = Chunk(sizes, inputs, matmul, b, h, t), sizes.tokens(t)
+        square = gpu.span(0, sizes.chunk, sizes.chunk, True)
+        decay = chunk.decay()
 
-        def of_values(n: Any, sums: Any) -> Any:
-            dP, dq, dk, dtotal = sums
+        def key_tile(n: Any) -> tuple[gpu.Span, jax.Array, jax.Array]:
+            keys = sizes.channels(n, of_key, sizes.key)
+            return keys, chunk.keys(inputs.q, keys), chunk.keys(inputs.k, keys)
+
+        def of_scores(n: Any, P: jax.Array) -> jax.Array:
+            _, q, k = key_tile(n)
+            return P + matmul.nt(q, k)
+
+        def of_values(n: Any, dP: jax.Array) -> jax.Array:
             values = sizes.values(n, width)
             v_, do_ = (chunk.values(ref, values) for ref in (v, do))
-            S_, dS_ = (gpu.load(ref, b, h, t, keys, values) for ref in (S, dS))
-            dv_ = decay.write(matmul.nn(k, dS_)) + sizes.scale * matmul.tn(P, do_)
+
+            def of_state(n: Any, dv: jax.Array) -> jax.Array:
+                keys, _, k = key_tile(n)
+                return dv + matmul.nn(k, gpu.load(dS, b, h, t, keys, values))
+
+            dv_ = lax.fori_loop(0, key_tiles, of_state, _zeros(sizes.chunk, width))
+            dv_ = decay.write(dv_) + sizes.scale * matmul.tn(P, do_)
             gpu.store(dv, dv_, b, rows, h, values)
-            if of_log:
-                dtotal += (S_.astype(jnp.float32) * dS_.astype(jnp.float32)).sum(1)
+            return dP + matmul.nt(do_, v_)
+
+        if by_channel:
+            P = chunk.scores()
+        else:
+            P = lax.fori_loop(0, key_tiles, of_scores, _zeros(*(sizes.chunk,) * 2))
+            P *= decay.weights
+        dP = lax.fori_loop(0, tiles, of_values, _zeros(*(sizes.chunk,) * 2))
+        dP *= sizes.scale
+        dscores = decay.weights * dP
+        if by_channel:
+            gpu.store(of_keys[0], dP, b, h, sizes.padded(t), square)
+
+        def of_key_tile(n: Any, of_factors: Any) -> Any:
+            keys, q, k = key_tile(n)
+
+            def of_states(n: Any, sums: Any) -> Any:
+                dq, dk, dtotal = sums
+                values = sizes.values(n, width)
+                v_, do_ = (chunk.values(ref, values) for ref in (v, do))
+                S_, dS_ = (gpu.load(ref, b, h, t, keys, values) for ref in (S, dS))
+                if of_log:
+                    dtotal += (S_.astype(jnp.float32) * dS_.astype(jnp.float32)).sum(1)
+                return dq + matmul.nt(do_, S_), dk + matmul.nt(v_, dS_), dtotal
+
+            sums = *(_zeros(sizes.chunk, of_key),) * 2, _zeros(of_key)
+            dq, dk, dtotal = lax.fori_loop(0, tiles, of_states, sums)
+            dq *= sizes.scale
+            if by_channel:
+                gpu.store(of_keys[1], dq, b, h, sizes.padded(t), keys)
+                gpu.store(of_keys[2], dk, b, h, sizes.padded(t), keys)
+                gpu.store(dlog, dtotal, b, h, t, keys)
+                return of_factors
+            dq, dk = decay.read(dq), decay.write(dk)
+            gpu.store(of_keys[0], dq + matmul.nn(dscores, k), b, rows, h, keys)
+            gpu.store(of_keys[1], dk + matmul.tn(dscores, q), b, rows, h, keys)
+            if dlog is None:
+                return of_factors
+            of_prefix, of_suffix, of_total = of_factors
             return (
-                dP + matmul.nt(do_, v_),
-                dq + matmul.nt(do_, S_),
-                dk + matmul.nt(v_, dS_),
-                dtotal,
+                of_prefix + (q.astype(jnp.float32) * dq).sum(1),
+                of_suffix + (k.astype(jnp.float32) * dk).sum(1),
+                of_total + dtotal.sum(0),
             )
 
-        sums = (
-            (sizes.chunk, sizes.chunk),
-            *((sizes.chunk, keys.size),) * 2,
-            (keys.size,),
-        )
-        dP, dq, dk, dtotal = lax.fori_loop(
-            0, tiles, of_values, tuple(jnp.zeros(x, jnp.float32) for x in sums)
-        )
-        dP, dq = sizes.scale * dP, sizes.scale * dq
-        if by_channel:
-            square = gpu.span(0, sizes.chunk, sizes.chunk, True)
-            padded = sizes.padded(t)
-            gpu.store(of_keys[0], dP, b, h, padded, square)
-            gpu.store(of_keys[1], dq, b, h, padded, keys)
-            gpu.store(of_keys[2], dk, b, h, padded, keys)
-            gpu.store(dlog, dtotal, b, h, t, keys)
+        of_factors = _zeros(sizes.chunk), _zeros(sizes.chunk), jnp.float32(0)
+        of_factors = lax.fori_loop(0, key_tiles, of_key_tile, of_factors)
+        if dlog is None or by_channel:
             return
-        dq, dk = decay.read(dq), decay.write(dk)
-        of_weights = P.astype(jnp.float32) * dP
-        of_prefix = (q.astype(jnp.float32) * dq).sum(1)
-        of_suffix = (k.astype(jnp.float32) * dk).sum(1)
-        dscores = decay.weights * dP
-        gpu.store(of_keys[0], dq + matmul.nn(dscores, k), b, rows, h, keys)
-        gpu.store(of_keys[1], dk + matmul.tn(dscores, q), b, rows, h, keys)
-        if dlog is None:
-            return
-        of_total = decay.total * dtotal.sum(0)
+        of_prefix, of_suffix, of_total = of_factors
         gradient = token_log_gradient(
-            of_weights, of_prefix, of_suffix, of_total, matmul
+            P * dP, of_prefix, of_suffix, decay.total * of_total, matmul
         )
         if not constant:
             gpu.store(dlog, gradient, b, rows, h)
@@ -548,7 +572,11 @@ def _chunk_gradients(
         (sizes.chunks, sizes.batch * sizes.heads),
         (inputs, v, do, S, dS),
         (*outputs, shape(v.shape, v.dtype), *of_log),
-        warps=4 if sizes.key <= 64 else 8,
+        warps=sizes.warps,
     )
     at = len(outputs)
     return list(results[:at]), results[at], results[at + 1] if of_log else None
+
+
+def _zeros(*sizes: int) -> jax.Array:
+    return jnp.zeros(sizes, jnp.float32)

@@ -7,10 +7,12 @@ from .. import dispatch
 from ..arguments import check_float, check_matrix_state, check_shape, check_values
 from ..op import Op, run
 from ..sharding import decay_layout
-from . import chunked, over_time, pallas_tpu, reference
+from . import chunked, over_time, pallas_gpu, pallas_tpu, reference
 
 OP = Op(
-    "delta_rule", {"chunked": chunked, "pallas_tpu": pallas_tpu}, over_time.OVER_TIME
+    "delta_rule",
+    {"chunked": chunked, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu},
+    over_time.OVER_TIME,
 )
 
 
@@ -48,14 +50,14 @@ def delta_rule(
         segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
         starts from zero. None means one segment.
-      implementation: "reference" (a scan over tokens), "chunked" (plain JAX), "pallas_tpu" (kernels; interpreted when
-        lowered for a CPU), or None for the best of the platform that the program is lowered for: the kernels on TPU,
-        else "chunked". A named implementation runs or raises.
+      implementation: "reference" (a scan over tokens), "chunked" (plain JAX), "pallas_tpu" and "pallas_gpu" (kernels;
+        interpreted when lowered for a CPU), or None for the best of the platform that the program is lowered for: the
+        kernels on TPU and, where they can, on GPU, else "chunked". A named implementation runs or raises.
 
     Returns:
       o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32. The state and all sums
       are float32 whatever the inputs are, no exponent is positive and none is clipped; where q, k and v are bfloat16,
-      the TPU kernels round the factors of matmuls to bfloat16 too. Differentiable in every float input, and through
+      the kernels round the factors of matmuls to bfloat16 too. Differentiable in every float input, and through
       both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
 
     Raises:

@@ -1,0 +1,92 @@
+"""(I + A)^-1 of a strictly lower-triangular A in a GPU kernel, and products that keep 16 bits of their factors or more.
+
+Powers of A are never formed: with identical keys they overflow float32 while the inverse itself stays within 2.
+
+**Diagonal blocks** of 16 rows are solved by forward substitution, all of a matrix at once, as [C / 16, 16, 16]: column
+s of the blocks times row s of their inverses is taken from the rows below, s = 0, 1, .. 14.
+
+**Merging** doubles the blocks until they are one. With T the inverses of blocks of b rows and A21 what A has below the
+diagonal in blocks of 2b rows, the new part of the inverse is -T22 A21 T11. The lowering cannot cut a block out of a
+tile, so this is T - T A21 T on whole tiles, A21 behind a mask.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import pallas_gpu as gpu
+
+ROWS = 16  # of a diagonal block solved by substitution
+
+
+class FineMatmul(gpu.Matmul):
+    """`gpu.Matmul` for factors that were computed in float32.
+
+    Such a factor enters in terms of 8 bits: two in bfloat16 kernels, 2^-17 at most from what it was, and three in
+    float32 kernels. Products smaller than the last terms are left out. Three terms are six bfloat16 products, the time
+    of three of TF32, and compile to fewer registers. A bfloat16 factor is its only term.
+    """
+
+    def _dot(self, a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+        of_a, of_b = (self._split(x) for x in (a, b))
+        pairs = [(i, j) for i in range(len(of_a)) for j in range(len(of_b))]
+        pairs = [pair for pair in pairs if sum(pair) < self._terms]
+        total = None
+        for i, j in sorted(pairs, key=sum, reverse=True):  # the smallest first
+            part = lax.dot_general(
+                of_a[i],
+                of_b[j],
+                (((a_axis,), (b_axis,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    @property
+    def _terms(self) -> int:
+        return 2 if self.dtype == jnp.bfloat16 else 3
+
+    def _split(self, x: jax.Array) -> list[jax.Array]:
+        if x.dtype == jnp.bfloat16:
+            return [x]
+        terms = []
+        for _ in range(self._terms):
+            terms.append(x.astype(jnp.bfloat16))
+            x = x - terms[-1].astype(jnp.float32)
+        return terms
+
+
+def unit_lower_inverse(matmul: FineMatmul, A: jax.Array) -> jax.Array:
+    """A [C, C] float32, zero on and above the diagonal; C a power of two, at least 16. Returns float32."""
+    size = A.shape[0]
+    row, column = gpu.indices(size, size)
+    distance = row ^ column  # below b: in one block of b rows
+    T = _diagonal_blocks(jnp.where(distance < ROWS, A, 0.0))
+    T = jnp.where(distance < ROWS, T, 0.0)
+    b = ROWS
+    while b < size:
+        below = jnp.where((distance >= b) & (distance < 2 * b), A, 0.0)
+        T -= matmul.nn(T, matmul.nn(below, T))
+        b *= 2
+    return T
+
+
+def _diagonal_blocks(A: jax.Array) -> jax.Array:
+    """The inverses of I + the diagonal blocks, each in all blocks of its rows; A is zero elsewhere."""
+    size = A.shape[0]
+    shape = size // ROWS, ROWS, ROWS
+    row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
+    D = A.reshape(size, size // ROWS, ROWS).sum(1).reshape(shape)
+
+    def step(s: jax.Array, X: jax.Array) -> jax.Array:
+        of_column = jnp.where(column == s, D, 0.0).sum(2)
+        of_row = jnp.where(row == s, X, 0.0).sum(1)
+        return X - of_column[:, :, None] * of_row[:, None, :]
+
+    X = jnp.where(row == column, 1.0, 0.0)
+    X = lax.fori_loop(0, ROWS - 1, step, X)
+    wide = lax.broadcast_in_dim(
+        X.reshape(size, ROWS), (size, size // ROWS, ROWS), (0, 2)
+    )
+    return wide.reshape(size, size)

@@ -31,10 +31,11 @@ LANES = 16  # channels of a tile: fewer values than threads load without an exch
 CHUNK = 64  # tokens between the states that a backward pass keeps
 
 
-def lanes(batch: int, channels: int) -> int:
-    """Channels of a tile: 16, or 8 where only so the programs fill a GPU."""
+def lanes(batch: int, channels: int, states: int) -> int:
+    """Channels of a tile: 16, or 8 where only so the programs fill a GPU, or the states registers."""
     programs = batch * pl.cdiv(channels, LANES)
-    return LANES if programs >= WARPS * gpu.FILLING_PROGRAMS else LANES // 2
+    many = programs >= WARPS * gpu.FILLING_PROGRAMS
+    return LANES if many and states <= 32 else LANES // 2
 
 
 def parts(length: int, programs: int) -> int:

@@ -2,9 +2,9 @@
 
     h_t = a_t h_{t-1} + B_t u_t      u = delta x      a = e or 2 e - 1, e = exp(delta A)      y_t = sum_n h_t C_t + D x
 
-A program is a warp with a tile of 16 channels (8, where 16 give too few programs) by N states. The lowering puts four
-consecutive states of a channel into a thread, so that loads of A and of states are whole, a token's B_t and C_t are one
-short vector each, and the sum over n is a few additions and, for N = 16, two exchanges between threads.
+A program is a warp with a tile of 16 channels (8, where 16 give too few programs or N > 32) by N states. The lowering
+puts four consecutive states of a channel into a thread, so that loads of A and of states are whole, a token's B_t and
+C_t are one short vector each, and the sum over n is a few additions and, for N = 16, two exchanges between threads.
 
 One token follows another. A scan over tokens inside a block, as in the authors' CUDA kernel, fills the chip where
 channels are few, at two to three times the multiplications and with a transposition of x, whose channels lie together
@@ -251,7 +251,7 @@ class Walk:
 def forward(x, delta, A, B, C, D, initial_state, segment_ids, *, eigenvalue_range):
     """Shapes as in `api.py`; returns y in x's dtype and the final state in float32."""
     (batch, _, channels), states = x.shape, A.shape[1]
-    sizes = _sizes(x, A, eigenvalue_range, 1, lanes(batch, channels))
+    sizes = _sizes(x, A, eigenvalue_range, 1, lanes(batch, channels, states))
     inputs = _inputs(sizes, x, delta, A, B, C, D, segment_ids)
     starts = _part_starts(sizes, inputs, _padded(initial_state, sizes)[:, None], False)
     turns = CHUNK // TURN
@@ -331,7 +331,7 @@ def _walk(
     Without starts: what each part adds to a state and the product of its factors [B, parts, width, N]. With them, the
     states that enter the parts: those that leave them, and those that enter each chunk [B, G, width, N].
     """
-    sizes = replace(sizes, rows=1, row=lanes(sizes.batch, sizes.channels))
+    sizes = replace(sizes, rows=1, row=lanes(sizes.batch, sizes.channels, sizes.states))
     turns = CHUNK // TURN
     of_parts = sizes.batch, sizes.parts, sizes.width, sizes.states
     of_chunks = sizes.batch, sizes.chunks, sizes.width, sizes.states

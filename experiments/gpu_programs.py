@@ -8,7 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ops.gated_linear_attention import pallas_gpu as gla
+from ops.delta_rule import pallas_gpu as delta_rule
+from ops.diagonal_scan import pallas_gpu as diagonal_scan
+from ops.gated_linear_attention import pallas_gpu as gated_linear_attention
+from ops.selective_scan import pallas_gpu as selective_scan
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,11 @@ class Program:
 
 def programs() -> Iterator[Program]:
     """All that the report and `make test-all` compile."""
-    yield from gla_programs()
+    for direction in ("forward", "backward"):
+        yield from _matrix_programs(_gla, direction, ("none", "constant"))
+        yield from _matrix_programs(_delta, direction, ("none",))
+        yield from _selective_programs(direction)
+        yield from _diagonal_programs(direction)
 
 
 # B, T, key heads, heads, K, V.
@@ -35,22 +42,25 @@ OTHER_SIZES = (
 )
 
 
-def gla_programs() -> Iterator[Program]:
-    for direction in ("forward", "backward"):
-        make = functools.partial(_gla, direction)
-        for decay in ("none", "constant", "scalar", "vector"):
-            yield make(decay)
-            yield make(decay, dtype="float32")
-        for sizes in OTHER_SIZES:
-            yield make("scalar", sizes=sizes)
-            yield make("vector", sizes=sizes, segments=True)
-        for decay in ("scalar", "vector"):
-            yield make(decay, architecture="sm_80")
+def _matrix_programs(
+    make: Callable[..., Program], direction: str, plain_decays: tuple[str, ...]
+) -> Iterator[Program]:
+    for decay in (*plain_decays, "scalar", "vector"):
+        yield make(direction, decay)
+        yield make(direction, decay, dtype="float32")
+    for sizes in OTHER_SIZES:
+        yield make(direction, "scalar", sizes=sizes)
+        yield make(direction, "vector", sizes=sizes, segments=True)
+    for decay in ("scalar", "vector"):
+        yield make(direction, decay, architecture="sm_80")
 
 
-def _gla(
+def _matrix(
+    rules: Any,
+    short: str,
     direction: str,
     decay: str,
+    beta: bool,
     *,
     dtype: str = "bfloat16",
     sizes: tuple[int, ...] = USUAL,
@@ -67,14 +77,76 @@ def _gla(
     state, ids = shape(B, H, K, V), shape(B, T, dtype="int32") if segments else None
     q = k = shape(B, T, HK, K, dtype=dtype)
     v = shape(B, T, H, V, dtype=dtype)
+    betas = (shape(B, T, H, dtype=dtype),) if beta else ()
     cotangents = () if direction == "forward" else (v, state)
-    name = ["gla", direction, decay, dtype, f"{B}x{T}", f"{HK}of{H}h", f"{K}x{V}"]
+    name = [short, direction, decay, dtype, f"{B}x{T}", f"{HK}of{H}h", f"{K}x{V}"]
     return Program(
         "_".join([*name, *(["segments"] if segments else []), architecture]),
         architecture,
-        functools.partial(getattr(gla, direction), scale=K**-0.5),
-        (q, k, v, decay_log, state, ids, *cotangents),
+        functools.partial(getattr(rules, direction), scale=K**-0.5),
+        (q, k, v, *betas, decay_log, state, ids, *cotangents),
     )
+
+
+def _gla(direction: str, decay: str, **options: Any) -> Program:
+    return _matrix(
+        gated_linear_attention, "gla", direction, decay, beta=False, **options
+    )
+
+
+def _delta(direction: str, decay: str, **options: Any) -> Program:
+    return _matrix(delta_rule, "delta", direction, decay, beta=True, **options)
+
+
+def _selective_programs(direction: str) -> Iterator[Program]:
+    usual = (8, 2048, 2048, 16)
+    for sizes, dtype, eigenvalues, architecture in (
+        (usual, "bfloat16", (0, 1), "sm_90a"),
+        (usual, "float32", (0, 1), "sm_90a"),
+        (usual, "bfloat16", (-1, 1), "sm_90a"),
+        (usual, "bfloat16", (0, 1), "sm_80"),
+        ((2, 16384, 2048, 16), "bfloat16", (0, 1), "sm_90a"),
+        ((1, 65536, 2048, 16), "bfloat16", (0, 1), "sm_90a"),
+        ((1, 1048576, 256, 16), "bfloat16", (0, 1), "sm_90a"),
+        ((4, 2048, 1000, 64), "bfloat16", (0, 1), "sm_90a"),
+    ):
+        B, T, D, N = sizes
+        x = delta = shape(B, T, D, dtype=dtype)
+        b = c = shape(B, T, N, dtype=dtype)
+        state, ids = shape(B, D, N), shape(B, T, dtype="int32")
+        cotangents = () if direction == "forward" else (x, state)
+        name = f"selective_scan_{direction}_{dtype}_{B}x{T}x{D}x{N}"
+        yield Program(
+            f"{name}{'_negative' if eigenvalues[0] else ''}_{architecture}",
+            architecture,
+            functools.partial(
+                getattr(selective_scan, direction), eigenvalue_range=eigenvalues
+            ),
+            (x, delta, shape(D, N), b, c, shape(D), state, ids, *cotangents),
+        )
+
+
+def _diagonal_programs(direction: str) -> Iterator[Program]:
+    for parts, constant, dtype, (B, T, D), architecture in (
+        (2, True, "float32", (8, 2048, 2048), "sm_90a"),
+        (2, True, "float32", (8, 2048, 2048), "sm_80"),
+        (2, False, "bfloat16", (8, 2048, 2048), "sm_90a"),
+        (1, False, "bfloat16", (8, 2048, 2048), "sm_90a"),
+        (1, True, "float32", (1, 1048576, 192), "sm_90a"),
+    ):
+        # The cotangent of h is float32, as the op's rules hand it over.
+        b = (shape(B, T, D, dtype=dtype),) * parts
+        a = (shape(D),) * parts if constant else b
+        state, cotangent = (shape(B, D),) * parts, (shape(B, T, D),) * parts
+        cotangents = () if direction == "forward" else (cotangent, state)
+        kind = "real" if parts == 1 else "complex"
+        factors = "constant" if constant else "per_token"
+        yield Program(
+            f"diagonal_scan_{direction}_{kind}_{factors}_{dtype}_{B}x{T}x{D}_{architecture}",
+            architecture,
+            getattr(diagonal_scan, direction),
+            (a, b, state, shape(B, T, dtype="int32"), *cotangents),
+        )
 
 
 def shape(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:

@@ -508,8 +508,12 @@ def _chunk_gradients(
     dstates: _Walked,
 ) -> _Gradients:
     """All chunks at once, from what the walks kept."""
-    width, tiles = _divided(sizes.value, 32)
+    most = 64 if sizes.dtype == jnp.bfloat16 else 32
+    (of_key, key_tiles), (width, tiles) = (
+        _divided(size, most) for size in (sizes.key, sizes.value)
+    )
     constant = log is not None and log.ndim == 1
+    C = sizes.chunk
 
     def kernel(given, writes, do, states, dstates, out, *, compiled):
         matmul = _matmul(sizes, compiled)
@@ -517,82 +521,106 @@ def _chunk_gradients(
         b, h, t = sizes.place()
         inputs = given.of_reads
         chunk = Chunk(sizes, inputs, matmul, b, h, t)
-        keys, tokens, rows = sizes.keys, sizes.tokens(t), sizes.padded(t)
-        square = _square(sizes)
-        row, column = gpu.indices(sizes.chunk, sizes.chunk)
+        tokens, rows, square = sizes.tokens(t), sizes.padded(t), _square(sizes)
+        row, column = gpu.indices(C, C)
         beta = gpu.load(given.beta, b, tokens, h).astype(jnp.float32)
+        decay, by_channel = chunk.decay(), out.by_channel
+
+        def key_tile(n: Any) -> gpu.Span:
+            return sizes.channels(n, of_key, sizes.key)
+
+        def value_tile(n: Any) -> tuple[gpu.Span, jax.Array, jax.Array, jax.Array]:
+            """N, D and dO."""
+            values = sizes.values(n, width)
+            N, dN = (gpu.load(x.inside, b, h, rows, values) for x in (states, dstates))
+            D = fine.tn(gpu.load(writes.M, b, h, rows, square), dN)
+            return values, N, D, chunk.values(do, values)
+
+        def of_keys(n: Any, KK: jax.Array) -> jax.Array:
+            k = chunk.keys(inputs.k, key_tile(n))
+            return KK + matmul.nt(k, k)
 
         def of_values(n: Any, sums: Any) -> Any:
-            dP, dA, dq, DS, dk, dbeta, dtotal = sums
-            values = sizes.values(n, width)
-            v_, do_ = (chunk.values(ref, values) for ref in (given.v, do))
-            N, dN = (gpu.load(x.inside, b, h, rows, values) for x in (states, dstates))
-            S, dS = (
-                gpu.load(x.boundary, b, h, t, keys, values) for x in (states, dstates)
-            )
-            D = fine.tn(gpu.load(writes.M, b, h, rows, square), dN)
+            dP, dA, dbeta = sums
+            values, N, D, do_ = value_tile(n)
+            v = chunk.values(given.v, values).astype(jnp.float32)
             gpu.store(out.dv, beta[:, None] * D, b, tokens, h, values)
-            return (
-                dP + matmul.nt(do_, N),
-                dA - matmul.nt(D, N),
-                dq + matmul.nt(do_, S),
-                DS + matmul.nt(D, S),
-                dk + matmul.nt(N, dS),
-                dbeta + (D * v_.astype(jnp.float32)).sum(1),
-                dtotal + (S.astype(jnp.float32) * dS.astype(jnp.float32)).sum(1),
-            )
+            dP, dA = dP + matmul.nt(do_, N), dA - matmul.nt(D, N)
+            return dP, dA, dbeta + (D * v).sum(1)
 
-        C, K = sizes.chunk, keys.size
-        sums = (C, C), (C, C), (C, K), (C, K), (C, K), (C,), (K,)
-        sums = tuple(jnp.zeros(x, jnp.float32) for x in sums)
-        dP, dA, dq, DS, dk_end, dbeta, dtotal = lax.fori_loop(0, tiles, of_values, sums)
-        dP, dq = sizes.scale * dP, sizes.scale * dq
-        dA = jnp.where(row > column, dA, 0.0)
-        dKK, dk_start = beta[:, None] * dA, -beta[:, None] * DS
-        if out.by_channel is not None:
-            k_start = gpu.load(given.key_start, b, h, rows, keys)
+        if by_channel is not None:
             KK = gpu.load(given.key_scores, b, h, rows, square)
-            dbeta += (dA * KK).sum(1) - (k_start.astype(jnp.float32) * DS).sum(1)
-            gpu.store(out.dbeta, dbeta, b, tokens, h)
-            by_channel = out.by_channel
+        else:
+            KK = lax.fori_loop(0, key_tiles, of_keys, _zeros(C, C)) * decay.weights
+            KK = jnp.where(row > column, KK, 0.0)
+        sums = _zeros(C, C), _zeros(C, C), _zeros(C)
+        dP, dA, dbeta = lax.fori_loop(0, tiles, of_values, sums)
+        dP, dA = sizes.scale * dP, jnp.where(row > column, dA, 0.0)
+        dKK, dbeta = beta[:, None] * dA, dbeta + (dA * KK).sum(1)
+        P = gpu.load(writes.scores, b, h, rows, square).astype(jnp.float32)
+        of_weights = P * dP + KK * dKK
+        if by_channel is not None:
             gpu.store(by_channel.scores, dP, b, h, rows, square)
             gpu.store(by_channel.key_scores, dKK, b, h, rows, square)
-            gpu.store(by_channel.q_start, dq, b, h, rows, keys)
-            gpu.store(by_channel.k_end, dk_end, b, h, rows, keys)
-            gpu.store(by_channel.key_start, dk_start, b, h, rows, keys)
-            gpu.store(by_channel.total, dtotal, b, h, t, keys)
-            return
-        decay = chunk.decay()
-        q, k = (chunk.keys(ref, keys) for ref in (inputs.q, inputs.k))
-        q_, k_ = (x.astype(jnp.float32) for x in (q, k))
-        KK = jnp.where(row > column, decay.weights * matmul.nt(k, k), 0.0)
-        dbeta += (dA * KK).sum(1) - decay.read((k_ * DS).sum(1)[:, None]).sum(1)
-        gpu.store(out.dbeta, dbeta, b, tokens, h)
-        dq, dk_start, dk_end = (
-            decay.read(dq),
-            decay.read(dk_start),
-            decay.write(dk_end),
-        )
-        if out.dlog is not None:
-            P = gpu.load(writes.scores, b, h, rows, square).astype(jnp.float32)
-            gradient = token_log_gradient(
-                P * dP + KK * dKK,
-                (q_ * dq + k_ * dk_start).sum(1),
-                (k_ * dk_end).sum(1),
-                decay.total * dtotal.sum(0),
-                matmul,
-            )
-            if not constant:
-                gpu.store(out.dlog, gradient, b, tokens, h)
-            else:  # no token, no decay: what its row holds is not asked for
-                valid = tokens.index < sizes.length
-                gradient = jnp.where(valid, gradient, 0.0).sum(0)
-                gpu.store(out.dlog, gradient, b, h, t)
         dscores, dKK = decay.weights * dP, decay.weights * dKK
-        dq += matmul.nn(dscores, k)
-        dk = dk_start + dk_end + matmul.tn(dscores, q) + matmul.nn(dKK + dKK.T, k)
-        gpu.store(out.dq, dq, b, tokens, h, keys)
-        gpu.store(out.dk, dk, b, tokens, h, keys)
+        dKK = (dKK + dKK.T).astype(sizes.dtype)
+        dscores = dscores.astype(sizes.dtype)
+
+        def of_key_tile(n: Any, of_factors: Any) -> Any:
+            dbeta, of_prefix, of_suffix, of_total = of_factors
+            keys = key_tile(n)
+
+            def of_states(n: Any, sums: Any) -> Any:
+                dq, DS, dk_end, dtotal = sums
+                values, N, D, do_ = value_tile(n)
+                S, dS = (
+                    gpu.load(x.boundary, b, h, t, keys, values)
+                    for x in (states, dstates)
+                )
+                dtotal += (S.astype(jnp.float32) * dS.astype(jnp.float32)).sum(1)
+                dq, DS = dq + matmul.nt(do_, S), DS + matmul.nt(D, S)
+                return dq, DS, dk_end + matmul.nt(N, dS), dtotal
+
+            sums = *(_zeros(C, of_key),) * 3, _zeros(of_key)
+            dq, DS, dk_end, dtotal = lax.fori_loop(0, tiles, of_states, sums)
+            dq, dk_start = sizes.scale * dq, -beta[:, None] * DS
+            if by_channel is not None:
+                k = gpu.load(given.key_start, b, h, rows, keys).astype(jnp.float32)
+                gpu.store(by_channel.q_start, dq, b, h, rows, keys)
+                gpu.store(by_channel.k_end, dk_end, b, h, rows, keys)
+                gpu.store(by_channel.key_start, dk_start, b, h, rows, keys)
+                gpu.store(by_channel.total, dtotal, b, h, t, keys)
+                return dbeta - (k * DS).sum(1), of_prefix, of_suffix, of_total
+            q, k = (chunk.keys(x, keys) for x in (inputs.q, inputs.k))
+            q_, k_ = (x.astype(jnp.float32) for x in (q, k))
+            DS, dq, dk_start = (decay.read(x) for x in (DS, dq, dk_start))
+            dk_end = decay.write(dk_end)
+            of_factors = (
+                dbeta - (k_ * DS).sum(1),
+                of_prefix + (q_ * dq + k_ * dk_start).sum(1),
+                of_suffix + (k_ * dk_end).sum(1),
+                of_total + dtotal.sum(0),
+            )
+            gpu.store(out.dq, dq + matmul.nn(dscores, k), b, tokens, h, keys)
+            dk = dk_start + dk_end + matmul.tn(dscores, q) + matmul.nn(dKK, k)
+            gpu.store(out.dk, dk, b, tokens, h, keys)
+            return of_factors
+
+        of_factors = dbeta, _zeros(C), _zeros(C), jnp.float32(0)
+        dbeta, of_prefix, of_suffix, of_total = lax.fori_loop(
+            0, key_tiles, of_key_tile, of_factors
+        )
+        gpu.store(out.dbeta, dbeta, b, tokens, h)
+        if out.dlog is None:
+            return
+        dlog = token_log_gradient(
+            of_weights, of_prefix, of_suffix, decay.total * of_total, matmul
+        )
+        if not constant:
+            gpu.store(out.dlog, dlog, b, tokens, h)
+        else:  # no token, no decay: what its row holds is not asked for
+            valid = tokens.index < sizes.length
+            gpu.store(out.dlog, jnp.where(valid, dlog, 0.0).sum(0), b, h, t)
 
     (gradients,) = gpu.call(
         "delta_chunk_gradients",
@@ -600,6 +628,10 @@ def _chunk_gradients(
         (sizes.chunks, sizes.batch * sizes.heads),
         (given, writes, do, states, dstates),
         [_gradient_shapes(sizes, given, q, k, log)],
-        warps=4 if sizes.key <= 64 else 8,
+        warps=8,
     )
     return gradients
+
+
+def _zeros(*sizes: int) -> jax.Array:
+    return jnp.zeros(sizes, jnp.float32)

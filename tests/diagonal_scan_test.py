@@ -90,6 +90,11 @@ class TestKernels(TestDiagonalScan):
 
     implementations = ("pallas_gpu", "pallas_tpu")
 
+    @pytest.fixture(autouse=True)
+    def short_turns(self, monkeypatch):
+        # Interpreted GPU kernels take longer to compile than to run.
+        monkeypatch.setattr(pallas_gpu, "TURN", 4)
+
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_values_states_and_gradients_equal_the_reference(
         self, variant, implementation, dtype

@@ -103,6 +103,12 @@ class TestKernels(TestSelectiveScan):
 
     implementations = ("pallas_gpu", "pallas_tpu")
 
+    @pytest.fixture(autouse=True)
+    def short_turns(self, monkeypatch):
+        # Interpreted GPU kernels take longer to compile than to run.
+        monkeypatch.setattr(pallas_gpu, "TURN", 2)
+        monkeypatch.setattr(pallas_gpu, "BACKWARD_TURN", 2)
+
 
 @pytest.mark.parametrize(
     "variant", ["positive", pytest.param("negative", marks=pytest.mark.slow)]

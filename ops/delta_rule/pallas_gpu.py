@@ -265,7 +265,7 @@ def _walk(
                 inside if keep else None,
             )
         ],
-        warps=4,
+        warps=4 if sizes.key <= 128 else 8,
     )
     return walked
 
@@ -321,7 +321,7 @@ def _walk_back(
                 inside=inside if keep else None,
             )
         ],
-        warps=4,
+        warps=4 if sizes.key <= 128 else 8,
     )
     return walked
 

@@ -127,11 +127,16 @@ def work(program: Program) -> float:
 def measure(program: Program, timeout_s: float = 900) -> dict[str, Any]:
     """The row of `program`. Raises RuntimeError with the compiler's last lines if it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_dump_to={folder} --xla_dump_emitter_re=.*"
+        environment = {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_emitter_re=.*",
+            # What names addresses for a stack trace that nobody asked for takes most of a compilation.
+            "LLVM_DISABLE_SYMBOLIZATION": "1",
+        }
         done = subprocess.run(
             [sys.executable, "-m", "experiments.gpu_aot", program.name],
             cwd=CHECKOUT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            env=os.environ | environment,
             capture_output=True,
             text=True,
             timeout=timeout_s,

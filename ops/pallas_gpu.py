@@ -5,9 +5,11 @@ registers; every size of a tile is a power of two, at least 16 where it enters a
 is masked. The lowering has no slices of values, no scratch memory and no order between programs: what is sequential is
 a loop inside one program.
 
-**Precision.** Bfloat16 inputs enter matmuls as they are and everything computed is rounded to bfloat16 where it enters
-one; sums and states are float32. Float32 inputs take three TF32 products for one (about 21 bits; plain float32 when
-interpreted, where no tensor core is imitated): single TF32 products, 11 bits, are outside the error budget of the ops.
+**Precision.** Tensor cores multiply bfloat16 and add in float32. Bfloat16 inputs enter matmuls as they are, and what is
+computed from them in float32 is rounded where it enters one; sums and states are float32. Float32 numbers enter as sums
+of three bfloat16 ones, all of their bits: six products for one, the time of three TF32 products, which would keep 21
+bits. (A single TF32 product keeps 11, beyond the error budget of the ops; plain float32 ones are too slow.) Interpreted
+kernels round as compiled ones do.
 
 **Lazy import.** jax has announced that it will remove this lowering. It is imported when a kernel is traced;
 `available()` says whether it is there.
@@ -17,7 +19,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -28,7 +30,6 @@ from jax.experimental import pallas as pl
 from .by_platform import by_platform
 
 MIN_TILE = 16  # the smallest side of a matmul
-MAX_ELEMENTS = 1 << 31  # of one array: what 32-bit offsets reach
 # Programs that fill a GPU: one and a half for each of the 132 multiprocessors of an H100 or H200. Not measured.
 FILLING_PROGRAMS = 200
 
@@ -54,23 +55,22 @@ def call(
     inputs: Sequence[Any],
     outputs: Sequence[Any],
     warps: int,
-    stages: int = 2,
+    interpreted: Callable[..., None] | None = None,
 ) -> Any:
-    """Runs `kernel(*inputs, *outputs, compiled=...)`, refs of whole arrays, for every place of the grid.
+    """Runs `kernel(*inputs, *outputs)`, refs of whole arrays, for every place of the grid.
 
-    Compiled when lowered for CUDA, interpreted when lowered for a CPU. An input may be None.
+    Compiled when lowered for CUDA, interpreted when lowered for a CPU, where `interpreted`, if given, takes its place.
+    Inputs and outputs may be trees, and None in them.
     """
 
     def run(*inputs: Any, interpret: bool) -> Any:
         return pl.pallas_call(
-            functools.partial(kernel, compiled=not interpret),
+            interpreted if interpret and interpreted else kernel,
             grid=grid,
             out_shape=tuple(outputs),
             interpret=interpret,
             name=name,
-            compiler_params=_triton().CompilerParams(
-                num_warps=warps, num_stages=stages
-            ),
+            compiler_params=_triton().CompilerParams(num_warps=warps, num_stages=2),
         )(*inputs)
 
     return by_platform(
@@ -134,26 +134,39 @@ def _address(index: Sequence[Any]) -> tuple[tuple[Any, ...], jax.Array | None]:
 class Matmul:
     """Products of tiles with float32 sums: nn = A B, nt = A B^T, tn = A^T B.
 
-    dtype: of the inputs, bfloat16 or float32; compiled: for a GPU, not interpreted.
+    dtype: of the inputs, bfloat16 or float32. fine: beside bfloat16 inputs, factors computed in float32 enter in two
+    terms, 16 bits, in place of one.
     """
 
     dtype: Any
-    compiled: bool
+    fine: bool = False
 
     def _dot(self, a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-        if self.dtype == jnp.bfloat16:
-            precision = lax.Precision.DEFAULT
-        elif self.compiled:
-            precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-        else:
-            precision = lax.Precision.HIGHEST
-        return lax.dot_general(
-            a.astype(self.dtype),
-            b.astype(self.dtype),
-            (((a_axis,), (b_axis,)), ((), ())),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        of_a, of_b = (self._terms(x) for x in (a, b))
+        pairs = [(i, j) for i in range(len(of_a)) for j in range(len(of_b))]
+        most = max(len(of_a), len(of_b))  # what two last terms make is beyond them
+        total = None
+        for i, j in sorted((x for x in pairs if sum(x) < most), key=sum, reverse=True):
+            part = lax.dot_general(
+                of_a[i],
+                of_b[j],
+                (((a_axis,), (b_axis,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def _terms(self, x: jax.Array) -> list[jax.Array]:
+        """x as a sum of bfloat16 numbers, the largest first."""
+        if x.dtype == jnp.bfloat16:
+            return [x]
+        count = 3 if self.dtype == jnp.float32 else 2 if self.fine else 1
+        terms = []
+        for _ in range(count):
+            terms.append(x.astype(jnp.bfloat16))
+            x = x - terms[-1].astype(jnp.float32)
+        return terms
 
     def nn(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return self._dot(a, b, 1, 0)
@@ -170,20 +183,7 @@ class Matmul:
         x enters in terms of 8 bits, which a bfloat16 product with zeros and ones leaves exact: three terms are all of
         float32, two are twice the bits of bfloat16 inputs.
         """
-        which = which.astype(jnp.bfloat16)
-        x, total = x.astype(jnp.float32), None
-        for _ in range(2 if self.dtype == jnp.bfloat16 else 3):
-            term = x.astype(jnp.bfloat16)
-            part = lax.dot_general(
-                which,
-                term,
-                (((1,), (0,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-            total = part if total is None else total + part
-            x = x - term.astype(jnp.float32)
-        assert total is not None
-        return total
+        return replace(self, fine=True).nn(which.astype(jnp.bfloat16), x)
 
 
 def matmul_dtype(*arrays: jax.Array) -> Any:
@@ -197,6 +197,16 @@ def indices(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
         lax.broadcasted_iota(jnp.int32, (rows, columns), 0),
         lax.broadcasted_iota(jnp.int32, (rows, columns), 1),
     )
+
+
+def zeros(*sizes: int) -> jax.Array:
+    return jnp.zeros(sizes, jnp.float32)
+
+
+def divided(size: int, most: int) -> tuple[int, int]:
+    """The width of a tile, at most `most`, and how many cover `size`."""
+    width = min(tile_size(size), most)
+    return width, pl.cdiv(size, width)
 
 
 def split_time(chunks: int, programs: int) -> int:

@@ -198,8 +198,8 @@ def channel_scores(
     tile = _Tiles(length, heads, q.shape[2], key, chunk)
     chunks, rows = tile.chunks, tile.chunks * chunk
 
-    def kernel(q, k, log, numbers, out, *, compiled):
-        matmul = gpu.Matmul(dtype, compiled)
+    def kernel(q, k, log, numbers, out):
+        matmul = gpu.Matmul(dtype)
         t, at = pl.program_id(0), pl.program_id(1)
         b, h = at // heads, at % heads
         segments = load_segments(numbers, b, t * chunk, chunk, length)
@@ -284,8 +284,8 @@ def channel_scores_adjoint(
     batch, length, heads, key = decay_log.shape
     tile = _Tiles(length, heads, q.shape[2], key, chunk)
 
-    def kernel(q, k, log, numbers, cotangents, dq, dk, dlog, *, compiled):
-        matmul = gpu.Matmul(dtype, compiled)
+    def kernel(q, k, log, numbers, cotangents, dq, dk, dlog):
+        matmul = gpu.Matmul(dtype)
         at, head = pl.program_id(0), pl.program_id(1)
         n, t = at % tile.count, at // tile.count
         b, h = head // heads, head % heads

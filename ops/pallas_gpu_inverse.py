@@ -1,4 +1,4 @@
-"""(I + A)^-1 of a strictly lower-triangular A in a GPU kernel, and products that keep 16 bits of their factors or more.
+"""(I + A)^-1 of a strictly lower-triangular A in a GPU kernel.
 
 Powers of A are never formed: with identical keys they overflow float32 while the inverse itself stays within 2.
 
@@ -19,45 +19,7 @@ from . import pallas_gpu as gpu
 ROWS = 16  # of a diagonal block solved by substitution
 
 
-class FineMatmul(gpu.Matmul):
-    """`gpu.Matmul` for factors that were computed in float32.
-
-    Such a factor enters in terms of 8 bits: two in bfloat16 kernels, 2^-17 at most from what it was, and three in
-    float32 kernels. Products smaller than the last terms are left out. Three terms are six bfloat16 products, the time
-    of three of TF32, and compile to fewer registers. A bfloat16 factor is its only term.
-    """
-
-    def _dot(self, a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-        of_a, of_b = (self._split(x) for x in (a, b))
-        pairs = [(i, j) for i in range(len(of_a)) for j in range(len(of_b))]
-        pairs = [pair for pair in pairs if sum(pair) < self._terms]
-        total = None
-        for i, j in sorted(pairs, key=sum, reverse=True):  # the smallest first
-            part = lax.dot_general(
-                of_a[i],
-                of_b[j],
-                (((a_axis,), (b_axis,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-            total = part if total is None else total + part
-        assert total is not None
-        return total
-
-    @property
-    def _terms(self) -> int:
-        return 2 if self.dtype == jnp.bfloat16 else 3
-
-    def _split(self, x: jax.Array) -> list[jax.Array]:
-        if x.dtype == jnp.bfloat16:
-            return [x]
-        terms = []
-        for _ in range(self._terms):
-            terms.append(x.astype(jnp.bfloat16))
-            x = x - terms[-1].astype(jnp.float32)
-        return terms
-
-
-def unit_lower_inverse(matmul: FineMatmul, A: jax.Array) -> jax.Array:
+def unit_lower_inverse(matmul: gpu.Matmul, A: jax.Array) -> jax.Array:
     """A [C, C] float32, zero on and above the diagonal; C a power of two, at least 16. Returns float32."""
     size = A.shape[0]
     row, column = gpu.indices(size, size)

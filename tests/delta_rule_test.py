@@ -283,7 +283,7 @@ def test_the_inverse_is_one(seed, size):
 
 @functools.partial(jax.jit, static_argnums=0)
 def gpu_inverse(dtype, A):
-    matmul = pallas_gpu_inverse.FineMatmul(jnp.dtype(dtype), compiled=False)
+    matmul = pallas_gpu.Matmul(jnp.dtype(dtype), fine=True)
     return pallas_gpu_inverse.unit_lower_inverse(matmul, A)
 
 

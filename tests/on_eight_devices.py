@@ -296,7 +296,7 @@ def test_mixture_of_memories_sends_states_and_no_tokens():
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 ROWS = model_contract_test.ALL
-MODELS_IN_MAKE_TEST = {"delta_net", "mamba", "mom"}
+MODELS_IN_MAKE_TEST = {"delta_net", "mamba"}
 # Heads that two devices cannot share.
 ONE_OR_THREE_HEADS = {"gla_convolution", "gated_delta_net_negative", "lightnet_one"}
 

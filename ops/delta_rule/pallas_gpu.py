@@ -78,13 +78,7 @@ def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
     """Shapes as in `api.py`; returns o in v's dtype and the final state in float32."""
     sizes, given = given_inputs(q, k, v, beta, decay_log, segment_ids, scale)
     writes = compute_writes(sizes, given, keep_inverse=False)
-    matrices = _part_matrices(sizes, given, writes, _parts(sizes))
-    starts = _part_starts(
-        initial_state,
-        matrices,
-        lambda zeros: walk(sizes, given, writes, zeros).ends,
-        reverse=False,
-    )
+    _, starts = _entering(sizes, given, writes, initial_state)
     walked = walk(sizes, given, writes, starts, read=True)
     return walked.o, walked.ends[:, -1]
 
@@ -95,13 +89,7 @@ def backward(
     """Cotangents of q, k, v, beta, decay_log and initial_state."""
     sizes, given = given_inputs(q, k, v, beta, decay_log, segment_ids, scale)
     writes = compute_writes(sizes, given, keep_inverse=True)
-    matrices = _part_matrices(sizes, given, writes, _parts(sizes))
-    starts = _part_starts(
-        initial_state,
-        matrices,
-        lambda zeros: walk(sizes, given, writes, zeros).ends,
-        reverse=False,
-    )
+    matrices, starts = _entering(sizes, given, writes, initial_state)
     states = walk(sizes, given, writes, starts, keep=True)
     starts = _part_starts(
         dfinal_state,
@@ -139,6 +127,20 @@ def backward(
 def _parts(sizes: Sizes) -> int:
     tiles = gpu.divided(sizes.value, state_width(sizes))[1]
     return gpu.split_time(sizes.chunks, sizes.batch * sizes.heads * tiles)
+
+
+def _entering(
+    sizes: Sizes, given: Given, writes: Writes, initial_state: jax.Array
+) -> tuple[jax.Array | None, jax.Array]:
+    """`_part_matrices`, and the states that enter the parts [B, parts, H, K, V]."""
+    matrices = _part_matrices(sizes, given, writes, _parts(sizes))
+    starts = _part_starts(
+        initial_state,
+        matrices,
+        lambda zeros: walk(sizes, given, writes, zeros).ends,
+        reverse=False,
+    )
+    return matrices, starts
 
 
 def _part_matrices(

@@ -104,8 +104,8 @@ def missing() -> str | None:
     return None
 
 
-def work(program: Program) -> float:
-    """Compiles in this process; returns the seconds it took."""
+def work(program: Program) -> dict[str, float]:
+    """Compiles in this process; returns the seconds it took and the bytes beside inputs and outputs."""
     topology = topologies.get_topology_desc(
         topology_name="",
         platform="cuda",
@@ -120,8 +120,11 @@ def work(program: Program) -> float:
             program.arguments,
         )
         began = time.perf_counter()
-        jax.jit(program.rule).lower(*arguments).compile()
-    return time.perf_counter() - began
+        compiled = jax.jit(program.rule).lower(*arguments).compile()
+    return {
+        "compile_s": round(time.perf_counter() - began, 1),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
 
 
 def measure(program: Program, timeout_s: float = 900) -> dict[str, Any]:
@@ -148,7 +151,7 @@ def measure(program: Program, timeout_s: float = 900) -> dict[str, Any]:
     return {
         "name": program.name,
         "architecture": program.architecture,
-        "compile_s": round(float(done.stdout.split()[-1]), 1),
+        **json.loads(done.stdout.splitlines()[-1]),
         "kernels": kernels,
     }
 
@@ -295,9 +298,10 @@ HEADING = """\
 
 {versions}. Compiled for, not run on, a GPU. Made by `python -m experiments.bench --gpu_aot`.
 Registers and spilled bytes (stores and loads) are per thread. Resident: programs that one multiprocessor holds at once.
+Temporary: memory beside inputs and outputs, such as states at the boundaries of chunks.
 
-| program | kernel | programs | threads | registers | spilled | shared KB | resident | compile s |
-|---|---|---|---|---|---|---|---|---|
+| program | kernel | programs | threads | registers | spilled | shared KB | resident | temporary MB | compile s |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -305,18 +309,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The report as Markdown."""
     lines = []
     for row in rows:
-        name, seconds = row["name"], row["compile_s"]
+        of_program = [
+            row["name"],
+            f"{row['temporary_bytes'] / 1e6:.0f}",
+            row["compile_s"],
+        ]
         for kernel in row["kernels"]:
+            name, *rest = of_program
             cells = [
                 name,
                 *(kernel[x] for x in ("kernel", "programs", "threads", "registers")),
                 kernel["spilled_bytes"],
                 f"{kernel['shared_bytes'] / 1024:.0f}",
                 kernel["resident"],
-                seconds,
+                *rest,
             ]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-            name = seconds = ""
+            of_program = ["", "", ""]
     versions = {
         "jax {jax}, jaxlib {jaxlib}, ptxas {ptxas}".format(**row["versions"])
         for row in rows
@@ -326,4 +335,4 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     (chosen,) = (program for program in programs() if program.name == sys.argv[1])
-    print(work(chosen))
+    print(json.dumps(work(chosen)))

@@ -69,9 +69,9 @@ LIMITS = {
 class Case:
     """One op at one size.
 
-    inputs: shapes of the differentiable inputs, by name in the order of `call(implementation, *inputs)`; checks: the
-    same at a small size; flops: of matmuls, forward; peers: name -> function that returns a function of `mode` to time,
-    or raises ImportError.
+    inputs(size, dtype): the differentiable inputs by name, in the order of `call(segments, implementation, *inputs)`;
+    flops: of matmuls, forward; peers: name -> what makes a program of inputs and mode (experiments/gpu_peers.py);
+    small: the size of the check; implementations: the first is checked, and "ours".
     """
 
     op: str
@@ -82,6 +82,7 @@ class Case:
     flops: float
     peers: dict[str, Callable[..., Callable[[], Any]]]
     small: tuple[int, ...]
+    implementations: tuple[str, ...] = ("pallas_gpu", "chunked")
 
     @property
     def name(self) -> str:
@@ -229,11 +230,75 @@ def diagonal_cases() -> Iterator[Case]:
         )
 
 
+def convolution_inputs(size: tuple[int, ...], dtype: str) -> dict[str, jax.Array]:
+    B, T, D, taps = size
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (taps, D))
+    return {"x": x.astype(dtype), "w": w.astype(dtype)}
+
+
+def long_inputs(size: tuple[int, ...], dtype: str) -> dict[str, jax.Array]:
+    B, T, D = size
+    keys = jax.random.split(jax.random.key(0), 2)
+    kernel = jax.random.normal(keys[1], (D, T)) * jnp.exp(-jnp.arange(T) / 64)[None]
+    u = jax.random.normal(keys[0], (B, T, D)).astype(dtype)
+    return {"u": u, "kernel": kernel}
+
+
+def xla_cases() -> Iterator[Case]:
+    """Ops without a GPU kernel of ours."""
+    yield Case(
+        "short_convolution",
+        "",
+        (8, 2048, 2048, 4),
+        convolution_inputs,
+        lambda segments, implementation, *x: ops.short_convolution(
+            *x,
+            segment_ids=_segments(x[0].shape[:2]) if segments else None,
+            implementation=implementation,
+        )[0],
+        0.0,
+        {},
+        (2, 333, 96, 4),
+        ("chunked",),
+    )
+    yield Case(
+        "long_convolution",
+        "",
+        (16, 16384, 256),
+        long_inputs,
+        lambda segments, implementation, *x: ops.long_convolution(
+            *x, implementation=implementation
+        ),
+        0.0,
+        {},
+        (2, 333, 96),
+        ("fft",),
+    )
+    window, size = 128, (4, 2048, 16, 128)
+    yield Case(
+        "window_attention",
+        f"window {window}",
+        size,
+        functools.partial(matrix_inputs, "window_attention", "none"),
+        lambda segments, implementation, *x: ops.window_attention(
+            *x,
+            window=window,
+            segment_ids=_segments(x[0].shape[:2]) if segments else None,
+            implementation=implementation,
+        )[0],
+        4.0 * window * math.prod(size),
+        {},
+        (2, 333, 4, 128),
+        ("chunked",),
+    )
+
+
 def cases() -> list[Case]:
     """All cases, the first size of every op and variant before the second of any."""
     by_size: dict[int, list[Case]] = {}
     counts: dict[str, int] = {}
-    for case in [*matrix_cases(), *scan_cases(), *diagonal_cases()]:
+    for case in [*matrix_cases(), *scan_cases(), *diagonal_cases(), *xla_cases()]:
         counts[case.name] = place = counts.get(case.name, -1) + 1
         by_size.setdefault(place, []).append(case)
     return [case for place in sorted(by_size) for case in by_size[place]]
@@ -263,7 +328,7 @@ def check(case: Case, dtype: str) -> dict[str, Any]:
         name: relative_l2(got, wanted)
         for name, got, wanted in zip(
             names,
-            results("pallas_gpu", inputs),
+            results(case.implementations[0], inputs),
             results("reference", wide),
             strict=True,
         )
@@ -313,7 +378,7 @@ def time_case(case: Case, mode: str, kind: str) -> list[dict[str, Any]]:
             inputs,
             mode,
         )
-        for name in ("pallas_gpu", "chunked")
+        for name in case.implementations
     }
     for name, peer in case.peers.items():
         makers[name] = functools.partial(peer, dict(inputs), mode)
@@ -333,7 +398,7 @@ def time_case(case: Case, mode: str, kind: str) -> list[dict[str, Any]]:
             programs[name] = (program, _repeats(program), [])
         except Exception as error:
             # A peer that is absent, refuses the shape or runs out of memory is a gap in the table.
-            if name == "pallas_gpu":
+            if name == case.implementations[0]:
                 raise
             rows[-1]["gap"] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
     for _ in range(5):

@@ -42,6 +42,10 @@ OTHER_SIZES = (
 )
 
 
+# A million tokens, and a quarter of them: what memory grows with.
+LONG = ((1, 262144, 8, 8, 128, 128), (1, 1048576, 8, 8, 128, 128))
+
+
 def _matrix_programs(
     make: Callable[..., Program], direction: str, plain_decays: tuple[str, ...]
 ) -> Iterator[Program]:
@@ -53,6 +57,8 @@ def _matrix_programs(
         yield make(direction, "vector", sizes=sizes, segments=True)
     for decay in ("scalar", "vector"):
         yield make(direction, decay, architecture="sm_80")
+        for sizes in LONG:
+            yield make(direction, decay, sizes=sizes)
 
 
 def _matrix(
@@ -107,6 +113,7 @@ def _selective_programs(direction: str) -> Iterator[Program]:
         (usual, "bfloat16", (0, 1), "sm_80"),
         ((2, 16384, 2048, 16), "bfloat16", (0, 1), "sm_90a"),
         ((1, 65536, 2048, 16), "bfloat16", (0, 1), "sm_90a"),
+        ((1, 262144, 256, 16), "bfloat16", (0, 1), "sm_90a"),
         ((1, 1048576, 256, 16), "bfloat16", (0, 1), "sm_90a"),
         ((4, 2048, 1000, 64), "bfloat16", (0, 1), "sm_90a"),
     ):

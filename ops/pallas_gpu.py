@@ -151,6 +151,7 @@ class Matmul:
                 of_a[i],
                 of_b[j],
                 (((a_axis,), (b_axis,)), ((), ())),
+                precision=lax.Precision.DEFAULT,
                 preferred_element_type=jnp.float32,
             )
             total = part if total is None else total + part

@@ -24,7 +24,7 @@ def test_the_benchmark_needs_a_gpu():
 def test_every_size_is_measured_for_every_op_and_the_first_of_all_come_first():
     cases = gpu_bench.cases()
     names = {case.name for case in cases}
-    assert len(names) == 9 and len({(c.name, c.size) for c in cases}) == len(cases)
+    assert len(names) == 12 and len({(c.name, c.size) for c in cases}) == len(cases)
     assert {case.name for case in cases[: len(names)]} == names
     gla = [case.size for case in cases if case.name == "gated_linear_attention vector"]
     assert {(1, 8192, 96, 128), (8, 2048, 32, 256), (1, 262144, 8, 128)} <= set(gla)

@@ -121,9 +121,11 @@ def work(program: Program) -> dict[str, float]:
         )
         began = time.perf_counter()
         compiled = jax.jit(program.rule).lower(*arguments).compile()
+    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+    assert memory is not None
     return {
-        "compile_s": round(time.perf_counter() - began, 1),
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "compile_s": round(seconds, 1),
+        "temporary_bytes": memory.temp_size_in_bytes,
     }
 
 

@@ -356,7 +356,8 @@ def floors(case: Case, inputs: dict[str, jax.Array], mode: str, kind: str) -> An
     """Milliseconds that memory and matmuls take at least; None where the device's rates are not known."""
     rate = next((x for name, x in BANDWIDTH if kind.startswith(name)), None)
     peak = peak_flops(kind)
-    o = jax.eval_shape(functools.partial(case.call, False, "chunked"), *inputs.values())
+    call = functools.partial(case.call, False, case.implementations[-1])
+    o = jax.eval_shape(call, *inputs.values())
     moved = sum(x.nbytes for x in inputs.values())
     written = math.prod(o.shape) * o.dtype.itemsize
     # Backward reads the inputs and the output's cotangent and writes a gradient of every input.

@@ -30,6 +30,16 @@ def test_every_size_is_measured_for_every_op_and_the_first_of_all_come_first():
     assert {(1, 8192, 96, 128), (8, 2048, 32, 256), (1, 262144, 8, 128)} <= set(gla)
 
 
+@pytest.mark.parametrize("case", list(gpu_bench.xla_cases()), ids=lambda case: case.op)
+def test_ops_without_a_kernel_of_ours_are_checked_and_timed_too(case):
+    small = {"short_convolution": (1, 24, 8, 4), "long_convolution": (1, 24, 8)}
+    size = small.get(case.op, TINY)
+    case = dataclasses.replace(case, size=size, small=size)
+    assert gpu_bench.check(case, "float32")["passed"]
+    (row,) = gpu_bench.time_case(case, "forward", "NVIDIA H200")
+    assert row["median_ms"] > 0 and row["memory_floor_ms"] > 0
+
+
 @pytest.mark.slow
 def test_a_check_passes_for_the_kernels_and_fails_for_a_wrong_one():
     case = tiny_case()

@@ -87,6 +87,7 @@ class OpContract:
         keys = jax.random.split(jax.random.key(seed), 3)
         inputs = self.inputs(keys[0], variant, length, dtype)
         starts = jax.random.uniform(keys[2], (BATCH, length)) < 0.04
+        starts = starts.at[0, length // 2].set(True)  # few tokens may have none
         ids = jnp.cumsum(starts, axis=1) % 3  # ids come back: only a change counts
         return inputs, self.initial_state(keys[1], variant), ids
 

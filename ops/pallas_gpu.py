@@ -39,7 +39,7 @@ def available() -> bool:
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
-def _triton() -> Any:
+def triton() -> Any:
     return importlib.import_module("jax.experimental.pallas.triton")
 
 
@@ -70,7 +70,7 @@ def call(
             out_shape=tuple(outputs),
             interpret=interpret,
             name=name,
-            compiler_params=_triton().CompilerParams(num_warps=warps, num_stages=2),
+            compiler_params=triton().CompilerParams(num_warps=warps, num_stages=2),
         )(*inputs)
 
     return by_platform(
@@ -104,14 +104,14 @@ def load(ref: Any, *index: Any) -> jax.Array:
     """The tile of `ref` at scalars and one or two Spans, zero where a Span has no place."""
     at, mask = _address(index)
     if mask is None:
-        return _triton().load(ref.at[at])
-    return _triton().load(ref.at[at], mask=mask, other=0)
+        return triton().load(ref.at[at])
+    return triton().load(ref.at[at], mask=mask, other=0)
 
 
 def store(ref: Any, value: jax.Array, *index: Any) -> None:
     """Writes a tile where `load` would read it, in the dtype of `ref`."""
     at, mask = _address(index)
-    _triton().store(ref.at[at], value.astype(ref.dtype), mask=mask)
+    triton().store(ref.at[at], value.astype(ref.dtype), mask=mask)
 
 
 def _address(index: Sequence[Any]) -> tuple[tuple[Any, ...], jax.Array | None]:
@@ -219,3 +219,25 @@ def split_time(chunks: int, programs: int) -> int:
     while parts * programs < FILLING_PROGRAMS and chunks >= 16 * parts:
         parts *= 2
     return parts
+
+
+def part_starts(
+    multiply: Callable[[Any, Any], Any],
+    products: Any,
+    added: Any,
+    entering: Any,
+    reverse: bool,
+) -> Any:
+    """States that enter the parts, numbers of arrays [B, parts, ...] as products and added; entering: [B, 1, ...].
+
+    S' = product S + added from part to part, from the last to the first in reverse.
+    """
+
+    def step(S: Any, part: Any) -> Any:
+        product, added = part
+        return jax.tree.map(jnp.add, multiply(product, S), added), S
+
+    parts = jax.tree.map(lambda x: x.swapaxes(0, 1), (products, added))
+    entering = jax.tree.map(lambda x: x[:, 0], entering)
+    _, starts = lax.scan(step, entering, parts, reverse=reverse)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), starts)

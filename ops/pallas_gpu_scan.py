@@ -13,13 +13,8 @@ kernel proper runs on all parts at once.
 the last one and changed to one that leaves the state alone.
 """
 
-import importlib
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from . import pallas_gpu as gpu
@@ -64,15 +59,14 @@ def round_up(size: int, multiple: int) -> int:
 def barrier(compiled: bool) -> None:
     """Of the threads of a program: what one has written to memory, others read."""
     if compiled:
-        importlib.import_module("jax.experimental.pallas.triton").debug_barrier()
+        gpu.triton().debug_barrier()
 
 
 def exp2(x: jax.Array, compiled: bool) -> jax.Array:
     """2^x by one instruction, which flushes results below 2^-126 to zero."""
     if not compiled:
         return jnp.exp2(x)
-    triton = importlib.import_module("jax.experimental.pallas.triton")
-    (result,) = triton.elementwise_inline_asm(
+    (result,) = gpu.triton().elementwise_inline_asm(
         "ex2.approx.ftz.f32 $0, $1;",
         args=[x],
         constraints="=f,f",
@@ -85,25 +79,3 @@ def exp2(x: jax.Array, compiled: bool) -> jax.Array:
 def kept(state: jax.Array, keep: jax.Array | None) -> jax.Array:
     """The state, or zero where a token starts a segment: chosen, because a state may be infinite."""
     return state if keep is None else jnp.where(keep != 0, state, 0.0)
-
-
-def part_starts(
-    multiply: Callable[[Any, Any], Any],
-    products: Any,
-    added: Any,
-    entering: Any,
-    reverse: bool,
-) -> Any:
-    """States that enter the parts, numbers of arrays [B, parts, ...] as products and added; entering: [B, 1, ...].
-
-    S' = product S + added from part to part, from the last to the first in reverse.
-    """
-
-    def step(S: Any, part: Any) -> Any:
-        product, added = part
-        return jax.tree.map(jnp.add, multiply(product, S), added), S
-
-    parts = jax.tree.map(lambda x: x.swapaxes(0, 1), (products, added))
-    entering = jax.tree.map(lambda x: x[:, 0], entering)
-    _, starts = lax.scan(step, entering, parts, reverse=reverse)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), starts)

@@ -43,7 +43,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .. import pallas_gpu as gpu
 from ..chunking import einsum, flip
@@ -161,16 +160,13 @@ def _part_starts(
 
     added: a function from zero states like the result to those at the parts' ends, where there are several.
     """
-    entering = entering.astype(jnp.float32)
+    entering = entering.astype(jnp.float32)[:, None]
     if matrices is None:
-        return entering[:, None]
+        return entering
     zeros = jnp.zeros((*matrices.shape[:4], entering.shape[-1]), jnp.float32)
 
-    def step(S: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
-        matrix, added = part
-        return einsum("bhkc,bhcv->bhkv", matrix, S) + added, S
+    def multiply(matrix: jax.Array, S: jax.Array) -> jax.Array:
+        return einsum("bhkc,bhcv->bhkv", matrix, S)
 
-    by_part = flip(matrices) if reverse else matrices, added(zeros)
-    by_part = tuple(jnp.moveaxis(x, 1, 0) for x in by_part)
-    _, starts = lax.scan(step, entering, by_part, reverse=reverse)
-    return jnp.moveaxis(starts, 0, 1)
+    of_parts = flip(matrices) if reverse else matrices
+    return gpu.part_starts(multiply, of_parts, added(zeros), entering, reverse)

@@ -38,7 +38,6 @@ from ..pallas_gpu_scan import (
     keep_states,
     kept,
     pad_last,
-    part_starts,
     parts,
     round_up,
 )
@@ -207,7 +206,7 @@ def forward(a, b, initial_state, segment_ids):
     starts = _state(initial_state, sizes)
     if sizes.parts > 1:
         added, products, *_ = _walk(sizes, inputs, None)
-        starts = part_starts(_part_product, products, added, starts, False)
+        starts = gpu.part_starts(_part_product, products, added, starts, False)
 
     def kernel(inputs, starts, h, final):
         walk = Walk(sizes, inputs)
@@ -303,14 +302,14 @@ def backward(a, b, initial_state, segment_ids, dh, dfinal_state):
     starts, ends = _state(initial_state, sizes), _state(dfinal_state, sizes)
     if sizes.parts > 1:
         added, products, of_turns, of_starts = _walk(sizes, inputs, None)
-        starts = part_starts(_part_product, products, added, starts, False)
+        starts = gpu.part_starts(_part_product, products, added, starts, False)
         # The states before the turns of a part, from that before the part.
         per_part = pl.cdiv(pl.cdiv(sizes.length, CHUNK), sizes.parts) * CHUNK // TURN
         of_part = jnp.arange(sizes.turns) // per_part
         starts = tuple(x[:, of_part] for x in starts)
         starts = _add(_part_product(of_starts, starts), of_turns)
         added, products = _walk(sizes, inputs, None, reverse=True)
-        ends = part_starts(_part_product, products, added, ends, True)
+        ends = gpu.part_starts(_part_product, products, added, ends, True)
     elif sizes.turns > 1:
         (starts,) = _walk(sizes, inputs, starts)
 

@@ -211,20 +211,13 @@ def _part_starts(
     reverse: bool,
 ) -> jax.Array:
     """The states that enter the parts [B, parts, H, K, V], float32; entering: that of the first (reverse: the last)."""
-    entering = entering.astype(jnp.float32)
+    entering = entering.astype(jnp.float32)[:, None]
     if parts == 1:
-        return entering[:, None]
-    zeros = jnp.zeros((sizes.batch, parts, *entering.shape[1:]), jnp.float32)
+        return entering
+    zeros = jnp.zeros((sizes.batch, parts, *entering.shape[2:]), jnp.float32)
     (added,) = _walk(sizes, inputs, x, zeros, reverse, keep=False)
     totals = _part_totals(sizes, inputs, parts)
-
-    def step(S: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
-        total, added = part
-        return total * S + added, S
-
-    by_part = [jnp.moveaxis(part, 1, 0) for part in (totals, added)]
-    _, starts = lax.scan(step, entering, tuple(by_part), reverse=reverse)
-    return jnp.moveaxis(starts, 0, 1)
+    return gpu.part_starts(jnp.multiply, totals, added, entering, reverse)
 
 
 def _part_totals(sizes: Sizes, inputs: Inputs, parts: int) -> jax.Array:

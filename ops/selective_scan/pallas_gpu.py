@@ -54,7 +54,6 @@ from ..pallas_gpu_scan import (
     kept,
     lanes,
     pad_last,
-    part_starts,
     parts,
     round_up,
 )
@@ -313,7 +312,7 @@ def _part_starts(
     if sizes.parts == 1:
         return entering
     added, products = _walk(sizes, inputs, None, reverse)
-    return part_starts(jnp.multiply, products, added, entering, reverse)
+    return gpu.part_starts(jnp.multiply, products, added, entering, reverse)
 
 
 def _walk(

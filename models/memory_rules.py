@@ -53,8 +53,6 @@ class MemoryProjection(nnx.Module):
 class GatedDeltaRule(nnx.Module):
     """S <- alpha (I - beta k^T k) S + beta k^T v; alpha's parameters are shared by the memories."""
 
-    segment_states = False
-
     def __init__(
         self,
         width: int,
@@ -103,8 +101,6 @@ class GatedDeltaRule(nnx.Module):
 
 class GatedSum(nnx.Module):
     """S <- Diag(alpha) S + k^T v, alpha = sigmoid((x W_1^m) W_2^m + b^m)^(1/tau)."""
-
-    segment_states = True
 
     def __init__(
         self,

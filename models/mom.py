@@ -15,8 +15,7 @@ models/gated_delta_net.py and models/gla.py; a memory that a token is not routed
 
 State: E H K V floats, and E (W - 1) (2 H K + H V) for the convolutions. The recurrence costs J H K V per token with
 execution="gathered": the J copies of every token, sorted by memory, are one stream whose segments keep a state each
-(models/dispatch.py). It needs a rule whose op has `num_segments`. execution="padded" runs a whole sequence per memory:
-E H K V, with any rule. Both are exact and drop nothing.
+(models/dispatch.py). execution="padded" runs a whole sequence per memory: E H K V. Both are exact and drop nothing.
 
 Departures: convolutions respect the boundaries of memories, sequences and documents (the released training code runs
 one over the concatenated stream, so that three tokens of a memory see another's); projections are computed for all E
@@ -95,12 +94,6 @@ class MixtureOfMemories(nnx.Module):
     ):
         check_choice("rule", rule, tuple(RULES))
         check_choice("execution", execution, ("padded", "gathered"))
-        if execution == "gathered" and not RULES[rule].segment_states:
-            able = [name for name, one in RULES.items() if one.segment_states]
-            raise ValueError(
-                "execution='gathered' needs a rule whose op keeps a state per segment,"
-                f" one of {', '.join(able)}; got rule={rule!r}"
-            )
         dtypes: dict[str, Any] = {
             "param_dtype": param_dtype,
             "compute_dtype": compute_dtype,

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .segment_chunks import SegmentChunks
+from .segment_chunks import SegmentChunks, segment_chunks
 
 # float32 in, float32 out on every backend: the default precision of TPUs and GPUs rounds the operands to bf16 or tf32.
 einsum = functools.partial(
@@ -48,6 +48,21 @@ def chunk_length(length: int, state_size: int) -> int:
     stop fitting caches, 16 where products become too small to be fast, and no chunk need be longer than the sequence.
     """
     return min(64, max(16, _power_of_two(state_size)), _power_of_two(length))
+
+
+def cut(
+    length: int,
+    state_size: int,
+    segment_ids: jax.Array | None,
+    num_segments: int | None,
+) -> tuple[int, jax.Array | None, SegmentChunks | None]:
+    """C, the segment ids whose boundaries lie inside chunks, and, where each segment has a state, the cut by segments,
+    which leaves no such boundary."""
+    if num_segments is None:
+        return chunk_length(length, state_size), segment_ids, None
+    assert segment_ids is not None
+    chunk = chunk_length(-(-length // num_segments), state_size)
+    return chunk, None, segment_chunks(segment_ids, num_segments, chunk)
 
 
 def _power_of_two(n: int) -> int:

@@ -57,25 +57,31 @@ def segment_chunks(
     )
 
 
-def scan_chunks(
+def chunk_owners(segments: SegmentChunks | None) -> jax.Array | None:
+    """The segment of each chunk [G, B], None where the sequence has one state."""
+    return None if segments is None else segments.segment
+
+
+def scan_segments(
     step: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
     states: jax.Array,
-    chunks: Any,
-    segments: SegmentChunks | None = None,
+    inputs: Any,
+    segment: jax.Array | None = None,
     *,
     reverse: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """`lax.scan` of step(state [B, H, V, K], chunk) -> (state, result) over chunks.
+    """`lax.scan` of step(state [B, ...], input) -> (state, result) over tokens or chunks.
 
-    With `segments`, `states` is [B, S, H, V, K], and each chunk takes and leaves the state of its own segment.
+    With `segment`, whose each of them is [G, B], `states` is [B, S, ...], and each takes and leaves the state of its
+    own segment.
     """
-    if segments is None:
-        return lax.scan(step, states, chunks, reverse=reverse)
+    if segment is None:
+        return lax.scan(step, states, inputs, reverse=reverse)
     every = jnp.arange(states.shape[0])
 
     def of_its_segment(states: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-        segment_B, chunk = inputs
-        state, result = step(states[every, segment_B], chunk)
+        segment_B, one = inputs
+        state, result = step(states[every, segment_B], one)
         return states.at[every, segment_B].set(state), result
 
-    return lax.scan(of_its_segment, states, (segments.segment, chunks), reverse=reverse)
+    return lax.scan(of_its_segment, states, (segment, inputs), reverse=reverse)

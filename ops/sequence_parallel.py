@@ -226,6 +226,41 @@ class Affine:
         )
 
 
+def segment_states(
+    transition: Callable[..., Any],
+    act: Callable[[Any, Any], Any],
+    act_transposed: Callable[[Any, Any], Any],
+) -> Affine:
+    """`Affine` of a matrix state per segment (`num_segments`); transition(local, *tokens, segment_ids) -> A.
+
+    Tokens of a segment that follow each other may lie far apart: the op runs again from the states that came in.
+    """
+
+    def summary(
+        local: Any, *inputs: Any
+    ) -> tuple[Any, Any, Callable[[Any], jax.Array]]:
+        *tokens, segment_ids = inputs
+        _, k, v = tokens[:3]
+        batch, _, heads, value_size = v.shape
+        state = (local.static["num_segments"], heads, k.shape[-1], value_size)
+        zero = jnp.zeros((batch, *state), jnp.float32)
+        _, M = local.forward(*tokens, zero, segment_ids)
+
+        def read(S: jax.Array) -> jax.Array:
+            return local.forward(*tokens, S, segment_ids)[0]
+
+        return transition(local, *tokens, segment_ids), M, read
+
+    def adjoint(local: Any, *inputs: Any) -> tuple[Any, Any]:
+        *tokens, S, segment_ids, do = inputs
+        gradients = local.backward((*tokens, S, segment_ids), (do, jnp.zeros_like(S)))
+        return transition(local, *tokens, segment_ids), gradients[len(tokens)]
+
+    return Affine(
+        summary, adjoint, act, act_transposed, split=False, every_segment=True
+    )
+
+
 def starts(segment_ids: jax.Array | None) -> jax.Array | None:
     """[B, T], whether a segment starts at a token after the first; None: nowhere."""
     if segment_ids is None:

@@ -32,7 +32,14 @@ from tests.gated_linear_attention_test import (
     assert_l2_close,
     attention_inputs,
 )
-from tests.op_contract import BATCH, LENGTH, OpContract, assert_close, hard_decay_log
+from tests.op_contract import (
+    BATCH,
+    LENGTH,
+    OpContract,
+    SegmentStatesContract,
+    assert_close,
+    hard_decay_log,
+)
 
 
 def unit(x):
@@ -60,6 +67,16 @@ class TestDeltaRule(OpContract):
 
     def initial_state(self, key, variant):
         return jax.random.normal(key, (BATCH, HEADS, KEY, VALUE))
+
+
+class TestSegmentStates(SegmentStatesContract):
+    contract = TestDeltaRule()
+    variants = (
+        *(pytest.param(v, marks=pytest.mark.full) for v in ("none", "constant")),
+        pytest.param("scalar", marks=pytest.mark.slow),
+        pytest.param("vector", marks=pytest.mark.full),
+    )
+    implementations = ("chunked",)
 
 
 @pytest.mark.full

@@ -102,11 +102,11 @@ def test_values_states_and_gradients_of_ops(op, variant, method, shape, packed):
         assert_close(name, got[name], value)
 
 
-def values_and_gradients(contract, inputs, state, ids):
+def values_and_gradients(contract, inputs, state, ids, **options):
     """As `OpContract.values_and_gradients`, untraced so far."""
     key_o, key_state = jax.random.split(jax.random.key(7))
     (o, final), pullback = jax.vjp(
-        lambda inputs, state: contract.call(inputs, state, ids, "chunked"),
+        lambda inputs, state: contract.call(inputs, state, ids, "chunked", **options),
         inputs,
         state,
     )
@@ -122,6 +122,59 @@ def values_and_gradients(contract, inputs, state, ids):
         **{f"gradient of {name}": g for name, g in gradients.items()},
         "gradient of initial_state": gradient_state,
     }
+
+
+@pytest.mark.parametrize(
+    ("op", "variant", "method"),
+    [
+        ("delta_rule", "scalar", "all_gather"),
+        pytest.param("delta_rule", "vector", "ring", marks=pytest.mark.full),
+        pytest.param(
+            "gated_linear_attention", "vector", "all_gather", marks=pytest.mark.full
+        ),
+        pytest.param(
+            "gated_linear_attention", "constant", "ring", marks=pytest.mark.full
+        ),
+    ],
+)
+def test_a_state_per_segment_goes_on_from_device_to_device(op, variant, method):
+    """Each device has its tokens sorted by segment; on one device, all of a segment follow each other."""
+    contract, segments, devices = CONTRACTS[op](), 3, 4
+    inputs, state, _ = contract.data(variant, LENGTH)
+    batch = len(state)
+    states = jnp.stack([(1 - 0.3 * s) * state for s in range(segments)], axis=1)
+    draws = np.random.default_rng(0).integers(0, segments, (batch, devices, 16))
+    draws[0, 1] = 2  # a device on which two segments are empty
+    ids = np.sort(draws, axis=-1).reshape(batch, LENGTH)
+    order = np.argsort(ids, axis=1, kind="stable")
+
+    def sorted_by_segment(x):
+        has_time = x.shape[:2] == (batch, LENGTH)
+        return x[np.arange(batch)[:, None], order] if has_time else x
+
+    class Sorted:
+        """The op on tokens sorted by segment, its outputs in the order of the inputs."""
+
+        @staticmethod
+        def call(inputs, states, ids, implementation, **options):
+            inputs = jax.tree.map(sorted_by_segment, inputs)
+            o, final = contract.call(
+                inputs, states, sorted_by_segment(ids), implementation, **options
+            )
+            return o[np.arange(batch)[:, None], np.argsort(order, axis=1)], final
+
+    def run(contract):
+        return jax.jit(
+            lambda inputs, states, ids: values_and_gradients(
+                contract, inputs, states, ids, num_segments=segments
+            )
+        )(inputs, states, jnp.asarray(ids))
+
+    expected = run(Sorted)
+    with jax.set_mesh(mesh_of(1, 1, devices, 1)), ops.sequence_method(method):
+        got = run(contract)
+    for name, value in expected.items():
+        assert_close(name, got[name], value)
 
 
 def test_gradients_of_shared_inputs_are_added_up_in_float32():

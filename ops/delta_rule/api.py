@@ -9,10 +9,15 @@ from ..op import Op, run
 from ..sharding import decay_layout
 from . import chunked, over_time, pallas_gpu, pallas_tpu, reference
 
-OP = Op(
-    "delta_rule",
+NAME = "delta_rule"
+ONE_STATE = Op(
+    NAME,
     {"chunked": chunked, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu},
     over_time.OVER_TIME,
+)
+# The kernels keep one state per sequence.
+SEGMENT_STATES = Op(
+    f"{NAME} with num_segments", {"chunked": chunked}, over_time.SEGMENTS_OVER_TIME
 )
 
 
@@ -26,6 +31,7 @@ def delta_rule(
     scale: float | None = None,
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    num_segments: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Linear attention that writes the correction of what it reads, on a state that may decay.
@@ -50,38 +56,50 @@ def delta_rule(
         segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
         starts from zero. None means one segment.
+      num_segments: static S, for one state per segment instead of one per sequence. `segment_ids` must then be in
+        0..S-1 and non-decreasing along time (of each device, where a mesh cuts time); a segment may be empty.
+        `initial_state` is [B, S, H, K, V]: each segment starts from its own state, and an empty one returns it
+        unchanged.
       implementation: "reference" (a scan over tokens), "chunked" (plain JAX), "pallas_tpu" and "pallas_gpu" (kernels;
-        interpreted when lowered for a CPU), or None for the best of the platform that the program is lowered for: the
-        kernels on TPU and, where they can, on GPU, else "chunked". A named implementation runs or raises.
+        interpreted when lowered for a CPU; without num_segments), or None for the best of the platform that the program
+        is lowered for: the kernels on TPU and, where they can, on GPU, else "chunked". A named implementation runs or
+        raises.
 
     Returns:
-      o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32. The state and all sums
-      are float32 whatever the inputs are, no exponent is positive and none is clipped; where q, k and v are bfloat16,
-      the kernels round the factors of matmuls to bfloat16 too. Differentiable in every float input, and through
-      both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
+      o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32, with num_segments those
+      after the last token of each segment [B, S, H, K, V]. The state and all sums are float32 whatever the inputs are,
+      no exponent is positive and none is clipped; where q, k and v are bfloat16, the kernels round the factors of
+      matmuls to bfloat16 too. Differentiable in every float input, and through both outputs; memory beyond inputs and
+      outputs grows with T / 64 states, not with T states.
 
     Raises:
-      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a positive or non-finite `decay_log`
-        or a `beta` outside [0, 2] where values can be seen (an eager call, or under `ops.checks`).
+      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a positive or non-finite `decay_log`,
+        a `beta` outside [0, 2] or, with num_segments, impossible `segment_ids` where values can be seen (an eager call,
+        or under `ops.checks`).
     """
-    check_matrix_state(q, k, v, decay_log, initial_state, segment_ids)
+    check_matrix_state(q, k, v, decay_log, initial_state, segment_ids, num_segments)
     check_float(beta=beta)
     check_shape("beta", beta, "[B, T, H]", v.shape[:3])
     check_values("beta", beta, "in [0, 2]", lambda x: (x >= 0) & (x <= 2))
-    dispatch.check_implementation(OP.name, implementation, OP.implementations)
+    op = ONE_STATE if num_segments is None else SEGMENT_STATES
+    dispatch.check_implementation(op.name, implementation, op.implementations)
 
     (batch, _, heads, value_size), key_size = v.shape, k.shape[-1]
     scale = key_size**-0.5 if scale is None else float(scale)
     if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, key_size, value_size), jnp.float32)
+        segments = () if num_segments is None else (num_segments,)
+        shape = (batch, *segments, heads, key_size, value_size)
+        initial_state = jnp.zeros(shape, jnp.float32)
     if implementation == "reference":
         o, state = reference.delta_rule(
-            q, k, v, beta, decay_log, scale, initial_state, segment_ids
+            q, k, v, beta, decay_log, scale, initial_state, segment_ids, num_segments
         )
         o = o.astype(v.dtype)
     else:
+        segments = {} if num_segments is None else {"num_segments": num_segments}
+        states = "BSHKV" if segments else "BHKV"
         o, state = run(
-            OP,
+            op,
             implementation,
             q,
             k,
@@ -96,11 +114,12 @@ def delta_rule(
                 "BTHV",
                 "BTH",
                 decay_layout(decay_log),
-                "BHKV",
+                states,
                 "BT",
             ),
-            outputs=("BTHV", "BHKV"),
+            outputs=("BTHV", states),
             dtypes=(v.dtype, jnp.dtype(jnp.float32)),
             scale=scale,
+            **segments,
         )
     return o, state

@@ -20,16 +20,18 @@ Backward, with dS' the gradient of the state at a chunk's end; D is the gradient
 and the rest follows from the definitions of P, A, Q0, K0, K1. Only the inputs are kept; a first scan recomputes the
 states, M and N. (Yang et al., Parallelizing Linear Transformers with the Delta Rule, arXiv 2406.06484, section 3; with
 decay: Gated Delta Networks, arXiv 2412.06464.)
+
+With num_segments each segment starts a chunk, and the scan over chunks keeps one state per segment.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .. import chunking
 from ..chunking import einsum, flip
+from ..segment_chunks import chunk_owners, scan_segments
 
 SUBSTITUTION = 8  # rows solved one after another; larger blocks are merged by products
 
@@ -70,16 +72,18 @@ class _Chunk(NamedTuple):
     a: jax.Array | None
 
 
-def _cut(q, k, v, beta, decay_log, scale, segment_ids) -> _Chunk:
+def _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments):
+    """All chunks, and the cut by segments with `num_segments`."""
     length, heads = v.shape[1:3]
-    chunk = chunking.chunk_length(length, max(k.shape[-1], v.shape[-1]))
+    size = max(k.shape[-1], v.shape[-1])
+    chunk, segment_ids, segments = chunking.cut(length, size, segment_ids, num_segments)
     q, k = (chunking.repeat_heads(x, heads) for x in (q, k))
     q, k, v, beta = (
-        chunking.to_chunks(x, chunk) for x in (q * scale, k, v, beta[..., None])
+        chunking.to_chunks(x, chunk, segments=segments)
+        for x in (q * scale, k, v, beta[..., None])
     )
-    return _Chunk(
-        q, k, v, beta, chunking.decay_factors(decay_log, segment_ids, chunk, length)
-    )
+    a = chunking.decay_factors(decay_log, segment_ids, chunk, length, segments)
+    return _Chunk(q, k, v, beta, a), segments
 
 
 def _intervals(chunk: _Chunk):
@@ -102,8 +106,20 @@ def _advance(S, chunk: _Chunk, tree, k0, k1):
     return after, (KK, M, missingT, NT)
 
 
-def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
+def forward(
+    q,
+    k,
+    v,
+    beta,
+    decay_log,
+    initial_state,
+    segment_ids,
+    *,
+    scale,
+    num_segments=None,
+):
     """Shapes as in `api.py`; returns o in float32 and the final state."""
+    chunks, segments = _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments)
 
     def step(S, chunk):
         tree, q0, k0, k1 = _intervals(chunk)
@@ -113,18 +129,28 @@ def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
             einsum("...vk,...ck->...vc", S, q0) + einsum("...vj,...ij->...vi", NT, P)
         )
 
-    final, o = lax.scan(
-        step, flip(initial_state), _cut(q, k, v, beta, decay_log, scale, segment_ids)
-    )
-    return chunking.from_chunks(o, v.shape[1]), flip(final)
+    final, o = scan_segments(step, flip(initial_state), chunks, chunk_owners(segments))
+    return chunking.from_chunks(o, v.shape[1], segments), flip(final)
 
 
 def backward(
-    q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale
+    q,
+    k,
+    v,
+    beta,
+    decay_log,
+    initial_state,
+    segment_ids,
+    do,
+    dfinal_state,
+    *,
+    scale,
+    num_segments=None,
 ):
     """Cotangents of q, k, v, beta, decay_log and initial_state, in float32."""
     length, key_heads = k.shape[1:3]
-    chunks = _cut(q, k, v, beta, decay_log, scale, segment_ids)
+    chunks, segments = _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments)
+    owners = chunk_owners(segments)
 
     def first(S, chunk):
         tree, _, k0, k1 = _intervals(chunk)
@@ -171,16 +197,16 @@ def backward(
                 )
         return before, (dq * scale, dk, beta * D, dbeta, dg)
 
-    do = chunking.to_chunks(do, chunks.q.shape[-2])
-    _, made = lax.scan(first, flip(initial_state), chunks)
-    dinitial_state, (*gradients, dg) = lax.scan(
-        step, flip(dfinal_state), (chunks, made, do), reverse=True
+    do = chunking.to_chunks(do, chunks.q.shape[-2], segments=segments)
+    _, made = scan_segments(first, flip(initial_state), chunks, owners)
+    dinitial_state, (*gradients, dg) = scan_segments(
+        step, flip(dfinal_state), (chunks, made, do), owners, reverse=True
     )
-    dq, dk, dv, dbeta = (chunking.from_chunks(x, length) for x in gradients)
+    dq, dk, dv, dbeta = (chunking.from_chunks(x, length, segments) for x in gradients)
     dq, dk = (chunking.sum_heads(x, key_heads) for x in (dq, dk))
     ddecay_log = (
         None
         if decay_log is None or dg is None
-        else chunking.decay_cotangent(dg, decay_log, length)
+        else chunking.decay_cotangent(dg, decay_log, length, segments)
     )
     return dq, dk, dv, dbeta[..., 0], ddecay_log, flip(dinitial_state)

@@ -8,22 +8,29 @@ with the columns of values and of the identity side by side.
 import jax.numpy as jnp
 
 from ..chunking import einsum
-from ..sequence_parallel import Affine
+from ..sequence_parallel import Affine, segment_states
 
 # The widest value that kernels take; beyond, the two runs are two calls.
 WIDEST_VALUE = 256
 
 
-def _identity(batch, heads, key_size):
-    return jnp.broadcast_to(jnp.eye(key_size), (batch, heads, key_size, key_size))
+def _identity(local, batch, heads, key_size):
+    """[B, H, K, K] or, with `num_segments`, [B, S, H, K, K]."""
+    segments = local.static.get("num_segments")
+    states = (batch, heads) if segments is None else (batch, segments, heads)
+    return jnp.broadcast_to(jnp.eye(key_size), (*states, key_size, key_size))
 
 
 def _response(local, q, k, v, beta, decay_log, segment_ids):
-    """E [B, T, H, K] and A [B, H, K, K]."""
+    """E [B, T, H, K] and A, like `_identity`."""
     batch, length, heads, _ = v.shape
     zero = jnp.zeros((batch, length, heads, k.shape[-1]), v.dtype)
-    identity = _identity(batch, heads, k.shape[-1])
+    identity = _identity(local, batch, heads, k.shape[-1])
     return local.forward(q, k, zero, beta, decay_log, identity, segment_ids)
+
+
+def _transition(*inputs):
+    return _response(*inputs)[1]
 
 
 def summary(local, q, k, v, beta, decay_log, segment_ids):
@@ -37,7 +44,7 @@ def summary(local, q, k, v, beta, decay_log, segment_ids):
             jnp.concatenate([v, beside], axis=-1),
             beta,
             decay_log,
-            jnp.concatenate([zero, _identity(batch, heads, key_size)], axis=-1),
+            jnp.concatenate([zero, _identity(local, batch, heads, key_size)], axis=-1),
             segment_ids,
         )
         (o, E), (M, A) = (jnp.split(x, [value_size], axis=-1) for x in (o, state))
@@ -71,3 +78,4 @@ def act_transposed(A, dS):
 
 
 OVER_TIME = Affine(summary, adjoint, act, act_transposed, split=False)
+SEGMENTS_OVER_TIME = segment_states(_transition, act, act_transposed)

@@ -5,11 +5,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..segment_chunks import scan_segments
 
-def delta_rule(q, k, v, beta, decay_log, scale, initial_state, segment_ids):
+
+def delta_rule(
+    q,
+    k,
+    v,
+    beta,
+    decay_log,
+    scale,
+    initial_state,
+    segment_ids,
+    num_segments=None,
+):
     """D_t = Diag(exp(decay_log_t)) S_{t-1},   S_t = D_t + beta_t k_t^T (v_t - k_t D_t),   o_t = scale q_t S_t.
 
-    Shapes as in `api.py`, `initial_state` [B, H, K, V] given. Returns o [B, T, H, V] and the final state, both float32.
+    Shapes as in `api.py`, `initial_state` [B, H, K, V] or [B, S, H, K, V] given. Returns o [B, T, H, V] and the final
+    state, both float32.
     """
     batch, length, heads, _ = v.shape
     key_size = k.shape[-1]
@@ -25,7 +38,7 @@ def delta_rule(q, k, v, beta, decay_log, scale, initial_state, segment_ids):
             g.ndim
         ]()
         decay_BTHK = jnp.exp(jnp.broadcast_to(g, (batch, length, heads, key_size)))
-    if segment_ids is None:
+    if segment_ids is None or num_segments is not None:
         keep_BT = jnp.ones((batch, length), jnp.float32)
     else:  # the first token continues the initial state
         same = segment_ids[:, 1:] == segment_ids[:, :-1]
@@ -48,5 +61,11 @@ def delta_rule(q, k, v, beta, decay_log, scale, initial_state, segment_ids):
 
     tokens = (q_BTHK, k_BTHK, v_BTHV, beta_BTH, decay_BTHK, keep_BT)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
-    state, o_TBHV = lax.scan(step, initial_state.astype(jnp.float32), tokens)
+    segment_TB = None if num_segments is None or segment_ids is None else segment_ids.T
+    state, o_TBHV = scan_segments(
+        step,
+        initial_state.astype(jnp.float32),
+        tokens,
+        segment_TB,
+    )
     return jnp.moveaxis(o_TBHV, 0, 1), state

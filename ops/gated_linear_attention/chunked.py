@@ -22,18 +22,13 @@ With num_segments each segment starts a chunk, and the scan over chunks keeps on
 
 from .. import chunking
 from ..chunking import einsum, flip
-from ..segment_chunks import scan_chunks, segment_chunks
+from ..segment_chunks import chunk_owners, scan_segments
 
 
 def _cut(q, k, v, decay_log, scale, segment_ids, num_segments):
     length, heads = v.shape[1:3]
-    size, segments = max(k.shape[-1], v.shape[-1]), None
-    if num_segments is None:
-        chunk = chunking.chunk_length(length, size)
-    else:
-        chunk = chunking.chunk_length(-(-length // num_segments), size)
-        segments = segment_chunks(segment_ids, num_segments, chunk)
-        segment_ids = None
+    size = max(k.shape[-1], v.shape[-1])
+    chunk, segment_ids, segments = chunking.cut(length, size, segment_ids, num_segments)
     q, k = (chunking.repeat_heads(x, heads) for x in (q, k))
     q, k, v = (chunking.to_chunks(x, chunk, segments=segments) for x in (q, k, v))
     a = chunking.decay_factors(decay_log, segment_ids, chunk, length, segments)
@@ -57,7 +52,9 @@ def _states(k_end, vT, total, initial_state, segments):
         written, total = chunk
         return (S if total is None else total * S) + written, S
 
-    final, S = scan_chunks(step, flip(initial_state), (written, total), segments)
+    final, S = scan_segments(
+        step, flip(initial_state), (written, total), chunk_owners(segments)
+    )
     return S, flip(final)
 
 
@@ -102,8 +99,8 @@ def backward(
         read, total = chunk
         return (dS if total is None else total * dS) + read, dS
 
-    dinitial_state, dS = scan_chunks(
-        step, flip(dfinal_state), (read, total), segments, reverse=True
+    dinitial_state, dS = scan_segments(
+        step, flip(dfinal_state), (read, total), chunk_owners(segments), reverse=True
     )
 
     P = chunking.decay_scores(q, k, tree)

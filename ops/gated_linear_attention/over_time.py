@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from .. import chunking
 from ..chunking import einsum
-from ..sequence_parallel import Affine, from_the_start, to_the_end
+from ..sequence_parallel import Affine, from_the_start, segment_states, to_the_end
 
 
 def _prefix_log(decay_log, length):
@@ -85,12 +85,9 @@ def adjoint(local, q, k, v, decay_log, S, segment_ids, do):
 OVER_TIME = Affine(summary, adjoint, jnp.multiply, jnp.multiply, split=False)
 
 
-# --- One state per segment (num_segments): tokens that follow each other may lie far apart, so that the op runs again
-# from the states that came in.
-
-
-def _segment_transition(local, v, decay_log, segment_ids):
-    """A, [B, S, H, K or 1, 1]."""
+def _segment_transition(local, q, k, v, decay_log, segment_ids):
+    """A with `num_segments`, [B, S, H, K or 1, 1]."""
+    del q, k
     (batch, length, heads, _), segments = v.shape, local.static["num_segments"]
     member = segment_ids[..., None] == jnp.arange(segments)[None, None]
     if decay_log is None:
@@ -103,28 +100,4 @@ def _segment_transition(local, v, decay_log, segment_ids):
     return jnp.exp(log)[..., None]
 
 
-def segment_summary(local, q, k, v, decay_log, segment_ids):
-    (batch, _, heads, value_size), key_size = v.shape, k.shape[-1]
-    shape = (batch, local.static["num_segments"], heads, key_size, value_size)
-    _, M = local.forward(q, k, v, decay_log, jnp.zeros(shape, jnp.float32), segment_ids)
-
-    def read(S):
-        return local.forward(q, k, v, decay_log, S, segment_ids)[0]
-
-    return _segment_transition(local, v, decay_log, segment_ids), M, read
-
-
-def segment_adjoint(local, q, k, v, decay_log, S, segment_ids, do):
-    inputs = q, k, v, decay_log, S, segment_ids
-    dS = local.backward(inputs, (do, jnp.zeros_like(S)))[4]
-    return _segment_transition(local, v, decay_log, segment_ids), dS
-
-
-SEGMENTS_OVER_TIME = Affine(
-    segment_summary,
-    segment_adjoint,
-    jnp.multiply,
-    jnp.multiply,
-    split=False,
-    every_segment=True,
-)
+SEGMENTS_OVER_TIME = segment_states(_segment_transition, jnp.multiply, jnp.multiply)

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..segment_chunks import scan_segments
+
 
 def gated_linear_attention(
     q, k, v, decay_log, scale, initial_state, segment_ids, num_segments=None
@@ -47,17 +49,14 @@ def gated_linear_attention(
         )
         return S_BHKV, o_BHV
 
-    def step_of_its_segment(S_BSHKV, segment_and_token):
-        segment_B, token = segment_and_token
-        S_BHKV, o_BHV = step(S_BSHKV[jnp.arange(batch), segment_B], token)
-        return S_BSHKV.at[jnp.arange(batch), segment_B].set(S_BHKV), o_BHV
-
     tokens = jax.tree.map(
         lambda x: jnp.moveaxis(x, 1, 0), (q_BTHK, k_BTHK, v_BTHV, decay_BTHK, keep_BT)
     )
-    S = initial_state.astype(jnp.float32)
-    if num_segments is None or segment_ids is None:
-        state, o_TBHV = lax.scan(step, S, tokens)
-    else:
-        state, o_TBHV = lax.scan(step_of_its_segment, S, (segment_ids.T, tokens))
+    segment_TB = None if num_segments is None or segment_ids is None else segment_ids.T
+    state, o_TBHV = scan_segments(
+        step,
+        initial_state.astype(jnp.float32),
+        tokens,
+        segment_TB,
+    )
     return jnp.moveaxis(o_TBHV, 0, 1), state

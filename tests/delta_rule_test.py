@@ -330,6 +330,14 @@ def test_the_inverse_in_a_kernel_is_one(inverse, size, dtype, limit):
         assert np.abs(got - expected).max() <= limit * np.abs(expected).max()
 
 
+def test_bfloat16_queries_are_rounded_once():
+    q, k, v, beta, _ = random_case(0)
+    q = q.astype(jnp.bfloat16)
+    o, _ = delta_rule(q, k, v, beta)
+    expected, _ = delta_rule(q.astype(jnp.float32), k, v, beta)
+    assert_close("o", o, expected)
+
+
 def test_the_last_write_to_a_key_is_what_it_returns():
     """beta = 1 and unit keys: k_t S_t = v_t, whatever the decay."""
     for variant in ("none", "vector"):

@@ -80,10 +80,10 @@ def _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments):
     q, k = (chunking.repeat_heads(x, heads) for x in (q, k))
     q, k, v, beta = (
         chunking.to_chunks(x, chunk, segments=segments)
-        for x in (q * scale, k, v, beta[..., None])
+        for x in (q, k, v, beta[..., None])
     )
     a = chunking.decay_factors(decay_log, segment_ids, chunk, length, segments)
-    return _Chunk(q, k, v, beta, a), segments
+    return _Chunk(q * scale, k, v, beta, a), segments
 
 
 def _intervals(chunk: _Chunk):

@@ -3,10 +3,15 @@
 import importlib.util
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from experiments import tpu_aot
+from experiments.abstract_run import tpu_devices
+from experiments.chips import parse_topology
 from experiments.kernel_flops import kernel_calls
+from ops import window_attention
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -35,6 +40,33 @@ def test_kernels_compile_for_tpu_and_do_not_become_slower(program):
     row = tpu_aot.measure(program)
     assert row["kernels"] == program.kernels
     assert not tpu_aot.grown(row, tpu_aot.installed_versions()["libtpu"])
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "heads", "key_heads", "size", "window"),
+    [
+        pytest.param("v5e:1x1", 16, 16, 112, 128, marks=pytest.mark.slow),
+        pytest.param("v6e:1x1", 32, 8, 64, 2048, marks=pytest.mark.full),
+    ],
+)
+def test_window_attention_compiles_for_tpu_with_jax_own_kernel(
+    topology, heads, key_heads, size, window
+):
+    sharding = SingleDeviceSharding(tpu_devices(parse_topology(topology))[0])
+
+    def like(heads):
+        shape = (1, 2048, heads, size)
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+    def loss(q, k, v):
+        o, _ = window_attention(q, k, v, window=window)
+        return o.astype(jnp.float32).sum()
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+    program = gradients.lower(like(heads), like(key_heads), like(key_heads)).compile()
+    # Forward for the sums of the softmax, then the gradients of queries, and of keys and values.
+    assert (program.as_text() or "").count("tpu_custom_call") == 3
 
 
 def test_growth_beyond_two_percent_is_found_and_unknown_versions_are_not_judged(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ops import WindowState, init_window_state, window_attention
+from tests.gated_linear_attention_test import BFLOAT16_L2, assert_l2_close
 from tests.op_contract import TOLERANCE, assert_close
 
 BATCH, HEADS, KEY_HEADS, KEY, VALUE = 2, 4, 2, 8, 12
@@ -103,6 +104,8 @@ def values_and_gradients(inputs, state, segment_ids, *, window, implementation):
 
 # (length, window): whole and ragged blocks; windows shorter than the shortest block, longer than the sequence, of one.
 SIZES = ((129, 37), (70, 5), (64, 33), (33, 32), (40, 1), (7, 20), (1, 6), (1, 1))
+# Windows so wide that blocks of queries take turns, shorter and longer than the sequence.
+WIDE = ((1300, 1100), (1100, 2000))
 
 
 def sizes(*fast):
@@ -133,6 +136,60 @@ def test_values_states_and_gradients_equal_the_reference(length, window, dtype):
     for name in expected:
         assert got[name].dtype == expected[name].dtype == dtype, name
         assert_close(name, got[name], expected[name], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("length", "window"),
+    [pytest.param(*WIDE[0], marks=pytest.mark.slow)]
+    + [pytest.param(*size, marks=pytest.mark.full) for size in WIDE[1:]],
+)
+@pytest.mark.parametrize("state", [True, False])
+def test_wide_windows_equal_the_reference(length, window, state):
+    inputs = attention_inputs(0, length)
+    first = random_state(0, window) if state else None
+    expected, got = (
+        values_and_gradients(
+            inputs,
+            first,
+            random_ids(0, length) // 2,
+            window=window,
+            implementation=implementation,
+        )
+        for implementation in ("reference", "chunked")
+    )
+    np.testing.assert_array_equal(got.pop("valid"), expected.pop("valid"))
+    for name in expected:
+        assert_close(name, got[name], expected[name])
+
+
+# (length, window): whole and ragged blocks, several blocks of keys, windows shorter than a block and longer than T.
+@pytest.mark.parametrize(
+    ("length", "window"),
+    [
+        pytest.param(130, 40, marks=pytest.mark.slow),
+        pytest.param(300, 500, marks=pytest.mark.full),
+        pytest.param(512, 140, marks=pytest.mark.full),
+        pytest.param(128, 2, marks=pytest.mark.full),
+    ],
+)
+@pytest.mark.parametrize("state", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_the_kernel_of_tpus_equals_the_reference(length, window, state):
+    inputs = attention_inputs(0, length, "bfloat16")
+    first = random_state(0, window, "bfloat16") if state else None
+    expected, got = (
+        values_and_gradients(
+            inputs,
+            first,
+            random_ids(0, length),
+            window=window,
+            implementation=implementation,
+        )
+        for implementation in ("reference", "pallas_tpu")
+    )
+    np.testing.assert_array_equal(got.pop("valid"), expected.pop("valid"))
+    for name in expected:
+        assert got[name].dtype == jnp.bfloat16, name
+        assert_l2_close(name, got[name], expected[name], BFLOAT16_L2)
 
 
 @sizes((70, 5))

@@ -9,9 +9,13 @@ from jax.typing import DTypeLike
 from .. import dispatch
 from ..arguments import check_float, check_segment_ids, check_shape
 from ..op import Op, run
-from . import chunked, over_time, reference
+from . import chunked, over_time, pallas_tpu, reference
 
-OP = Op("window_attention", {"chunked": chunked}, over_time.OVER_TIME)
+OP = Op(
+    "window_attention",
+    {"chunked": chunked, "pallas_tpu": pallas_tpu},
+    over_time.OVER_TIME,
+)
 
 
 class WindowState(NamedTuple):
@@ -71,14 +75,17 @@ def window_attention(
         the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes a segment
         starts. None means one segment.
-      implementation: "reference" (one softmax over all keys), "chunked" (blocks of the window's length in plain JAX),
-        or None for the best of the platform that the program is lowered for. A named implementation runs or raises.
+      implementation: "reference" (one softmax over all keys), "chunked" (blocks of queries in plain JAX), "pallas_tpu"
+        (JAX's splash attention; bfloat16, at least 128 tokens; interpreted when lowered for a CPU), or None for the
+        best of the platform that the program is lowered for: the kernel on TPU where it can, else "chunked". A named
+        implementation runs or raises.
 
     Returns:
       o [B, T, H, V] in v's dtype, and the `WindowState` after the last token, its keys and values in k's and v's
-      dtypes, zeros where not valid. Logits, softmax and sums are float32 whatever the inputs are. Differentiable in q,
-      k, v and the state's keys and values, and through both outputs; memory grows with T * window (a block is at least
-      32 tokens), and only the inputs are kept for the backward pass.
+      dtypes, zeros where not valid. Logits, softmax and sums are float32 whatever the inputs are; the kernel rounds the
+      factors of matmuls to bfloat16. Differentiable in q, k, v and the state's keys and values, and through both
+      outputs. Only the inputs are kept for the backward pass; "chunked" has the logits of T * window pairs beside them,
+      of 512 * window where the window is above 1,024.
 
     Raises:
       ValueError: for wrong ranks, shapes, dtypes, windows and names while tracing.
@@ -130,6 +137,7 @@ def window_attention(
             segment_ids,
             layouts=("BTHK", "BTGK", "BTGV", "BWGK", "BWGV", "BW", "BT"),
             outputs=("BTHV", "BWGK", "BWGV", "BW"),
+            dtypes=(v.dtype, k.dtype, v.dtype, jnp.dtype(bool)),
             window=window,
             scale=scale,
         )

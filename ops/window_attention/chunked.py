@@ -2,7 +2,9 @@
 
 With blocks of C >= window - 1 tokens no query looks further back than the previous block, so the logits take T x 2C
 numbers instead of T x T. A sequence of one block attends to the initial state and itself directly, so that a decode
-step costs the window. The backward rule recomputes the logits: only the inputs are kept.
+step costs the window. Where the window is wide, full attention above all, blocks of queries take turns, each with the
+window before it, so that the logits of one block are all there is. The backward rule recomputes the logits: only the
+inputs are kept.
 
 `jax.nn.dot_product_attention` would do for a block, but it wants keys and values of one size and runs float32 inputs at
 the backend's default precision.
@@ -10,17 +12,20 @@ the backend's default precision.
 Letters: B batch, T time, G blocks, C block length, H heads, M key heads, R = H / M, K key, V value, P = window - 1.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ..chunking import einsum
 
-# Below this length the products are too small to be worth a block of their own.
-SHORTEST_BLOCK = 32
+# Below this length the products are too small to be worth a block of their own; above, the logits of all blocks at once
+# would be too large to keep.
+SHORTEST_BLOCK, LONGEST_BLOCK = 32, 1024
 
 
 def _runs(segment_ids, valid_past, batch, length):
-    """[B, P + T]: the index of the run of equal ids that a token belongs to; -1 for what is not there."""
     if segment_ids is None:
         runs_BT = jnp.zeros((batch, length), jnp.int32)
     else:
@@ -64,6 +69,68 @@ def _attend(q, k, v, q_runs, k_runs, window, scale):
     return o.reshape(*leading, C, H, v.shape[-1])
 
 
+def _attend_in_turn(q, k, v, q_runs, k_runs, window, scale, block):
+    """`_attend` of q [B, T, H, K] to the T + P keys, one block of queries after another."""
+    batch, length = q.shape[:2]
+    past, after = k.shape[1] - length, -length % block
+    k, v, k_runs = (
+        _pad_time(x, 0, after, fill) for x, fill in ((k, 0), (v, 0), (k_runs, -1))
+    )
+
+    @jax.checkpoint
+    def one(block_of_queries):
+        number, q, q_runs = block_of_queries
+        before_and_own = (
+            lax.dynamic_slice_in_dim(x, number * block, past + block, axis=1)
+            for x in (k, v, k_runs)
+        )
+        k_near, v_near, near_runs = before_and_own
+        return _attend(q, k_near, v_near, q_runs, near_runs, window, scale)
+
+    q_GBC, runs_GBC = (
+        jnp.moveaxis(_blocks(_pad_time(x, 0, after, fill), block), 1, 0)
+        for x, fill in ((q, 0), (q_runs, -1))
+    )
+    o = lax.map(one, (jnp.arange(len(q_GBC)), q_GBC, runs_GBC))
+    return jnp.moveaxis(o, 0, 1).reshape(batch, -1, *o.shape[3:])[:, :length]
+
+
+class Joined(NamedTuple):
+    """Keys and values [B, P + T, ...] of past and present.
+
+    runs [B, P + T]: index of the run of equal ids that a token belongs to, -1 for what is not there; no key before
+    `first` is.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    runs: jax.Array
+    first: int
+
+
+def join(k, v, k_past, v_past, valid_past, segment_ids, window) -> Joined:
+    """The initial state before the tokens, zeros where there is none."""
+    batch, length = k.shape[:2]
+    past, first = window - 1, 0
+    if valid_past is None:
+        k, v = (_pad_time(x, past, 0) for x in (k, v))
+        valid_past, first = jnp.zeros((batch, past), bool), past
+    else:
+        k = jnp.concatenate([k_past.astype(k.dtype), k], axis=1)
+        v = jnp.concatenate([v_past.astype(v.dtype), v], axis=1)
+    return Joined(k, v, _runs(segment_ids, valid_past, batch, length), first)
+
+
+def last_state(joined: Joined, length: int):
+    """k, v and valid of the last window - 1 tokens; zeros where not valid."""
+    valid = joined.runs[:, length:] == joined.runs[:, -1:]
+    k, v = (
+        jnp.where(valid[:, :, None, None], x[:, length:], 0)
+        for x in (joined.k, joined.v)
+    )
+    return k, v, valid
+
+
 def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale):
     """Shapes as in `api.py`, the initial state by its parts or three times None.
 
@@ -72,29 +139,17 @@ def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale):
     batch, length = q.shape[:2]
     dtypes, past = (k.dtype, v.dtype), window - 1
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    first = 0  # of the keys that there are
-    if valid_past is None:
-        k, v = (_pad_time(x, past, 0) for x in (k, v))
-        valid_past, first = jnp.zeros((batch, past), bool), past
-    else:
-        k_past, v_past = k_past.astype(jnp.float32), v_past.astype(jnp.float32)
-        k, v = (
-            jnp.concatenate([k_past, k], axis=1),
-            jnp.concatenate([v_past, v], axis=1),
-        )
-    runs = _runs(segment_ids, valid_past, batch, length)
-
-    block = max(past, SHORTEST_BLOCK)
-    if length <= block:
-        o = _attend(
-            q,
-            k[:, first:],
-            v[:, first:],
-            runs[:, past:],
-            runs[:, first:],
-            window,
-            scale,
-        )
+    joined = join(k, v, k_past, v_past, valid_past, segment_ids, window)
+    k, v, runs, first = joined
+    q_runs, block = runs[:, past:], max(past, SHORTEST_BLOCK)
+    if length <= min(block, LONGEST_BLOCK):
+        k, v, k_runs = k[:, first:], v[:, first:], runs[:, first:]
+        o = _attend(q, k, v, q_runs, k_runs, window, scale)
+    elif block > LONGEST_BLOCK:
+        # The farthest key that a query can see and that there is.
+        farthest = max(0, min(first, past - length))
+        k, v, k_runs = k[:, farthest:], v[:, farthest:], runs[:, farthest:]
+        o = _attend_in_turn(q, k, v, q_runs, k_runs, window, scale, LONGEST_BLOCK // 2)
     else:
         before, after = block - past, -length % block
         k_blocks, v_blocks = (
@@ -102,12 +157,10 @@ def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale):
         )
         k_runs = _with_previous(_pad_time(runs, before, after, -1), block)
         q_blocks = _blocks(_pad_time(q, 0, after), block)
-        q_runs = _blocks(_pad_time(runs[:, past:], 0, after, -1), block)
+        q_runs = _blocks(_pad_time(q_runs, 0, after, -1), block)
         o = _attend(q_blocks, k_blocks, v_blocks, q_runs, k_runs, window, scale)
         o = o.reshape(batch, -1, *o.shape[3:])[:, :length]
-
-    valid = runs[:, length:] == runs[:, -1:]
-    k, v = (jnp.where(valid[:, :, None, None], x[:, length:], 0.0) for x in (k, v))
+    k, v, valid = last_state(joined, length)
     return o, k.astype(dtypes[0]), v.astype(dtypes[1]), valid
 
 
@@ -134,4 +187,4 @@ def backward(
         )[:3]
 
     _, pullback = jax.vjp(outputs, q, k, v, k_past, v_past)
-    return *pullback((do, dk_last, dv_last)), None
+    return *pullback((do.astype(jnp.float32), dk_last, dv_last)), None

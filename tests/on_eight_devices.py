@@ -212,6 +212,24 @@ def test_gradients_of_shared_inputs_are_added_up_in_float32():
     ],
 )
 def test_window_attention(window, shape, packed, state):
+    check_window_attention(window, shape, packed, state)
+
+
+@pytest.mark.parametrize(
+    ("window", "shape", "packed"),
+    [
+        (40, (2, 1, 4, 1), True),
+        pytest.param(20, (1, 1, 4, 1), True, marks=pytest.mark.full),
+        pytest.param(12, (1, 1, 8, 1), False, marks=pytest.mark.full),
+        pytest.param(40, (2, 1, 2, 2), False, marks=pytest.mark.full),
+    ],
+)
+def test_ring_attention(window, shape, packed):
+    with ops.sequence_method("ring"):
+        check_window_attention(window, shape, packed, state=False)
+
+
+def check_window_attention(window, shape, packed, state):
     batch, length, heads, key_heads, size, past = 2, 32, 4, 2, 8, window - 1
 
     def normal(seed: int, *shape: int) -> jax.Array:
@@ -320,6 +338,19 @@ def test_ring_sends_a_state_from_device_to_device():
         gradient = jax.grad(loss_of("gated_linear_attention"), argnums=(0, 1, 2, 3))
         found = collectives(gradient, *given)
     assert len(found["collective-permute"]) == 2 * 7 and "all-gather" not in found
+
+
+def test_ring_attention_gathers_nothing():
+    mesh = mesh_of(1, 1, 8, 1)
+    cut = jax.NamedSharding(mesh, P(None, "sequence"))
+    x = jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.float32, sharding=cut)
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(ops.window_attention(q, k, v, window=64)[0]))
+
+    with jax.set_mesh(mesh), ops.sequence_method("ring"):
+        found = collectives(jax.grad(loss, (0, 1, 2)), x, x, x)
+    assert set(found) == {"collective-permute"}
 
 
 def test_mixture_of_memories_sends_states_and_no_tokens():

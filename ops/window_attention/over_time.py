@@ -3,7 +3,8 @@
 A device needs the window - 1 tokens before its own. Where they fit on its neighbour it receives them from there, and
 backward returns their gradient, which it has from its first window - 1 queries alone. A wider window, up to full
 attention, gathers the keys and values of all devices (LASP-2H, arXiv 2502.07563), and backward sums their gradients
-where they came from.
+where they came from; with `sequence_method("ring")`, and no state before the first token, they visit one device after
+another instead (`ring.py`).
 """
 
 import jax
@@ -13,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..sequence_parallel import CARRIED, Line, to_the_end
 from ..sharding import SEQUENCE
+from . import ring
 
 
 def _past(k, v, k_past, v_past, valid_past, past):
@@ -41,6 +43,10 @@ class OverTime:
     def forward(self, local, line: Line, q, k, v, k_past, v_past, valid_past, ids):
         past = local.static["window"] - 1
         first = _past(k, v, k_past, v_past, valid_past, past)
+        if _in_a_ring(line, k.shape[1], past, valid_past):
+            (o, log_sum), final = _ring(local, line, q, k, v, first, ids)
+            o, log_sum = checkpoint_name((o.astype(v.dtype), log_sum), CARRIED)
+            return (o, *final), (o, log_sum)
         if k.shape[1] < past:
             before, final = _gathered(line, k, v, first, ids)
             carried = None
@@ -63,6 +69,10 @@ class OverTime:
         q, k, v, k_past, v_past, valid_past, ids = inputs
         do, dk_last, dv_last = cotangents
         past = local.static["window"] - 1
+        if _in_a_ring(line, k.shape[1], past, valid_past):
+            return *_ring_backward(local, line, carried, inputs, cotangents), *(
+                None,
+            ) * 3
         if k.shape[1] < past:
             dq, dk, dv, dk_first, dv_first = _gathered_backward(
                 local, line, inputs, cotangents
@@ -95,6 +105,71 @@ class OverTime:
         )
 
 
+def _all_runs(line: Line, ids, batch, length):
+    """[B, T], the run of equal ids that each token of all devices belongs to."""
+    if ids is None:
+        return jnp.zeros((batch, line.size * length), jnp.int32)
+    ids = lax.all_gather(ids, SEQUENCE, axis=1, tiled=True)
+    run = jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1, dtype=jnp.int32)
+    return jnp.pad(run, ((0, 0), (1, 0)))
+
+
+def _own(line: Line, x, length):
+    """This device's part of [B, T, ...]."""
+    return lax.dynamic_slice_in_dim(x, line.rank * length, length, axis=1)
+
+
+def _in_a_ring(line: Line, length: int, past: int, valid_past) -> bool:
+    return line.method == "ring" and length < past and valid_past is None
+
+
+def _ring(local, line: Line, q, k, v, first, ids):
+    """The outputs with their log sums, and the state after the tokens of all devices."""
+    (batch, length), static = k.shape[:2], local.static
+    own = _own(line, _all_runs(line, ids, batch, length), length)
+    sums = ring.forward(
+        line, q, k, v, own, window=static["window"], scale=static["scale"]
+    )
+    return sums, _gathered(line, k, v, first, ids)[1]
+
+
+def _ring_backward(local, line: Line, carried, inputs, cotangents):
+    """Gradients of q, k and v."""
+    q, k, v, _, _, _, ids = inputs
+    (o, log_sum), (do, *dlast) = carried, cotangents
+    (batch, length), static = k.shape[:2], local.static
+    runs = _all_runs(line, ids, batch, length)
+    own = _own(line, runs, length)
+    dq, dk, dv = ring.backward(
+        line,
+        q,
+        k,
+        v,
+        own,
+        o,
+        log_sum,
+        do,
+        window=static["window"],
+        scale=static["scale"],
+    )
+    everything, past = line.size * length, static["window"] - 1
+    # The last state's gradient, of which every device has all: its tokens are those at the end of the sequence.
+    dk_last, dv_last = (
+        _kept(
+            own == runs[:, -1:],
+            _own(
+                line,
+                jnp.pad(x, ((0, 0), (max(0, everything - past), 0), (0, 0), (0, 0)))[
+                    :, -everything:
+                ],
+                length,
+            ),
+        )
+        for x in dlast
+    )
+    return dq, dk + dk_last, dv + dv_last
+
+
 def _gathered(line: Line, k, v, first, ids):
     """The state before this device's tokens, and the one after the tokens of all devices."""
     (batch, length), past = k.shape[:2], first[2].shape[1]
@@ -103,11 +178,7 @@ def _gathered(line: Line, k, v, first, ids):
         jnp.concatenate([before, lax.all_gather(x, SEQUENCE, axis=1, tiled=True)], 1)
         for before, x in zip(first, (k, v), strict=False)
     )
-    run = jnp.zeros((batch, everything), jnp.int32)
-    if ids is not None:
-        ids = lax.all_gather(ids, SEQUENCE, axis=1, tiled=True)
-        run = jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1, dtype=jnp.int32)
-        run = jnp.pad(run, ((0, 0), (1, 0)))
+    run = _all_runs(line, ids, batch, length)
     # The run of equal ids that a token belongs to; -1 for what is not there.
     run = jnp.concatenate([jnp.where(first[2], 0, -1), run], axis=1)
 

@@ -108,7 +108,7 @@ def format_cell(cell: Cell, row: Mapping[str, Any] | None) -> str:
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             ours = f"{statistics.fmean(values):.3f}{spread} (n={len(values)})"
         else:
-            ours = f"not finite (n={len(values)})"
+            ours = f"{cell.missing} (n={len(values)})"
     return ours if cell.published is None else f"{ours} [{cell.published:.3f}]"
 
 

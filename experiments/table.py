@@ -37,6 +37,7 @@ class Cell:
     metric          "<evaluation>/<metric>" of the run's summary
     published       the number beside which ours is printed, or None
     gap             why the cell is not run at this scale; "" if it is
+    missing         what is said of a number that is not finite
     """
 
     row: str
@@ -47,6 +48,7 @@ class Cell:
     seeds: tuple[int, ...] = (0,)
     published: float | None = None
     gap: str = ""
+    missing: str = "not finite"
 
     def make_config(self) -> ConfigDict:
         """The full config. Raises ValueError for a key that the config does not have."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from experiments import compiled_step
 from experiments.abstract_run import LIBTPU_ENVIRONMENT
 from experiments.chips import collective_seconds, parse_topology
 from experiments.collectives import (
@@ -413,11 +414,42 @@ def test_quantities_are_written_with_three_digits_and_a_prefix():
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+def test_numbers_of_a_step_that_the_compiler_refused_are_missing():
+    refused = compiled_step.numbers({"memory": {"total": 2e11}, "advice": "less"})
+    assert refused.pop("gigabytes") == 200
+    assert set(refused.values()) == {None}
+
+
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason='libtpu is not installed: pip install "scanax[aot]"',
 )
+
+
+@pytest.mark.full
+@needs_libtpu
+def test_a_recurrence_over_time_sends_the_same_at_any_length():
+    """Compiled for a TPU: one gather of states forward, one backward, and what does not depend on time."""
+    settings = ("mesh.sequence=4", "mesh.data=1", "batch_size=1", "model.depth=1")
+    short, long = (
+        compiled_step.measure(
+            seed=0,
+            config="gla:text,smoke",
+            topology="v5e:2x2",
+            sequence_length=length,
+            settings=(*settings, "task.packing=stream"),
+        )["step"]
+        for length in (512, 4096)
+    )
+    assert short["collectives"] and short["sent_gigabytes"]
+    for name in ("collectives", "sent_gigabytes"):
+        assert short[name] == long[name], name
+    assert short["compute_ms"] and long["compute_ms"]
+    assert long["compute_ms"] > 6 * short["compute_ms"]
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_a_recipe_is_planned_for_a_slice_that_is_not_there(tmp_path):
     file = tmp_path / "plan.json"
     command = [

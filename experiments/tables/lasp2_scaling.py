@@ -1,0 +1,104 @@
+"""Ways to cut one long sequence over 64 chips, compiled and modelled: LASP-2's state gather, rings, heads.
+
+Sun et al., "LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid", 2025, arXiv 2502.07563. No
+TPU is needed and none is timed: experiments/compiled_step.py reads the program that the TPU's compiler makes of a whole
+train step (extra `aot`).
+
+    python -m experiments.reproduce --table=lasp2_scaling --scale=cpu
+"""
+
+from typing import Any
+
+from experiments.table import Cell, Computation
+
+TITLE = "Sequence parallelism over 64 chips, compiled and modelled"
+SOURCE = "tokens per second and GB per GPU of LASP-2 on 64 A100 with 80 GB (arXiv 2502.07563), timed there"
+METRIC = (
+    "Compiled for v6e:8x8 (64 chips of 34 GB) and modelled, not timed. GB: memory per"
+    " chip. sent: GB per chip and step, of which 6.4 are the gradients' sum, on all"
+    " rows but the last. collectives: how often. ms: of the collectives, the matmuls and"
+    " the memory traffic, each alone. tokens/s: if the three run at once. Softmax rows do"
+    " other work: their matmuls grow with the square of the length, and the logits of"
+    " the ring go through memory, because its blocks are plain JAX"
+)
+SCALES = {
+    "cpu": (
+        "complete. Linear-Llama3-1B of the paper (16 layers of width 2,048, 16 heads of"
+        " 128) with a vocabulary of bytes, one sequence, bfloat16 products, activations"
+        " recomputed; three minutes of compilation for each row and length."
+    ),
+}
+LENGTHS = {"512K": 2**19, "2048K": 2**21}
+COLUMNS = {
+    "GB": "gigabytes",
+    "sent": "sent_gigabytes",
+    "collectives": "collectives",
+    "ms collectives": "collectives_ms",
+    "ms matmuls": "compute_ms",
+    "ms memory": "memory_ms",
+    "tokens/s": "tokens_per_second",
+}
+PUBLISHED = {
+    ("LASP-2", "512K", "GB"): 40.2,
+    ("LASP-2", "512K", "tokens/s"): 245_353.0,
+}
+LINEAR = {
+    "model.mixers.linear_attention.heads": 16,
+    "model.mixers.linear_attention.feature_map": "identity",
+    "model.mixers.linear_attention.normaliser": "rms_norm",
+}
+SOFTMAX = {"model.mixers.transformer.heads": 16}
+OVER_TIME = {"mesh.sequence": 64, "mesh.data": 1, "batch_size": 1}
+# row -> config, settings. With 16 heads, tensor parallelism keeps 16 chips busy: four sequences fill 64.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LASP-2": ("linear_attention:text", {**OVER_TIME, **LINEAR}),
+    "LASP, a ring": (
+        "linear_attention:text",
+        {**OVER_TIME, **LINEAR, "mesh.sequence_method": "ring"},
+    ),
+    "pipelined ring": (
+        "linear_attention:text",
+        {**OVER_TIME, **LINEAR, "mesh.sequence_method": "pipelined"},
+    ),
+    "softmax, LASP-2H": ("transformer:text", {**OVER_TIME, **SOFTMAX}),
+    "softmax, ring attention": (
+        "transformer:text",
+        {**OVER_TIME, **SOFTMAX, "mesh.sequence_method": "ring"},
+    ),
+    "heads over 16 chips (Megatron)": (
+        "linear_attention:text",
+        {"mesh.tensor": 16, "mesh.data": 4, "batch_size": 4, **LINEAR},
+    ),
+}
+SHARED = {
+    "model.width": 2048,
+    "model.depth": 16,
+    "model.remat": "full",
+    "compute_dtype": "bfloat16",
+    "task.packing": "stream",
+}
+
+
+def cells(scale: str) -> list[Cell]:
+    del scale
+    return [
+        Computation(
+            row,
+            f"{label}: {column}",
+            "compiled_step:measure",
+            f"step/{metric}",
+            overrides={
+                "config": config,
+                "topology": "v6e:8x8",
+                "sequence_length": length,
+                "settings": tuple(
+                    f"{key}={value}" for key, value in (SHARED | settings).items()
+                ),
+            },
+            published=PUBLISHED.get((row, label, column)),
+            missing="does not fit",
+        )
+        for label, length in LENGTHS.items()
+        for row, (config, settings) in ROWS.items()
+        for column, metric in COLUMNS.items()
+    ]

@@ -81,7 +81,7 @@ class Compressor(nnx.Module):
         self.head = projection(
             width,
             vocabulary_size,
-            ("mlp", "vocabulary"),
+            ("mlp", None),
             init=init,
             bias=True,
             rngs=rngs,

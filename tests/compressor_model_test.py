@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import P
+from jax.sharding import AbstractMesh
 
+from experiments.mesh import named, parameter_specs
 from models.compressor import build, sinusoids
 from tests.layer_check import randomised
 
@@ -41,6 +44,14 @@ def test_every_token_is_decoded_from_the_last_hidden_state():
     np.testing.assert_allclose(sinusoids(6, 8), places, atol=1e-6)
     inner = np.asarray(jax.nn.gelu((h[:, None] + places) @ W1 + b1))
     np.testing.assert_allclose(logits, inner @ W2 + b2, atol=2e-5)
+
+
+def test_every_parameter_can_be_laid_over_a_mesh():
+    mesh = AbstractMesh((1, 1, 1, 1), ("data", "fsdp", "sequence", "tensor"))
+    params = nnx.state(nnx.eval_shape(make), nnx.Param)
+    specs = parameter_specs(mesh, params, replicated_axis=False)
+    shardings = named(mesh, specs)  # refuses a parameter that one axis cuts twice
+    assert shardings["head"]["kernel"].spec == P("tensor", None)
 
 
 def test_options_of_a_language_model_are_refused():

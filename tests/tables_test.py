@@ -1,5 +1,6 @@
 """Tables: every cell is a config that exists; numbers come from rows; what is missing is shown as missing."""
 
+from collections import defaultdict
 from importlib import import_module
 from inspect import signature
 
@@ -32,6 +33,21 @@ def test_every_cell_is_a_valid_config(name, scale):
         else:
             configs.validate(cell.make_config())
         assert cell.gap or "/" in cell.metric
+
+
+@pytest.mark.parametrize(("name", "scale"), EVERY_SCALE)
+def test_the_figure_is_drawn_from_rows_as_runs_leave_them(name, scale, tmp_path):
+    """Rows with any evaluation and metric: what a figure reads, the cells and their runs have."""
+    table = find_table(name)
+    cells = [cell for cell in find_cells(table, scale) if not cell.gap]
+    metrics = defaultdict(lambda: defaultdict(lambda: [0.5, 0.75]))
+    # The evaluations of the table's cells, and those that only a figure reads.
+    for evaluation in ("tone_0.5", *(cell.metric.split("/")[0] for cell in cells)):
+        metrics[evaluation]["error_log10"] = [0.5, 0.75]
+    row = {"evaluations": metrics, "parameters": 100, "state_bytes": 64}
+    figure = tmp_path / "figure.png"
+    results.figure(table, cells, [row] * len(cells), figure)
+    assert figure.exists() == (hasattr(table, "draw") and bool(cells))
 
 
 def test_icl_cells_hold_the_published_risks():

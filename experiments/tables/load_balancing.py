@@ -85,9 +85,9 @@ def cells(scale: str) -> list[Cell]:
 
 def draw(axes: Any, results: list[tuple[Cell, Mapping[str, Any]]]) -> None:
     """Loss against entropy of use, a point per seed."""
-    for cell, evaluations in results:
+    for cell, row in results:
         if cell.column == "loss":
-            validation = evaluations["validation"]
+            validation = row["evaluations"]["validation"]
             axes.plot(
                 validation["routing_entropy"],
                 validation["loss"],

@@ -8,12 +8,14 @@ Opt-in, because it needs root and `apt-get install slurm-wlm munge`:
 import os
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
 
 from launch import sweep as sweeps
 from launch.backend import Resources
+from launch.runs import CHECKOUT
 from launch.slurm import Slurm
 from tests.launch_test import make_run
 
@@ -144,6 +146,28 @@ def test_a_preempted_task_saves_is_requeued_and_the_sweep_ends_complete(
     assert [(run.summary() or {}).get("attempt") for run in runs] == [1, 1, 1, 2, 2]
     assert told and (runs[3].workdir / "saved").exists()
     assert "[5/5 done, 0 failed" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(1800)
+def test_a_sweep_file_of_twelve_rows_runs_to_its_table_with_one_killed(
+    cluster, tmp_path
+):
+    """Real training: the sweep file that runs on every backend. SIGKILL leaves no time to save."""
+    runs = tmp_path / "runs"
+    command = [sys.executable, "-m", "launch.sweep", "--backend=slurm"]
+    command += ["--sweep=launch/sweeps/mqar.py", "--scale=tiny", f"--runs={runs}"]
+    command += ["--resources=parallel=2"]
+    sweep = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
+    while sweep.poll() is None:
+        begun = list(runs.glob("mqar/tiny/gla_*/checkpoints"))
+        if begun:
+            _output("pkill", "-KILL", "-f", f"workdir=.*{begun[0].parent.name}")
+            break
+        time.sleep(0.5)
+    output, _ = sweep.communicate()
+    assert sweep.returncode == 0, output
+    assert begun and "ended early, attempt 2" in output
+    assert "12 of 12 cells" in output
 
 
 def test_interrupting_a_sweep_lets_its_tasks_save_and_leaves_nothing(cluster, tmp_path):

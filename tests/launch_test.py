@@ -271,7 +271,11 @@ def test_a_jobset_is_valid_for_the_models_of_kubernetes(tmp_path):
         "kubeflow_trainer_api.models", reason='pip install "scanax[clusters]"'
     )
     validate = pytest.importorskip("kubernetes_validate")
-    manifest = jobset_manifest(tmp_path)
+    name, sweep = sweeps.find_sweep("launch/sweeps/mqar.py")
+    planned = plan(sweep, name, "tiny", Path("/runs"))
+    text = JobSet(f"{name}-tiny", CLUSTER).render([run for run, _ in planned])
+    of_sweep = list(yaml.safe_load_all(text))
+    assert len(of_sweep) == 12
 
     def paths(value, prefix=()):
         if isinstance(value, dict):
@@ -280,13 +284,14 @@ def test_a_jobset_is_valid_for_the_models_of_kubernetes(tmp_path):
             return {p for i, v in enumerate(value) for p in paths(v, (*prefix, i))}
         return {prefix}
 
-    known = models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict()
-    assert not paths(manifest) - paths(known)
-    (job,) = manifest["spec"]["replicatedJobs"]
-    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}} | {
-        "spec": job["template"]["spec"]
-    }
-    validate.validate(job, "1.34", strict=True)
+    for manifest in (jobset_manifest(tmp_path), *of_sweep):
+        known = models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict()
+        assert not paths(manifest) - paths(known)
+        (job,) = manifest["spec"]["replicatedJobs"]
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}} | {
+            "spec": job["template"]["spec"]
+        }
+        validate.validate(job, "1.34", strict=True)
 
 
 def test_backends_that_lack_something_say_what():

@@ -113,7 +113,12 @@ def format_cell(cell: Cell, row: Mapping[str, Any] | None) -> str:
 
 
 def format_sizes(cell: Cell, row: Mapping[str, Any] | None) -> str:
-    return "" if row is None else f"{row['parameters']:,} / {row['state_bytes']:,}"
+    """ "parameters / bytes"; a model that does not decode has no state."""
+    if row is None:
+        return ""
+    parameters, state_bytes = row["parameters"], row["state_bytes"]
+    state = "none" if state_bytes is None else f"{state_bytes:,}"
+    return f"{parameters:,} / {state}"
 
 
 def grid(

@@ -141,6 +141,8 @@ def test_a_table_that_asks_for_it_shows_parameters_and_state(tmp_path):
     text = results.markdown(table, "mqar", "cpu", cells, rows)
     assert "| Attention | 0.600 ± 0.141 (n=2) | not run | not run |" in text
     assert "| Attention | 12,345 / 6,789 |  |  |" in text
+    stateless = {"parameters": 5, "state_bytes": None}
+    assert results.format_sizes(cells[0], stateless) == "5 / none"
     assert "in brackets" not in text
     results.figure(table, cells, rows, tmp_path / "mqar.png")
     assert (tmp_path / "mqar.png").stat().st_size > 1000

@@ -58,7 +58,12 @@ def delta_inputs(key, variant, length, dtype):
 
 
 class TestDeltaRule(OpContract):
-    variants = ("none", "constant", "scalar", "vector")
+    variants = (
+        "none",
+        pytest.param("constant", marks=pytest.mark.slow),
+        "scalar",
+        "vector",
+    )
     implementations = ("chunked",)
     op = delta_rule
 

@@ -50,7 +50,12 @@ def attention_inputs(key, variant, length, dtype):
 
 
 class TestGatedLinearAttention(OpContract):
-    variants = ("none", "constant", "scalar", "vector")
+    variants = (
+        "none",
+        pytest.param("constant", marks=pytest.mark.slow),
+        "scalar",
+        "vector",
+    )
     implementations = ("chunked",)
     op = gated_linear_attention
 

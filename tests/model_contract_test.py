@@ -363,7 +363,7 @@ def test_state_bytes_are_the_bytes_of_the_state(name, compute_dtype):
         pytest.param(
             name,
             marks=pytest.mark.slow
-            if name in {"gla", "delta_net", "mamba", "mom"}
+            if name in {"gla", "delta_net", "mamba"}
             else pytest.mark.full,
         )
         for name in ALL

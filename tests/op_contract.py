@@ -58,7 +58,7 @@ def hard_decay_log(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 class OpContract:
     """Subclasses set these and define `inputs`, `initial_state` and `call`."""
 
-    variants: ClassVar[tuple[str, ...]]
+    variants: ClassVar[tuple[Any, ...]]
     implementations: ClassVar[tuple[str, ...]]
     op: ClassVar[Callable[..., Any]]
 

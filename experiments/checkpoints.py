@@ -159,6 +159,7 @@ def restore_latest(
 def _check_shapes(path: Path, name: str, tree: Any) -> None:
     try:
         metadata: Any = v1.metadata(str(path), checkpointable_name=name).metadata
+    # As in reading: the storage layers have no error of their own for damage.
     except Exception as error:
         raise DamagedCheckpointError(
             f"{path} ({type(error).__name__} in the metadata of {name})"

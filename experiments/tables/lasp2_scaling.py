@@ -14,10 +14,10 @@ from experiments.table import Cell, Computation
 TITLE = "Sequence parallelism over 64 chips, compiled and modelled"
 SOURCE = "tokens per second and GB per GPU of LASP-2 on 64 A100 with 80 GB (arXiv 2502.07563), timed there"
 METRIC = (
-    "Compiled for v6e:8x8 (64 chips of 34 GB) and modelled, not timed. GB: memory per"
-    " chip. sent: GB per chip and step, of which 6.4 are the gradients' sum, on all"
-    " rows but the last. collectives: how often. ms: of the collectives, the matmuls and"
-    " the memory traffic, each alone. tokens/s: if the three run at once. Softmax rows do"
+    "Compiled for v6e:8x8 (64 chips of 32 GiB) and modelled, not timed. GB: memory per"
+    " chip. sent: GB per chip and step, the sum of the gradients over the chips"
+    " included. collectives: how often. ms: of the collectives, the matmuls and the"
+    " memory traffic, each alone. tokens/s: if the three run at once. Softmax rows do"
     " other work: their matmuls grow with the square of the length, and the logits of"
     " the ring go through memory, because its blocks are plain JAX"
 )
@@ -25,7 +25,7 @@ SCALES = {
     "cpu": (
         "complete. Linear-Llama3-1B of the paper (16 layers of width 2,048, 16 heads of"
         " 128) with a vocabulary of bytes, one sequence, bfloat16 products, activations"
-        " recomputed; three minutes of compilation for each row and length."
+        " recomputed; some minutes of compilation for each row and length."
     ),
 }
 LENGTHS = {"512K": 2**19, "2048K": 2**21}

@@ -94,17 +94,17 @@ def _entry(
         "facts": {},
     }
     if row:
-        changes = " with changes" if row["dirty"] else ""
         entry["facts"] = {
             "per seed": [round(value, 6) for value in results.value_of(cell, row)],
             "seeds": row["seeds"],
             "parameters": row["parameters"],
             "state bytes": row["state_bytes"],
             "sequences": row["examples"],
+            "tokens": row.get("tokens", "not recorded"),
             "seconds": round(row["seconds"], 1),
             "rejected steps": row["rejected_steps"],
-            "commit": (row["commit"] or "none")[:10] + changes,
-            "hardware": f"{row['device_count']} x {row['device']} ({row['platform']})",
+            "commit": results.commit(row),
+            "hardware": results.machine(row),
             "versions": ", ".join(f"{k} {v}" for k, v in row["versions"].items()),
             "config hash": row["config_hash"],
         }

@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.results import origins
+
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
@@ -41,10 +43,13 @@ def draw(
 ) -> None:
     """Final loss against learning rate, a line per row, with its sensitivity; the band spans the seeds.
 
-    results: (cell, row) pairs whose cells have the override optimizer.lr and a loss as metric.
+    results: (cell, row) pairs whose cells have the override optimizer.lr and a loss as metric. A line whose rows are of
+    several commits or machines has no sensitivity.
     """
     curves: dict[str, dict[float, list[float]]] = {}
+    sources: dict[str, set[str]] = {}
     for cell, row in results:
+        sources.setdefault(cell.row, set()).update(origins([row]))
         evaluation, _, metric = cell.metric.partition("/")
         losses = row["evaluations"][evaluation][metric]
         curves.setdefault(cell.row, {})[cell.overrides["optimizer.lr"]] = [
@@ -54,11 +59,11 @@ def draw(
         rates = sorted(curve)
         means = {rate: statistics.fmean(curve[rate]) for rate in rates}
         of_rates = f" ({len(rates)} rates)"
-        label = (
-            f"{name}: {sensitivity(means, initial_loss):.3f}{of_rates}"
-            if len(rates) > 1
-            else name
-        )
+        label = name
+        if len(sources[name]) > 1:
+            label = f"{name}: several commits or machines"
+        elif len(rates) > 1:
+            label = f"{name}: {sensitivity(means, initial_loss):.3f}{of_rates}"
         (line,) = axes.plot(
             rates, list(means.values()), "o-", markersize=4, label=label
         )

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +25,7 @@ FACTS = (
     "process_count",
     "seeds",
     "parameters",
+    "tokens",
     "state_bytes",
     "provenance",
     "step",
@@ -85,6 +86,19 @@ def matching(
         None if cell.gap else newest.get((scale, config_hash(cell.make_config())))
         for cell in cells
     ]
+
+
+def origins(rows: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The commits and machines that rows come from: numbers of several are not one experiment."""
+    return {f"{commit(row)} on {machine(row)}" for row in rows}
+
+
+def commit(row: Mapping[str, Any]) -> str:
+    return (row["commit"] or "no commit")[:10] + ("+changes" if row["dirty"] else "")
+
+
+def machine(row: Mapping[str, Any]) -> str:
+    return f"{row['device_count']} x {row['device']} ({row['platform']})"
 
 
 def value_of(cell: Cell, row: Mapping[str, Any]) -> list[float]:
@@ -172,25 +186,14 @@ def markdown(
     done = list({row["config_hash"]: row for row in filled}.values())
     if done:
         minutes = sum(row["seconds"] for row in done) / 60
-        where = sorted(
-            {
-                f"{row['device_count']} x {row['device']} ({row['platform']})"
-                for row in done
-            }
-        )
+        where = sorted({machine(row) for row in done})
         versions = sorted(
             {
                 f"jax {row['versions']['jax']}, flax {row['versions']['flax']}"
                 for row in done
             }
         )
-        commits = sorted(
-            {
-                (row["commit"] or "no commit")[:10]
-                + ("+changes" if row["dirty"] else "")
-                for row in done
-            }
-        )
+        commits = sorted({commit(row) for row in done})
         lines += [
             (
                 f"Measured on {', '.join(where)}; {'; '.join(versions)}; commit"

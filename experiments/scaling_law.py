@@ -1,7 +1,7 @@
 """How the loss of a sweep's runs falls with parameters and tokens, and how sure that is.
 
     python -m experiments.scaling_law --rows=runs/scaling_law/scaling_law.jsonl --metric=validation/loss \\
-        --tokens_per_example=256 --out=scaling_law.png
+        --out=scaling_law.png
 
 Hoffmann et al., "Training Compute-Optimal Large Language Models", NeurIPS 2022, arXiv 2203.15556, approach 3:
 
@@ -31,6 +31,7 @@ from scipy.optimize import least_squares
 from scipy.special import huber
 
 from experiments import main as mains
+from experiments.results import origins
 
 HUBER = 1e-3  # of log L, as published
 RESAMPLES = 200
@@ -56,22 +57,19 @@ class Points(NamedTuple):
     loss: np.ndarray
 
 
-def points(
-    rows: Iterable[Mapping[str, Any]], metric: str, tokens_per_example: float
-) -> Points:
+def points(rows: Iterable[Mapping[str, Any]], metric: str) -> Points:
     """The runs of result rows. metric: "<evaluation>/<metric>". Raises ValueError for a row without it."""
     evaluation, _, name = metric.partition("/")
     found = []
     for row in rows:
         values = row["evaluations"].get(evaluation, {}).get(name)
-        if not values or None in values or row["examples"] is None:
+        if not values or None in values or row["tokens"] is None:
             raise ValueError(
                 f"metric must be a finite number in every row; {row['row']} /"
                 f" {row['column']} has {values} for {metric!r}, of the evaluations"
                 f" {', '.join(row['evaluations'])}"
             )
-        tokens = row["examples"] * tokens_per_example
-        found.append((row["parameters"], tokens, np.mean(values)))
+        found.append((row["parameters"], row["tokens"], np.mean(values)))
     return Points(*np.array(found, np.float64).reshape(-1, 3).T)
 
 
@@ -234,7 +232,12 @@ def main() -> None:
     # A run that was recorded twice counts once, as it was last.
     rows = {row["config_hash"]: row for row in map(json.loads, lines)}
     chosen = [r for r in rows.values() if options.scale in ("", r["scale"])]
-    data = points(chosen, options.metric, options.tokens_per_example)
+    if len(found := origins(chosen)) > 1 and not options.mixed:
+        raise ValueError(
+            "--rows must be of one commit and one kind of machine, or --mixed be set;"
+            f" got {'; '.join(sorted(found))}"
+        )
+    data = points(chosen, options.metric)
     law = fit(data)
     laws = bootstrap(data, law)
     print(report(data, law, laws))
@@ -248,9 +251,7 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("rows", None, "Result rows of a sweep, .jsonl.", required=True)
     flags.DEFINE_string("metric", None, "<evaluation>/<metric>.", required=True)
-    flags.DEFINE_float(
-        "tokens_per_example", None, "Its sequence length.", required=True
-    )
     flags.DEFINE_string("scale", "", "Only rows of this scale (default: all).")
+    flags.DEFINE_bool("mixed", False, "One law over several commits or machines.")
     flags.DEFINE_string("out", "scaling_law.png", "The figure.")
     mains.run(main)

@@ -175,6 +175,21 @@ def train_batches(
     return iter(dataset.to_iter_dataset(READ_OPTIONS))
 
 
+def tokens_read(task: Task, *, seed: int, batch_size: int, steps: int) -> int:
+    """How many places of sequences a run with `seed` has read after `steps` steps, padding included.
+
+    Like the batches a function of the step: interruptions do not change it.
+    """
+    parts = task.train(seed)
+    parts = (parts,) if isinstance(parts, Examples) else parts
+    sizes = [batch_size * batch_length(part.fetch(np.arange(1))) for part in parts]
+    if len(set(sizes)) == 1:
+        return steps * sizes[0]
+    per_step = _mix([grain.MapDataset.source([size]).repeat() for size in sizes], parts)
+    # Never None, as elements of a filtered dataset may be.
+    return sum(per_step[step] or 0 for step in range(steps))
+
+
 def evaluation_batches(
     task: Task,
     name: str,
@@ -227,6 +242,13 @@ def _replica_batches(
         _batches(part, f"{seed}/{number}", batch_size, rows)
         for number, part in enumerate(parts)
     ]
+    return _mix(datasets, parts)
+
+
+def _mix(
+    datasets: Sequence[grain.MapDataset], parts: Sequence[Examples]
+) -> grain.MapDataset:
+    """The elements of `datasets`, one for each part, in proportion to the parts' lengths."""
     return grain.MapDataset.mix(datasets, weights=[part.length or 1 for part in parts])
 
 

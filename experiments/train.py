@@ -50,7 +50,13 @@ from experiments.notices import warn
 from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
 from experiments.progress import ProgressReport
 from experiments.run_loading import load_model
-from experiments.task import Task, configured_task, lengths, train_batches
+from experiments.task import (
+    Task,
+    configured_task,
+    lengths,
+    tokens_read,
+    train_batches,
+)
 from experiments.train_state import (
     TrainState,
     empty_window,
@@ -70,9 +76,9 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
 
     Returns the summary, as in summary.json: "evaluations" {evaluation: {metric: [per seed]}} at the last step, "best"
     {"step", "value"} of config.eval.best_metric (mean over seeds) or None, "train", "rejected_steps", "parameters",
-    "state_bytes", "provenance", times, and the environment. A finished run returns what it has. Raises ValueError for a
-    config that cannot work, before anything is written; FloatingPointError if the run diverged; SystemExit after a
-    checkpoint if the process was told to end.
+    "tokens" (read by one seed), "state_bytes", "provenance", times, and the environment. A finished run returns what it
+    has. Raises ValueError for a config that cannot work, before anything is written; FloatingPointError if the run
+    diverged; SystemExit after a checkpoint if the process was told to end.
     """
     began = time.monotonic()
     workdir = Path(workdir).expanduser().absolute()
@@ -290,6 +296,9 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             "workdir": str(workdir),
             "step": steps,
             **facts,
+            "tokens": tokens_read(
+                task, seed=seeds[0], batch_size=config.batch_size, steps=steps
+            ),
             "evaluations": evaluations or evaluate_now(state),
             **run_summary(read_rows(workdir), best),
             "compile_seconds": meter.compile_seconds,

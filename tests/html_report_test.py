@@ -132,7 +132,7 @@ def test_every_cell_says_how_it_stands(page):
     ]
     facts = cells[0]["facts"]
     assert facts["parameters"] == 1234567 and facts["state bytes"] == 89
-    assert facts["commit"] == "abcdef0123 with changes"
+    assert facts["commit"] == "abcdef0123+changes"
     assert facts["hardware"] == "1 x abacus (None)" and facts["versions"] == "jax 1.2"
     assert all(cell["facts"] == {} for cell in cells[1:])
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments.lr_sensitivity import LEARNING_RATES, sensitivity
+from experiments.lr_sensitivity import LEARNING_RATES, draw, sensitivity
 from experiments.scaling_law import (
     BAND,
     Points,
@@ -35,15 +36,20 @@ def planted(noise: float, sizes: int = 4, seed: int = 0) -> Points:
     return Points(N, D, predict(LAW, N, D) * np.exp(noise * random.normal(size=N.size)))
 
 
+ORIGIN = {"commit": "0" * 40, "dirty": False, "device": "cpu"}
+ORIGIN |= {"device_count": 1, "platform": "cpu"}
+
+
 def rows(data: Points) -> list[dict[str, Any]]:
     return [
         {
+            **ORIGIN,
             "scale": "cpu",
             "row": "GLA",
             "column": f"{D:g}",
             "config_hash": f"{N:g} {D:g}",
             "parameters": N,
-            "examples": D / 100,
+            "tokens": D,
             "evaluations": {"validation": {"loss": [loss - 0.01, loss + 0.01]}},
         }
         for N, D, loss in np.array(data).T.tolist()
@@ -100,13 +106,44 @@ def test_what_has_no_law_is_refused(data, message):
 
 def test_rows_become_points_and_one_without_the_metric_is_named():
     data = planted(0.0)
-    np.testing.assert_allclose(points(rows(data), "validation/loss", 100), data)
+    np.testing.assert_allclose(points(rows(data), "validation/loss"), data)
     broken = rows(data)
     broken[3]["evaluations"]["validation"]["loss"] = [1.0, None]
     with pytest.raises(ValueError, match=r"GLA / 1e\+08 has \[1.0, None\] for"):
-        points(broken, "validation/loss", 100)
+        points(broken, "validation/loss")
     with pytest.raises(ValueError, match=r"has None for 'test/loss', of .* validation"):
-        points(broken, "test/loss", 100)
+        points(broken, "test/loss")
+
+
+def test_rows_of_several_commits_are_fitted_together_only_when_asked(tmp_path):
+    several = rows(planted(0.002))
+    several[2] |= {"commit": "f" * 40, "dirty": True}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, several)))
+    command = [sys.executable, "-m", "experiments.scaling_law", f"--rows={file}"]
+    command += ["--metric=validation/loss", f"--out={tmp_path / 'law.png'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not (tmp_path / "law.png").exists()
+    assert re.search(r"one commit .* --mixed .* f{10}\+changes on 1 x cpu", done.stderr)
+    done = subprocess.run([*command, "--mixed"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+
+
+def test_a_sensitivity_is_of_one_commit():
+    cells = runpy.run_path(str(ROOT / "launch/sweeps/lr_sensitivity.py"))["cells"]
+    cells = [cell for cell in cells("tiny") if cell.row == cells("tiny")[0].row]
+    losses = {"evaluations": {"validation": {"loss": [1.0]}}}
+
+    def label(*commits: str) -> str:
+        _, axes = plt.subplots()
+        rows = [{**ORIGIN, **losses, "commit": commit} for commit in commits]
+        draw(axes, list(zip(cells, rows, strict=False)), initial_loss=5.0)
+        text = axes.get_legend().get_texts()[0].get_text()
+        plt.close("all")
+        return text
+
+    assert label("a", "a").endswith(": 0.000 (2 rates)")
+    assert label("a", "b").endswith(": several commits or machines")
 
 
 @pytest.mark.slow
@@ -114,7 +151,7 @@ def test_the_command_prints_ours_beside_the_published_and_draws(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows(planted(0.002)))))
     command = [sys.executable, "-m", "experiments.scaling_law", f"--rows={file}"]
-    command += ["--metric=validation/loss", "--tokens_per_example=100"]
+    command += ["--metric=validation/loss"]
     done = subprocess.run(
         [*command, f"--out={tmp_path / 'law.png'}"],
         cwd=ROOT,
@@ -151,10 +188,11 @@ def test_the_sweeps_are_sweeps_and_draw_what_there_is(name):
                 (
                     cell,
                     {
+                        **ORIGIN,
                         "row": cell.row,
                         "column": cell.column,
                         "parameters": cell.overrides["model.width"] ** 2,
-                        "examples": 4 * cell.make_config().steps,
+                        "tokens": 128 * cell.make_config().steps,
                         "evaluations": {"validation": {"loss": [loss(cell)]}},
                     },
                 )

@@ -21,6 +21,7 @@ from experiments.task import (
     evaluation_batches,
     find_task,
     from_arrays,
+    tokens_read,
     train_batches,
 )
 from experiments.tasks.random_streams import integers, normals, uniforms
@@ -139,6 +140,24 @@ def test_parts_never_share_a_batch_and_alternate_in_proportion() -> None:
     of_second = tokens >= 1000
     assert np.all(of_second.all(axis=1) | ~of_second.any(axis=1))
     assert of_second.any(axis=1).sum() == 10
+
+
+def test_the_tokens_read_are_those_of_the_batches() -> None:
+    def of_length(count: int, length: int) -> Examples:
+        return Examples(
+            lambda indices: {"tokens": np.zeros((len(indices), length))}, count
+        )
+
+    for parts in (
+        of_length(300, 7),
+        (of_length(300, 7), of_length(100, 64), of_length(50, 3)),
+    ):
+        task = task_of(lambda seed, parts=parts: parts)
+        batches = train_batches(task, seeds=(0,), batch_size=4)
+        for steps in (0, 1, 2, 3, 37):
+            batches.set_state({"next_index": 0})
+            read = sum(next(batches)["tokens"].size for _ in range(steps))
+            assert tokens_read(task, seed=0, batch_size=4, steps=steps) == read
 
 
 def test_an_empty_training_set_is_refused() -> None:

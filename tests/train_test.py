@@ -95,6 +95,8 @@ def test_the_record_says_what_the_run_was(finished):
     )
     assert len(record["commit"]) == 40 and record["versions"]["jax"] == jax.__version__
     assert summary["parameters"] == 72 and summary["step"] == 6
+    prompt = tiny().task.examples + 1
+    assert summary["tokens"] == 6 * 8 * prompt
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

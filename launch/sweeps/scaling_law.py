@@ -2,15 +2,17 @@
 
     python -m launch.sweep --sweep=launch/sweeps/scaling_law.py --scale=cpu
     python -m experiments.scaling_law --rows=runs/scaling_law/scaling_law.jsonl --scale=cpu \\
-        --metric=validation/loss --tokens_per_example=128
+        --metric=validation/loss
 
 Every number of tokens is a run of its own, since the learning rate decays over the whole of it.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from experiments import scaling_law
+from experiments.results import origins
 from experiments.table import Cell, grid
 
 TITLE = "Scaling of GLA in parameters and tokens"
@@ -48,12 +50,11 @@ def cells(scale: str) -> list[Cell]:
 
 
 def draw(axes: Any, results: list[tuple[Cell, Mapping[str, Any]]]) -> None:
-    """Loss against tokens, with the fitted law once there are runs enough for one."""
-    cell = results[0][0]
-    length = cell.overrides["task.sequence_length"]
-    data = scaling_law.points([row for _, row in results], cell.metric, length)
-    try:
-        laws = scaling_law.bootstrap(data, scaling_law.fit(data))
-    except ValueError:  # too few so far
-        laws = ()
+    """Loss against tokens, with the fitted law once there are runs enough of one commit and machine."""
+    rows = [row for _, row in results]
+    data = scaling_law.points(rows, results[0][0].metric)
+    laws: Any = ()
+    if len(origins(rows)) == 1:
+        with contextlib.suppress(ValueError):  # too few so far
+            laws = scaling_law.bootstrap(data, scaling_law.fit(data))
     scaling_law.draw(axes, data, laws, "tokens")

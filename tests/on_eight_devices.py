@@ -353,6 +353,29 @@ def test_ring_attention_gathers_nothing():
     assert set(found) == {"collective-permute"}
 
 
+def test_ring_attention_in_a_scan_over_layers_holds_the_logits_of_one_block():
+    mesh, length, heads = mesh_of(1, 1, 8, 1), 8 * 1024, 2
+    x = jax.ShapeDtypeStruct(
+        (1, length, heads, 8),
+        jnp.float32,
+        sharding=jax.NamedSharding(mesh, P(None, "sequence")),
+    )
+
+    def loss(x):
+        def layer(x, _):
+            return ops.window_attention(x, x, x, window=length)[0], None
+
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, x, length=3)[0]))
+
+    with jax.set_mesh(mesh), ops.sequence_method("ring"):
+        program = str(jax.jit(jax.grad(loss)).trace(x).jaxpr)
+    shapes = re.findall(r"\[(\d+(?:,\d+)*)\]", program)
+    sizes = {math.prod(map(int, shape.split(","))) for shape in shapes}
+    block = heads * 512 * length // 8  # 512 queries, the keys of one device
+    assert f"{heads},1,512,{length // 8}]" in program
+    assert max(sizes) <= block
+
+
 def test_mixture_of_memories_sends_states_and_no_tokens():
     """Between devices go the memories, the last inputs of their convolutions, gradients of parameters, and the indices
     of documents; tokens are sorted where they are."""

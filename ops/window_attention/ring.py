@@ -40,10 +40,19 @@ def _onward(values: Any, line: Line) -> Any:
     return jax.tree.map(lambda x: lax.ppermute(x, SEQUENCE, pairs), values)
 
 
-def _logits(q, number, q_runs, line: Line, keys: _Keys, window, scale):
+def _held_together(q, k, v, runs, line: Line):
+    """q, and what travels.
+
+    Tied to q, so that no part of the masks is known without it: differentiation would compute the known part on its
+    own, the masks of all blocks and all devices at once.
+    """
+    return lax.optimization_barrier((q, _Keys(k, v, runs, line.rank)))
+
+
+def _logits(q, number, q_runs, rank, keys: _Keys, window, scale):
     """Logits [B, M, R, C, n] of the block of queries `number`, and which of them count."""
     block, length = q.shape[1], keys.k.shape[1]
-    t = line.rank * length + number * block + jnp.arange(block)
+    t = rank * length + number * block + jnp.arange(block)
     s = keys.device * length + jnp.arange(length)
     distance = t[:, None] - s[None, :]
     near = (distance >= 0) & (distance < window)
@@ -52,10 +61,10 @@ def _logits(q, number, q_runs, line: Line, keys: _Keys, window, scale):
     return x, sees[:, None, None]
 
 
-def _visible(line: Line, keys: _Keys, window) -> jax.Array:
+def _visible(rank, keys: _Keys, window) -> jax.Array:
     """Whether any query of this device can see any of the keys."""
     length = keys.k.shape[1]
-    apart = (line.rank - keys.device) * length  # of the first tokens
+    apart = (rank - keys.device) * length  # of the first tokens
     return (apart >= 0) & (apart - (length - 1) < window)
 
 
@@ -98,14 +107,15 @@ def forward(line: Line, q, k, v, runs, *, window, scale):
     """o [B, n, H, V] and the log sums of exponentials [B, n, M, R], float32; runs [B, n] count over all devices."""
     batch, length, heads, _ = q.shape
     key_heads, block = k.shape[2], _block(length)
+    q, own = _held_together(q, k, v, runs, line)
     numbers = jnp.arange(length // block)
-    q_blocks, runs_blocks = _cut(_grouped(q, key_heads), block), _cut(runs, block)
+    q_blocks, runs_blocks = _cut(_grouped(q, key_heads), block), _cut(own.runs, block)
 
     def visit(sums, keys):
         def update(sums):
             def one(inputs):
                 number, q, q_runs, m, l, o = inputs
-                x, sees = _logits(q, number, q_runs, line, keys, window, scale)
+                x, sees = _logits(q, number, q_runs, own.device, keys, window, scale)
                 x = jnp.where(sees, x, LOWEST)
                 top = jnp.maximum(m, x.max(-1))
                 p = jnp.where(sees, jnp.exp(x - top[..., None]), 0.0)
@@ -117,7 +127,8 @@ def forward(line: Line, q, k, v, runs, *, window, scale):
 
             return lax.map(one, (numbers, q_blocks, runs_blocks, *sums))
 
-        return lax.cond(_visible(line, keys, window), update, lambda s: s, sums), keys
+        visible = _visible(own.device, keys, window)
+        return lax.cond(visible, update, lambda s: s, sums), keys
 
     shape = (length // block, batch, key_heads, heads // key_heads, block)
     nothing = (
@@ -125,7 +136,7 @@ def forward(line: Line, q, k, v, runs, *, window, scale):
         jnp.zeros(shape),
         jnp.zeros((*shape, v.shape[-1])),
     )
-    (m, l, o), _ = _round(line, visit, nothing, _Keys(k, v, runs, line.rank))
+    (m, l, o), _ = _round(line, visit, nothing, own)
     o, log_sum = o / l[..., None], m + jnp.log(l)
     # [G, B, M, R, C, ...] -> [B, n, M, R, ...]
     o, log_sum = (_joined(jnp.moveaxis(x, 4, 2)) for x in (o, log_sum))
@@ -136,13 +147,14 @@ def backward(line: Line, q, k, v, runs, o, log_sum, do, *, window, scale):
     """Cotangents of q, k and v in float32."""
     length, key_heads = k.shape[1:3]
     block = _block(length)
+    q, own = _held_together(q, k, v, runs, line)
     do = _grouped(do, key_heads)
     correction = jnp.sum(do * _grouped(o, key_heads), axis=-1)
     blocks = (
         jnp.arange(length // block),
         *(
             _cut(x, block)
-            for x in (_grouped(q, key_heads), runs, log_sum, do, correction)
+            for x in (_grouped(q, key_heads), own.runs, log_sum, do, correction)
         ),
     )
 
@@ -155,7 +167,7 @@ def backward(line: Line, q, k, v, runs, o, log_sum, do, *, window, scale):
                     sums,
                     inputs,
                 )
-                x, sees = _logits(q, number, q_runs, line, keys, window, scale)
+                x, sees = _logits(q, number, q_runs, own.device, keys, window, scale)
                 # [B, C, M, R] -> [B, M, R, C, 1]
                 log_sum, correction = (
                     jnp.moveaxis(y, 1, 3)[..., None] for y in (log_sum, correction)
@@ -172,7 +184,7 @@ def backward(line: Line, q, k, v, runs, o, log_sum, do, *, window, scale):
             return dq, dk, dv
 
         dq, dk, dv = lax.cond(
-            _visible(line, keys, window),
+            _visible(own.device, keys, window),
             update,
             lambda *unchanged: unchanged,
             *(dq, dk, dv),
@@ -180,7 +192,7 @@ def backward(line: Line, q, k, v, runs, o, log_sum, do, *, window, scale):
         return dq, (keys, dk, dv)
 
     zeros = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    travelling = (_Keys(k, v, runs, line.rank), *zeros)
+    travelling = (own, *zeros)
     dq, (_, dk, dv) = _round(line, visit, jnp.zeros_like(blocks[1]), travelling)
     dk, dv = _onward((dk, dv), line)  # the last step, home
     return _joined(dq).reshape(q.shape), dk, dv

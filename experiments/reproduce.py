@@ -23,6 +23,7 @@ from experiments import result_pages, results, run_record, train
 from experiments.table import (
     Computation,
     command,
+    config_hash,
     find_cells,
     find_table,
     workdir_name,
@@ -46,20 +47,21 @@ def reproduce(
     cells = find_cells(table, scale)
     found = results.matching(cells, results.read(name, directory), scale)
     todo = {  # cells that read different metrics of one run share it
-        workdir_name(cell): cell
+        config_hash(cell.make_config()): cell
         for cell, row in zip(cells, found, strict=True)
         if row is None
         and not cell.gap
         and not collect
         and re.search(only, f"{cell.row} / {cell.column}")
     }
-    for number, (workdir, cell) in enumerate(todo.items(), start=1):
+    for number, cell in enumerate(todo.values(), start=1):
         print(f"[{number}/{len(todo)}] {cell.row} / {cell.column}", flush=True)
         began = time.monotonic()
         if isinstance(cell, Computation):
             summary = compute(cell)
         else:
-            summary = train.run(cell.make_config(), runs / name / scale / workdir)
+            workdir = runs / name / scale / workdir_name(cell)
+            summary = train.run(cell.make_config(), workdir)
         results.append(results.make_row(name, scale, cell, summary), directory)
         print(
             f"    {results.format_cell(cell, summary)} in"

@@ -307,6 +307,32 @@ def delay(smoke: bool) -> ConfigDict:
     return config
 
 
+def listops(smoke: bool) -> ConfigDict:
+    """ListOps of the Long Range Arena at S4's settings (arXiv 2111.00396, as revised in 2022): 40 epochs."""
+    config = _base()
+    config.steps, config.batch_size = 120_000, 32
+    config.task = ConfigDict(
+        {
+            "name": "listops",
+            "shortest": 500,
+            "longest": 2000,
+            "depth": 10,
+            "arguments": 10,
+            "train_examples": 96_000,
+            "test_examples": 2_000,
+        }
+    )
+    config.model.update({"width": 256, "depth": 6})
+    config.optimizer.update({"lr": 1e-2, "warmup_steps": 12_000, "weight_decay": 0.05})
+    config.eval.update(
+        {"every_steps": 3_000, "examples": 2_000, "best_metric": "validation/accuracy"}
+    )
+    if smoke:
+        config.task.update({"shortest": 8, "longest": 64, "depth": 3, "arguments": 4})
+        _shrink(config, steps=300, batch_size=32, width=32, lr=3e-3)
+    return config
+
+
 RECIPES = {
     "parity": parity,
     "modular_arithmetic": modular_arithmetic,
@@ -320,6 +346,7 @@ RECIPES = {
     "text": text,
     "images": images,
     "delay": delay,
+    "listops": listops,
 }
 
 

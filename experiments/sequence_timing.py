@@ -57,18 +57,19 @@ def measure(*, seed: int, length: int) -> dict[str, dict[str, float]]:
     """{"ms" and "ratio": {way: number}} of the layer alone, forward and gradients of q, k and v: medians over rounds in
     which the ways take turns, and their ratios to LASP-2's.
 
-    length: tokens of the one sequence, in 4 heads of 64, float32. Raises ValueError for what cannot be timed.
+    length: tokens of the one sequence, in 4 heads of 64, float32. Raises ValueError if the devices cannot share them.
     """
+    if length < 1 or length % DEVICES:
+        raise ValueError(f"length must be a multiple of {DEVICES} tokens; got {length}")
     command = [sys.executable, "-m", "experiments.sequence_timing"]
     done = subprocess.run(
         [*command, str(seed), str(length)],
         cwd=CHECKOUT,
         env=os.environ | ENVIRONMENT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
+        check=True,
     )
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)
 
 

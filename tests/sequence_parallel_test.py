@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.sequence_timing import WAYS, measure
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,3 +38,17 @@ def test_eight_devices_compute_what_one_computes(tier):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_ways_to_cut_a_sequence_are_timed_in_turns():
+    times = measure(seed=0, length=64)
+    assert set(times["ms"]) == set(times["ratio"]) == set(WAYS)
+    for way, milliseconds in times["ms"].items():
+        assert milliseconds > 0
+        assert times["ratio"][way] == milliseconds / times["ms"]["LASP-2"]
+
+
+def test_a_length_that_eight_devices_cannot_share_is_an_error():
+    with pytest.raises(ValueError, match="multiple of 8 tokens; got 63"):
+        measure(seed=0, length=63)

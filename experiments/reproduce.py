@@ -71,9 +71,7 @@ def reproduce(
     rows = results.matching(cells, results.read(name, directory), scale)
     text = results.markdown(table, name, scale, cells, rows)
     results.figure(table, cells, rows, directory / f"{name}_{scale}.png")
-    result_pages.write(directory)
-    if directory == results.DIRECTORY:
-        result_pages.insert_tables(result_pages.README)
+    result_pages.renew(directory)
     return text
 
 

@@ -1,4 +1,4 @@
-"""The pages that show recorded rows: RESULTS.md beside them, and the tables inside the README."""
+"""The pages that show recorded rows: RESULTS.md beside them, and the tables inside documents."""
 
 import re
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 from experiments import results
 from experiments.table import available_tables, find_cells, find_table
 
-README = Path(__file__).parent.parent / "README.md"
+CHECKOUT = Path(__file__).parent.parent
+DOCUMENTS = (CHECKOUT / "README.md", CHECKOUT / "experiments/MESH.md")
 
 
-def write(directory: Path = results.DIRECTORY) -> None:
-    """Makes RESULTS.md of all tables and scales that have rows."""
+def renew(directory: Path = results.DIRECTORY) -> None:
+    """Makes RESULTS.md of all tables and scales that have rows; for our own rows also the tables in documents."""
     sections = [
         "# Results\n\nMade from the rows in this folder by `python -m"
         " experiments.reproduce`; not to be edited.\n"
@@ -24,12 +25,15 @@ def write(directory: Path = results.DIRECTORY) -> None:
                 sections.append(results.markdown(table, name, scale, cells, rows))
                 sections.append(f"![{table.TITLE}]({name}_{scale}.png)\n")
     (directory / "RESULTS.md").write_text("\n".join(sections), encoding="utf-8")
+    if directory == results.DIRECTORY:
+        for document in DOCUMENTS:
+            insert_tables(document)
 
 
 def insert_tables(document: Path, directory: Path = results.DIRECTORY) -> None:
     """Renews every table between `<!-- results: <table> <scale> -->` and `<!-- end of results -->` in a document."""
 
-    def renew(block: re.Match[str]) -> str:
+    def table_of(block: re.Match[str]) -> str:
         opening, name, scale, closing = block.groups()
         table = find_table(name)
         cells = find_cells(table, scale)
@@ -38,4 +42,6 @@ def insert_tables(document: Path, directory: Path = results.DIRECTORY) -> None:
 
     text = document.read_text(encoding="utf-8")
     pattern = r"(<!-- results: (\w+) (\w+) -->).*?(<!-- end of results -->)"
-    document.write_text(re.sub(pattern, renew, text, flags=re.DOTALL), encoding="utf-8")
+    document.write_text(
+        re.sub(pattern, table_of, text, flags=re.DOTALL), encoding="utf-8"
+    )

@@ -119,11 +119,15 @@ def format_cell(cell: Cell, row: Mapping[str, Any] | None) -> str:
     else:
         values = value_of(cell, row)
         if is_finite(cell, row):
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            ours = f"{statistics.fmean(values):.3f}{spread} (n={len(values)})"
+            spread = f" ± {_number(statistics.stdev(values))}" if values[1:] else ""
+            ours = f"{_number(statistics.fmean(values))}{spread} (n={len(values)})"
         else:
             ours = f"{cell.missing} (n={len(values)})"
-    return ours if cell.published is None else f"{ours} [{cell.published:.3f}]"
+    return ours if cell.published is None else f"{ours} [{_number(cell.published)}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def format_sizes(cell: Cell, row: Mapping[str, Any] | None) -> str:

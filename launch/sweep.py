@@ -162,8 +162,7 @@ def collect(
     rows = results.matching(cells, results.read(name, directory), scale)
     results.figure(sweep, cells, rows, directory / f"{name}_{scale}.png")
     if directory == results.DIRECTORY:
-        result_pages.write(directory)
-        result_pages.insert_tables(result_pages.README)
+        result_pages.renew(directory)
     return results.markdown(sweep, name, scale, cells, rows)
 
 

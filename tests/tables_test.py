@@ -189,8 +189,12 @@ def test_tables_in_a_document_are_renewed_and_the_rest_of_it_stays(tmp_path):
     assert "old" not in text
 
 
-def test_the_readme_shows_the_recorded_tables(tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_text(result_pages.README.read_text())
+@pytest.mark.parametrize(
+    "document", result_pages.DOCUMENTS, ids=lambda document: document.stem
+)
+def test_documents_show_the_recorded_tables(document, tmp_path):
+    copy = tmp_path / document.name
+    copy.write_text(document.read_text())
     result_pages.insert_tables(copy)
-    assert copy.read_text() == result_pages.README.read_text()
+    assert copy.read_text() == document.read_text()
+    assert "<!-- results: " in document.read_text()

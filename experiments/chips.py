@@ -21,12 +21,15 @@ The time of a collective over groups of chips, as in "How to Scale Your Model" (
   every dimension in which the group extends two where that is a whole ring, else one, as at the end of a line all must
   come in over one link. Where groups interleave along a dimension, they share its links.
 - all-to-all: the middle link of a dimension of s chips must pass s/4 chips' arrays each way (half that on a ring).
-- collective-permute: a chip's array over one link, as often as the longest way has hops.
+- collective-permute: every pair's array along the first dimension, then the second and so on, the short way around a
+  ring; the time is that of the link with the most to carry, since chips pass on what is not theirs while it comes in.
 - And a microsecond for every hop to the farthest member.
 """
 
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,13 +108,11 @@ def collective_seconds(
     groups = places[collective.groups][..., : len(where.shape)]
     rate = where.chip.link_bytes_per_s
     if collective.kind == "collective-permute":
-        ways = np.abs(groups[:, 0] - groups[:, 1])
-        for dimension in dimensions:
-            if where.is_ring(dimension):
-                way = ways[:, dimension]
-                ways[:, dimension] = np.minimum(way, where.shape[dimension] - way)
-        hops = int(ways.sum(axis=1).max())
-        return hops * (collective.operand_bytes / rate + HOP_SECONDS)
+        ways = [_links(source, target, where) for source, target in groups.tolist()]
+        arrays = Counter(link for way in ways for link in way)
+        hops = max(map(len, ways))
+        busiest = max(arrays.values(), default=0)
+        return busiest * collective.operand_bytes / rate + hops * HOP_SECONDS
 
     # All groups are one group moved about, so the first stands for all.
     extents = [np.unique(groups[0, :, dimension]) for dimension in dimensions]
@@ -131,3 +132,19 @@ def collective_seconds(
     hops *= 2 if collective.kind == "all-reduce" else 1
     links = links if is_box else 1.0
     return collective.sent_bytes / (links * rate) + hops * HOP_SECONDS
+
+
+def _links(
+    source: Sequence[int], target: Sequence[int], where: Slice
+) -> list[tuple[tuple[int, ...], int, int]]:
+    """The links from chip to chip, one dimension after another: (place, dimension, direction)."""
+    place, links = list(source), []
+    for dimension, size in enumerate(where.shape):
+        way = target[dimension] - place[dimension]
+        if where.is_ring(dimension):
+            way = (way + size // 2) % size - size // 2
+        direction = 1 if way > 0 else -1
+        for _ in range(abs(way)):
+            links.append((tuple(place), dimension, direction))
+            place[dimension] = (place[dimension] + direction) % size
+    return links

@@ -344,10 +344,23 @@ def test_a_permute_takes_the_short_way_around_a_ring():
     assert seconds("collective-permute", shift, "v5p:4x4x4") == pytest.approx(
         1 / 100 + 1e-6
     )
-    # The same on a line of 4 must come back over 3 hops.
+    # On a line of 4 the last array comes back over 3 hops, along links that carry nothing else that way.
     assert seconds("collective-permute", shift, "v5e:4x4") == pytest.approx(
-        3 * (1 / 50 + 1e-6)
+        1 / 50 + 3e-6
     )
+
+
+def test_arrays_of_a_permute_that_take_one_link_wait_for_each_other():
+    by_two = [(0, 2), (1, 3)]  # both from 1 to 2
+    assert seconds("collective-permute", by_two, "v5e:4x4") == pytest.approx(
+        2 / 50 + 2e-6
+    )
+    # From row to row and along both: the first dimension, then the second, two arrays on the last link.
+    corner = [(0, 5), (4, 5)]
+    assert seconds("collective-permute", corner, "v5e:4x4") == pytest.approx(
+        2 / 50 + 2e-6
+    )
+    assert seconds("collective-permute", [(3, 3)], "v5e:4x4") == 0
 
 
 def test_an_all_to_all_is_bound_by_the_middle_link():

@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
-from experiments import results
+from experiments import results, run_record
 from experiments.table import available_tables, find_cells, find_table
 
-CHECKOUT = Path(__file__).parent.parent
-DOCUMENTS = (CHECKOUT / "README.md", CHECKOUT / "experiments/MESH.md")
+DOCUMENTS = tuple(run_record.CHECKOUT / path for path in run_record.DOCUMENTS)
 
 
 def renew(directory: Path = results.DIRECTORY) -> None:

@@ -23,11 +23,8 @@ from experiments.config import Config
 FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Recorded rows, and the tables made of them.
-GENERATED = (
-    ":(exclude)experiments/results",
-    ":(exclude)README.md",
-)
 CHECKOUT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "experiments/MESH.md")  # that show recorded results
 
 
 def environment() -> dict[str, Any]:
@@ -37,12 +34,13 @@ def environment() -> dict[str, Any]:
     changes them.
     """
     devices, commit = jax.devices(), _git("rev-parse", "HEAD")
+    generated = [f":(exclude){path}" for path in ("experiments/results", *DOCUMENTS)]
     return {
         "commit": commit,
         "dirty": (
             None
             if commit is None
-            else bool(_git("status", "--porcelain", ".", *GENERATED))
+            else bool(_git("status", "--porcelain", ".", *generated))
         ),
         "versions": (
             {"python": platform.python_version()}

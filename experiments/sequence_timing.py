@@ -24,7 +24,7 @@ import ops
 from experiments.mesh import make_mesh
 
 CHECKOUT = Path(__file__).parent.parent
-DEVICES, HEADS, SIZE, ROUNDS = 8, 4, 64, 7
+DEVICES, HEADS, SIZE, ROUNDS = 8, 4, 64, 5
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",

@@ -20,7 +20,7 @@ METRIC = (
     " all and the cost of exchanging, not the links of a pod, nor the waiting of a ring"
 )
 SCALES = {"cpu": "complete. One sequence, 4 heads of 64, float32."}
-LENGTHS = {"1K": 2**10, "4K": 2**12, "16K": 2**14}
+LENGTHS = {"1K": 2**10, "2K": 2**11, "4K": 2**12}
 
 
 def cells(scale: str) -> list[Cell]:

@@ -22,7 +22,8 @@ def renew(directory: Path = results.DIRECTORY) -> None:
             rows = results.matching(cells, recorded, scale)
             if any(rows):
                 sections.append(results.markdown(table, name, scale, cells, rows))
-                sections.append(f"![{table.TITLE}]({name}_{scale}.png)\n")
+                if hasattr(table, "draw"):
+                    sections.append(f"![{table.TITLE}]({name}_{scale}.png)\n")
     (directory / "RESULTS.md").write_text("\n".join(sections), encoding="utf-8")
     if directory == results.DIRECTORY:
         for document in DOCUMENTS:

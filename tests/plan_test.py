@@ -433,6 +433,23 @@ def test_numbers_of_a_step_that_the_compiler_refused_are_missing():
     assert set(refused.values()) == {None}
 
 
+def test_a_step_that_was_compiled_but_does_not_fit_has_no_speed():
+    rows = [{"sent_bytes": 3e9, "count": 2}]
+    seconds = {"compute": 0.1, "memory": 0.2, "collectives": 0.3}
+    time = {"seconds": seconds, "speeds": {"overlapped": {"step_s": 0.3}}}
+    plan = {"memory": {"total": 3e10}, "time": time, "collectives": rows}
+    plan |= {"batch_size": 2, "sequence_length": 30, "advice": ""}
+    fits = compiled_step.numbers(plan)
+    assert (fits["gigabytes"], fits["sent_gigabytes"], fits["collectives"]) == (
+        30,
+        3,
+        2,
+    )
+    assert fits["memory_ms"] == 200 and fits["tokens_per_second"] == 200
+    large = compiled_step.numbers(plan | {"advice": "less"})
+    assert large.pop("gigabytes") == 30 and set(large.values()) == {None}
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason='libtpu is not installed: pip install "scanax[aot]"',

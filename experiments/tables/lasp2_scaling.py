@@ -7,8 +7,10 @@ train step (extra `aot`).
     python -m experiments.reproduce --table=lasp2_scaling --scale=cpu
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+from experiments.results import value_of
 from experiments.table import Cell, Computation
 
 TITLE = "Sequence parallelism over 64 chips, compiled and modelled"
@@ -106,3 +108,28 @@ def cells(scale: str) -> list[Cell]:
         for row, (config, settings) in ROWS.items()
         for column, metric in COLUMNS.items()
     ]
+
+
+def draw(axes: Any, results: list[tuple[Cell, Mapping[str, Any]]]) -> None:
+    """Milliseconds of each resource by way, at both lengths."""
+    ways = list(ROWS)
+    for label, filled in zip(LENGTHS, ("none", "full"), strict=True):
+        for place, name in enumerate(("collectives", "matmuls", "memory")):
+            column = f"{label}: ms {name}"
+            points = [
+                (value, ways.index(cell.row))
+                for cell, row in results
+                if cell.column == column
+                for value in value_of(cell, row)
+            ]
+            axes.plot(
+                [value for value, _ in points],
+                [way for _, way in points],
+                "osd"[place],
+                color=f"C{place}",
+                fillstyle=filled,
+                label=f"{name}, {label}",
+            )
+    axes.set(xscale="log", xlabel="ms, modelled", yticks=range(len(ways)))
+    axes.set(yticklabels=ways, ylim=(len(ways) - 0.5, -0.5))
+    axes.legend(fontsize=7)

@@ -21,9 +21,9 @@ def measure(
     sequence_length: int,
     settings: tuple[str, ...],
 ) -> dict[str, dict[str, float | None]]:
-    """{"step": numbers} of a `text` config with `settings`, each key=value; None where the step does not fit the memory,
-    of which `gigabytes` may still be known. The text is the letter a: windows of any length are cut from it, and only
-    their shape counts.
+    """{"step": numbers} of a `text` config with `settings`, each key=value; None where the step does not fit the
+    memory, of which `gigabytes` may still be known. The text is the letter a: windows of any length are cut from it,
+    and only their shape counts.
 
     gigabytes: of memory per device; sent_gigabytes, collectives: per device and step, every pass of a loop counted;
     compute_ms, memory_ms, collectives_ms: modelled, each alone; tokens_per_second: if the three run at once.

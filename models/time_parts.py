@@ -53,10 +53,24 @@ def along_parts(
 ) -> tuple[Any, Any]:
     """carried <- step(carried, value of the part), from `first` [B, ...] on; values are trees of [P, ...].
 
-    Returns what each part receives [P, ...], and what the last one leaves [B, ...].
+    Returns what each part receives [P, ...], and what the last one leaves [B, ...]. Every device goes through all
+    parts: their values are gathered once, before the first.
     """
-    values = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), values)
+
+    def everywhere(x: jax.Array) -> jax.Array:
+        return constrain(x, "nB" + "_" * (x.ndim - 2))
+
+    def by_part(x: jax.Array) -> jax.Array:
+        return everywhere(x.reshape(parts, -1, *x.shape[1:]))
+
+    def of_each(x: jax.Array) -> jax.Array:
+        x = everywhere(x)
+        x = x.reshape(-1, *x.shape[2:])
+        return constrain(x, "P" + "_" * (x.ndim - 1))
+
     last, received = lax.scan(
-        lambda carried, value: (step(carried, value), carried), first, values
+        lambda carried, value: (step(carried, value), carried),
+        first,
+        jax.tree.map(by_part, values),
     )
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), received), last
+    return jax.tree.map(of_each, received), last

@@ -10,6 +10,7 @@ letters say which mesh axes cut them:
     G       key heads                   tensor; likewise
     C       channels of an op that needs all of time: tensor x sequence
     P       parts of time of all sequences as a batch, the first parts first: sequence x data x fsdp
+    _       left to the compiler, in `constrain`
     others  not cut
 
 Axes of other names are left alone: devices along them compute the same.
@@ -111,6 +112,9 @@ def spec(op: str, mesh: AbstractMesh, layout: str, array: Any) -> P:
     """Of one array of an op. Raises ValueError for a dimension that its axes do not divide."""
     cuts = []
     for letter, size in zip(layout, array.shape, strict=True):
+        if letter == "_":
+            cuts.append(P.UNCONSTRAINED)
+            continue
         axes = cutting_axes(mesh, letter, size)
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:

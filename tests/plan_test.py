@@ -478,6 +478,25 @@ def test_a_recurrence_over_time_sends_the_same_at_any_length():
     assert long["compute_ms"] > 6 * short["compute_ms"]
 
 
+@pytest.mark.full
+@needs_libtpu
+def test_a_mixture_of_memories_gathers_before_its_loop_over_devices():
+    """On a CPU the compiler moves a gather out of a loop, on a TPU it does not."""
+    step = compiled_step.measure(
+        seed=0,
+        config="mom:text,smoke",
+        topology="v5e:2x2",
+        sequence_length=512,
+        settings=(
+            *("mesh.sequence=4", "mesh.data=1", "batch_size=1", "model.depth=1"),
+            "task.packing=stream",
+        ),
+    )["step"]
+    # Forward and backward of the memories and of three convolutions' inputs, which inputs are there, what goes on from
+    # device to device, and the sum of the gradients.
+    assert step["collectives"] is not None and step["collectives"] <= 16
+
+
 @pytest.mark.slow
 @needs_libtpu
 def test_a_recipe_is_planned_for_a_slice_that_is_not_there(tmp_path):

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from experiments import results, run_record
+from experiments import results
 from experiments.table import available_tables, find_cells, find_table
 
-DOCUMENTS = tuple(run_record.CHECKOUT / path for path in run_record.DOCUMENTS)
+CHECKOUT = Path(__file__).parent.parent
+DOCUMENTS = tuple(CHECKOUT / path for path in results.DOCUMENTS)
 
 
 def renew(directory: Path = results.DIRECTORY) -> None:

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from experiments.table import Cell, Computation, config_hash
 
 DIRECTORY = Path(__file__).parent / "results"
+DOCUMENTS = ("README.md", "experiments/MESH.md")  # of the checkout, that show rows
 FACTS = (
     "commit",
     "dirty",

@@ -19,12 +19,12 @@ from jax.experimental import multihost_utils
 
 from experiments import config as configs
 from experiments.config import Config
+from experiments.results import DOCUMENTS
 
 FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Recorded rows, and the tables made of them.
 CHECKOUT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "experiments/MESH.md")  # that show recorded results
 
 
 def environment() -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _entry(
             "parameters": row["parameters"],
             "state bytes": row["state_bytes"],
             "sequences": row["examples"],
-            "tokens": row.get("tokens", "not recorded"),
+            "tokens": row.get("tokens") or "not recorded",
             "seconds": round(row["seconds"], 1),
             "rejected steps": row["rejected_steps"],
             "commit": results.commit(row),

@@ -26,7 +26,6 @@ FACTS = (
     "process_count",
     "seeds",
     "parameters",
-    "tokens",
     "state_bytes",
     "provenance",
     "step",
@@ -51,6 +50,8 @@ def make_row(
         "examples": (
             None if isinstance(cell, Computation) else config.steps * config.batch_size
         ),
+        # Computations read none, and runs that finished before they were counted do not say.
+        "tokens": summary.get("tokens"),
         **{name: summary[name] for name in FACTS},
     }
 

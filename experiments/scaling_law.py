@@ -63,10 +63,11 @@ def points(rows: Iterable[Mapping[str, Any]], metric: str) -> Points:
     found = []
     for row in rows:
         values = row["evaluations"].get(evaluation, {}).get(name)
-        if not values or None in values or row["tokens"] is None:
+        if not values or None in values or row.get("tokens") is None:
             raise ValueError(
-                f"metric must be a finite number in every row; {row['row']} /"
-                f" {row['column']} has {values} for {metric!r}, of the evaluations"
+                "every row must have tokens and a finite number for the metric;"
+                f" {row['row']} / {row['column']} has {row.get('tokens')} tokens and"
+                f" {values} for {metric!r}, of the evaluations"
                 f" {', '.join(row['evaluations'])}"
             )
         found.append((row["parameters"], row["tokens"], np.mean(values)))

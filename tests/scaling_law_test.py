@@ -109,10 +109,14 @@ def test_rows_become_points_and_one_without_the_metric_is_named():
     np.testing.assert_allclose(points(rows(data), "validation/loss"), data)
     broken = rows(data)
     broken[3]["evaluations"]["validation"]["loss"] = [1.0, None]
-    with pytest.raises(ValueError, match=r"GLA / 1e\+08 has \[1.0, None\] for"):
+    with pytest.raises(ValueError, match=r"GLA / 1e\+08 has .* \[1.0, None\] for"):
         points(broken, "validation/loss")
-    with pytest.raises(ValueError, match=r"has None for 'test/loss', of .* validation"):
+    with pytest.raises(ValueError, match=r"None for 'test/loss', of .* validation"):
         points(broken, "test/loss")
+    old = rows(data)
+    del old[0]["tokens"]
+    with pytest.raises(ValueError, match=r"must have tokens .* has None tokens"):
+        points(old, "validation/loss")
 
 
 def test_rows_of_several_commits_are_fitted_together_only_when_asked(tmp_path):

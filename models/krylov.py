@@ -10,17 +10,23 @@ chunks of C tokens
     y_t = sum_{s <= t} kernel_{t-s} u_s + c A^(t+1) x        x <- A^C x + sum_s A^(C-1-s) b u_s        t, s = 0 .. C - 1
 
 so that a sequence takes T / C steps, not T. Powers must stay bounded, in float32: the models here have state matrices
-whose discretisation is a contraction.
+whose discretisation is a contraction. Where a mesh cuts time, each device runs its part from zero, states pass from
+part to part, and the response to the state that came in is added.
 
 Letters: D systems (channels), N state, M outputs per system, R vectors, C chunk length, G number of chunks.
 """
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from models.time_parts import documents, states_before, to_parts, to_whole
+from ops.long_convolution.api import long_convolution
+from ops.sharding import parts_as_batch, time_parts
 
 # Work per token: C inside a chunk, N for each of reading and writing the state, N^2 / C to advance it.
 CHUNK = 32
@@ -162,3 +168,72 @@ def dense_scan(
         carry, y_BCDM = advance(power_DNN, carry, rest)
         y_BTDM = jnp.concatenate([y_BTDM, y_BCDM], axis=1)
     return y_BTDM, carry[0]
+
+
+def free_response(
+    A_DNN: jax.Array, c_DMN: jax.Array, x_BDN: jax.Array, length: int
+) -> jax.Array:
+    """c A^(t+1) x, t = 0 .. length - 1: [B, length, D, M], what the state before the first token adds to y."""
+    chunk = min(CHUNK, length)
+    read_DCMN = krylov(
+        jnp.swapaxes(A_DNN, 1, 2), einsum("dmn,dnk->dmk", c_DMN, A_DNN), chunk
+    )
+    step_DNN = matrix_power(A_DNN, chunk)
+
+    def advance(x_BDN: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        return einsum("dnk,bdk->bdn", step_DNN, x_BDN), x_BDN
+
+    _, x_GBDN = lax.scan(advance, x_BDN, length=-(-length // chunk))
+    y_BGCDM = einsum("dcmn,gbdn->bgcdm", read_DCMN, x_GBDN)
+    return y_BGCDM.reshape(x_BDN.shape[0], -1, *y_BGCDM.shape[3:])[:, :length]
+
+
+def respond(
+    A_DNN: jax.Array,
+    b_DN: jax.Array,
+    read: Callable[[], jax.Array],
+    u_BTD: jax.Array,
+    *,
+    kernel: Callable[[int], jax.Array] | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """y [B, T, D, M] and the state after the last token [B, D, N], float32, by what serves this call.
+
+    Without state and segments that is the convolution with kernel(length) [D, M, length], where there is one; else the
+    recurrence with read() = c [D, M, N]. Where a mesh cuts time, each part is computed by itself in that way, and c is
+    asked for in any case.
+    """
+    parts, (batch, length, _) = time_parts(), u_BTD.shape
+    is_convolution = kernel and initial_state is None and segment_ids is None
+
+    def run(
+        u: jax.Array, state: jax.Array | None, ids: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        if not is_convolution:
+            return dense_scan(
+                A_DNN, b_DN, read(), u, initial_state=state, segment_ids=ids
+            )
+        kernel_DML = kernel(u.shape[1])
+        y = long_convolution(
+            jnp.repeat(u, kernel_DML.shape[1], axis=2),
+            kernel_DML.reshape(-1, u.shape[1]),
+        )
+        return y.reshape(*u.shape, -1), final_state(A_DNN, b_DN, u)
+
+    if parts == 1:
+        return run(u_BTD, initial_state, segment_ids)
+    ids_Pn = continues_P = None
+    if segment_ids is not None:
+        ids_Pn = documents(segment_ids, batch, length, parts)
+        continues_P = ids_Pn[:, -1] == 0
+    with parts_as_batch():
+        y_PnDM, written_PDN = run(to_parts(u_BTD, parts), None, ids_Pn)
+    size = length // parts
+    x_PDN, last_BDN = states_before(
+        matrix_power(A_DNN, size), written_PDN, continues_P, initial_state, parts
+    )
+    free_PnDM = free_response(A_DNN, read(), x_PDN, size)
+    if ids_Pn is not None:
+        free_PnDM = jnp.where((ids_Pn == 0)[..., None, None], free_PnDM, 0.0)
+    return to_whole(y_PnDM + free_PnDM, parts), last_BDN

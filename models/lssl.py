@@ -35,6 +35,7 @@ in front of the mixer, no dropout. A and Delta share one learning rate (the auth
 Authors' code: https://github.com/state-spaces/s4
 """
 
+import functools
 import math
 from typing import Any
 
@@ -44,10 +45,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.krylov import dense_kernel, dense_scan, final_state
+from models.krylov import dense_kernel, respond
 from models.options import check_choice
 from models.projections import projection
-from ops.long_convolution.api import long_convolution
 
 
 def legs_factors(size: int) -> dict[str, np.ndarray]:
@@ -177,23 +177,15 @@ class LSSL(nnx.Module):
         x_float_BTD, (batch, length, _) = x_BTD.astype(jnp.float32), x_BTD.shape
         A_DNN, b_DN = self.system()
         read_DMN, skip_DM = self.read_DMN[...], self.skip_DM[...]
-        if state is None and segment_ids is None:
-            kernel_DMT = dense_kernel(A_DNN, b_DN, read_DMN, length)
-            y_BTE = long_convolution(
-                jnp.repeat(x_float_BTD, skip_DM.shape[1], axis=2),
-                kernel_DMT.reshape(-1, length),
-            )
-            y_BTDM = y_BTE.reshape(batch, length, *skip_DM.shape)
-            memory_BDN = final_state(A_DNN, b_DN, x_float_BTD)
-        else:
-            y_BTDM, memory_BDN = dense_scan(
-                A_DNN,
-                b_DN,
-                read_DMN,
-                x_float_BTD,
-                initial_state=None if state is None else state["memory"],
-                segment_ids=segment_ids,
-            )
+        y_BTDM, memory_BDN = respond(
+            A_DNN,
+            b_DN,
+            lambda: read_DMN,
+            x_float_BTD,
+            kernel=functools.partial(dense_kernel, A_DNN, b_DN, read_DMN),
+            initial_state=None if state is None else state["memory"],
+            segment_ids=segment_ids,
+        )
         y_BTDM = y_BTDM + skip_DM[None, None] * x_float_BTD[..., None]
         g_BTE = jax.nn.gelu(y_BTDM).astype(self.compute_dtype)
         return self.output(g_BTE.reshape(batch, length, -1)), {"memory": memory_BDN}

@@ -24,8 +24,9 @@ homogeneous block: use it with mlp="none".
 Two forms, chosen by what a call is given, so that each is static. Without state and segments, and up to kernel_length
 L tokens: the convolution. Otherwise the recurrence with dense real Abar (models/krylov.py), which recovers C from Ctil
 by solving with I - Abar^L, O(N^3 log L) per channel and call: it is exact for packed documents, carried states and
-decoding, not fast. Both hold h in the real coordinates (Re h, Im h), where A is Re- and Im-blocks of Lambda minus
-2 q q^T, q = (Re p, Im p): Abar is a contraction there, and I - Abar^L is well conditioned.
+decoding, not fast. Where a mesh cuts time each device runs its part in that form, and states pass between them. Both
+hold h in the real coordinates (Re h, Im h), where A is Re- and Im-blocks of Lambda minus 2 q q^T, q = (Re p, Im p):
+Abar is a contraction there, and I - Abar^L is well conditioned.
 
 Initialisation: HiPPO-LegS, Lambda - p p* = V* A V with p = V* P, B = V* B_LegS (models/hippo.py); Delta log-uniform;
 both parts of C ~ N(0, 1/2); D ~ N(0, 1).
@@ -47,9 +48,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.hippo import legs, normal_legs
-from models.krylov import dense_scan, einsum, final_state, matrix_power
+from models.krylov import einsum, matrix_power, respond
 from models.projections import projection
-from ops.long_convolution.api import long_convolution
 
 
 class S4(nnx.Module):
@@ -213,20 +213,20 @@ class S4(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         x_float_BTD, length = x_BTD.astype(jnp.float32), x_BTD.shape[1]
         A_DNN, b_DN = self.system()
-        if state is None and segment_ids is None and length <= self.kernel_length:
-            y_BTD = long_convolution(x_float_BTD, self.kernel()[:, :length])
-            memory_BDN = final_state(A_DNN, b_DN, x_float_BTD)
-        else:
-            y_BTD1, memory_BDN = dense_scan(
-                A_DNN,
-                b_DN,
-                self.untruncated_read(A_DNN)[:, None],
-                x_float_BTD,
-                initial_state=None if state is None else state["memory"],
-                segment_ids=segment_ids,
-            )
-            y_BTD = y_BTD1[..., 0]
-        y_BTD = y_BTD + self.skip_D[...][None, None, :] * x_float_BTD
+
+        def kernel(length: int) -> jax.Array:
+            return self.kernel()[:, None, :length]
+
+        y_BTD1, memory_BDN = respond(
+            A_DNN,
+            b_DN,
+            lambda: self.untruncated_read(A_DNN)[:, None],
+            x_float_BTD,
+            kernel=kernel if length <= self.kernel_length else None,
+            initial_state=None if state is None else state["memory"],
+            segment_ids=segment_ids,
+        )
+        y_BTD = y_BTD1[..., 0] + self.skip_D[...][None, None, :] * x_float_BTD
         g_BTD = jax.nn.gelu(y_BTD).astype(self.compute_dtype)
         return self.output(g_BTD) * jax.nn.sigmoid(self.output_gate(g_BTD)), {
             "memory": memory_BDN

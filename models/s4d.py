@@ -27,7 +27,8 @@ perturbation, with its input V^-1 B (models/hippo.py); nothing else changes.
 Delta log-uniform; both parts of C ~ N(0, 1/2), a real C ~ N(0, 1); D ~ N(0, 1).
 
 A call without state and segments is the convolution; any other is the recurrence, which holds T D state_size floats of
-states per sequence for the output map. parallel="recurrence" takes it always.
+states per sequence for the output map. parallel="recurrence" takes it always. Where a mesh cuts time each device
+convolves its part, and states pass between them.
 
 Departures: causal only, RMSNorm of the backbone, no dropout. V* B is not clipped: the authors' code clips its imaginary
 part to +-2, but that depends on the phases of the eigenvectors, which are arbitrary. Only the product of B and C
@@ -51,8 +52,10 @@ from models.hippo import legs, normal_legs, perturbed_legs
 from models.krylov import diagonal_powers, einsum
 from models.options import check_choice
 from models.projections import projection
+from models.time_parts import states_before, to_parts, to_whole
 from ops.diagonal_scan.api import diagonal_scan
 from ops.long_convolution.api import long_convolution
+from ops.sharding import parts_as_batch, time_parts
 
 INITS = (
     "legs",
@@ -207,6 +210,45 @@ class S4D(nnx.Module):
         return 2 * self.read_real_DM[...], -2 * self.read_imaginary_DM[...]
 
     def _convolution(self, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+        parts = time_parts()
+        if parts == 1:
+            return self._convolution_from_zero(x_BTD)
+        with parts_as_batch():
+            y_PnD, written = self._convolution_from_zero(to_parts(x_BTD, parts))
+        free_PnD, memory = self._carried(written, x_BTD.shape[1] // parts, parts)
+        return to_whole(y_PnD + free_PnD, parts), memory
+
+    def _carried(self, written: Any, length: int, parts: int) -> tuple[jax.Array, Any]:
+        """y [P, n, D] of the state that comes into each of the parts of n = `length` tokens, and the state after the
+        last one; `written` is what each leaves from zero."""
+        factor_DM, _ = self.system()
+        power_E = diagonal_powers(factor_DM, length + 1)[..., -1].reshape(-1)
+        # The product with a number, on its parts.
+        A_EXX = power_E[:, None, None]
+        if self.is_complex:
+            re_E, im_E = power_E.real, power_E.imag
+            A_EXX = jnp.stack([re_E, -im_E, im_E, re_E], axis=-1).reshape(-1, 2, 2)
+        written_PEX = jnp.stack(jax.tree.leaves(written), axis=-1)
+        before_PEX, last_BEX = states_before(A_EXX, written_PEX, None, None, parts)
+
+        # As below, the powers are made anew.
+        @jax.checkpoint
+        def response(
+            factor_DM: jax.Array, read: tuple[jax.Array, ...], h_PDMX: jax.Array
+        ) -> jax.Array:
+            c_DM = jax.lax.complex(read[0], -read[1]) if self.is_complex else read[0]
+            weight_DMn = c_DM[..., None] * diagonal_powers(factor_DM, length + 1)
+            # Re(w h) is Re w Re h - Im w Im h.
+            weight = jax.tree.leaves(_parts(jnp.conj(weight_DMn[..., 1:])))
+            return einsum("xdmn,pdmx->pnd", jnp.stack(weight), h_PDMX)
+
+        h_PDMX = before_PEX.reshape(-1, *factor_DM.shape, before_PEX.shape[-1])
+        memory = tuple(jnp.unstack(last_BEX, axis=-1))
+        return response(factor_DM, self._read_parts(), h_PDMX), (
+            memory if self.is_complex else memory[0]
+        )
+
+    def _convolution_from_zero(self, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
         # The powers, D M T numbers, are made anew in the backward pass.
         @jax.checkpoint
         def kernel_and_state(

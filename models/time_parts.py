@@ -14,6 +14,7 @@ from jax import lax
 
 from models.positions import document_starts
 from ops.sharding import constrain
+from ops.state_passing.api import state_passing
 
 
 def to_parts(x: jax.Array, parts: int) -> jax.Array:
@@ -43,9 +44,29 @@ def documents(
     """Numbers of documents [P, n], non-decreasing; in each part 0 for the one that goes on from the part before."""
     if segment_ids is None:
         return jnp.zeros((batch * parts, length // parts), jnp.int32)
-    number_Pn = to_parts(jnp.cumsum(document_starts(segment_ids), axis=1), parts)
-    before_P = jnp.pad(number_Pn[:, -1], (batch, 0))[: batch * parts]
-    return number_Pn - before_P[:, None]
+    return jnp.cumsum(to_parts(document_starts(segment_ids), parts), axis=1)
+
+
+def states_before(
+    transition: jax.Array,
+    written: jax.Array,
+    continues: jax.Array | None,
+    initial_state: jax.Array | None,
+    parts: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The state each part receives [P, D, N], and the one after the last [B, D, N], of a time-invariant recurrence.
+
+    transition [D, N, N] is that of a whole part, written [P, D, N] what each leaves from a zero state, continues [P]
+    whether the document that comes in is the one that goes out (None: always).
+    """
+
+    before, last = state_passing(
+        transition,
+        to_whole(written[:, None], parts),
+        keeps=None if continues is None else to_whole(continues[:, None], parts),
+        initial_state=initial_state,
+    )
+    return to_parts(before, parts)[:, 0], last
 
 
 def along_parts(

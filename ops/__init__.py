@@ -9,6 +9,7 @@ from .long_convolution.api import long_convolution
 from .selective_scan.api import selective_scan
 from .sequence_parallel import sequence_method
 from .short_convolution.api import short_convolution
+from .state_passing.api import state_passing
 from .window_attention.api import WindowState, init_window_state, window_attention
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "selective_scan",
     "sequence_method",
     "short_convolution",
+    "state_passing",
     "window_attention",
 ]

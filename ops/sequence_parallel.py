@@ -98,23 +98,39 @@ class Line(NamedTuple):
         return (self.rank == 0) | (self.shift(segment_ids[:, -1]) == segment_ids[:, 0])
 
     def prefix(
-        self, act: Callable[[Any, Any], Any], A: Any, M: Any, first: Any, split: bool
+        self,
+        act: Callable[[Any, Any], Any],
+        A: Any,
+        M: Any,
+        first: Any,
+        split: bool,
+        common: Any = None,
     ) -> tuple[Any, Any]:
-        """S_r and, on all devices, S_R of S_{r+1} = A_r S_r + M_r from S_0 = first. act(A, S) is A S; split: an entry
-        of A belongs to one column (last axis) of S."""
-        return self._travel(act, A, M, first, split, reverse=False)
+        """S_r and, on all devices, S_R of S_{r+1} = A_r S_r + M_r from S_0 = first. act((common, A), S) is A S, or
+        act(A, S) without `common`, the part of A that all devices know; split: an entry of A belongs to one column
+        (last axis) of S."""
+        return self._travel(act, A, M, first, split, common, reverse=False)
 
     def suffix(
-        self, act: Callable[[Any, Any], Any], A: Any, M: Any, last: Any, split: bool
+        self,
+        act: Callable[[Any, Any], Any],
+        A: Any,
+        M: Any,
+        last: Any,
+        split: bool,
+        common: Any = None,
     ) -> tuple[Any, Any]:
         """lambda_{r+1} and, on all devices, lambda_0 of lambda_r = A_r lambda_{r+1} + M_r from lambda_R = last."""
-        return self._travel(act, A, M, last, split, reverse=True)
+        return self._travel(act, A, M, last, split, common, reverse=True)
 
-    def _travel(self, act, A, M, first, split, *, reverse):
+    def _travel(self, act, A, M, first, split, common, *, reverse):
         M = jax.tree.map(lambda x: x.astype(jnp.float32), M)
         first = jax.tree.map(lambda x: x.astype(jnp.float32), first)
         if self.method == "all_gather":
-            return self._gathered(act, A, M, first, reverse)
+            # What all know is not sent.
+            whole = act if common is None else lambda A, S: act((common, A), S)
+            return self._gathered(whole, A, M, first, reverse)
+        A = A if common is None else (common, A)
         # Devices in the order in which the state visits them.
         place = self.size - 1 - self.rank if reverse else self.rank
         step = -1 if reverse else 1

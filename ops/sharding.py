@@ -98,7 +98,9 @@ def in_context(layouts: tuple[str, ...]) -> tuple[str, ...]:
     """Layouts as they are inside `parts_as_batch`; themselves outside."""
     if not _parts_as_batch.get():
         return layouts
-    return tuple(layout.replace("B", "P").replace("T", "L") for layout in layouts)
+    # A part's time is whole, and so are its channels as far as time would cut them.
+    inside = str.maketrans("BTC", "PLH")
+    return tuple(layout.translate(inside) for layout in layouts)
 
 
 def cutting_axes(mesh: AbstractMesh, letter: str, size: int) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ Not collected by itself: the number of devices is that of a process. `tests/sequ
 its own.
 """
 
+import importlib
 import math
 import re
 from typing import Any
@@ -100,6 +101,48 @@ def test_values_states_and_gradients_of_ops(op, variant, method, shape, packed):
         got = run(inputs, state, ids)
     for name, value in expected.items():
         assert_close(name, got[name], value)
+
+
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [
+        ("all_gather", (2, 1, 2, 2)),
+        ("ring", (1, 1, 4, 1)),
+        pytest.param("pipelined", (1, 1, 4, 1), marks=pytest.mark.full),
+        pytest.param("all_gather", (1, 1, 8, 1), marks=pytest.mark.full),
+    ],
+)
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_state_passing(method, shape, packed):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    A, written, state = 0.5 * normal(4, 3, 3), normal(2, 16, 4, 3), normal(2, 4, 3)
+    keeps = jnp.asarray(rng.random((2, 16)) < 0.7) if packed else None
+    cotangents = normal(*written.shape), normal(*state.shape)
+
+    def run(implementation):
+        def call(A, written, state):
+            return ops.state_passing(
+                A,
+                written,
+                keeps=keeps,
+                initial_state=state,
+                implementation=implementation,
+            )
+
+        values, pullback = jax.vjp(call, A, written, state)
+        return values, pullback(cotangents)
+
+    expected = run("reference")
+    with jax.set_mesh(mesh_of(*shape)), ops.sequence_method(method):
+        got = jax.jit(lambda: run(None))()
+    for (path, value), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        assert_close(jax.tree_util.keystr(path), value, wanted)
 
 
 def values_and_gradients(contract, inputs, state, ids, **options):
@@ -263,6 +306,55 @@ def check_window_attention(window, shape, packed, state):
         assert_close(jax.tree_util.keystr(path), value, wanted)
 
 
+WIDTH = 4
+
+
+def layer_of(name: str, **options: Any) -> Any:
+    return importlib.import_module(f"models.{name}").Mixer(
+        WIDTH,
+        depth=1,
+        rngs=nnx.Rngs(0),
+        param_dtype=jnp.float32,
+        compute_dtype=jnp.float32,
+        state_size=8,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("s4", {"kernel_length": 64}, (2, 1, 2, 2)),
+        ("s4d", {}, (1, 1, 4, 1)),
+        pytest.param("s4d", {"init": "real"}, (1, 1, 4, 1), marks=pytest.mark.full),
+        pytest.param("lssl", {"channels": 2}, (1, 1, 8, 1), marks=pytest.mark.full),
+    ],
+)
+def test_convolutions_of_time_invariant_layers(name, options, shape):
+    """What models are tested with below, documents and a state, takes the recurrence."""
+    graphdef, params = nnx.split(layer_of(name, **options))
+    rng = np.random.default_rng(0)
+    x, do = (
+        jnp.asarray(rng.standard_normal((2, 64, WIDTH)), jnp.float32) for _ in "xo"
+    )
+
+    def loss(params, x):
+        y, state = nnx.merge(graphdef, params)(x)
+        ends = sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(state))
+        return jnp.sum(y * do) + ends, (y, state)
+
+    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    expected = jax.jit(run)(params, x)
+    with jax.set_mesh(mesh_of(*shape)):
+        got = jax.jit(lambda *given: run(*given))(params, x)
+    for (path, value), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        # S4's parameters: on one device through the spectrum of the truncated kernel, on several also through C itself,
+        # which is solved for.
+        assert_close(jax.tree_util.keystr(path), value, wanted, 3e-5)
+
+
 # --- What travels -----------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +363,7 @@ def collectives(function: Any, *arrays: Any) -> dict[str, list[str]]:
     program = jax.jit(function).lower(*arrays).compile().as_text()
     kinds = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
     found: dict[str, list[str]] = {}
-    for shape, kind in re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", program):
+    for shape, kind in re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", program):
         found.setdefault(kind, []).append(shape)
     return found
 
@@ -315,6 +407,33 @@ def test_one_gather_forward_and_one_backward_whose_size_is_not_that_of_time(op):
     # The loss itself is one sum over devices.
     assert len(forward.pop("all-gather")) == 1 and set(forward) == {"all-reduce"}
     assert len(both.pop("all-gather")) == 2 and set(both) <= {"all-reduce"}
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d", "lssl"])
+def test_time_invariant_layers_gather_states_alone(name):
+    """As convolutions too, each device of its part."""
+    layer = layer_of(name, kernel_length=512) if name == "s4" else layer_of(name)
+    graphdef, params = nnx.split(layer)
+    mesh, programs = mesh_of(1, 1, 8, 1), []
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)[0]))
+
+    with jax.set_mesh(mesh):
+        cut = jax.NamedSharding(mesh, P(None, "sequence"))
+        for length in (64, 512):
+            x = jax.ShapeDtypeStruct((2, length, WIDTH), jnp.float32, sharding=cut)
+            programs.append(
+                [collectives(loss, params, x), collectives(jax.grad(loss), params, x)]
+            )
+    short, long = programs
+    # The sums are the loss, and gradients of parameters.
+    for forward, both in programs:
+        assert len(forward["all-gather"]) == 1 and len(both["all-gather"]) == 2
+        assert set(forward) == set(both) == {"all-gather", "all-reduce"}
+    assert [found["all-gather"] for found in short] == [
+        found["all-gather"] for found in long
+    ]
 
 
 def test_rematerialisation_that_keeps_what_came_in_gathers_it_once():

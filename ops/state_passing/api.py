@@ -1,0 +1,74 @@
+"""State passing of linear time-invariant systems: what a sequence that is cut into parts hands from part to part."""
+
+import jax
+import jax.numpy as jnp
+
+from .. import dispatch
+from ..arguments import check_float, check_shape
+from ..op import Op, run
+from . import over_time, reference, scan
+
+OP = Op("state_passing", {"scan": scan}, over_time.OVER_TIME)
+
+
+def state_passing(
+    A: jax.Array,
+    written: jax.Array,
+    *,
+    keeps: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The state before each part of a sequence, from what each part writes by itself.
+
+        S_{t+1} = keep_t A S_t + M_t        out: S_t for every part t, and the last one
+
+    for D systems with dense state matrices: the middle one of the three steps of a chunked recurrence (states of
+    chunks, state passing, outputs of chunks; Dao and Gu, 2024, arXiv 2405.21060, Section 6), with A the transition over
+    a whole part. Where a mesh cuts time its devices hold consecutive parts, and the states travel as those of every
+    recurrence do (`ops/sequence_parallel.py`); A, which all of them know, does not.
+
+    Args:
+      A: [D, N, N], the transition over one part.
+      written: [B, T, D, N], M: the state that each of T >= 1 parts leaves where it begins with zeros.
+      keeps: [B, T] bool, false where a part does not hand on what came in: a document starts in it. None: all do.
+      initial_state: [B, D, N], before the first part; None means zeros.
+      implementation: "reference" (differentiated by JAX), "scan" (with a backward pass of its own), or None for "scan".
+
+    Returns:
+      The states before the parts [B, T, D, N] and the one after the last [B, D, N], float32. Differentiable in A,
+      written and initial_state.
+
+    Raises:
+      ValueError: for wrong ranks, shapes, dtypes and names while tracing.
+    """
+    check_float(A=A, written=written)
+    check_shape("written", written, "[B, T, D, N]", (None,) * 4)
+    batch, parts, systems, size = written.shape
+    if parts == 0:
+        raise ValueError(f"written must have T >= 1; got {written.shape}")
+    check_shape("A", A, "[D, N, N] with D and N of written", (systems, size, size))
+    if keeps is not None:
+        check_shape("keeps", keeps, "[B, T] of written", (batch, parts))
+        if keeps.dtype != bool:
+            raise ValueError(f"keeps must be bool; got {keeps.dtype}")
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, systems, size), jnp.float32)
+    check_float(initial_state=initial_state)
+    check_shape(
+        "initial_state",
+        initial_state,
+        "[B, D, N] of written",
+        (batch, systems, size),
+    )
+    dispatch.check_implementation(OP.name, implementation, OP.implementations)
+    inputs = A, written, keeps, initial_state
+    if implementation == "reference":
+        return reference.state_passing(*inputs)
+    return run(
+        OP,
+        implementation or "scan",
+        *inputs,
+        layouts=("Hnn", "BTHn", "BT", "BHn"),
+        outputs=("BTHn", "BHn"),
+    )

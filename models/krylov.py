@@ -205,16 +205,16 @@ def respond(
     asked for in any case.
     """
     parts, (batch, length, _) = time_parts(), u_BTD.shape
-    is_convolution = kernel and initial_state is None and segment_ids is None
+    kernel_of = kernel if initial_state is None and segment_ids is None else None
 
     def run(
         u: jax.Array, state: jax.Array | None, ids: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        if not is_convolution:
+        if kernel_of is None:
             return dense_scan(
                 A_DNN, b_DN, read(), u, initial_state=state, segment_ids=ids
             )
-        kernel_DML = kernel(u.shape[1])
+        kernel_DML = kernel_of(u.shape[1])
         y = long_convolution(
             jnp.repeat(u, kernel_DML.shape[1], axis=2),
             kernel_DML.reshape(-1, u.shape[1]),

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.sharding import AxisType, Mesh
 
 from experiments import compiled_step
-from experiments.abstract_run import LIBTPU_ENVIRONMENT
+from experiments.abstract_run import LIBTPU_ENVIRONMENT, tpu_devices
 from experiments.chips import collective_seconds, parse_topology
 from experiments.collectives import (
     Collective,
@@ -29,6 +31,7 @@ from experiments.kernel_flops import kernel_flops
 from experiments.plan import make_plan
 from experiments.plan_report import advice, format_plan, si
 from experiments.program_cost import Flops, hbm_bytes, matmul_flops
+from ops import gated_linear_attention
 
 ROOT = Path(__file__).parent.parent
 MESH = {"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}
@@ -476,6 +479,36 @@ def test_a_recurrence_over_time_sends_the_same_at_any_length():
         assert short[name] == long[name], name
     assert short["compute_ms"] and long["compute_ms"]
     assert long["compute_ms"] > 6 * short["compute_ms"]
+
+
+@pytest.mark.full
+@needs_libtpu
+def test_the_gather_of_states_travels_while_the_kernel_runs():
+    """In the order in which a TPU runs the program: sent, then the kernel over the tokens, then awaited."""
+    devices = np.array(tpu_devices(parse_topology("v5e:2x4"))).reshape(1, 1, 8, 1)
+    axes = ("data", "fsdp", "sequence", "tensor")
+    mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * 4)
+    cut = jax.NamedSharding(mesh, jax.P(None, "sequence"))
+    shape = (1, 8 * 8192, 16, 128)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=cut)
+    decay_log = jax.ShapeDtypeStruct(shape[:3], jnp.float32, sharding=cut)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(lambda *given: gated_linear_attention(*given)[0])
+        program = jitted.lower(x, x, x, decay_log).compile().as_text()
+    assert "is_scheduled=true" in program
+    main = program[program.index("\nENTRY ") :]
+    # A matrix and a decay of each head, of eight devices.
+    states = f"f32[8,1,{16 * (128 * 128 + 1)}]"
+    started, ran, awaited = (
+        re.search(rf"^ *%{name}\S* = {shape}", main, re.MULTILINE)
+        for name, shape in (
+            ("async-collective-start", rf"\(.*{re.escape(states)}"),
+            ("gla_forward", r"\(.*custom-call\("),
+            ("async-collective-done", re.escape(states)),
+        )
+    )
+    assert started and ran and awaited
+    assert started.start() < ran.start() < awaited.start()
 
 
 @pytest.mark.full

@@ -13,6 +13,9 @@ OTHER ?= $(shell if $(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 1
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PLATFORMS ?= cpu
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope -q
+# Most of a test is compilation, and with few optimisations that takes less than half as long. What the others do to the
+# numbers is seen by test-all and test-other.
+QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
 .PHONY: demo test test-fast test-all test-other lint format clean
 
@@ -20,17 +23,17 @@ demo: $(VENV)/ready
 	$(BIN)/python -m experiments.reproduce --table=state_tracking --scale=demo
 
 test: $(VENV)/ready
-	$(PYTEST) -m "not full and not cluster and not browser"
+	$(QUICK) $(PYTEST) -m "not full and not cluster and not browser"
 
 test-fast: $(VENV)/ready
-	$(PYTEST) -m "not full and not slow and not cluster and not browser"
+	$(QUICK) $(PYTEST) -m "not full and not slow and not cluster and not browser"
 
 test-all: $(VENV)/ready
 	$(PYTEST) -m "not cluster and not browser"
 
 # The fast tier on the other supported pair of versions, where such an interpreter works.
 test-other:
-	@if [ -n "$(OTHER)" ]; then $(MAKE) test-fast PYTHON="$(OTHER)" VENV=.venv-other; \
+	@if [ -n "$(OTHER)" ]; then $(MAKE) test-fast QUICK= PYTHON="$(OTHER)" VENV=.venv-other; \
 	else echo "no second interpreter that runs: the other pair of jax and flax is not tested"; fi
 
 lint: $(VENV)/ready

@@ -324,8 +324,10 @@ def layer_of(name: str, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "options", "shape"),
     [
-        ("s4", {"kernel_length": 64}, (2, 1, 2, 2)),
         ("s4d", {}, (1, 1, 4, 1)),
+        pytest.param(
+            "s4", {"kernel_length": 64}, (2, 1, 2, 2), marks=pytest.mark.full
+        ),
         pytest.param("s4d", {"init": "real"}, (1, 1, 4, 1), marks=pytest.mark.full),
         pytest.param("lssl", {"channels": 2}, (1, 1, 8, 1), marks=pytest.mark.full),
     ],
@@ -409,7 +411,14 @@ def test_one_gather_forward_and_one_backward_whose_size_is_not_that_of_time(op):
     assert len(both.pop("all-gather")) == 2 and set(both) <= {"all-reduce"}
 
 
-@pytest.mark.parametrize("name", ["s4", "s4d", "lssl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "s4",
+        pytest.param("s4d", marks=pytest.mark.full),
+        pytest.param("lssl", marks=pytest.mark.full),
+    ],
+)
 def test_time_invariant_layers_gather_states_alone(name):
     """As convolutions too, each device of its part."""
     layer = layer_of(name, kernel_length=512) if name == "s4" else layer_of(name)

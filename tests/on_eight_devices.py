@@ -325,9 +325,7 @@ def layer_of(name: str, **options: Any) -> Any:
     ("name", "options", "shape"),
     [
         ("s4d", {}, (1, 1, 4, 1)),
-        pytest.param(
-            "s4", {"kernel_length": 64}, (2, 1, 2, 2), marks=pytest.mark.full
-        ),
+        pytest.param("s4", {"kernel_length": 64}, (2, 1, 2, 2), marks=pytest.mark.full),
         pytest.param("s4d", {"init": "real"}, (1, 1, 4, 1), marks=pytest.mark.full),
         pytest.param("lssl", {"channels": 2}, (1, 1, 8, 1), marks=pytest.mark.full),
     ],

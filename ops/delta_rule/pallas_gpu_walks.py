@@ -57,33 +57,56 @@ def given_inputs(q, k, v, beta, decay_log, segment_ids, scale) -> tuple[Sizes, G
 def compute_writes(sizes: Sizes, given: Given, keep_inverse: bool) -> Writes:
     """All chunks at once."""
     by_channel = given.key_scores is not None
-    width, tiles = gpu.divided(sizes.value, 64)
+    # All key channels at once in bfloat16; three terms for one would not fit registers.
+    most = (sizes.keys.size, 64) if sizes.dtype == jnp.bfloat16 else (32, 32)
+    (of_keys, key_tiles), (width, tiles) = (
+        gpu.divided(*x) for x in zip((sizes.key, sizes.value), most, strict=True)
+    )
 
     def kernel(given, out):
         matmul = gpu.Matmul(sizes.dtype)
         fine = gpu.Matmul(sizes.dtype, fine=True)
         b, h, t = sizes.place()
         chunk = Chunk(sizes, given.of_reads, matmul, b, h, t)
-        keys, rows, square = sizes.keys, sizes.padded(t), sizes.square
+        rows, square = sizes.padded(t), sizes.square
         beta = gpu.load(given.beta, b, sizes.tokens(t), h).astype(jnp.float32)
+
+        def key_tile(n: Any) -> gpu.Span:
+            return sizes.channels(n, of_keys, sizes.key)
+
         if by_channel:
             KK = gpu.load(given.key_scores, b, h, rows, square)
             M = unit_lower_inverse(fine, beta[:, None] * KK)
             before = M * beta[None, :]
-            k = gpu.load(given.key_start, b, h, rows, keys)
         else:
+
+            def products(n: Any, sums: Any) -> Any:
+                reads = given.of_reads
+                q, k = (chunk.keys(x, key_tile(n)) for x in (reads.q, reads.k))
+                P, KK = sums
+                return P + matmul.nt(q, k), KK + matmul.nt(k, k)
+
             row, column = gpu.indices(sizes.chunk, sizes.chunk)
-            q, k = (chunk.keys(x, keys) for x in (given.of_reads.q, given.of_reads.k))
+            sums = (gpu.zeros(sizes.chunk, sizes.chunk),) * 2
+            P, KK = lax.fori_loop(0, key_tiles, products, sums)
             decay = chunk.decay()
-            P = decay.weights * matmul.nt(q, k)
-            gpu.store(out.scores, P, b, h, rows, square)
-            KK = jnp.where(row > column, decay.weights * matmul.nt(k, k), 0.0)
+            gpu.store(out.scores, decay.weights * P, b, h, rows, square)
+            KK = jnp.where(row > column, decay.weights * KK, 0.0)
             M = unit_lower_inverse(fine, beta[:, None] * KK)
             start = beta if decay.prefix is None else beta * decay.prefix
             before = M * start[None, :]
         if keep_inverse:
             gpu.store(out.M, M, b, h, rows, square)
-        gpu.store(out.X, fine.nn(before, k), b, h, rows, keys)
+
+        def of_key_tile(n: Any, _: Any) -> None:
+            keys = key_tile(n)
+            if by_channel:
+                k = gpu.load(given.key_start, b, h, rows, keys)
+            else:
+                k = chunk.keys(given.of_reads.k, keys)
+            gpu.store(out.X, fine.nn(before, k), b, h, rows, keys)
+
+        lax.fori_loop(0, key_tiles, of_key_tile, None)
         M *= beta[None, :]
 
         def of_values(n: Any, _: Any) -> None:

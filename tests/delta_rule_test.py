@@ -16,6 +16,7 @@ from ops import (
     gated_linear_attention,
     pallas_gpu,
     pallas_gpu_inverse,
+    pallas_gpu_pieces,
     pallas_tpu_inverse,
 )
 from ops import pallas_tpu as tpu
@@ -156,6 +157,25 @@ def test_gpu_kernels_cut_time_into_parts_that_agree(variant):
 
     for got, wanted in zip(*map(jax.tree.leaves, map(results, (3, 1))), strict=True):
         assert_close("tensor", got, wanted)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param("scalar", marks=pytest.mark.slow),
+        pytest.param("vector", marks=pytest.mark.full),
+    ],
+)
+def test_gpu_kernels_take_a_long_sequence_piece_by_piece(variant):
+    """Two pieces of 64 tokens and a rest of six, a segment that ends with a piece."""
+    inputs, state, ids = one_group(variant, 134)
+    ids = ids.at[0, 63:65].set(jnp.array([90, 91]))
+    contract = TestDeltaRule()
+    expected = contract.values_and_gradients("reference", inputs, state, ids)
+    with mock.patch.object(pallas_gpu_pieces, "MOST", 1):
+        got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
+    for name in expected:
+        assert_close(name, got[name], expected[name])
 
 
 # Relative L2 error of outputs and of gradients. With keys of 1/4 in each of 16 channels |k|^2 = 1 exactly, so that the

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import ops
 from experiments.kernel_flops import kernel_calls
-from ops import gated_linear_attention, pallas_gpu
+from ops import gated_linear_attention, pallas_gpu, pallas_gpu_pieces
 from ops.gated_linear_attention import pallas_gpu as gpu_kernels
 from tests.op_contract import (
     BATCH,
@@ -426,6 +426,27 @@ def test_gpu_kernels_cut_a_long_sequence_into_parts(variant):
     inputs, state, ids = contract.data(variant, length)
     expected = contract.values_and_gradients("reference", inputs, state, ids)
     with mock.patch.object(pallas_gpu, "split_time", return_value=2):
+        got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
+    for name in expected:
+        assert_close(name, got[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("variant", "length"),
+    [
+        pytest.param("none", 128, marks=pytest.mark.full),
+        pytest.param("constant", 150, marks=pytest.mark.slow),
+        pytest.param("scalar", 150, marks=pytest.mark.full),
+        pytest.param("vector", 150, marks=pytest.mark.full),
+    ],
+)
+def test_gpu_kernels_take_a_long_sequence_piece_by_piece(variant, length):
+    """Two pieces of 64 tokens, and a rest where there is one."""
+    contract = TestGatedLinearAttention()
+    inputs, state, ids = contract.data(variant, length)
+    ids = ids.at[0, 63:65].set(jnp.array([90, 91]))  # a segment ends with a piece
+    expected = contract.values_and_gradients("reference", inputs, state, ids)
+    with mock.patch.object(pallas_gpu_pieces, "MOST", 1):
         got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
     for name in expected:
         assert_close(name, got[name], expected[name])

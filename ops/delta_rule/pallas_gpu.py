@@ -29,6 +29,7 @@ solves N + A N = beta . (V - prefix . K S), so D is the gradient of the right si
 and backward nothing is kept.
 
 A decay per channel enters before: `channel_scores` writes P, KK, and the queries and keys with their decays to memory.
+Of a long sequence all this is done piece by piece (`pallas_gpu_pieces.py`).
 
 **Precision.** Float32 inputs enter matmuls in three terms of 8 bits. With bfloat16 inputs M is float32 and enters in
 two, as does what it is multiplied with: with equal keys and beta near 2 its rows alternate in sign, and what is left of
@@ -39,12 +40,14 @@ float32.
 Tile sizes and numbers of warps are chosen by the registers that the compiler reports, not by time.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import pallas_gpu as gpu
+from .. import pallas_gpu_pieces as pieces
 from ..chunking import einsum, flip
 from ..pallas_gpu_chunks import Sizes, key_dtypes
 from ..pallas_gpu_decay import channel_scores_adjoint, segment_numbers
@@ -75,6 +78,13 @@ def supports(q, k, v, beta, decay_log, initial_state, segment_ids, *_, scale) ->
 
 def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
     """Shapes as in `api.py`; returns o in v's dtype and the final state in float32."""
+    rule = functools.partial(_forward, scale=scale)
+    tokens = q, k, v, beta, decay_log
+    return pieces.forward(rule, tokens, initial_state, segment_ids)
+
+
+def _forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
+    """Of a piece of time."""
     sizes, given = given_inputs(q, k, v, beta, decay_log, segment_ids, scale)
     writes = compute_writes(sizes, given, keep_inverse=False)
     _, starts = _entering(sizes, given, writes, initial_state)
@@ -86,6 +96,28 @@ def backward(
     q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale
 ):
     """Cotangents of q, k, v, beta, decay_log and initial_state."""
+    return pieces.backward(
+        functools.partial(_backward, scale=scale),
+        functools.partial(_final_state, scale=scale),
+        (q, k, v, beta, decay_log),
+        initial_state,
+        segment_ids,
+        do,
+        dfinal_state,
+    )
+
+
+def _final_state(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
+    sizes, given = given_inputs(q, k, v, beta, decay_log, segment_ids, scale)
+    writes = compute_writes(sizes, given, keep_inverse=False)
+    _, starts = _entering(sizes, given, writes, initial_state)
+    return walk(sizes, given, writes, starts).ends[:, -1]
+
+
+def _backward(
+    q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale
+):
+    """Of a piece of time."""
     sizes, given = given_inputs(q, k, v, beta, decay_log, segment_ids, scale)
     writes = compute_writes(sizes, given, keep_inverse=True)
     matrices, starts = _entering(sizes, given, writes, initial_state)

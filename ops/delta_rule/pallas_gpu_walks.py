@@ -100,10 +100,11 @@ def compute_writes(sizes: Sizes, given: Given, keep_inverse: bool) -> Writes:
 
         def of_key_tile(n: Any, _: Any) -> None:
             keys = key_tile(n)
-            if by_channel:
-                k = gpu.load(given.key_start, b, h, rows, keys)
-            else:
-                k = chunk.keys(given.of_reads.k, keys)
+            k = (
+                gpu.load(given.key_start, b, h, rows, keys)
+                if by_channel
+                else chunk.keys(given.of_reads.k, keys)
+            )
             gpu.store(out.X, fine.nn(before, k), b, h, rows, keys)
 
         lax.fori_loop(0, key_tiles, of_key_tile, None)

@@ -19,7 +19,7 @@ Two kernels walk over the chunks and write the states S and the gradients dS' at
 of the matmuls that read them; then one kernel takes all chunks at once. Between forward and backward nothing is kept.
 
 A decay per channel enters before: `channel_scores` writes P, Q with r and K with w to memory, and the kernels here read
-them in the place of q and k.
+them in the place of q and k. Of a long sequence all this is done piece by piece (`pallas_gpu_pieces.py`).
 """
 
 import functools
@@ -32,6 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from .. import pallas_gpu as gpu
+from .. import pallas_gpu_pieces as pieces
 from ..pallas_gpu_chunks import Chunk, Inputs, Sizes, chunk_length, key_dtypes
 from ..pallas_gpu_decay import (
     ChannelDecay,
@@ -80,6 +81,12 @@ def _inputs(
 
 def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
     """Shapes as in `api.py`; returns o in v's dtype and the final state in float32."""
+    rule = functools.partial(_forward, scale=scale)
+    return pieces.forward(rule, (q, k, v, decay_log), initial_state, segment_ids)
+
+
+def _forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
+    """Of a piece of time."""
     sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale)
     # The tile of the state that a program holds while it also multiplies.
     in_registers = 8192 if sizes.dtype == jnp.bfloat16 else 4096
@@ -202,6 +209,12 @@ def _boundary_states(
     return states, final[:, 0 if reverse else -1]
 
 
+def _parts_of_walk(sizes: Sizes) -> int:
+    tiles = (gpu.divided(size, 64)[1] for size in (sizes.key, sizes.value))
+    programs = math.prod(tiles) * sizes.batch * sizes.heads
+    return gpu.split_time(sizes.chunks, programs)
+
+
 def _part_starts(
     sizes: Sizes,
     inputs: Inputs,
@@ -257,12 +270,31 @@ def backward(
     q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale
 ):
     """Cotangents of q, k, v, decay_log and initial_state."""
+    return pieces.backward(
+        functools.partial(_backward, scale=scale),
+        functools.partial(_final_state, scale=scale),
+        (q, k, v, decay_log),
+        initial_state,
+        segment_ids,
+        do,
+        dfinal_state,
+    )
+
+
+def _final_state(q, k, v, decay_log, initial_state, segment_ids, *, scale):
     sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale)
-    programs = math.prod(
-        gpu.divided(size, 64)[1] for size in (sizes.key, sizes.value)
-    ) * (sizes.batch * sizes.heads)
-    parts = gpu.split_time(sizes.chunks, programs)
-    walk = functools.partial(_boundary_states, sizes, inputs, parts)
+    parts = _parts_of_walk(sizes)
+    starts = _part_starts(sizes, inputs, v, initial_state, parts, reverse=False)
+    (final,) = _walk(sizes, inputs, v, starts, reverse=False, keep=False)
+    return final[:, -1]
+
+
+def _backward(
+    q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale
+):
+    """Of a piece of time."""
+    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale)
+    walk = functools.partial(_boundary_states, sizes, inputs, _parts_of_walk(sizes))
     S, _ = walk(v, initial_state, reverse=False)
     dS, dinitial_state = walk(do, dfinal_state, reverse=True)
     of_keys, dv, dlog = chunk_gradients(sizes, inputs, q, k, v, decay_log, do, S, dS)

@@ -4,6 +4,7 @@
     python -m experiments.bench --shapes=cpu --ops=delta_rule --implementations=chunked --json=bench.json
     python -m experiments.bench --tpu_aot                          TPU kernels, compiled ahead of time (extra `aot`)
     python -m experiments.bench --gpu                              on one NVIDIA GPU, checked and beside peers
+    python -m experiments.bench --gpu_training                     there too: models, with kernels and without
     python -m experiments.bench --gpu_aot                          GPU kernels, likewise (extra `aot-gpu`)
     python -m experiments.bench --shapes=cpu --peers               beside jax-linear-attention, where it is installed
 
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from absl import flags
 
 import ops
-from experiments import gpu_aot, gpu_bench, run_record, tpu_aot
+from experiments import gpu_aot, gpu_bench, gpu_training, run_record, tpu_aot
 from experiments import main as mains
 from ops.delta_rule import shapes as delta_shapes
 from ops.diagonal_scan import shapes as diagonal_shapes
@@ -334,6 +335,9 @@ def main() -> None:
     if options.gpu:
         gpu_bench.run(options.gpu_minutes, options.gpu_only)
         return
+    if options.gpu_training:
+        gpu_training.report(options.gpu_minutes, options.gpu_only)
+        return
     for op in options.ops:
         if op not in CASES:
             raise ValueError(f"--ops must be of {', '.join(CASES)}; got {op!r}")
@@ -384,10 +388,13 @@ if __name__ == "__main__":
     flags.DEFINE_bool(
         "gpu", False, "Check and time all ops on one GPU (experiments/gpu_bench.py)."
     )
-    flags.DEFINE_float("gpu_minutes", 20, "With --gpu: for how long.", lower_bound=0)
-    flags.DEFINE_string(
-        "gpu_only", "", "With --gpu: only cases with this in their name."
+    flags.DEFINE_bool(
+        "gpu_training", False, "Train models on one GPU (experiments/gpu_training.py)."
     )
+    flags.DEFINE_float(
+        "gpu_minutes", 20, "With --gpu or --gpu_training: for how long.", lower_bound=0
+    )
+    flags.DEFINE_string("gpu_only", "", "With these: only what has this in its name.")
     flags.DEFINE_bool(
         "gpu_aot",
         False,

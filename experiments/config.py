@@ -52,6 +52,7 @@ KEYS: dict[str, type] = {
     "mesh.zero": int,
     "mesh.sequence_method": str,
     "heartbeat_timeout_seconds": int,
+    "kernels": bool,
 }
 # Entries younger than the oldest recorded results, with what they are where a record does not have them. `to_json`
 # leaves them out while they are that, so that a config is recorded and hashed as it was before they came.
@@ -62,6 +63,7 @@ ADDED = {
     "mesh.zero": 3,
     "mesh.sequence_method": "all_gather",
     "heartbeat_timeout_seconds": 100,
+    "kernels": True,
 }
 OPEN_SECTIONS = ("task", "model")
 
@@ -81,6 +83,7 @@ FREE_ON_RESUME = (
     *(f"mesh.{axis}" for axis in MESH_AXES),
     "mesh.zero",
     "mesh.sequence_method",
+    "kernels",
     "optimizer.offload",
     "heartbeat_timeout_seconds",
 )

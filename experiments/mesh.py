@@ -11,9 +11,10 @@ may span processes: which rows of a batch a process makes, and which part of tim
 where the mesh puts its devices.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,8 @@ from jax import NamedSharding, P
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from experiments.config import MESH_AXES
+import ops
+from experiments.config import MESH_AXES, Config
 from experiments.task import batch_length
 
 # Logical axis of a parameter -> mesh axis. Layers are never sharded: the scan over them slices that axis.
@@ -37,6 +39,17 @@ LOGICAL_AXIS_RULES = (
 )
 BATCH_AXES = ("data", "fsdp")
 HOST_MEMORY = "pinned_host"
+
+
+@contextlib.contextmanager
+def traced_on(mesh: Mesh, config: Config) -> Iterator[None]:
+    """What the programs of a run are traced in: its mesh, and how its ops run there."""
+    with (
+        jax.set_mesh(mesh),
+        ops.sequence_method(config.mesh.sequence_method),
+        ops.kernels(config.kernels),
+    ):
+        yield
 
 
 def join_processes(heartbeat_timeout_seconds: int) -> None:

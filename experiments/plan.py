@@ -49,10 +49,9 @@ from experiments.compiled_program import CompiledProgram
 from experiments.config import Config
 from experiments.flops import peak_flops
 from experiments.kernel_flops import kernel_flops
-from experiments.mesh import make_mesh
+from experiments.mesh import make_mesh, traced_on
 from experiments.plan_report import advice, format_plan
 from experiments.program_cost import hbm_bytes, matmul_flops
-from ops.sequence_parallel import sequence_method
 
 
 def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any]:
@@ -90,7 +89,7 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
 
     # --- Compile
     began = time.perf_counter()
-    with jax.set_mesh(mesh), sequence_method(config.mesh.sequence_method):
+    with traced_on(mesh, config):
         traced = run.step.trace(state, batch)
         try:
             compiled = traced.lower().compile()

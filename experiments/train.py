@@ -36,6 +36,7 @@ from experiments.mesh import (
     make_mesh,
     place_batch,
     process_rows,
+    traced_on,
     wait_for_all_processes,
 )
 from experiments.metrics_log import (
@@ -68,7 +69,6 @@ from experiments.train_state import (
     sum_names,
     with_shardings,
 )
-from ops.sequence_parallel import sequence_method
 
 
 def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -123,8 +123,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
         )
         for name, array in example_batch.items()
     }
-    method = config.mesh.sequence_method
-    with jax.set_mesh(mesh), sequence_method(method):
+    with traced_on(mesh, config):
         sums = sum_names(blueprint, task, one_part)
     best = checkpoints.Best(
         _known_metric(config.eval.best_metric, task, sums), config.eval.best_mode
@@ -148,8 +147,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
 
     workdir.mkdir(parents=True, exist_ok=True)
     with (
-        jax.set_mesh(mesh),
-        sequence_method(method),
+        traced_on(mesh, config),
         run_record.exclusive(workdir),
         Interruption() as interruption,
     ):

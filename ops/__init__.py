@@ -4,6 +4,7 @@ it."""
 from .arguments import checks
 from .delta_rule.api import delta_rule
 from .diagonal_scan.api import diagonal_scan
+from .dispatch import kernels
 from .gated_linear_attention.api import gated_linear_attention
 from .long_convolution.api import long_convolution
 from .selective_scan.api import selective_scan
@@ -19,6 +20,7 @@ __all__ = [
     "diagonal_scan",
     "gated_linear_attention",
     "init_window_state",
+    "kernels",
     "long_convolution",
     "selective_scan",
     "sequence_method",

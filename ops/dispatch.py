@@ -6,8 +6,10 @@ program is lowered for: a program compiled ahead of time for a TPU on a CPU host
 layers stores one set of residuals (the inputs), not one per candidate.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,6 +19,27 @@ from .by_platform import by_platform
 
 # What `implementation=None` takes on each platform, where the op has it; everywhere else it takes `chunked`.
 PREFERRED = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+
+_kernels = contextvars.ContextVar("kernels", default=True)
+
+
+@contextlib.contextmanager
+def kernels(wanted: bool) -> Iterator[None]:
+    """Whether ops that are traced inside may take a kernel where their `implementation` is None; without, the plain JAX
+    form runs on every platform. A program that was traced before keeps its own."""
+    token = _kernels.set(wanted)
+    try:
+        yield
+    finally:
+        _kernels.reset(token)
+
+
+def choice(modules: Mapping[str, ModuleType]) -> Mapping[str, ModuleType]:
+    """Of these implementations those that None may take here."""
+    if _kernels.get():
+        return modules
+    kernels = PREFERRED.values()
+    return {name: module for name, module in modules.items() if name not in kernels}
 
 
 def check_implementation(

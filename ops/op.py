@@ -44,12 +44,17 @@ class _Call(NamedTuple):
 
     op: Op
     implementation: str | None
+    candidates: tuple[str, ...]  # implementations to choose from
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dtypes: tuple[Any, ...]
     static: tuple[tuple[str, Any], ...]
     mesh: AbstractMesh | None
     method: str
+
+    @property
+    def implementations(self) -> Mapping[str, ModuleType]:
+        return {name: self.op.implementations[name] for name in self.candidates}
 
 
 class Local(NamedTuple):
@@ -68,7 +73,7 @@ class Local(NamedTuple):
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         call = self.call
         return dispatch.call(
-            call.op.implementations,
+            call.implementations,
             "forward",
             call.implementation,
             *inputs,
@@ -85,7 +90,7 @@ class Local(NamedTuple):
             return jax.tree.map(lambda x: wide or x.dtype, inputs[place])
 
         return dispatch.call(
-            call.op.implementations,
+            call.implementations,
             "backward",
             call.implementation,
             *inputs,
@@ -109,9 +114,11 @@ def run(
     inputs: arrays, trees of arrays or None; layouts: of each, in the letters of `ops/sharding.py`; outputs: layouts of
     the outputs; dtypes: of the outputs, where implementations would write others.
     """
+    known = op.implementations
     call = _Call(
         op,
         implementation,
+        tuple(dispatch.choice(known) if implementation is None else known),
         sharding.in_context(layouts),
         sharding.in_context(outputs),
         dtypes,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import ops
 from experiments.kernel_flops import kernel_calls
-from ops import gated_linear_attention, pallas_gpu, pallas_gpu_pieces
+from ops import gated_linear_attention, kernels, pallas_gpu, pallas_gpu_pieces
 from ops.gated_linear_attention import pallas_gpu as gpu_kernels
 from tests.op_contract import (
     BATCH,
@@ -204,6 +204,23 @@ def test_a_program_lowered_for_a_tpu_takes_the_kernels():
         == 3
     )
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_without_kernels_a_program_lowered_for_a_tpu_takes_the_chunked_form():
+    x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+
+    def lowered(implementation=None):
+        def loss(q, k, v):
+            o, _ = gated_linear_attention(q, k, v, implementation=implementation)
+            return o.astype(jnp.float32).sum()
+
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x)
+        return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+    with kernels(False):
+        assert "tpu_custom_call" not in lowered()
+        assert "tpu_custom_call" in lowered("pallas_tpu")  # one that is named runs
+    assert "tpu_custom_call" in lowered()
 
 
 def test_a_program_lowered_for_a_gpu_takes_the_kernels_where_they_can():

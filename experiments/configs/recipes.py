@@ -404,6 +404,7 @@ def _base() -> Any:
                 "zero": 3,  # over fsdp: 3 parameters and moments, 1 moments alone
                 "sequence_method": "all_gather",  # or ring, pipelined
             },
+            "kernels": True,  # of ops, where the platform has them; False: plain JAX
             "heartbeat_timeout_seconds": 100,  # then a silent process counts as lost
             "init_from": "",
             "profile_steps": "",

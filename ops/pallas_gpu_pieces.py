@@ -1,9 +1,10 @@
 """Long sequences on GPU one piece of time after another, so that memory between kernels is that of a piece.
 
-The kernels of matrix states hand each other scores, corrected values and states of all chunks at once through memory.
-In a call of more than MOST tokens x heads they run on pieces of fewer, each from the state that the one before left.
-Backward first passes the state over the pieces, and keeps those at their starts; then it takes the pieces from last to
-first. That is one more pass over the states, a part of the time, for memory that no longer grows with the sequence.
+The kernels of the delta rule, and all with a decay per channel, hand each other scores and keys, queries and values
+that they made of every token, through memory. In a call of more than MOST tokens x heads they run on pieces of fewer,
+each from the state that the one before left. Backward first passes the state over the pieces, and keeps those at their
+starts; then it takes the pieces from last to first. That is one more pass over the states, and a copy of each piece,
+for memory that does not grow with the sequence.
 """
 
 import functools
@@ -14,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# With K = V = 128 in bfloat16 a piece needs up to 1.3 GB (delta rule, forward) or 8 GB (backward, decays per channel)
-# beside inputs and outputs; its 32,768 chunks are work for any GPU. Not measured.
+# With K = V = 128 in bfloat16 a piece needs, beside the whole inputs and outputs, 3 GB (delta rule, forward) to 13 GB
+# (backward, decays per channel); its 32,768 chunks are work for any GPU. Not measured.
 MOST = 1 << 21
 
 # The inputs of a rule: q, k, v and others, [B, T, ..], or without time [H], or None.

@@ -159,13 +159,8 @@ def test_gpu_kernels_cut_time_into_parts_that_agree(variant):
         assert_close("tensor", got, wanted)
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param("scalar", marks=pytest.mark.slow),
-        pytest.param("vector", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("variant", ["constant", "vector"])
 def test_gpu_kernels_take_a_long_sequence_piece_by_piece(variant):
     """Two pieces of 64 tokens and a rest of six, a segment that ends with a piece."""
     inputs, state, ids = one_group(variant, 134)

@@ -449,18 +449,16 @@ def test_gpu_kernels_cut_a_long_sequence_into_parts(variant):
 
 
 @pytest.mark.parametrize(
-    ("variant", "length"),
+    "length",
     [
-        pytest.param("none", 128, marks=pytest.mark.full),
-        pytest.param("constant", 150, marks=pytest.mark.slow),
-        pytest.param("scalar", 150, marks=pytest.mark.full),
-        pytest.param("vector", 150, marks=pytest.mark.full),
+        pytest.param(128, marks=pytest.mark.full),
+        pytest.param(150, marks=pytest.mark.slow),
     ],
 )
-def test_gpu_kernels_take_a_long_sequence_piece_by_piece(variant, length):
+def test_gpu_kernels_take_a_long_sequence_piece_by_piece(length):
     """Two pieces of 64 tokens, and a rest where there is one."""
     contract = TestGatedLinearAttention()
-    inputs, state, ids = contract.data(variant, length)
+    inputs, state, ids = contract.data("vector", length)
     ids = ids.at[0, 63:65].set(jnp.array([90, 91]))  # a segment ends with a piece
     expected = contract.values_and_gradients("reference", inputs, state, ids)
     with mock.patch.object(pallas_gpu_pieces, "MOST", 1):

@@ -19,7 +19,7 @@ Two kernels walk over the chunks and write the states S and the gradients dS' at
 of the matmuls that read them; then one kernel takes all chunks at once. Between forward and backward nothing is kept.
 
 A decay per channel enters before: `channel_scores` writes P, Q with r and K with w to memory, and the kernels here read
-them in the place of q and k. Of a long sequence all this is done piece by piece (`pallas_gpu_pieces.py`).
+them in the place of q and k; of a long sequence piece by piece (`pallas_gpu_pieces.py`).
 """
 
 import functools
@@ -68,7 +68,7 @@ def _inputs(
     dtype = gpu.matmul_dtype(q, k, v)
     chunk = chunk_length(length)
     numbers = segment_numbers(segment_ids)
-    if decay_log is None or decay_log.ndim < 4:
+    if not _by_channel(decay_log):
         sizes = Sizes(batch, length, heads, key, value, chunk, dtype, scale)
         return sizes, Inputs(q, k, decay_log, numbers)
     made = channel_scores(q, k, decay_log, numbers, scale, chunk, dtype)
@@ -82,7 +82,15 @@ def _inputs(
 def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
     """Shapes as in `api.py`; returns o in v's dtype and the final state in float32."""
     rule = functools.partial(_forward, scale=scale)
-    return pieces.forward(rule, (q, k, v, decay_log), initial_state, segment_ids)
+    tokens = q, k, v, decay_log
+    if not _by_channel(decay_log):
+        return rule(*tokens, initial_state, segment_ids)
+    return pieces.forward(rule, tokens, initial_state, segment_ids)
+
+
+def _by_channel(decay_log: jax.Array | None) -> bool:
+    """Whether the kernels keep something of every token for each other."""
+    return decay_log is not None and decay_log.ndim == 4
 
 
 def _forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
@@ -270,15 +278,12 @@ def backward(
     q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale
 ):
     """Cotangents of q, k, v, decay_log and initial_state."""
-    return pieces.backward(
-        functools.partial(_backward, scale=scale),
-        functools.partial(_final_state, scale=scale),
-        (q, k, v, decay_log),
-        initial_state,
-        segment_ids,
-        do,
-        dfinal_state,
-    )
+    rule = functools.partial(_backward, scale=scale)
+    tokens, rest = (q, k, v, decay_log), (initial_state, segment_ids, do, dfinal_state)
+    if not _by_channel(decay_log):
+        return rule(*tokens, *rest)
+    final_state = functools.partial(_final_state, scale=scale)
+    return pieces.backward(rule, final_state, tokens, *rest)
 
 
 def _final_state(q, k, v, decay_log, initial_state, segment_ids, *, scale):

@@ -157,6 +157,5 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def _ratio(pair: Sequence[dict[str, Any] | None]) -> str:
-    speeds = [row and row.get("tokens_per_second") for row in pair]
-    kernels, chunked = speeds
+    kernels, chunked = ((row or {}).get("tokens_per_second") for row in pair)
     return f"{kernels / chunked:.2f}" if kernels and chunked else ""

@@ -20,7 +20,7 @@ from jax import lax
 MOST = 1 << 21
 
 # The inputs of a rule: q, k, v and others, [B, T, ..], or without time [H], or None.
-Tokens = Sequence[jax.Array | None]
+Tokens = Sequence[Any]
 
 
 def forward(

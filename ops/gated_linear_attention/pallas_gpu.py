@@ -24,7 +24,7 @@ them in the place of q and k; of a long sequence piece by piece (`pallas_gpu_pie
 
 import functools
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
     return pieces.forward(rule, tokens, initial_state, segment_ids)
 
 
-def _by_channel(decay_log: jax.Array | None) -> bool:
+def _by_channel(decay_log: jax.Array | None) -> TypeGuard[jax.Array]:
     """Whether the kernels keep something of every token for each other."""
     return decay_log is not None and decay_log.ndim == 4
 

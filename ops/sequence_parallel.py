@@ -229,6 +229,9 @@ class Affine:
         *tokens, initial_state, segment_ids = inputs
         (S, entered), (do, dfinal) = carried, cotangents
         A, dM = self.adjoint(local, *tokens, S, segment_ids, do)
+        # What is sent comes first: then a kernel that recomputes the states within this part, for which nothing needs
+        # to arrive, runs while it travels.
+        *tokens, S, A, dM = lax.optimization_barrier((*tokens, S, A, dM))
         dS, dinitial = line.suffix(
             self.act_transposed,
             _kept(entered, A),

@@ -483,8 +483,8 @@ def test_a_recurrence_over_time_sends_the_same_at_any_length():
 
 @pytest.mark.full
 @needs_libtpu
-def test_the_gather_of_states_travels_while_the_kernel_runs():
-    """In the order in which a TPU runs the program: sent, then the kernel over the tokens, then awaited."""
+def test_states_travel_while_a_kernel_runs():
+    """In the order in which a TPU runs the program: sent, then a kernel over the tokens, then awaited; backward too."""
     devices = np.array(tpu_devices(parse_topology("v5e:2x4"))).reshape(1, 1, 8, 1)
     axes = ("data", "fsdp", "sequence", "tensor")
     mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * 4)
@@ -492,23 +492,33 @@ def test_the_gather_of_states_travels_while_the_kernel_runs():
     shape = (1, 8 * 8192, 16, 128)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=cut)
     decay_log = jax.ShapeDtypeStruct(shape[:3], jnp.float32, sharding=cut)
+
+    def loss(*given):
+        return jnp.sum(jnp.sin(gated_linear_attention(*given)[0].astype(jnp.float32)))
+
     with jax.set_mesh(mesh):
-        jitted = jax.jit(lambda *given: gated_linear_attention(*given)[0])
-        program = jitted.lower(x, x, x, decay_log).compile().as_text()
+        gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
+        program = gradients.lower(x, x, x, decay_log).compile().as_text()
     assert program and "is_scheduled=true" in program
     main = program[program.index("\nENTRY ") :]
     # A matrix and a decay of each head, of eight devices.
     states = f"f32[8,1,{16 * (128 * 128 + 1)}]"
-    started, ran, awaited = (
-        re.search(rf"^ *%{name}\S* = {shape}", main, re.MULTILINE)
-        for name, shape in (
-            ("async-collective-start", rf"\(.*{re.escape(states)}"),
-            ("gla_forward", r"\(.*custom-call\("),
-            ("async-collective-done", re.escape(states)),
-        )
-    )
-    assert started and ran and awaited
-    assert started.start() < ran.start() < awaited.start()
+    steps = {
+        "sent": rf"%async-collective-start\S* = \(.*{re.escape(states)}",
+        "awaited": rf"%async-collective-done\S* = {re.escape(states)}",
+        "forward": r"%gla_forward\S* = .*custom-call\(",
+        "states again": r"%gla_states\S* = .*custom-call\(",
+        "backward": r"%gla_backward\S* = .*custom-call\(",
+    }
+    found = [
+        (match.start(), step)
+        for step, line in steps.items()
+        for match in re.finditer(rf"^ *{line}", main, re.MULTILINE)
+    ]
+    assert [step for _, step in sorted(found)] == [
+        *("sent", "forward", "awaited"),
+        *("sent", "states again", "awaited", "backward"),
+    ]
 
 
 @pytest.mark.full

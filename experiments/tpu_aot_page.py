@@ -1,0 +1,118 @@
+"""The page of `bench --tpu_aot`, made from its recorded rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments import tpu_peers
+
+HEADING = """\
+# TPU kernels, compiled ahead of time
+
+{versions}. Compiled for, not run on, a TPU. Made by `python -m experiments.bench --tpu_aot`.
+Cycles: libtpu's static estimate per head and 64 tokens (slope between two lengths) of the kernels, and beside it of
+the XLA operations around them (a lower bound); they are no measured times. Bounds: bytes that the kernels move over
+the chip's real memory rate, matmul flops over the unit's rate. A dash: not analysed (the analysis aborts, or the row
+is there to compile). Spills: moves of vector registers to memory and back (fills) in the kernels' final code.
+Busiest unit: the one of which that code uses most slots, and how many; loops count once.
+
+"""
+COLUMNS = (
+    "program",
+    "cycles",
+    "by kernel",
+    "XLA",
+    "memory bound",
+    "matmul bound",
+    "bytes / minimum",
+    "VMEM MB",
+    "spills",
+    "busiest unit",
+    "compile s",
+)
+
+PEERS_COLUMNS = (
+    "case",
+    "kernels of",
+    "cycles",
+    "XLA",
+    "memory bound",
+    "over ours",
+    "spills",
+    "busiest unit",
+)
+PEERS_HEADING = """
+
+## Beside deltanet-tpu
+
+{versions}, both sides by the same compiler; deltanet-tpu 0.3.0. bfloat16, K = V = 128, 4 heads, no initial state;
+"forward and backward" has the gradients of all inputs. "over ours" compares the larger of cycles and memory bound.
+
+"""
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The report as Markdown: all rows of the oldest compiler, and what newer ones say of their cycles."""
+    by_libtpu: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["name"] not in tpu_peers.names():
+            by_libtpu.setdefault(row["versions"]["libtpu"], {})[row["name"]] = row
+    (_, rows_by_name), *newer = sorted(by_libtpu.items())
+    columns = [*COLUMNS, *(f"cycles, libtpu {libtpu}" for libtpu, _ in newer)]
+    lines = []
+    for name, row in rows_by_name.items():
+        others = [x.get(name, {}).get("cycles", "-") for _, x in newer]
+        lines.append([*_cells(row), *others])
+    versions = {"jax {jax}, libtpu {libtpu}".format(**x["versions"]) for x in rows}
+    text = HEADING.format(versions="; ".join(sorted(versions)))
+    return text + _markdown(columns, lines) + _beside_peers(rows)
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    numbers = ["-"] * 6
+    if "cycles" in row:
+        numbers = [
+            row["cycles"],
+            " + ".join(map(str, row["cycles_by_kernel"])),
+            row["xla_cycles"],
+            row["bandwidth_bound"],
+            row.get("matmul_bound", "-"),
+            f"{row['bytes'] / row['minimum_bytes']:.2f}",
+        ]
+    vmem = "-" if row["vmem_bytes"] is None else f"{row['vmem_bytes'] / 1e6:.1f}"
+    spills = row.get("spills", "-")
+    return [row["name"], *numbers, vmem, spills, _busiest(row), row["compile_s"]]
+
+
+def _busiest(row: dict[str, Any]) -> str:
+    if "occupancy" not in row:
+        return "-"
+    unit = max(row["occupancy"], key=row["occupancy"].__getitem__)
+    return f"{unit} {row['occupancy'][unit]:.0%}"
+
+
+def _beside_peers(rows: list[dict[str, Any]]) -> str:
+    """Two lines for each case that was measured with the peer: ours, then theirs."""
+    by_name = {row["name"]: row for row in rows}
+    lines, versions = [], set()
+    for case in tpu_peers.CASES:
+        names = [tpu_peers.name(side, *case) for side in tpu_peers.SIDES]
+        sides = [by_name[name] for name in names if "cycles" in by_name.get(name, {})]
+        # Of what the kernels take, the larger of arithmetic and memory.
+        times = [max(row["cycles"], row["bandwidth_bound"]) for row in sides]
+        if len(sides) < len(names):
+            continue
+        for side, row, time in zip(tpu_peers.SIDES, sides, times, strict=True):
+            versions.add("jax {jax}, libtpu {libtpu}".format(**row["versions"]))
+            numbers = [row[x] for x in ("cycles", "xla_cycles", "bandwidth_bound")]
+            share = f"{time / times[0]:.2f}"
+            label = " ".join(case).replace("_", " ")
+            lines.append([label, side, *numbers, share, row["spills"], _busiest(row)])
+    if not lines:
+        return ""
+    text = PEERS_HEADING.format(versions="; ".join(sorted(versions)))
+    return text + _markdown(PEERS_COLUMNS, lines)
+
+
+def _markdown(columns: Sequence[str], lines: list[list[Any]]) -> str:
+    rows = ["| " + " | ".join(map(str, row)) + " |" for row in (columns, *lines)]
+    return "\n".join([rows[0], "|---" * len(columns) + "|", *rows[1:]])

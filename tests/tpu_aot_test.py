@@ -1,17 +1,26 @@
 """The TPU kernels, compiled by the TPU's own compiler: they compile, and their estimated cycles do not grow."""
 
 import importlib.util
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from experiments import tpu_aot
 from experiments.abstract_run import tpu_devices
 from experiments.chips import parse_topology
 from experiments.kernel_flops import kernel_calls
 from ops import window_attention
+from tests import (
+    delta_rule_test,
+    diagonal_scan_test,
+    gated_linear_attention_test,
+    selective_scan_test,
+    short_convolution_test,
+)
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -67,6 +76,65 @@ def test_window_attention_compiles_for_tpu_with_jax_own_kernel(
     program = gradients.lower(like(heads), like(key_heads), like(key_heads)).compile()
     # Forward for the sums of the softmax, then the gradients of queries, and of keys and values.
     assert (program.as_text() or "").count("tpu_custom_call") == 3
+
+
+# The kernels under what a training step does to them: replicas, rematerialisation, and a mesh that cuts batch and heads
+# or time. `tests/op_contract.py` and `tests/on_eight_devices.py` have the values, interpreted.
+TRANSFORMATIONS = {
+    "vmap": (jax.vmap, (1, 1, 1, 1)),
+    "remat": (lambda gradient: gradient, (1, 1, 1, 1)),
+    "batch and heads": (lambda gradient: gradient, (2, 1, 1, 2)),
+    "time": (lambda gradient: gradient, (1, 1, 4, 1)),
+}
+CONTRACTS = {
+    "gated_linear_attention": (
+        gated_linear_attention_test.TestGatedLinearAttention,
+        "vector",
+    ),
+    "delta_rule": (delta_rule_test.TestDeltaRule, "scalar"),
+    "selective_scan": (selective_scan_test.TestSelectiveScan, "positive"),
+    "diagonal_scan": (diagonal_scan_test.TestDiagonalScan, "complex, per token"),
+    "short_convolution": (short_convolution_test.TestShortConvolution, "4 taps"),
+}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(
+            op, marks=pytest.mark.slow if op == "selective_scan" else pytest.mark.full
+        )
+        for op in CONTRACTS
+    ],
+)
+def test_transformed_kernels_compile_for_tpu(op, transformation):
+    contract, variant = CONTRACTS[op][0](), CONTRACTS[op][1]
+    transform, shape = TRANSFORMATIONS[transformation]
+    case = contract.data(variant, 128)
+
+    def loss(inputs, state, ids):
+        o, final = contract.call(inputs, state, ids, "pallas_tpu")
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(final))
+
+    plain = jax.grad(loss, (0, 1))
+    kernels = len(list(kernel_calls(jax.make_jaxpr(plain)(*case))))
+    if transformation == "remat":
+        plain = jax.grad(jax.checkpoint(loss), (0, 1))
+    if transformation == "vmap":
+        case = jax.tree.map(lambda x: jnp.stack([x, x]), case)
+    devices = np.array(tpu_devices(parse_topology("v5e:2x2"))[: math.prod(shape)])
+    mesh = Mesh(devices.reshape(shape), ("data", "fsdp", "sequence", "tensor"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    likes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), case
+    )
+    with jax.set_mesh(mesh):
+        program = jax.jit(transform(plain)).lower(*likes).compile().as_text() or ""
+    # Replicas share a kernel's grid; for the states at their starts, devices along time may run kernels more.
+    count = program.count("tpu_custom_call")
+    assert count >= kernels if transformation == "time" else count == kernels
 
 
 def test_growth_beyond_two_percent_is_found_and_unknown_versions_are_not_judged(

@@ -57,10 +57,15 @@ def page(rows: list[dict[str, Any]]) -> str:
         if row["name"] not in tpu_peers.names():
             by_libtpu.setdefault(row["versions"]["libtpu"], {})[row["name"]] = row
     (_, rows_by_name), *newer = sorted(by_libtpu.items())
-    columns = [*COLUMNS, *(f"cycles, libtpu {libtpu}" for libtpu, _ in newer)]
+    columns = [*COLUMNS]
+    for libtpu, _ in newer:
+        columns += [f"cycles, libtpu {libtpu}", "busiest unit"]
     lines = []
     for name, row in rows_by_name.items():
-        others = [x.get(name, {}).get("cycles", "-") for _, x in newer]
+        others = []
+        for _, by_name in newer:
+            other = by_name.get(name, {})
+            others += [other.get("cycles", "-"), _busiest(other)]
         lines.append([*_cells(row), *others])
     versions = {"jax {jax}, libtpu {libtpu}".format(**x["versions"]) for x in rows}
     text = HEADING.format(versions="; ".join(sorted(versions)))
@@ -87,7 +92,9 @@ def _busiest(row: dict[str, Any]) -> str:
     if "occupancy" not in row:
         return "-"
     unit = max(row["occupancy"], key=row["occupancy"].__getitem__)
-    return f"{unit} {row['occupancy'][unit]:.0%}"
+    # Rows of before this was counted have no share of full bundles.
+    full = f", any {row['full']:.0%}" if "full" in row else ""
+    return f"{unit} {row['occupancy'][unit]:.0%}{full}"
 
 
 def _beside_peers(rows: list[dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ A bundle is what the core issues in one cycle: a few slots for each unit. The du
 a kernel uses; of a loop it has the bundles once. Works for every generation, also where the cycle analysis aborts.
 """
 
+import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,21 @@ def kernel_names(text: str) -> list[str]:
 
 
 def use(folder: str, kernels: list[str]) -> dict[str, Any]:
-    """Of all kernels together: bundles, moves of vector registers to memory and back, share of each unit's slots."""
-    bundles, capacity, used = 0, {}, {}
+    """Of all kernels together: bundles, moves of vector registers to memory and back, share of each unit's slots that
+    is used, and of bundles in which some unit has no slot left: in the others a result is waited for."""
+    bundles, full, capacity, used = 0, 0, {}, {}
     for kernel in kernels:
         dumps = Path(folder).glob(f"*-{kernel}-*final*static-per-bundle*.txt")
         # Names begin with the time; the last dump is of the longest sequence.
         capacity, rows = _read(sorted(dumps)[-1].read_text())
         bundles += len(rows)
+        slots = capacity.values()
+        full += sum(any(map(operator.ge, row, slots)) for row in rows)
         for unit, column in zip(capacity, zip(*rows, strict=True), strict=True):
             used[unit] = used.get(unit, 0) + sum(column)
     return {
         "bundles": bundles,
+        "full": round(full / bundles, 3),
         "spills": used[FILL] + used[SPILL],
         "occupancy": {
             unit: round(used[unit] / (slots * bundles), 3)

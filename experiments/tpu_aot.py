@@ -212,7 +212,7 @@ def report(record_ratchet: bool, only: str = "") -> None:
         row |= {"versions": versions}
         print(json.dumps(row), flush=True)
         record(row)
-        if record_ratchet:
+        if record_ratchet and program.name not in tpu_peers.names():
             ratchet = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
             best = ratchet.setdefault(versions["libtpu"], {})
             best[row["name"]] = {x: row[x] for x in RATCHET_KEYS if x in row}

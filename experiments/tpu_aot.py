@@ -5,13 +5,16 @@
     python -m experiments.bench --tpu_aot --tpu_aot_ratchet     and records its cycles as those not to exceed
 
 Needs libtpu (`pip install "scanax[aot]"`, Linux x86-64). Each program is compiled in a process of its own, because the
-compiler's flags are read once per process and its analysis can abort.
+compiler's flags are read once per process and its analysis can abort. The page has all rows of the oldest compiler
+that is recorded, and the cycles of newer ones. With deltanet-tpu (`pip install deltanet-tpu==0.3.0`, Python 3.12) its
+kernels are compiled beside ours (experiments/tpu_peers.py), in programs named `peers_...`.
 
 **What the cycles are.** libtpu's static model walks the final instruction bundles through the grid. The slope between
 two sequence lengths, per head and 64 tokens, leaves the prologue out. The model knows no contention, and its memory is
 faster than the real one: read the larger of estimate and bandwidth bound (bytes the kernels move over the chip's rate),
 and never as a measured time. **Bytes** are those of the blocks that the kernels fetch and write, counted over the grid,
-against inputs once, outputs once, and for a backward pass states at chunk starts written and read once.
+against inputs once, outputs once, and for a backward pass states at chunk starts written and read once. **Spills and
+busy units** are counted in the final bundles (experiments/tpu_bundles.py), for every generation.
 """
 
 import importlib.metadata

@@ -13,7 +13,22 @@ Cycles: libtpu's static estimate per head and 64 tokens (slope between two lengt
 the XLA operations around them (a lower bound); they are no measured times. Bounds: bytes that the kernels move over
 the chip's real memory rate, matmul flops over the unit's rate. A dash: not analysed (the analysis aborts, or the row
 is there to compile). Spills: moves of vector registers to memory and back (fills) in the kernels' final code.
-Busiest unit: the one of which that code uses most slots, and how many; loops count once.
+Busiest unit: the one of which that code uses the largest share of slots, and, where recorded, the share of bundles in
+which any unit has no slot left (in the others a result is waited for); a loop counts once. MXU, and in newer compilers
+MATMUL (multiply) and MATPUSH (load a matrix), is the matrix unit, XLU moves data between lanes, VALU computes.
+
+Where cycles exceed 1.5 times the larger bound, it is units inside the core that bind, by turns, not memory:
+
+- `gla`: a matrix of 128 x 128 meets the 128 rows of a chunk only, so that loading it into the matrix unit takes as many
+  slots as multiplying by it, or more; longer chunks would multiply more. Exact decays come on top: per token a [C, C]
+  of exponentials, whose logs are sums over intervals, and transposes (XLU); per channel seven products, one per level
+  of halving, instead of one, whose factors are computed and rounded on VALU. Quotients of cumulated decays would save
+  these, and overflow.
+- `delta`: besides, the inverse of a triangle of 128 rows, a chain in which every product waits for the one before, and
+  products with two or three passes where 8 bits would lose what is left of alternating sums.
+- `selective_scan`: no products of matrices; about 9 operations of VALU per token, channel and state forward and 28
+  backward, which fill it in the loops over tokens (ops/selective_scan/pallas_tpu.py).
+- `short_convolution` with segments: VALU, for a mask for each tap.
 
 """
 COLUMNS = (

@@ -5,13 +5,16 @@
     python -m experiments.bench --tpu_aot --tpu_aot_ratchet     and records its cycles as those not to exceed
 
 Needs libtpu (`pip install "scanax[aot]"`, Linux x86-64). Each program is compiled in a process of its own, because the
-compiler's flags are read once per process and its analysis can abort.
+compiler's flags are read once per process and its analysis can abort. The page has all rows of the oldest compiler
+that is recorded, and the cycles of newer ones. With deltanet-tpu (`pip install deltanet-tpu==0.3.0`, Python 3.12) its
+kernels are compiled beside ours (experiments/tpu_peers.py), in programs named `peers_...`.
 
 **What the cycles are.** libtpu's static model walks the final instruction bundles through the grid. The slope between
 two sequence lengths, per head and 64 tokens, leaves the prologue out. The model knows no contention, and its memory is
 faster than the real one: read the larger of estimate and bandwidth bound (bytes the kernels move over the chip's rate),
 and never as a measured time. **Bytes** are those of the blocks that the kernels fetch and write, counted over the grid,
-against inputs once, outputs once, and for a backward pass states at chunk starts written and read once.
+against inputs once, outputs once, and for a backward pass states at chunk starts written and read once. **Spills and
+busy units** are counted in the final bundles (experiments/tpu_bundles.py), for every generation.
 """
 
 import importlib.metadata
@@ -34,6 +37,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments import tpu_aot_page, tpu_bundles, tpu_peers
 from experiments.kernel_flops import kernel_calls
 from experiments.tpu_programs import (
     delta_rule,
@@ -47,7 +51,7 @@ from experiments.tpu_programs.program import TOKENS, Program
 RESULTS = Path(__file__).parent / "results"
 CHECKOUT = Path(__file__).parent.parent
 RATCHET = RESULTS / "tpu_aot_ratchet.json"
-RATCHET_KEYS = ("cycles", "vmem_bytes")
+RATCHET_KEYS = ("cycles", "vmem_bytes", "spills")
 GROWTH = 1.02
 
 TOPOLOGIES = {
@@ -116,8 +120,8 @@ def minimum_bytes(program: Program, length: int) -> int:
     return total + 2 * program.kept_bytes(length)
 
 
-def work(program: Program) -> dict[str, Any]:
-    """The row of one program; runs in a process of its own."""
+def work(program: Program, folder: str) -> dict[str, Any]:
+    """The row of one program; runs in a process of its own, whose compiler dumps into `folder`."""
     row: dict[str, Any] = {
         "name": program.name,
         "generation": program.generation,
@@ -140,6 +144,7 @@ def work(program: Program) -> dict[str, Any]:
         row |= {"compile_s": round(seconds, 1), "kernels": len(kernels)}
     scoped = r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"\d+","size":"(\d+)"'
     row["vmem_bytes"] = max(map(int, re.findall(scoped, text)), default=None)
+    row |= tpu_bundles.use(folder, tpu_bundles.kernel_names(text))
     if program.analyse:
         if not all(all(parts) for parts in cycles):
             raise RuntimeError(f"the cycle analysis of {program.name} gave {cycles}")
@@ -163,15 +168,17 @@ def _estimates(line: str) -> list[int]:
 
 def measure(program: Program, timeout_s: float = 900) -> dict[str, Any]:
     """The row of `program`. Raises RuntimeError with the compiler's last lines if it does not compile."""
-    command = [sys.executable, "-m", "experiments.tpu_aot", program.name]
-    command += [] if program.analyse else ["compile_only"]
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_jf_dump_static_llo_profile_to={folder}"
+        command = [sys.executable, "-m", "experiments.tpu_aot", program.name, folder]
+        command += [] if program.analyse else ["compile_only"]
+        flags = tpu_bundles.flags(folder)
+        if program.analyse:
+            flags += f" --xla_jf_dump_static_llo_profile_to={folder}"
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_SKIP_MDS_QUERY": "1",
-            "LIBTPU_INIT_ARGS": flags if program.analyse else "",
+            "LIBTPU_INIT_ARGS": flags,
         }
         done = subprocess.run(
             command,
@@ -191,10 +198,10 @@ def measure(program: Program, timeout_s: float = 900) -> dict[str, Any]:
 def report(record_ratchet: bool, only: str = "") -> None:
     """Measures all programs whose name contains `only`; prints and records their rows.
 
-    Recorded rows of other programs stay, with the versions that made them.
+    Recorded rows of other programs, and of other versions of the compiler, stay.
     """
     versions = installed_versions()
-    for program in programs():
+    for program in (*programs(), *tpu_peers.programs()):
         if only not in program.name:
             continue
         try:
@@ -208,21 +215,24 @@ def report(record_ratchet: bool, only: str = "") -> None:
         row |= {"versions": versions}
         print(json.dumps(row), flush=True)
         record(row)
-        if record_ratchet and "cycles" in row:
+        if record_ratchet and program.name not in tpu_peers.names():
             ratchet = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
             best = ratchet.setdefault(versions["libtpu"], {})
-            best[row["name"]] = {key: row[key] for key in RATCHET_KEYS}
+            best[row["name"]] = {x: row[x] for x in RATCHET_KEYS if x in row}
             RATCHET.write_text(json.dumps(ratchet, indent=1, sort_keys=True) + "\n")
 
 
 def record(row: dict[str, Any]) -> None:
-    """Puts a row in the place of the one recorded under its name; rows of programs that are no more go."""
+    """Puts a row in the place of the one of its name and versions; rows of programs that are no more go."""
     path = RESULTS / "tpu_aot.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    by_name = {row["name"]: row for row in [*rows, row]}
-    rows = [by_name[x.name] for x in programs() if x.name in by_name]
+    kept = {(x["name"], x["versions"]["libtpu"]): x for x in [*rows, row]}
+    libtpus = sorted({libtpu for _, libtpu in kept})
+    names = [*(x.name for x in programs()), *tpu_peers.names()]
+    keys = [(name, libtpu) for libtpu in libtpus for name in names]
+    rows = [kept[key] for key in keys if key in kept]
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    (RESULTS / "tpu_aot.md").write_text(table(rows) + "\n")
+    (RESULTS / "tpu_aot.md").write_text(tpu_aot_page.page(rows) + "\n")
 
 
 def installed_versions() -> dict[str, str]:
@@ -237,46 +247,13 @@ def grown(row: dict[str, Any], libtpu: str) -> list[str]:
     return [
         f"{key} of {row['name']}: {row[key]}, recorded {recorded[key]}"
         for key in RATCHET_KEYS
-        if recorded.get(key) and row.get(key) and row[key] > GROWTH * recorded[key]
+        if None not in (recorded.get(key), row.get(key))
+        and row[key] > GROWTH * recorded[key]
     ]
 
 
-HEADING = """\
-# TPU kernels, compiled ahead of time
-
-{versions}. Compiled for, not run on, a TPU. Made by `python -m experiments.bench --tpu_aot`.
-Cycles: libtpu's static estimate per head and 64 tokens (slope between two lengths) of the kernels, and beside it of
-the XLA operations around them (a lower bound); they are no measured times. Bounds: bytes that the kernels move over
-the chip's real memory rate, matmul flops over the unit's rate. A dash: not analysed (the analysis aborts, or the row
-is there to compile).
-
-| program | cycles | by kernel | XLA | memory bound | matmul bound | bytes / minimum | VMEM MB | compile s |
-|---|---|---|---|---|---|---|---|---|
-"""
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The report as Markdown."""
-    lines = []
-    for row in rows:
-        numbers = ["-"] * 6
-        if "cycles" in row:
-            numbers = [
-                row["cycles"],
-                " + ".join(map(str, row["cycles_by_kernel"])),
-                row["xla_cycles"],
-                row["bandwidth_bound"],
-                row.get("matmul_bound", "-"),
-                f"{row['bytes'] / row['minimum_bytes']:.2f}",
-            ]
-        vmem = "-" if row["vmem_bytes"] is None else f"{row['vmem_bytes'] / 1e6:.1f}"
-        cells = [row["name"], *numbers, vmem, row["compile_s"]]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    versions = {"jax {jax}, libtpu {libtpu}".format(**row["versions"]) for row in rows}
-    return HEADING.format(versions="; ".join(sorted(versions))) + "\n".join(lines)
-
-
 if __name__ == "__main__":
-    (chosen,) = (program for program in programs() if program.name == sys.argv[1])
-    chosen = replace(chosen, analyse=chosen.analyse and "compile_only" not in sys.argv)
-    print(json.dumps(work(chosen)))
+    name, into, *compile_only = sys.argv[1:]
+    (chosen,) = (x for x in (*programs(), *tpu_peers.programs()) if x.name == name)
+    chosen = replace(chosen, analyse=chosen.analyse and not compile_only)
+    print(json.dumps(work(chosen, into)))

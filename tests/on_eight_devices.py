@@ -104,6 +104,32 @@ def test_values_states_and_gradients_of_ops(op, variant, method, shape, packed):
 
 
 @pytest.mark.parametrize(
+    ("op", "variant"),
+    [
+        ("short_convolution", "4 taps"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                ("gated_linear_attention", "vector"),
+                ("delta_rule", "scalar"),
+                ("selective_scan", "positive"),
+                ("diagonal_scan", "complex, per token"),
+            )
+        ),
+    ],
+)
+def test_tpu_kernels_on_cut_batches_times_and_heads(op, variant):
+    contract = CONTRACTS[op]()
+    inputs, state, ids = contract.data(variant, LENGTH)
+    expected = contract.values_and_gradients("reference", inputs, state, ids)
+    with jax.set_mesh(mesh_of(2, 1, 2, 2)):
+        run = jax.jit(lambda *case: values_and_gradients(contract, *case, "pallas_tpu"))
+        got = run(inputs, state, ids)
+    for name, value in expected.items():
+        assert_close(name, got[name], value)
+
+
+@pytest.mark.parametrize(
     ("method", "shape"),
     [
         ("all_gather", (2, 1, 2, 2)),
@@ -145,11 +171,15 @@ def test_state_passing(method, shape, packed):
         assert_close(jax.tree_util.keystr(path), value, wanted)
 
 
-def values_and_gradients(contract, inputs, state, ids, **options):
+def values_and_gradients(
+    contract, inputs, state, ids, implementation="chunked", **options
+):
     """As `OpContract.values_and_gradients`, untraced so far."""
     key_o, key_state = jax.random.split(jax.random.key(7))
     (o, final), pullback = jax.vjp(
-        lambda inputs, state: contract.call(inputs, state, ids, "chunked", **options),
+        lambda inputs, state: contract.call(
+            inputs, state, ids, implementation, **options
+        ),
         inputs,
         state,
     )

@@ -8,7 +8,9 @@ from experiments import tpu_peers
 HEADING = """\
 # TPU kernels, compiled ahead of time
 
-{versions}. Compiled for, not run on, a TPU. Made by `python -m experiments.bench --tpu_aot`.
+{versions}.
+Compiled for, not run on, a TPU. Made by `python -m experiments.bench --tpu_aot`.
+
 Cycles: libtpu's static estimate per head and 64 tokens (slope between two lengths) of the kernels, and beside it of
 the XLA operations around them (a lower bound); they are no measured times. Bounds: bytes that the kernels move over
 the chip's real memory rate, matmul flops over the unit's rate. A dash: not analysed (the analysis aborts, or the row

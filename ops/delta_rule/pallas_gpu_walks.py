@@ -58,7 +58,7 @@ def compute_writes(sizes: Sizes, given: Given, keep_inverse: bool) -> Writes:
     """All chunks at once."""
     by_channel = given.key_scores is not None
     # All key channels at once in bfloat16; three terms for one would not fit registers.
-    most = (sizes.keys.size, 64) if sizes.dtype == jnp.bfloat16 else (32, 32)
+    most = (sizes.keys.size, 64) if sizes.dtype == jnp.bfloat16 else (16, 32)
     (of_keys, key_tiles), (width, tiles) = (
         gpu.divided(*x) for x in zip((sizes.key, sizes.value), most, strict=True)
     )
@@ -80,18 +80,19 @@ def compute_writes(sizes: Sizes, given: Given, keep_inverse: bool) -> Writes:
             before = M * beta[None, :]
         else:
 
-            def products(n: Any, sums: Any) -> Any:
-                reads = given.of_reads
-                q, k = (chunk.keys(x, key_tile(n)) for x in (reads.q, reads.k))
-                P, KK = sums
-                return P + matmul.nt(q, k), KK + matmul.nt(k, k)
+            def products(a: Any, b: Any) -> jax.Array:
+                def of_tile(n: Any, total: jax.Array) -> jax.Array:
+                    x, y = (chunk.keys(ref, key_tile(n)) for ref in (a, b))
+                    return total + matmul.nt(x, y)
 
+                zeros = gpu.zeros(sizes.chunk, sizes.chunk)
+                return lax.fori_loop(0, key_tiles, of_tile, zeros)
+
+            q, k = given.of_reads.q, given.of_reads.k
             row, column = gpu.indices(sizes.chunk, sizes.chunk)
-            sums = (gpu.zeros(sizes.chunk, sizes.chunk),) * 2
-            P, KK = lax.fori_loop(0, key_tiles, products, sums)
             decay = chunk.decay()
-            gpu.store(out.scores, decay.weights * P, b, h, rows, square)
-            KK = jnp.where(row > column, decay.weights * KK, 0.0)
+            gpu.store(out.scores, decay.weights * products(q, k), b, h, rows, square)
+            KK = jnp.where(row > column, decay.weights * products(k, k), 0.0)
             M = unit_lower_inverse(fine, beta[:, None] * KK)
             start = beta if decay.prefix is None else beta * decay.prefix
             before = M * start[None, :]

@@ -188,6 +188,7 @@ def scan_cases() -> Iterator[Case]:
             {
                 "mamba-ssm": gpu_peers.mamba_ssm,
                 "jax-linear-attention": gpu_peers.jax_linear_attention_mamba,
+                "jax.lax.associative_scan": gpu_peers.associative_scan_mamba,
             },
             (2, 333, 96, 16),
         )

@@ -145,12 +145,28 @@ def associative_scan(inputs: Inputs, mode: str) -> Callable[[], Any]:
     def call(a_real: Any, a_imaginary: Any, *b: Any) -> Any:
         inputs = jax.lax.complex(*(x.astype(jnp.float32) for x in b))
         a = jax.lax.complex(a_real, a_imaginary)[None, None]
-        a = jnp.broadcast_to(a, inputs.shape)
-
-        def combine(left: Any, right: Any) -> Any:
-            return left[0] * right[0], right[0] * left[1] + right[1]
-
-        x = jax.lax.associative_scan(combine, (a, inputs), axis=1)[1]
+        x = _scanned(jnp.broadcast_to(a, inputs.shape), inputs)
         return x.real + x.imag
 
     return jax_program(call, inputs, mode)
+
+
+def associative_scan_mamba(inputs: Inputs, mode: str) -> Callable[[], Any]:
+    """All states in memory, [B, T, D, N]."""
+
+    def call(x: Any, delta: Any, A: Any, B: Any, C: Any) -> Any:
+        x, delta, b, c = (y.astype(jnp.float32) for y in (x, delta, B, C))
+        a = jnp.exp(delta[..., None] * A[None, None])
+        h = _scanned(a, (delta * x)[..., None] * b[:, :, None])
+        return jnp.einsum("btdn,btn->btd", h, c).astype(B.dtype)
+
+    return jax_program(call, inputs, mode)
+
+
+def _scanned(a: jax.Array, u: jax.Array) -> jax.Array:
+    """h_t = a_t h_{t-1} + u_t along axis 1."""
+
+    def combine(left: Any, right: Any) -> Any:
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    return jax.lax.associative_scan(combine, (a, u), axis=1)[1]

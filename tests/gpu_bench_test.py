@@ -58,6 +58,15 @@ def test_a_check_passes_for_the_kernels_and_fails_for_a_wrong_one():
     ]
 
 
+@pytest.mark.parametrize("op", ["selective_scan", "diagonal_scan"])
+def test_peers_in_plain_jax_compute_what_ours_do(op):
+    case = next(x for x in gpu_bench.cases() if x.op == op)
+    inputs = case.inputs((2, 24, *case.small[2:]), "float32")
+    o = case.peers["jax.lax.associative_scan"](inputs, "forward")()
+    wanted = case.call(False, "reference", *inputs.values())
+    assert gpu_bench.relative_l2(o, wanted) < 1e-5
+
+
 def test_a_peer_that_is_absent_is_a_gap_and_ours_is_timed():
     def absent(inputs, mode):
         raise ImportError("no such package")

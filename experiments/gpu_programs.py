@@ -27,8 +27,8 @@ class Program:
 def programs() -> Iterator[Program]:
     """All that the report and `make test-all` compile."""
     for direction in ("forward", "backward"):
-        yield from _matrix_programs(_gla, direction, ("none", "constant"))
-        yield from _matrix_programs(_delta, direction, ("none",))
+        yield from _matrix_programs(_gla, direction)
+        yield from _matrix_programs(_delta, direction)
         yield from _selective_programs(direction)
         yield from _diagonal_programs(direction)
 
@@ -46,12 +46,12 @@ OTHER_SIZES = (
 LONG = ((1, 524288, 8, 8, 128, 128), (1, 1048576, 8, 8, 128, 128))
 
 
-def _matrix_programs(
-    make: Callable[..., Program], direction: str, plain_decays: tuple[str, ...]
-) -> Iterator[Program]:
-    for decay in (*plain_decays, "scalar", "vector"):
+def _matrix_programs(make: Callable[..., Program], direction: str) -> Iterator[Program]:
+    for decay in ("none", "constant", "scalar", "vector"):
         yield make(direction, decay)
         yield make(direction, decay, dtype="float32")
+    for decay in ("none", "constant", "scalar"):
+        yield make(direction, decay, sizes=OTHER_SIZES[0], segments=True)
     for sizes in OTHER_SIZES:
         yield make(direction, "scalar", sizes=sizes)
         yield make(direction, "vector", sizes=sizes, segments=True)

@@ -126,7 +126,8 @@ def token_decay(
         jnp.where(lower & segments.same, weights, 0.0),
         jnp.where(segments.reads, ones if prefix is None else prefix, 0.0),
         jnp.where(segments.writes, ones if suffix is None else suffix, 0.0),
-        jnp.where(segments.passes, 1.0 if total is None else total, 0.0),
+        # Of two Python numbers the lowering would make a bool.
+        jnp.where(segments.passes, jnp.float32(1) if total is None else total, 0.0),
     )
 
 

@@ -138,6 +138,12 @@ class NoDecay:
         yield
         return k, None
 
+    def write(
+        self, matmul: Matmul, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array
+    ) -> jax.Array:
+        """x^T k_end, for x [C, V]."""
+        return matmul.tn(x, k_end)
+
     def products(
         self, head: int, q: jax.Array, k: jax.Array
     ) -> Generator[None, None, Products]:
@@ -158,7 +164,7 @@ class NoDecay:
 class ScalarDecay:
     """One decay per token and head; kernel input: log a, prefix and suffix of the step [heads, 3C].
 
-    log: [heads, C]; prefix, suffix: columns [C, heads]; total: [heads, 1].
+    log, suffix_row: [heads, C]; prefix, suffix: columns [C, heads]; total: [heads, 1].
     """
 
     matmul: Matmul
@@ -167,6 +173,7 @@ class ScalarDecay:
     prefix: Any = None
     suffix: Any = None
     total: Any = None
+    suffix_row: Any = None
 
     @staticmethod
     def inputs(matmul: Matmul, blocks: Blocks, log_rows: jax.Array, reverse: bool):
@@ -187,7 +194,7 @@ class ScalarDecay:
             refs[0][0, 0, 0, :, at : at + chunk] for at in range(0, 3 * chunk, chunk)
         )
         return ScalarDecay(
-            self.matmul, self.blocks, log, prefix.T, suffix.T, prefix[:, -1:]
+            self.matmul, self.blocks, log, prefix.T, suffix.T, prefix[:, -1:], suffix
         )
 
     def ends(
@@ -198,6 +205,13 @@ class ScalarDecay:
             k.astype(jnp.float32) * self.suffix[:, head : head + 1],
             self.total[head : head + 1],
         )
+
+    def write(
+        self, matmul: Matmul, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array
+    ) -> jax.Array:
+        """As (x^T . suffix) k: a row spreads over registers for less than a column, and x is transposed anyway."""
+        rows = x.T.astype(jnp.float32) * self.suffix_row[head : head + 1]
+        return matmul.nn(rows, k)
 
     def products(
         self, head: int, q: jax.Array, k: jax.Array
@@ -346,6 +360,11 @@ class VectorDecay:
         return k.astype(jnp.float32) * jnp.exp(sums[:chunk]), jnp.exp(
             sums[chunk : chunk + 1]
         )
+
+    def write(
+        self, matmul: Matmul, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array
+    ) -> jax.Array:
+        return matmul.tn(x, k_end)
 
     def products(
         self, head: int, q: jax.Array, k: jax.Array

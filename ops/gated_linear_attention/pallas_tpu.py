@@ -190,7 +190,8 @@ def _gla_forward(q_ref, k_ref, v_ref, *refs, kind, scale):
         v = tpu.read(v_ref, h, V, valid)
         chunk = yield from chunk_decay.products(h, q, k)
         Z = Z_ref[h]
-        o_state, written = matmul.nt(chunk.q_start, Z), matmul.tn(v, chunk.k_end)
+        o_state = matmul.nt(chunk.q_start, Z)
+        written = chunk_decay.write(matmul, h, v, k, chunk.k_end)
         yield
         o_chunk = matmul.nn(chunk.scores, v)
         Z_ref[h] = _decayed(Z, chunk.total) + written
@@ -225,7 +226,7 @@ def _gla_states(k_ref, v_ref, *refs, kind):
         k_end, total = yield from chunk_decay.ends(h, k)
         Z = Z_ref[h]
         starts_ref[0, 0, h] = Z
-        written = matmul.tn(v, k_end)
+        written = chunk_decay.write(matmul, h, v, k, k_end)
         yield
         Z_ref[h] = _decayed(Z, total) + written
 

@@ -160,38 +160,67 @@ def matrix_cases() -> Iterator[Case]:
             )
 
 
-def scan_inputs(size: tuple[int, ...], dtype: str) -> dict[str, jax.Array]:
+def scan_inputs(
+    variant: str, size: tuple[int, ...], dtype: str
+) -> dict[str, jax.Array]:
+    """With the variant "gated" all that Mamba has: D, the gate z, and step sizes of which a bias is part."""
     B, T, D, N = size
-    keys = jax.random.split(jax.random.key(0), 4)
-    x, b, c = (
+    keys = jax.random.split(jax.random.key(0), 6)
+    x, b, c, z = (
         jax.random.normal(key, (B, T, width)).astype(dtype)
-        for key, width in zip(keys[:3], (D, N, N), strict=True)
+        for key, width in zip(keys[:4], (D, N, N, D), strict=True)
     )
-    delta = jax.nn.softplus(jax.random.normal(keys[3], (B, T, D)) - 3).astype(dtype)
+    delta, bias = jax.random.normal(keys[4], (B, T, D)), jnp.full((D,), -3.0)
     A = -jnp.broadcast_to(jnp.arange(1.0, N + 1)[None], (D, N))
+    if variant == "gated":
+        inputs = {"x": x, "delta": delta.astype(dtype), "A": A, "B": b, "C": c}
+        skip = jax.random.normal(keys[5], (D,))
+        return inputs | {"D": skip, "z": z, "delta_bias": bias}
+    delta = jax.nn.softplus(delta + bias[None, None]).astype(dtype)
     return {"x": x, "delta": delta, "A": A, "B": b, "C": c}
 
 
+def scan_call(
+    segments: bool, implementation: str, *x: jax.Array, outside: bool = False
+) -> jax.Array:
+    """outside: the gate as an operation of its own."""
+    inputs = dict(zip(("D", "z", "delta_bias"), x[5:], strict=False))
+    z = inputs.pop("z") if outside else None
+    y, _ = ops.selective_scan(
+        *x[:5],
+        **inputs,
+        delta_softplus="delta_bias" in inputs,
+        segment_ids=_segments(x[0].shape[:2]) if segments else None,
+        implementation=implementation,
+    )
+    return y if z is None else y * jax.nn.silu(z)
+
+
+def gate_outside(inputs: dict[str, jax.Array], mode: str) -> Callable[[], Any]:
+    call = functools.partial(scan_call, False, "pallas_gpu", outside=True)
+    return gpu_peers.jax_program(call, inputs, mode)
+
+
 def scan_cases() -> Iterator[Case]:
-    for size in SCAN_SIZES:
-        yield Case(
-            "selective_scan",
-            "",
-            size,
-            scan_inputs,
-            lambda segments, implementation, *x: ops.selective_scan(
-                *x,
-                segment_ids=_segments(x[0].shape[:2]) if segments else None,
-                implementation=implementation,
-            )[0],
-            0.0,
-            {
-                "mamba-ssm": gpu_peers.mamba_ssm,
-                "jax-linear-attention": gpu_peers.jax_linear_attention_mamba,
-                "jax.lax.associative_scan": gpu_peers.associative_scan_mamba,
-            },
-            (2, 333, 96, 16),
-        )
+    others = {
+        "jax-linear-attention": gpu_peers.jax_linear_attention_mamba,
+        "jax.lax.associative_scan": gpu_peers.associative_scan_mamba,
+    }
+    for variant, sizes, peers in (
+        ("", SCAN_SIZES, others),
+        ("gated", SCAN_SIZES[:2], {"ours, gated by XLA": gate_outside}),
+    ):
+        for size in sizes:
+            yield Case(
+                "selective_scan",
+                variant,
+                size,
+                functools.partial(scan_inputs, variant),
+                scan_call,
+                0.0,
+                {"mamba-ssm": gpu_peers.mamba_ssm, **peers},
+                (2, 333, 96, 16),
+            )
 
 
 def diagonal_inputs(size: tuple[int, ...], dtype: str) -> dict[str, jax.Array]:

@@ -92,13 +92,14 @@ def flash_linear_attention(
 def mamba_ssm(inputs: Inputs, mode: str) -> Callable[[], Any]:
     module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
     moved = {
-        name: x if name == "A" else jnp.moveaxis(x, 1, 2) for name, x in inputs.items()
+        name: jnp.moveaxis(x, 1, 2) if x.ndim == 3 else x for name, x in inputs.items()
     }
-    return _torch_program(
-        lambda x, delta, A, B, C: module.selective_scan_fn(x, delta, A, B, C),
-        moved,
-        mode,
-    )
+
+    def call(x: Any, **inputs: Any) -> Any:
+        softplus = "delta_bias" in inputs
+        return module.selective_scan_fn(x, **inputs, delta_softplus=softplus)
+
+    return _torch_program(call, moved, mode)
 
 
 def jax_linear_attention(

@@ -106,30 +106,37 @@ def _delta(direction: str, decay: str, **options: Any) -> Program:
 
 def _selective_programs(direction: str) -> Iterator[Program]:
     usual = (8, 2048, 2048, 16)
-    for sizes, dtype, eigenvalues, architecture in (
-        (usual, "bfloat16", (0, 1), "sm_90a"),
-        (usual, "float32", (0, 1), "sm_90a"),
-        (usual, "bfloat16", (-1, 1), "sm_90a"),
-        (usual, "bfloat16", (0, 1), "sm_80"),
-        ((2, 16384, 2048, 16), "bfloat16", (0, 1), "sm_90a"),
-        ((1, 65536, 2048, 16), "bfloat16", (0, 1), "sm_90a"),
-        ((1, 524288, 256, 16), "bfloat16", (0, 1), "sm_90a"),
-        ((1, 1048576, 256, 16), "bfloat16", (0, 1), "sm_90a"),
-        ((4, 2048, 1000, 64), "bfloat16", (0, 1), "sm_90a"),
+    for sizes, dtype, kind, architecture in (
+        (usual, "bfloat16", "", "sm_90a"),
+        (usual, "bfloat16", "gated", "sm_90a"),
+        (usual, "float32", "", "sm_90a"),
+        (usual, "bfloat16", "negative", "sm_90a"),
+        (usual, "bfloat16", "", "sm_80"),
+        (usual, "bfloat16", "gated", "sm_80"),
+        ((2, 16384, 2048, 16), "bfloat16", "", "sm_90a"),
+        ((1, 65536, 2048, 16), "bfloat16", "", "sm_90a"),
+        ((1, 65536, 2048, 16), "bfloat16", "gated", "sm_90a"),
+        ((1, 524288, 256, 16), "bfloat16", "", "sm_90a"),
+        ((1, 1048576, 256, 16), "bfloat16", "", "sm_90a"),
+        ((4, 2048, 1000, 64), "bfloat16", "", "sm_90a"),
     ):
         B, T, D, N = sizes
+        gated = kind == "gated"  # with step sizes from a projection too, as Mamba has
         x = delta = shape(B, T, D, dtype=dtype)
         b = c = shape(B, T, N, dtype=dtype)
         state, ids = shape(B, D, N), shape(B, T, dtype="int32")
         cotangents = () if direction == "forward" else (x, state)
-        name = f"selective_scan_{direction}_{dtype}_{B}x{T}x{D}x{N}"
+        around = (x, shape(D)) if gated else (None, None)
+        name = ["selective_scan", direction, dtype, f"{B}x{T}x{D}x{N}"]
         yield Program(
-            f"{name}{'_negative' if eigenvalues[0] else ''}_{architecture}",
+            "_".join([*name, *([kind] if kind else []), architecture]),
             architecture,
             functools.partial(
-                getattr(selective_scan, direction), eigenvalue_range=eigenvalues
+                getattr(selective_scan, direction),
+                delta_softplus=gated,
+                eigenvalue_range=(-1, 1) if kind == "negative" else (0, 1),
             ),
-            (x, delta, shape(D, N), b, c, shape(D), state, ids, *cotangents),
+            (x, delta, shape(D, N), b, c, shape(D), *around, state, ids, *cotangents),
         )
 
 

@@ -119,25 +119,21 @@ class Mamba(nnx.Module):
         state = state or {}
         x_BTE, conv = self.conv(self.input(x_BTD), state.get("conv"), segment_ids)
         x_BTE = jax.nn.silu(x_BTE)
-        dt_BTE = (
-            self.dt_out(self.dt_in(x_BTE)).astype(jnp.float32)
-            + self.dt_bias_E[...][None, None, :]
-        )
         y_BTE, memory = selective_scan(
             x_BTE,
-            jax.nn.softplus(dt_BTE),
+            self.dt_out(self.dt_in(x_BTE)),
             -jnp.exp(self.a_log_EN[...]),
             self.write(x_BTE),
             self.read(x_BTE),
             D=self.skip_E[...],
+            z=self.gate(x_BTD),
+            delta_bias=self.dt_bias_E[...],
+            delta_softplus=True,
             eigenvalue_range=self.eigenvalue_range,
             initial_state=state.get("memory"),
             segment_ids=segment_ids,
         )
-        return self.output(y_BTE * jax.nn.silu(self.gate(x_BTD))), {
-            "conv": conv,
-            "memory": memory,
-        }
+        return self.output(y_BTE), {"conv": conv, "memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import gpu_bench
+from ops.selective_scan import pallas_gpu
 
 TINY = (1, 24, 1, 16)
 
@@ -24,7 +25,7 @@ def test_the_benchmark_needs_a_gpu():
 def test_every_size_is_measured_for_every_op_and_the_first_of_all_come_first():
     cases = gpu_bench.cases()
     names = {case.name for case in cases}
-    assert len(names) == 12 and len({(c.name, c.size) for c in cases}) == len(cases)
+    assert len(names) == 13 and len({(c.name, c.size) for c in cases}) == len(cases)
     assert {case.name for case in cases[: len(names)]} == names
     gla = [case.size for case in cases if case.name == "gated_linear_attention vector"]
     assert {(1, 8192, 96, 128), (8, 2048, 32, 256), (1, 262144, 8, 128)} <= set(gla)
@@ -65,6 +66,15 @@ def test_peers_in_plain_jax_compute_what_ours_do(op):
     o = case.peers["jax.lax.associative_scan"](inputs, "forward")()
     wanted = case.call(False, "reference", *inputs.values())
     assert gpu_bench.relative_l2(o, wanted) < 1e-5
+
+
+def test_a_gate_outside_the_op_computes_what_the_one_inside_does(monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "TURN", 2)
+    case = next(x for x in gpu_bench.cases() if x.name == "selective_scan gated")
+    inputs = case.inputs((2, 24, *case.small[2:]), "float32")
+    outside = case.peers["ours, gated by XLA"](inputs, "forward")()
+    inside = case.call(False, "reference", *inputs.values())
+    assert gpu_bench.relative_l2(outside, inside) < 1e-5
 
 
 def test_a_peer_that_is_absent_is_a_gap_and_ours_is_timed():

@@ -19,7 +19,10 @@ from tests.op_contract import (
     assert_close,
 )
 
-scan = jax.jit(selective_scan, static_argnames=("eigenvalue_range", "implementation"))
+scan = jax.jit(
+    selective_scan,
+    static_argnames=("delta_softplus", "eigenvalue_range", "implementation"),
+)
 WIDTH, STATE = SHAPES["test"]["width"], SHAPES["test"]["state"]
 # Per channel and state: steps of order one times these are decays from none to total, side by side.
 HARD_A = jnp.asarray(
@@ -47,7 +50,7 @@ def scan_inputs(seed, length, dtype="float32", width=WIDTH, state=STATE):
 
 
 class TestSelectiveScan(OpContract):
-    # The range of eigenvalues; "positive" has the skip D, "negative" has none.
+    # The range of eigenvalues; "positive" is all that Mamba has, "negative" the recurrence alone.
     variants = (
         "positive",
         "negative",
@@ -58,7 +61,22 @@ class TestSelectiveScan(OpContract):
         inputs = scan_inputs(int(jax.random.bits(key)), length, dtype)
         if variant == "negative":
             del inputs["D"]
-        return inputs
+            return inputs
+        z, bias, delta = (
+            jax.random.normal(k, shape)
+            for k, shape in zip(
+                jax.random.split(key, 3),
+                (inputs["x"].shape, (WIDTH,), inputs["x"].shape),
+                strict=True,
+            )
+        )
+        # Steps of zero, as before: softplus(-1e4).
+        raw = jnp.where(inputs["delta"] == 0, -1e4, delta)
+        return inputs | {
+            "delta": raw.astype(dtype),
+            "z": (3 * z).astype(dtype),
+            "delta_bias": bias,
+        }
 
     def initial_state(self, key, variant):
         return jax.random.normal(key, (BATCH, WIDTH, STATE))
@@ -67,6 +85,7 @@ class TestSelectiveScan(OpContract):
     def call(cls, inputs, state, segment_ids, implementation):
         return scan(
             **inputs,
+            delta_softplus="delta_bias" in inputs,
             eigenvalue_range=(0, 1) if "D" in inputs else (-1, 1),
             initial_state=state,
             segment_ids=segment_ids,
@@ -369,6 +388,15 @@ GOOD = {
         ("B", {"B": ones(BATCH, 4, STATE + 1)}),
         ("C", {"C": ones(BATCH, 5, STATE)}),
         ("D", {"D": ones(WIDTH, 1)}),
+        ("z", {"z": ones(BATCH, 4, WIDTH + 1)}),
+        ("z", {"z": ones(BATCH, 4, WIDTH, dtype=np.int32)}),
+        ("delta_bias", {"delta_bias": ones(WIDTH + 1)}),
+        ("delta_softplus", {"delta_softplus": 1}),
+        (
+            "delta",
+            {"delta": np.full((BATCH, 4, WIDTH), np.inf), "delta_softplus": True},
+        ),
+        (r"delta \+ delta_bias", {"delta_bias": -2 * ones(WIDTH)}),
         ("eigenvalue_range", {"eigenvalue_range": (-1, 0)}),
         ("initial_state", {"initial_state": ones(BATCH, STATE, WIDTH)}),
         ("segment_ids", {"segment_ids": ones(BATCH, 4)}),

@@ -1,4 +1,7 @@
-"""Selective scan: Mamba's sizes in both directions, ranges, dtypes and with segments; the unit is 1024 channels."""
+"""Selective scan: Mamba's sizes in both directions, ranges and dtypes, with its gate and step sizes, with segments.
+
+The unit is 1024 channels.
+"""
 
 import functools
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ def programs() -> Iterator[Program]:
     for direction in ("forward", "backward"):
         make = functools.partial(_program, direction)
         yield make("v6e", analyse=True)
+        yield make("v6e", gated=True, analyse=True)
         yield make("v6e", dtype="float32", analyse=True)
         yield make("v6e", negative=True, analyse=True)
         yield make("v6e", segments=True, analyse=True)
@@ -22,6 +26,7 @@ def programs() -> Iterator[Program]:
             yield make("v6e", sizes=sizes)
         for generation in ("v5e", "v5p", "v4", "tpu7x"):
             yield make(generation)
+        yield make("v5e", gated=True)
 
 
 def _program(
@@ -31,6 +36,7 @@ def _program(
     dtype: str = "bfloat16",
     sizes: tuple[int, int] = MAMBA,
     negative: bool = False,
+    gated: bool = False,
     segments: bool = False,
     analyse: bool = False,
 ) -> Program:
@@ -41,8 +47,10 @@ def _program(
         B = C = shape(1, T, N, dtype=dtype)
         state = shape(1, D, N)
         ids = shape(1, T, dtype="int32") if segments else None
+        around = [x, shape(D)] if gated else [None, None]
         cotangents = [] if direction == "forward" else [x, state]
-        return [x, delta, shape(D, N), B, C, shape(D), state, ids, *cotangents]
+        parameters = [shape(D, N), B, C, shape(D)]
+        return [x, delta, *parameters, *around, state, ids, *cotangents]
 
     name = [
         "selective_scan",
@@ -50,6 +58,7 @@ def _program(
         dtype,
         f"{D}x{N}",
         *(["negative"] if negative else []),
+        *(["gated"] if gated else []),
         *(["segments"] if segments else []),
         generation,
     ]
@@ -59,6 +68,7 @@ def _program(
         direction=direction,
         rule=functools.partial(
             getattr(kernels, direction),
+            delta_softplus=gated,
             eigenvalue_range=(-1, 1) if negative else (0, 1),
         ),
         arguments=arguments,

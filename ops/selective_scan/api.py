@@ -30,6 +30,9 @@ def selective_scan(
     C: jax.Array,
     *,
     D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
+    delta_softplus: bool = False,
     eigenvalue_range: tuple[int, int] = (0, 1),
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -37,18 +40,23 @@ def selective_scan(
 ) -> tuple[jax.Array, jax.Array]:
     """A diagonal state-space model per channel whose step size, input and output maps depend on the token.
 
-        h_t = abar_t h_{t-1} + delta_t x_t B_t        y_t = h_t C_t + D x_t
+        h_t = abar_t h_{t-1} + delta_t x_t B_t        y_t = (h_t C_t + D x_t) silu(z_t)
 
-    per channel d and state n: abar_t[d, n] = exp(delta_t[d] A[d, n]) (Mamba, Gu and Dao, 2023, eq. 2 and algorithm 2;
-    zero-order hold for A and Euler's rule for B, as in the authors' code), or 2 exp(delta_t[d] A[d, n]) - 1 with
-    `eigenvalue_range=(-1, 1)` (Grazzi et al., 2025), which can change the sign of the state.
+    per channel d and state n; the gate silu(z) only where z is given. abar_t[d, n] = exp(delta_t[d] A[d, n]) (Mamba, Gu
+    and Dao, 2023, eq. 2 and algorithm 2; zero-order hold for A and Euler's rule for B, as in the authors' code), or
+    2 exp(delta_t[d] A[d, n]) - 1 with `eigenvalue_range=(-1, 1)` (Grazzi et al., 2025), which can change the sign of
+    the state.
 
     Args:
       x: [B, T, D], any T >= 1.
-      delta: [B, T, D], step sizes, finite and >= 0 (after softplus).
+      delta: [B, T, D], step sizes, finite and >= 0; with `delta_softplus` any finite numbers.
       A: [D, N], finite and <= 0.
       B, C: [B, T, N], shared by the channels.
       D: [D], a factor on x added to the output; None means none.
+      z: [B, T, D], the gate before its activation; None means no gate.
+      delta_bias: [D], added to `delta`; None means none.
+      delta_softplus: whether softplus(delta + delta_bias), computed in float32, are the step sizes, rather than
+        delta + delta_bias.
       eigenvalue_range: (0, 1) or (-1, 1), see above.
       initial_state: [B, D, N], the state before the first token; None means zeros. It belongs to the first token's
         segment.
@@ -65,10 +73,11 @@ def selective_scan(
       and through both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
 
     Raises:
-      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a negative or non-finite `delta` or a
+      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a negative or non-finite step or a
         positive or non-finite `A` where values can be seen (an eager call, or under `ops.checks`).
     """
-    check_float(x=x, delta=delta, A=A, B=B, C=C, D=D, initial_state=initial_state)
+    check_float(x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    check_float(initial_state=initial_state)
     check_shape("x", x, "[B, T, D]", (None,) * 3)
     batch, length, channels = x.shape
     if length == 0 or channels == 0:
@@ -82,6 +91,14 @@ def selective_scan(
     check_shape("C", C, "[B, T, N] with N of A", (batch, length, states))
     if D is not None:
         check_shape("D", D, "[D]", (channels,))
+    if z is not None:
+        check_shape("z", z, "[B, T, D] like x", x.shape)
+    if delta_bias is not None:
+        check_shape("delta_bias", delta_bias, "[D]", (channels,))
+    if not isinstance(delta_softplus, bool):
+        raise ValueError(
+            f"delta_softplus must be True or False; got {delta_softplus!r}"
+        )
     if initial_state is not None:
         check_shape(
             "initial_state", initial_state, "[B, D, N]", (batch, channels, states)
@@ -91,9 +108,16 @@ def selective_scan(
         raise ValueError(
             f"eigenvalue_range must be (0, 1) or (-1, 1); got {eigenvalue_range!r}"
         )
-    check_values(
-        "delta", delta, "finite and >= 0", lambda values: (values >= 0) & finite(values)
-    )
+    if delta_softplus:
+        check_values("delta", delta, "finite", finite)
+        check_values("delta_bias", delta_bias, "finite", finite)
+    else:
+        check_values(
+            "delta" if delta_bias is None else "delta + delta_bias",
+            delta if delta_bias is None else delta + delta_bias[None, None, :],
+            "finite and >= 0",
+            lambda values: (values >= 0) & finite(values),
+        )
     check_values(
         "A", A, "finite and <= 0", lambda values: (values <= 0) & finite(values)
     )
@@ -104,7 +128,18 @@ def selective_scan(
         initial_state = jnp.zeros((batch, channels, states), jnp.float32)
     if implementation == "reference":
         y, state = reference.selective_scan(
-            x, delta, A, B, C, D, eigenvalue_range, initial_state, segment_ids
+            x,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias,
+            delta_softplus,
+            eigenvalue_range,
+            initial_state,
+            segment_ids,
         )
         y = y.astype(x.dtype)
     else:
@@ -117,11 +152,17 @@ def selective_scan(
             B,
             C,
             D,
+            z,
+            delta_bias,
             initial_state,
             segment_ids,
-            layouts=("BTH", "BTH", "HN", "BTN", "BTN", "H", "BHN", "BT"),
+            layouts=(
+                *("BTH", "BTH", "HN", "BTN", "BTN", "H", "BTH", "H"),
+                *("BHN", "BT"),
+            ),
             outputs=("BTH", "BHN"),
             dtypes=(x.dtype, jnp.dtype(jnp.float32)),
+            delta_softplus=delta_softplus,
             eigenvalue_range=eigenvalue_range,
         )
     return y, state

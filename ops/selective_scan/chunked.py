@@ -1,11 +1,15 @@
 """Selective scan in plain JAX on every backend: token by token, with a backward pass that recomputes states by chunks.
 
-With h the state, z_t = delta_t A and a_t = exp(z_t) or 2 exp(z_t) - 1, the gradient g_t of h_t runs from the end to the
+With h the state, w_t = delta_t A and a_t = exp(w_t) or 2 exp(w_t) - 1, the gradient g_t of h_t runs from the end to the
 start:
 
-    g_t = C_t dy_t + a_{t+1} g_{t+1}          dz_t = g_t h_{t-1} da_t/dz_t,   da/dz = exp(z) or 2 exp(z), which is a or
-    a + 1 dC_t = sum_d h_t dy_t                     dB_t = sum_d g_t delta_t x_t
-    dx_t = delta_t sum_n B_t g_t + D dy_t     ddelta_t = x_t sum_n B_t g_t + sum_n A dz_t      dA = sum_bt delta_t dz_t
+    g_t = C_t dy_t + a_{t+1} g_{t+1}          dw_t = g_t h_{t-1} da_t/dw_t
+    dC_t = sum_d h_t dy_t                     dB_t = sum_d g_t delta_t x_t
+    dx_t = delta_t sum_n B_t g_t + D dy_t     ddelta_t = x_t sum_n B_t g_t + sum_n A dw_t      dA = sum_bt delta_t dw_t
+
+where da/dw = exp(w) or 2 exp(w), which is a or a + 1.
+
+With a gate, out = y silu(z) and dy = silu(z) dout; y is recomputed with the states.
 
 The states are kept at the starts of chunks only; inside a chunk, last chunk first, they are recomputed. So one chunk's
 states and one state per chunk exist at a time, and never an array of the size of all states. No factor is ever divided
@@ -23,12 +27,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..chunking import einsum
+from . import around
 
 CHUNK = 64
 
 
 def _factor(delta_BD, A_ND, keep_B, eigenvalue_range):
-    """The factor a [B, N, D] and its derivative da/dz; both zero where a segment starts."""
+    """The factor a [B, N, D] and its derivative da/dw; both zero where a segment starts."""
     e = jnp.exp(delta_BD[:, None, :] * A_ND[None, :, :])
     a, da = (e, e) if eigenvalue_range == (0, 1) else (2 * e - 1, 2 * e)
     if keep_B is not None:
@@ -68,7 +73,8 @@ def _cast(*arrays):
     return tuple(array.astype(jnp.float32) for array in arrays)
 
 
-def forward(x, delta, A, B, C, D, initial_state, segment_ids, *, eigenvalue_range):
+@around.forward
+def forward(x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_range):
     """Shapes as in `api.py`; returns y in float32 and the final state."""
     x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, h_BDN = _cast(
         x, delta, A, B, C, initial_state
@@ -89,9 +95,12 @@ def forward(x, delta, A, B, C, D, initial_state, segment_ids, *, eigenvalue_rang
     y_BTD = jnp.moveaxis(y_TBD, 0, 1)
     if D is not None:
         y_BTD = y_BTD + D.astype(jnp.float32)[None, None, :] * x_BTD
+    if z is not None:
+        y_BTD = around.gate(y_BTD, z.astype(jnp.float32))
     return y_BTD, state_BND.swapaxes(1, 2)
 
 
+@around.backward
 def backward(
     x,
     delta,
@@ -99,17 +108,21 @@ def backward(
     B,
     C,
     D,
+    z,
     initial_state,
     segment_ids,
-    dy,
+    dout,
     dfinal_state,
     *,
     eigenvalue_range,
 ):
-    """Cotangents of x, delta, A, B, C, D (None without D) and initial_state, in float32."""
+    """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state, in float32."""
     x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, h_BDN = _cast(
         x, delta, A, B, C, initial_state
     )
+    dy = per_y = dout.astype(jnp.float32)
+    if z is not None:
+        dy, per_y = around.gate_gradients(z.astype(jnp.float32), dy)
     length = x.shape[1]
     # As few chunks of at most CHUNK tokens as there must be, of equal length.
     chunk = -(-length // -(-length // CHUNK))
@@ -134,10 +147,12 @@ def backward(
             h_BND,
         )
 
-    def recompute(h_BND, token):  # dC needs the state only
-        dy_BD, *token = token
+    def recompute(h_BND, token):  # dC and y need the state only
+        C_BN, dy_BD, *token = token
         next_BND = advance(h_BND, token)
-        return next_BND, (h_BND, einsum("bnd,bd->bn", next_BND, dy_BD))
+        dC_BN = einsum("bnd,bd->bn", next_BND, dy_BD)
+        y_BD = None if z is None else einsum("bnd,bn->bd", next_BND, C_BN)
+        return next_BND, (h_BND, dC_BN, y_BD)
 
     def retreat(carry, token):
         # a_{t+1} g_{t+1}; dA is summed over the batch once, at the end.
@@ -145,11 +160,11 @@ def backward(
         x_BD, delta_BD, B_BN, C_BN, dy_BD, keep_B, before_BND = token
         a, da = _factor(delta_BD, A_ND, keep_B, eigenvalue_range)
         g_BND = ag_BND + C_BN[:, :, None] * dy_BD[:, None, :]
-        dz_BND = g_BND * before_BND * da
+        dw_BND = g_BND * before_BND * da
         dwrite_BD = einsum("bnd,bn->bd", g_BND, B_BN)
         dB_BN = einsum("bnd,bd->bn", g_BND, delta_BD * x_BD)
-        ddelta_BD = x_BD * dwrite_BD + (dz_BND * A_ND[None, :, :]).sum(1)
-        return (a * g_BND, dA_BND + dz_BND * delta_BD[:, None, :]), (
+        ddelta_BD = x_BD * dwrite_BD + (dw_BND * A_ND[None, :, :]).sum(1)
+        return (a * g_BND, dA_BND + dw_BND * delta_BD[:, None, :]), (
             delta_BD * dwrite_BD,
             ddelta_BD,
             dB_BN,
@@ -157,14 +172,14 @@ def backward(
 
     def retreat_chunk(carry, chunk):
         x_CBD, delta_CBD, B_CBN, C_CBN, dy_CBD, keep_CB, start_BND = chunk
-        _, (before_CBND, dC_CBN) = lax.scan(
-            recompute, start_BND, (dy_CBD, x_CBD, delta_CBD, B_CBN, keep_CB)
+        _, (before_CBND, dC_CBN, y_CBD) = lax.scan(
+            recompute, start_BND, (C_CBN, dy_CBD, x_CBD, delta_CBD, B_CBN, keep_CB)
         )
         tokens = (x_CBD, delta_CBD, B_CBN, C_CBN, dy_CBD, keep_CB, before_CBND)
         carry, (dx_CBD, ddelta_CBD, dB_CBN) = lax.scan(
             retreat, carry, tokens, reverse=True
         )
-        return carry, (dx_CBD, ddelta_CBD, dB_CBN, dC_CBN)
+        return carry, (dx_CBD, ddelta_CBD, dB_CBN, dC_CBN, y_CBD)
 
     if length <= chunk:
         starts_GBND = h_BND[None]
@@ -174,15 +189,18 @@ def backward(
         )
     carry = (dfinal_state.swapaxes(1, 2), jnp.zeros_like(h_BND))
     chunks = (x_GCBD, delta_GCBD, B_GCBN, C_GCBN, dy_GCBD, keep_GCB, starts_GBND)
-    (dinitial_BND, dA_BND), gradients = lax.scan(
+    (dinitial_BND, dA_BND), of_tokens = lax.scan(
         retreat_chunk, carry, chunks, reverse=True
     )
 
-    dx, ddelta, dB, dC = (_from_chunks(gradient, length) for gradient in gradients)
+    dx, ddelta, dB, dC, y = (
+        None if values is None else _from_chunks(values, length) for values in of_tokens
+    )
     dD = None
     if D is not None:
-        dx, dD = (
-            dx + D.astype(jnp.float32)[None, None, :] * dy,
-            (dy * x_BTD).sum((0, 1)),
-        )
-    return dx, ddelta, dA_BND.sum(0).T, dB, dC, dD, dinitial_BND.swapaxes(1, 2)
+        skip = D.astype(jnp.float32)[None, None, :]
+        dx, dD = dx + skip * dy, (dy * x_BTD).sum((0, 1))
+        y = None if y is None else y + skip * x_BTD
+    dz = None if y is None else per_y * y
+    dA = dA_BND.sum(0).T
+    return dx, ddelta, dA, dB, dC, dD, dz, dinitial_BND.swapaxes(1, 2)

@@ -9,12 +9,14 @@ input where factors are not exponentials.
 import jax.numpy as jnp
 
 from ..sequence_parallel import Affine, from_the_start
+from .around import step_sizes
 
 
-def _transition(local, x, delta, A, B, C, segment_ids):
+def _transition(local, x, delta, A, B, C, bias, segment_ids):
     batch, _, channels = x.shape
     if local.static["eigenvalue_range"] == (0, 1):
-        total_BD = jnp.sum(delta.astype(jnp.float32), axis=1)
+        steps = step_sizes(delta, bias, local.static["delta_softplus"])
+        total_BD = jnp.sum(steps.astype(jnp.float32), axis=1)
         factor_BDN = jnp.exp(total_BD[:, :, None] * A.astype(jnp.float32)[None])
         keep = from_the_start(segment_ids)
         return (
@@ -24,23 +26,24 @@ def _transition(local, x, delta, A, B, C, segment_ids):
         )
     ones = jnp.ones((batch, channels, A.shape[1]), jnp.float32)
     nothing = jnp.zeros_like(x)
-    return local.forward(nothing, delta, A, B, C, None, ones, segment_ids)[1]
+    inputs = nothing, delta, A, B, C, None, None, bias, ones, segment_ids
+    return local.forward(*inputs)[1]
 
 
-def summary(local, x, delta, A, B, C, D, segment_ids):
+def summary(local, x, delta, A, B, C, D, z, bias, segment_ids):
     zero = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
-    _, M = local.forward(x, delta, A, B, C, D, zero, segment_ids)
+    _, M = local.forward(x, delta, A, B, C, None, None, bias, zero, segment_ids)
 
     def read(S):
-        return local.forward(x, delta, A, B, C, D, S, segment_ids)[0]
+        return local.forward(x, delta, A, B, C, D, z, bias, S, segment_ids)[0]
 
-    return _transition(local, x, delta, A, B, C, segment_ids), M, read
+    return _transition(local, x, delta, A, B, C, bias, segment_ids), M, read
 
 
-def adjoint(local, x, delta, A, B, C, D, S, segment_ids, dy):
-    inputs = x, delta, A, B, C, D, S, segment_ids
-    dS = local.backward(inputs, (dy, jnp.zeros_like(S)))[-1]
-    return _transition(local, x, delta, A, B, C, segment_ids), dS
+def adjoint(local, x, delta, A, B, C, D, z, bias, S, segment_ids, dout):
+    inputs = x, delta, A, B, C, D, z, bias, S, segment_ids
+    dS = local.backward(inputs, (dout, jnp.zeros_like(S)))[-1]
+    return _transition(local, x, delta, A, B, C, bias, segment_ids), dS
 
 
 OVER_TIME = Affine(summary, adjoint, jnp.multiply, jnp.multiply, split=True)

@@ -14,16 +14,20 @@ channel, for which memory has 20 bytes then and needs 6 to 12.
 
 Backward, with g_t the gradient of h_t, k_t zero where a segment starts, and h_{t-1} standing for k_t h_{t-1}:
 
-    g_t = C_t dy_t + k_{t+1} a_{t+1} g_{t+1}      dz_t = g_t h_{t-1} e_t (twice that for a = 2 e - 1), of z = delta A
+    g_t = C_t dy_t + k_{t+1} a_{t+1} g_{t+1}      dw_t = g_t h_{t-1} e_t (twice that for a = 2 e - 1), of w = delta A
     dC_t = sum_d h_t dy_t                         dB_t = sum_d g_t u_t
-    du_t = sum_n B_t g_t                          dA = sum_bt delta_t dz_t
-    dx_t = delta_t du_t + D dy_t                  ddelta_t = x_t du_t + sum_n A dz_t           dD = sum_bt dy_t x_t
+    du_t = sum_n B_t g_t                          dA = sum_bt delta_t dw_t
+    dx_t = delta_t du_t + D dy_t                  ddelta_t = x_t du_t + sum_n A dw_t           dD = sum_bt dy_t x_t
 
 A first kernel leaves the states at the starts of chunks of 64 tokens. A program then takes chunk after chunk from the
 last to the first: it walks through one, leaving the state before every fourth token in memory of its own (of which the
 second-level cache holds that of all running programs), and goes back over it four tokens at a time, the states before
 each in registers. It takes three exponentials for each token and state (the first kernel one more), and is bound
 nevertheless by its 25 or so other instructions.
+
+A gate, out = y silu(z), is applied to eight tokens of 16 channels at once, which pass through memory of the program's
+own: what is elementwise on tokens and channels is done once, by all threads. Backward the first kernel, which has
+registers to spare, recomputes y, for dz, and writes dy = silu(z) dout for the second.
 
 dB and dC are sums over channels. A program has two tiles, 32 channels, adds up those of a thread first and leaves
 float32 sums of its channels in memory, [B, D / 32, T, N] each, which plain JAX adds up: no atomics, so that results
@@ -57,6 +61,7 @@ from ..pallas_gpu_scan import (
     parts,
     round_up,
 )
+from . import around
 
 LN_2 = math.log(2)
 TURN = 8  # tokens that a walk over time loads at once
@@ -66,16 +71,15 @@ MAX_STATES = 64  # what fits registers
 SUPPORTED = f"float32 or bfloat16, N up to {MAX_STATES}, and B up to {MAX_BATCH}"
 
 
-def supports(
-    x, delta, A, B, C, D, initial_state, segment_ids, *_, eigenvalue_range
-) -> bool:
-    """Whether the kernels take these arrays: what SUPPORTED says, where jax has the lowering."""
-    del D, initial_state, segment_ids, eigenvalue_range
+def supports(x, delta, A, B, C, D, z, *_, **static) -> bool:
+    """Whether the kernels take these arrays: what SUPPORTED said, where jax has the lowering."""
+    del D, static
+    arrays = (x, delta, A, B, C, *([] if z is None else [z]))
     return (
         gpu.available()
         and A.shape[1] <= MAX_STATES
         and x.shape[0] <= MAX_BATCH
-        and all(z.dtype in (jnp.float32, jnp.bfloat16) for z in (x, delta, A, B, C))
+        and all(array.dtype in (jnp.float32, jnp.bfloat16) for array in arrays)
     )
 
 
@@ -128,6 +132,15 @@ class Sizes:
             for r in range(self.rows)
         ]
         return b, part, block, channels
+
+    @property
+    def turns(self) -> int:
+        """Turns of tokens of a whole sequence."""
+        return pl.cdiv(self.length, TURN)
+
+    def of_one_tile(self) -> "Sizes":
+        """For programs of one tile."""
+        return replace(self, rows=1, row=lanes(self.batch, self.channels, self.states))
 
     def chunk_bounds(self, part: Any) -> tuple[Any, Any]:
         """First chunk of a part and the first beyond it."""
@@ -239,20 +252,42 @@ class Walk:
             gpu.store(ref, tile, *index, c, self.sizes.all_states)
 
 
-def forward(x, delta, A, B, C, D, initial_state, segment_ids, *, eigenvalue_range):
+@around.forward
+def forward(x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_range):
     """Shapes as in `api.py`; returns y in x's dtype and the final state in float32."""
     (batch, _, channels), states = x.shape, A.shape[1]
     sizes = _sizes(x, A, eigenvalue_range, 1, lanes(batch, channels, states))
     inputs = _inputs(sizes, x, delta, A, B, C, D, segment_ids)
     starts = _part_starts(sizes, inputs, _padded(initial_state, sizes)[:, None], False)
-    turns = CHUNK // TURN
-    padded = round_up(sizes.length, TURN)
+    gate = None if z is None else (pad_last(z, sizes.width),)
+    y, final, _ = _walk(sizes, inputs, starts, gate, y_like=x)
+    return y[:, : sizes.length, :channels], final[:, -1, :channels, :states]
 
-    def kernel(inputs, starts, y, final, *, compiled=True):
+
+def _walk(
+    sizes: Sizes,
+    inputs: Inputs,
+    starts: jax.Array,
+    gate: Any,
+    *,
+    y_like: jax.Array | None = None,
+) -> tuple[Any, jax.Array, jax.Array | None]:
+    """Passes the states that enter the parts over their tokens; returns what is asked, those that leave them, and those
+    that enter each chunk [B, G, width, N].
+
+    With `y_like`, y in its dtype [B, whole turns, width], and no states of chunks; gate: (z,), or None. Without, a gate
+    is (z, dout), and dz and dy are returned.
+    """
+    forward = y_like is not None
+    turns, padded = CHUNK // TURN, sizes.turns * TURN
+    whole = padded == sizes.length
+    rows = sizes.batch, padded, sizes.width
+
+    def kernel(inputs, starts, gate, out, final, of_chunks, ys, *, compiled=True):
         b, part, _, (c,) = sizes.place()
         walk = Walk(sizes, inputs, compiled, b, [c])
         (A,) = walk.tiles(inputs.A)
-        D = None if inputs.D is None else gpu.load(inputs.D, c)
+        D = None if inputs.D is None or not out else gpu.load(inputs.D, c)
         first, last = sizes.chunk_bounds(part)
 
         def read(t: Any) -> Any:
@@ -261,37 +296,80 @@ def forward(x, delta, A, B, C, D, initial_state, segment_ids, *, eigenvalue_rang
                 for k in range(TURN)
             ]
 
+        def apply_gate(t: Any) -> None:
+            """What y of a turn [TURN, row] makes with the gate."""
+            here = gpu.span(t, TURN, sizes.length, whole)
+            z, *dout = (gpu.load(ref, b, here, c).astype(jnp.float32) for ref in gate)
+            barrier(compiled)
+            y = gpu.load(ys, b, part, gpu.span(0, TURN, TURN, True), c)
+            if forward:
+                tiles = [around.gate(y, z)]
+            else:
+                dy, per_y = around.gate_gradients(z, *dout)
+                tiles = [y * per_y, dy]
+            for ref, tile in zip(out, tiles, strict=True):
+                gpu.store(ref, tile, b, gpu.span(t, TURN, padded, True), c)
+            barrier(compiled)
+
         def turn(i: Any, carry: Any) -> Any:
             h, tokens = carry
             t = i * TURN
             following = read(t + TURN)
             for k, (x, delta) in enumerate(tokens):
-                B_t, C_t = (walk.states(z, t + k) for z in (inputs.B, inputs.C))
                 a = walk.factor(walk.exponential(delta, A))
-                h = a * kept(h, walk.keep(t + k)) + (delta * x)[:, None] * B_t
-                y_t = (h * C_t).sum(1)
-                gpu.store(y, y_t if D is None else y_t + D * x, b, t + k, c)
+                u = (delta * x)[:, None]
+                h = a * kept(h, walk.keep(t + k)) + u * walk.states(inputs.B, t + k)
+                if out:
+                    y_t = (h * walk.states(inputs.C, t + k)).sum(1)
+                    y_t = y_t if D is None else y_t + D * x
+                    if gate is None:
+                        gpu.store(out[0], y_t, b, t + k, c)
+                    else:
+                        gpu.store(ys, y_t, b, part, k, c)
+            if gate is not None:
+                apply_gate(t)
             return h, following
 
+        def chunk(g: Any, carry: Any) -> Any:
+            walk.write(of_chunks, [carry[0]], b, g)
+            end = jnp.minimum((g + 1) * turns, sizes.turns)
+            return lax.fori_loop(g * turns, end, turn, carry)
+
         (h,) = walk.tiles(starts, b, part)
-        end = jnp.minimum(last * turns, padded // TURN)
-        first *= turns
-        h, _ = lax.fori_loop(first, end, turn, (h, read(first * TURN)))
+        carry = h, read(first * CHUNK)
+        if of_chunks is None:
+            end = jnp.minimum(last * turns, sizes.turns)
+            h, _ = lax.fori_loop(first * turns, end, turn, carry)
+        else:
+            h, _ = lax.fori_loop(first, last, chunk, carry)
         walk.write(final, [h], b, part)
 
-    y, final = gpu.call(
-        "selective_scan_forward",
+    states = sizes.width, sizes.states
+    out: tuple[Any, ...] = ()
+    if y_like is not None:
+        out = (jax.ShapeDtypeStruct(rows, y_like.dtype),)
+    elif gate is not None:
+        out = tuple(jax.ShapeDtypeStruct(rows, array.dtype) for array in gate)
+    own = sizes.batch, sizes.parts, TURN, sizes.width
+    out, final, of_chunks, _ = gpu.call(
+        "selective_scan_forward" if forward else "selective_scan_states",
         kernel,
         sizes.grid,
-        (inputs, starts),
+        (inputs, starts, gate),
         (
-            jax.ShapeDtypeStruct((batch, padded, sizes.width), x.dtype),
-            jax.ShapeDtypeStruct(starts.shape, jnp.float32),
+            out,
+            _float32(sizes.batch, sizes.parts, *states),
+            None if forward else _float32(sizes.batch, sizes.chunks, *states),
+            None if gate is None else _float32(*own),
         ),
         warps=1,
         interpreted=functools.partial(kernel, compiled=False),
     )
-    return y[:, : sizes.length, :channels], final[:, -1, :channels, :states]
+    return out[0] if forward else out, final, of_chunks
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _sum_channels(tiles: Sequence[jax.Array]) -> jax.Array:
@@ -311,25 +389,18 @@ def _part_starts(
     """The states that enter the parts [B, parts, width, N], or reverse the gradients; entering: [B, 1, width, N]."""
     if sizes.parts == 1:
         return entering
-    added, products = _walk(sizes, inputs, None, reverse)
+    added, products = _summaries(sizes, inputs, reverse)
     return gpu.part_starts(jnp.multiply, products, added, entering, reverse)
 
 
-def _walk(
-    sizes: Sizes, inputs: Inputs, starts: jax.Array | None, reverse: bool = False
+def _summaries(
+    sizes: Sizes, inputs: Inputs, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Passes states over the tokens of each part, or reverse a_t g_t.
-
-    Without starts: what each part adds to a state and the product of its factors [B, parts, width, N]. With them, the
-    states that enter the parts: those that leave them, and those that enter each chunk [B, G, width, N].
-    """
-    sizes = replace(sizes, rows=1, row=lanes(sizes.batch, sizes.channels, sizes.states))
+    """What each part adds to a state, or reverse to a_t g_t, and the product of its factors [B, parts, width, N]."""
+    sizes = sizes.of_one_tile()
     turns = CHUNK // TURN
-    of_parts = sizes.batch, sizes.parts, sizes.width, sizes.states
-    of_chunks = sizes.batch, sizes.chunks, sizes.width, sizes.states
-    second = of_parts if starts is None else of_chunks
 
-    def kernel(inputs, starts, final, second, *, compiled=True):
+    def kernel(inputs, added, products, *, compiled=True):
         b, part, _, (c,) = sizes.place()
         walk = Walk(sizes, inputs, compiled, b, [c])
         (A,) = walk.tiles(inputs.A)
@@ -356,36 +427,22 @@ def _walk(
                 else:
                     u = (delta * z)[:, None]
                     h = a * kept(h, keep) + u * walk.states(inputs.B, t)
-                if product is not None:
-                    product = kept(a * product, keep)
+                product = kept(a * product, keep)
             return h, product, following
 
-        if starts is None:
-            product = jnp.ones(A.shape, jnp.float32)
-            carry = jnp.zeros(A.shape, jnp.float32), product, read(begin)
-            carry = lax.fori_loop(0, (last - first) * turns, turn, carry)
-            walk.write(second, [carry[1]], b, part)
-        else:
+        product = jnp.ones(A.shape, jnp.float32)
+        carry = jnp.zeros(A.shape, jnp.float32), product, read(begin)
+        h, product, _ = lax.fori_loop(0, (last - first) * turns, turn, carry)
+        walk.write(added, [h], b, part)
+        walk.write(products, [product], b, part)
 
-            def chunk(g: Any, carry: Any) -> Any:
-                walk.write(second, [carry[0]], b, g)
-                n = (g - first) * turns
-                return lax.fori_loop(n, n + turns, turn, carry)
-
-            (h,) = walk.tiles(starts, b, part)
-            carry = lax.fori_loop(first, last, chunk, (h, None, read(begin)))
-        walk.write(final, [carry[0]], b, part)
-
-    assert starts is None or not reverse
+    of_parts = _float32(sizes.batch, sizes.parts, sizes.width, sizes.states)
     return gpu.call(
         "selective_scan_gradient_states" if reverse else "selective_scan_states",
         kernel,
         sizes.grid,
-        (inputs, starts),
-        (
-            jax.ShapeDtypeStruct(of_parts, jnp.float32),
-            jax.ShapeDtypeStruct(second, jnp.float32),
-        ),
+        (inputs,),
+        (of_parts, of_parts),
         warps=1,
         interpreted=functools.partial(kernel, compiled=False),
     )
@@ -394,6 +451,7 @@ def _walk(
 # --- Backward ---------------------------------------------------------------------------------------------------------
 
 
+@around.backward
 def backward(
     x,
     delta,
@@ -401,20 +459,26 @@ def backward(
     B,
     C,
     D,
+    z,
     initial_state,
     segment_ids,
-    dy,
+    dout,
     dfinal_state,
     *,
     eigenvalue_range,
 ):
-    """Cotangents of x, delta, A, B, C, D (None without D) and initial_state."""
+    """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state."""
     (batch, length, channels), states = x.shape, A.shape[1]
     sizes = _sizes(x, A, eigenvalue_range, ROWS, LANES)
-    inputs = _inputs(sizes, x, delta, A, B, C, D, segment_ids, dy)
+    inputs = _inputs(sizes, x, delta, A, B, C, D, segment_ids, dout)
     starts = _part_starts(sizes, inputs, _padded(initial_state, sizes)[:, None], False)
-    if sizes.chunks > 1:
-        _, starts = _walk(sizes, inputs, starts)
+    dz = None
+    if z is not None:
+        gate = pad_last(z, sizes.width), inputs.dy
+        (dz, dy), _, starts = _walk(sizes.of_one_tile(), inputs, starts, gate)
+        dz, inputs = dz[:, :length, :channels], inputs._replace(dy=dy)
+    elif sizes.chunks > 1:
+        _, _, starts = _walk(sizes.of_one_tile(), inputs, starts, None)
     ends = _part_starts(sizes, inputs, _padded(dfinal_state, sizes)[:, None], True)
     turns = CHUNK // BACKWARD_TURN
     padded = round_up(length, BACKWARD_TURN)
@@ -495,16 +559,16 @@ def backward(
                     g_t = ag[r] + C_t * dy_t[:, None]
                     eg = walk.exponential(delta_t, A[r]) * g_t
                     eg = eg + eg if sizes.negative else eg
-                    dz = eg * before[k][r]
+                    dw = eg * before[k][r]
                     ag[r] = kept(eg - g_t if sizes.negative else eg, keep)
-                    dA_[r] += delta_t[:, None] * dz
+                    dA_[r] += delta_t[:, None] * dw
                     dB_t.append((delta_t * x_t)[:, None] * g_t)
                     du = (B_t * g_t).sum(1)
                     dx_t = delta_t * du
                     if D is not None:
                         dx_t += D[r] * dy_t
                         dD_[r] += dy_t * x_t
-                    ddelta_t = x_t * du + (A[r] * dz).sum(1) * LN_2
+                    ddelta_t = x_t * du + (A[r] * dw).sum(1) * LN_2
                     gpu.store(dx, dx_t, b, t, c)
                     gpu.store(ddelta, ddelta_t, b, t, c)
                 gpu.store(dB, _sum_channels(dB_t), b, block, t, sizes.all_states)
@@ -520,11 +584,8 @@ def backward(
             for row, c in zip(dD_, channels, strict=True):
                 gpu.store(ref, row, b, part, c)
 
-    def float32(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
     rows = batch, padded, sizes.width
-    sums = float32(batch, sizes.blocks, padded, sizes.states)
+    sums = _float32(batch, sizes.blocks, padded, sizes.states)
     of_parts = batch, sizes.parts
     state = sizes.width, sizes.states
     dx, ddelta, dB, dC, dA, dinitial, _, *dD = gpu.call(
@@ -536,9 +597,9 @@ def backward(
             jax.ShapeDtypeStruct(rows, x.dtype),
             jax.ShapeDtypeStruct(rows, delta.dtype),
             *(sums, sums),
-            *(float32(*of_parts, *state),) * 2,
-            float32(*of_parts, turns, *state),
-            *([] if D is None else [float32(*of_parts, sizes.width)]),
+            *(_float32(*of_parts, *state),) * 2,
+            _float32(*of_parts, turns, *state),
+            *([] if D is None else [_float32(*of_parts, sizes.width)]),
         ),
         warps=max(1, sizes.states // 16),
         interpreted=functools.partial(kernel, compiled=False),
@@ -551,5 +612,6 @@ def backward(
         dB,
         dC,
         dD[0].sum((0, 1))[:channels] if dD else None,
+        dz,
         dinitial[:, 0, :channels, :states],
     )

@@ -10,14 +10,15 @@ Backward runs from the last chunk to the first. A first kernel leaves the states
 chunk the states before each token, and e, are recomputed into fast memory. With g_t the gradient of h_t, k_t zero where
 a segment starts, and h_{t-1} standing for k_t h_{t-1}, from the last token to the first:
 
-    g_t = C_t dy_t + k_{t+1} a_{t+1} g_{t+1}      dz_t = g_t h_{t-1} e_t (twice that for a = 2 e - 1), of z = delta A
+    g_t = C_t dy_t + k_{t+1} a_{t+1} g_{t+1}      dw_t = g_t h_{t-1} e_t (twice that for a = 2 e - 1), of w = delta A
     dC_t = sum_d h_t dy_t                         dB_t = sum_d g_t u_t
-    du_t = sum_n B_t g_t                          dA = sum_bt delta_t dz_t
-    dx_t = delta_t du_t + D dy_t                  ddelta_t = x_t du_t + sum_n A dz_t           dD = sum_bt dy_t x_t
+    du_t = sum_n B_t g_t                          dA = sum_bt delta_t dw_t
+    dx_t = delta_t du_t + D dy_t                  ddelta_t = x_t du_t + sum_n A dw_t           dD = sum_bt dy_t x_t
 
 Sums over channels run lane by lane over the blocks of a chunk, in order, and over the lanes after the last; those over
 time stay in fast memory for a whole sequence; those over the batch are XLA's. All are float32. No factor is divided by
-and no product of factors is formed.
+and no product of factors is formed. With a gate, out = y silu(z), the backward kernel recomputes y for dz where it
+recomputes the states, and dy = silu(z) dout exists for a chunk at a time.
 
 The vector unit binds, by far: about 9 operations per token, channel and state forward and 28 backward, 4096 at a time,
 against 2 to 4 bytes per token and channel of each input and output. Compiled for a v6e it is busy for three quarters of
@@ -27,6 +28,7 @@ the cycles forward and two thirds backward; latencies between the groups of 8 to
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,7 @@ from jax.experimental import pallas as pl
 
 from ..pallas_tpu import LANES
 from ..pallas_tpu_scan import SUBLANES, Blocks, call, cut, keep_states, pad_channels
+from . import around
 from . import pallas_tpu_kernels as kernels
 from .pallas_tpu_kernels import Scan
 
@@ -58,9 +61,10 @@ class Tuning:
 TUNING = Tuning()
 
 
-def forward(x, delta, A, B, C, D, initial_state, segment_ids, *, eigenvalue_range):
+@around.forward
+def forward(x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_range):
     """Shapes as in `api.py`; returns y in x's dtype and the final state in float32."""
-    scan = _scan(x, A, segment_ids, eigenvalue_range, TUNING.chunk)
+    scan = _scan(x, A, z, segment_ids, eigenvalue_range, TUNING.chunk)
     blocks, columns = scan.blocks, _columns(B, C, segment_ids, scan)
     state = blocks.sequence(scan.states)
     y, final_state = call(
@@ -73,6 +77,7 @@ def forward(x, delta, A, B, C, D, initial_state, segment_ids, *, eigenvalue_rang
             (LOG2_E * _states_first(A, scan), blocks.constant(scan.states)),
             (_skip(D, blocks), blocks.constant(1)),
             (_states_first(initial_state, scan), state),
+            *_gate(z, blocks.tokens()),
         ],
         [
             (_like(x, blocks), blocks.tokens()),
@@ -83,6 +88,7 @@ def forward(x, delta, A, B, C, D, initial_state, segment_ids, *, eigenvalue_rang
     return y[:, :, : x.shape[2]], _states_last(final_state, A)
 
 
+@around.backward
 def backward(
     x,
     delta,
@@ -90,18 +96,19 @@ def backward(
     B,
     C,
     D,
+    z,
     initial_state,
     segment_ids,
-    dy,
+    dout,
     dfinal_state,
     *,
     eigenvalue_range,
 ):
-    """Cotangents of x, delta, A, B, C, D (None without D) and initial_state."""
-    scan = _scan(x, A, segment_ids, eigenvalue_range, TUNING.backward_chunk)
+    """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state."""
+    scan = _scan(x, A, z, segment_ids, eigenvalue_range, TUNING.backward_chunk)
     blocks, columns = scan.blocks, _columns(B, C, segment_ids, scan)
     N, (batch, length, channels) = scan.states, x.shape
-    x_, delta_, dy_ = (pad_channels(z) for z in (x, delta, dy))
+    x_, delta_, dout_ = (pad_channels(array) for array in (x, delta, dout))
     A_ = _states_first(A, scan)
     state, constant = blocks.sequence(N), blocks.constant(N)
     of_sequence = _float32(batch, N, blocks.width)
@@ -129,19 +136,20 @@ def backward(
 
     tokens = blocks.tokens(reverse=True)
     sums = _float32(batch, blocks.chunks, blocks.chunk * 2 * N // LANES, 1, LANES)
-    dx, ddelta, dcolumns, dA, dD, dinitial_state = call(
+    dx, ddelta, dcolumns, dA, dD, dinitial_state, *dz = call(
         functools.partial(kernels.selective_backward, scan=scan),
         blocks,
         [
             (x_, tokens),
             (delta_, tokens),
-            (dy_, tokens),
+            (dout_, tokens),
             (columns, blocks.shared(columns, reverse=True)),
             (starts, blocks.chunk_states(N, reverse=True)),
             (A_, constant),
             (LOG2_E * A_, constant),
             (_skip(D, blocks), blocks.constant(1)),
             (_states_first(dfinal_state, scan), state),
+            *_gate(z, tokens),
         ],
         [
             (_like(x, blocks), tokens),
@@ -150,6 +158,7 @@ def backward(
             (of_sequence, state),
             (_float32(batch, SUBLANES, blocks.width), blocks.sequence(SUBLANES)),
             (of_sequence, state),
+            *([] if z is None else [(_like(z, blocks), tokens)]),
         ],
         kernels.backward_scratch(scan),
     )
@@ -161,15 +170,26 @@ def backward(
         dcolumns[:, :, 0],
         dcolumns[:, :, 1],
         None if D is None else dD.sum((0, 1))[:channels],
+        None if z is None else dz[0][:, :, :channels],
         _states_last(dinitial_state, A),
     )
 
 
-def _scan(x, A, segment_ids, eigenvalue_range, chunk: int) -> Scan:
+def _scan(x, A, z, segment_ids, eigenvalue_range, chunk: int) -> Scan:
     N = SUBLANES * pl.cdiv(A.shape[1], SUBLANES)
     chunk = min(chunk, max(16, 1 << (TUNING.columns // N).bit_length() - 1))
     blocks = cut(x, chunk, TUNING.values // N)
-    return Scan(blocks, N, segment_ids is not None, eigenvalue_range == (-1, 1))
+    return Scan(
+        blocks,
+        N,
+        segments=segment_ids is not None,
+        negative=eigenvalue_range == (-1, 1),
+        gate=z is not None,
+    )
+
+
+def _gate(z: jax.Array | None, tokens: pl.BlockSpec) -> list[Any]:
+    return [] if z is None else [(pad_channels(z), tokens)]
 
 
 def _columns(B, C, segment_ids, scan: Scan) -> jax.Array:

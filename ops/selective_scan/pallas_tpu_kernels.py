@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..pallas_tpu import LANES
 from ..pallas_tpu_scan import SUBLANES, Blocks, repeat
+from . import around
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Scan:
     states: int
     segments: bool
     negative: bool
+    gate: bool
 
     @property
     def columns(self) -> int:
@@ -58,6 +60,7 @@ def backward_scratch(scan: Scan) -> list[Any]:
         pltpu.VMEM((blocks.chunk * 2 * N, LANES), jnp.float32),
         *[tokens] * 2,
         *_staged(scan),
+        *([blocks.group_scratch(), _terms(blocks)] if scan.gate else []),
     ]
 
 
@@ -71,6 +74,11 @@ def _staged(scan: Scan) -> list[Any]:
 def _terms(blocks: Blocks) -> Any:
     """What is to be added up over 8 sublanes: per tile 8 tokens of 8 rows."""
     return pltpu.VMEM((len(blocks.tiles) * SUBLANES**2, LANES), jnp.float32)
+
+
+def _with_gate(scan: Scan, refs: Any, count: int) -> tuple[Any, Any]:
+    """The first `count` refs, which are there with a gate only, and those that follow."""
+    return (refs[:count], refs[count:]) if scan.gate else ((None,) * count, refs)
 
 
 class _Chunk:
@@ -138,6 +146,7 @@ def _sum_terms(ref: Any, tile: int) -> jax.Array:
 def selective_forward(
     x_ref, delta_ref, columns_ref, A_ref, D_ref, initial_ref, *refs, scan, compiled
 ):
+    (z_ref,), refs = _with_gate(scan, refs, 1)
     y_ref, h_ref, ys_ref, terms_ref, *staged = refs
     blocks, t, block = scan.blocks, pl.program_id(1), pl.program_id(2)
     here, places = blocks.places(block)
@@ -166,7 +175,9 @@ def selective_forward(
     h = blocks.loop(token, h, end=end, stretch=2, compiled=compiled)
     for place, h_i in zip(places, h, strict=True):
         h_ref[0, :, place] = h_i
-    y_ref[0] = (ys_ref[...].reshape(x.shape) + D_ref[:, here] * x).astype(y_ref.dtype)
+    y = ys_ref[...].reshape(x.shape) + D_ref[:, here] * x
+    y = around.gate(y, blocks.read(z_ref, t)) if scan.gate else y
+    y_ref[0] = y.astype(y_ref.dtype)
 
 
 def selective_states(
@@ -195,14 +206,17 @@ def selective_states(
 
 
 def selective_backward(*refs, scan, compiled):
-    (x_ref, delta_ref, dy_ref, columns_ref, starts_ref), refs = refs[:5], refs[5:]
+    (x_ref, delta_ref, dout_ref, columns_ref, starts_ref), refs = refs[:5], refs[5:]
     (A_ref, A_log2_ref, D_ref, dfinal_ref), refs = refs[:4], refs[4:]
+    (z_ref,), refs = _with_gate(scan, refs, 1)
     (dx_ref, ddelta_ref, dcolumns_ref, dA_ref, dD_ref, dh_ref), refs = (
         refs[:6],
         refs[6:],
     )
-    (dys_ref, dus_ref, dzs_ref, du_terms_ref, dz_terms_ref), refs = refs[:5], refs[5:]
-    sums_ref, before_ref, e_ref, *staged = refs
+    (dz_ref,), refs = _with_gate(scan, refs, 1)
+    (dys_ref, dus_ref, dws_ref, du_terms_ref, dw_terms_ref), refs = refs[:5], refs[5:]
+    (sums_ref, before_ref, e_ref), staged, refs = refs[:3], refs[3:6], refs[6:]
+    (ys_ref, y_terms_ref), _ = _with_gate(scan, refs, 2)
     blocks, N = scan.blocks, scan.states
     t, block = pl.program_id(1), pl.program_id(2)
     here, places = blocks.places(block)
@@ -218,7 +232,9 @@ def selective_backward(*refs, scan, compiled):
         sums_ref[...] = jnp.zeros(sums_ref.shape, jnp.float32)
 
     at = blocks.chunks - 1 - t
-    x, delta, dy = (blocks.read(ref, at) for ref in (x_ref, delta_ref, dy_ref))
+    x, delta, dy = (blocks.read(ref, at) for ref in (x_ref, delta_ref, dout_ref))
+    if scan.gate:
+        dy = around.gate_gradients(blocks.read(z_ref, at), dy)[0]
     chunk = _Chunk(scan, x, delta, columns_ref, staged, compiled)
     dys_ref[...] = blocks.groups(dy)
     dD_ref[0, :, here] += blocks.groups(dy * x).sum(0)
@@ -228,11 +244,13 @@ def selective_backward(*refs, scan, compiled):
         now, after = g * SUBLANES + row, []
         of_C = pl.ds(pl.multiple_of(2 * N * now + N, SUBLANES), N)
         dC_t = sums_ref[of_C]
-        for tile, (e, before, h_i) in zip(
-            blocks.tiles, chunk.advance(h, A_log2, g, row), strict=True
-        ):
+        for i, (e, before, h_i) in enumerate(chunk.advance(h, A_log2, g, row)):
+            tile = blocks.tiles[i]
             before_ref[now, :, tile], e_ref[now, :, tile] = before, e
             dC_t = dC_t + h_i * dys_ref[g, pl.ds(row, 1), tile]
+            if scan.gate:
+                _, C_t, _ = chunk.columns(g, row)
+                y_terms_ref[_terms_of(i, row)] = scan.sum_states(h_i * C_t)
             after.append(h_i)
         sums_ref[of_C] = dC_t
         return after
@@ -247,29 +265,39 @@ def selective_backward(*refs, scan, compiled):
             g_t = ag[i] + C_t * dys_ref[g, pl.ds(row, 1), tile]
             eg = e_ref[now, :, tile] * g_t
             eg = eg + eg if scan.negative else eg
-            dz = eg * before_ref[now, :, tile]
+            dw = eg * before_ref[now, :, tile]
             ag[i] = _kept(eg - g_t if scan.negative else eg, keep)
-            dA[i] = dA[i] + delta_t * dz
+            dA[i] = dA[i] + delta_t * dw
             dB_t = dB_t + u_t * g_t
             du_terms_ref[_terms_of(i, row)] = scan.sum_states(B_t * g_t)
-            dz_terms_ref[_terms_of(i, row)] = scan.sum_states(A[i] * dz)
+            dw_terms_ref[_terms_of(i, row)] = scan.sum_states(A[i] * dw)
         sums_ref[of_B] = dB_t
         return ag, dA
 
     def end(g):
         for i, tile in enumerate(blocks.tiles):
             dus_ref[g, :, tile] = _sum_terms(du_terms_ref, i)
-            dzs_ref[g, :, tile] = _sum_terms(dz_terms_ref, i)
+            dws_ref[g, :, tile] = _sum_terms(dw_terms_ref, i)
+
+    def end_of_y(g):
+        if scan.gate:
+            for i, tile in enumerate(blocks.tiles):
+                ys_ref[g, :, tile] = _sum_terms(y_terms_ref, i)
 
     start = [starts_ref[0, 0, :, tile] for tile in blocks.tiles]
-    blocks.loop(recompute, start, compiled=compiled)
+    blocks.loop(recompute, start, end=end_of_y, compiled=compiled)
     carry = tuple([ref[0, :, place] for place in places] for ref in (dh_ref, dA_ref))
     dh, dA = blocks.loop(retreat, carry, end=end, reverse=True, compiled=compiled)
     for i, place in enumerate(places):
         dh_ref[0, :, place], dA_ref[0, :, place] = dh[i], dA[i]
-    du, dz = (ref[...].reshape(x.shape) for ref in (dus_ref, dzs_ref))
+    du, dw = (ref[...].reshape(x.shape) for ref in (dus_ref, dws_ref))
     dx_ref[0] = (delta * du + D_ref[:, here] * dy).astype(dx_ref.dtype)
-    ddelta_ref[0] = (x * du + dz).astype(ddelta_ref.dtype)
+    ddelta_ref[0] = (x * du + dw).astype(ddelta_ref.dtype)
+    if scan.gate:
+        y = ys_ref[...].reshape(x.shape) + D_ref[:, here] * x
+        z, dout = (blocks.read(ref, at) for ref in (z_ref, dout_ref))
+        per_y = around.gate_gradients(z, dout)[1]
+        dz_ref[0] = (per_y * y).astype(dz_ref.dtype)
 
     @pl.when(block == pl.num_programs(2) - 1)
     def _():

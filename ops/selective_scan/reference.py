@@ -5,14 +5,33 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def selective_scan(x, delta, A, B, C, D, eigenvalue_range, initial_state, segment_ids):
-    """h_t = abar_t h_{t-1} + delta_t x_t B_t,   y_t = h_t C_t + D x_t,   abar = exp(delta A) or 2 exp(delta A) - 1.
+def selective_scan(
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    eigenvalue_range,
+    initial_state,
+    segment_ids,
+):
+    """h_t = abar_t h_{t-1} + delta_t x_t B_t,   y_t = (h_t C_t + D x_t) silu(z_t),
+
+    abar = exp(delta A) or 2 exp(delta A) - 1, delta after its bias and softplus.
 
     Shapes as in `api.py`, `initial_state` [B, D, N] given. Returns y [B, T, D] and the final state, both float32.
     """
     x_BTD, delta_BTD, A_DN, B_BTN, C_BTN = (
         array.astype(jnp.float32) for array in (x, delta, A, B, C)
     )
+    if delta_bias is not None:
+        delta_BTD = delta_BTD + delta_bias.astype(jnp.float32)[None, None, :]
+    if delta_softplus:
+        delta_BTD = jnp.logaddexp(delta_BTD, 0.0)
     if segment_ids is None:
         keep_BT = jnp.ones(x.shape[:2], jnp.float32)
     else:  # the first token continues the initial state
@@ -40,4 +59,7 @@ def selective_scan(x, delta, A, B, C, D, eigenvalue_range, initial_state, segmen
     y_BTD = jnp.moveaxis(y_TBD, 0, 1)
     if D is not None:
         y_BTD = y_BTD + D.astype(jnp.float32)[None, None, :] * x_BTD
+    if z is not None:
+        z_BTD = z.astype(jnp.float32)
+        y_BTD = y_BTD * z_BTD * jax.nn.sigmoid(z_BTD)
     return y_BTD, state

@@ -86,23 +86,29 @@ def test_a_scalar_transition_makes_mambas_scan_linear_attention():
     np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-5)
 
 
-def test_mamba2_has_the_parameters_of_the_published_130m_model():
+@pytest.mark.parametrize(
+    ("mixer", "vocabulary_size", "parameters"),
+    [("mamba", 50280, 129_135_360), ("mamba2", 50288, 128_989_632)],
+)
+def test_the_published_130m_models_have_as_many_parameters(
+    mixer, vocabulary_size, parameters
+):
     config = {
         "width": 768,
         "depth": 24,
-        "pattern": ("mamba2",),
+        "pattern": (mixer,),
         "mixers": {},
         "mlp": "none",
         "tie_embeddings": True,
     }
     dtypes = {"param_dtype": "float32", "compute_dtype": "float32"}
     model = nnx.eval_shape(
-        lambda: lm.build(config, vocabulary_size=50288, rngs=nnx.Rngs(0), **dtypes)
+        lambda: lm.build(
+            config, vocabulary_size=vocabulary_size, rngs=nnx.Rngs(0), **dtypes
+        )
     )
-    assert (
-        sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        == 128_989_632
-    )
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert sum(leaf.size for leaf in leaves) == parameters
 
 
 def test_mamba2_refuses_groups_that_do_not_divide_its_heads():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import gpu_bench
-from ops.selective_scan import pallas_gpu
+from ops.selective_scan import pallas_gpu_walks
 
 TINY = (1, 24, 1, 16)
 
@@ -69,7 +69,7 @@ def test_peers_in_plain_jax_compute_what_ours_do(op):
 
 
 def test_a_gate_outside_the_op_computes_what_the_one_inside_does(monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "TURN", 2)
+    monkeypatch.setattr(pallas_gpu_walks, "TURN", 2)
     case = next(x for x in gpu_bench.cases() if x.name == "selective_scan gated")
     inputs = case.inputs((2, 24, *case.small[2:]), "float32")
     outside = case.peers["ours, gated by XLA"](inputs, "forward")()

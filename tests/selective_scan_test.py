@@ -8,7 +8,7 @@ from jax.experimental import checkify
 
 import ops
 from ops import selective_scan
-from ops.selective_scan import pallas_gpu
+from ops.selective_scan import pallas_gpu, pallas_gpu_walks
 from ops.selective_scan.shapes import SHAPES
 from tests.op_contract import (
     BATCH,
@@ -125,7 +125,7 @@ class TestKernels(TestSelectiveScan):
     @pytest.fixture(autouse=True)
     def short_turns(self, monkeypatch):
         # Interpreted GPU kernels take longer to compile than to run.
-        monkeypatch.setattr(pallas_gpu, "TURN", 2)
+        monkeypatch.setattr(pallas_gpu_walks, "TURN", 2)
         monkeypatch.setattr(pallas_gpu, "BACKWARD_TURN", 2)
 
 
@@ -163,7 +163,7 @@ def test_a_tpu_kernel_carries_its_state_over_chunks_without_segments():
     ],
 )
 def test_gpu_kernels_equal_the_reference(variant, monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "TURN", 2)
+    monkeypatch.setattr(pallas_gpu_walks, "TURN", 2)
     monkeypatch.setattr(pallas_gpu, "BACKWARD_TURN", 2)
     contract = TestSelectiveScan()
     inputs, state, ids = contract.data(variant, 71)
@@ -178,7 +178,7 @@ def test_gpu_kernels_equal_the_reference(variant, monkeypatch):
 @pytest.mark.parametrize(("length", "parts"), [(130, 2), (193, 3)])
 @pytest.mark.parametrize("variant", ["positive", "negative"])
 def test_gpu_kernels_cut_time_into_parts(variant, length, parts, monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "parts", lambda length, programs: parts)
+    monkeypatch.setattr(pallas_gpu_walks, "parts", lambda length, programs: parts)
     contract = TestSelectiveScan()
     inputs, state, ids = contract.data(variant, length)
     for segment_ids in (ids, None):

@@ -25,9 +25,8 @@ second-level cache holds that of all running programs), and goes back over it fo
 each in registers. It takes three exponentials for each token and state (the first kernel one more), and is bound
 nevertheless by its 25 or so other instructions.
 
-A gate, out = y silu(z), is applied to eight tokens of 16 channels at once, which pass through memory of the program's
-own: what is elementwise on tokens and channels is done once, by all threads. Backward the first kernel, which has
-registers to spare, recomputes y, for dz, and writes dy = silu(z) dout for the second.
+With a gate, out = y silu(z), the first kernel, which has registers to spare, recomputes y, for dz, and writes dy =
+silu(z) dout for the second.
 
 dB and dC are sums over channels. A program has two tiles, 32 channels, adds up those of a thread first and leaves
 float32 sums of its channels in memory, [B, D / 32, T, N] each, which plain JAX adds up: no atomics, so that results
@@ -37,10 +36,8 @@ Not measured: all times, and from how many programs on a GPU is filled.
 """
 
 import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,18 +50,15 @@ from ..pallas_gpu_scan import (
     LANES,
     MAX_BATCH,
     barrier,
-    exp2,
-    keep_states,
     kept,
     lanes,
     pad_last,
-    parts,
     round_up,
 )
 from . import around
+from . import pallas_gpu_walks as walks
+from .pallas_gpu_walks import LN_2, Walk, float32
 
-LN_2 = math.log(2)
-TURN = 8  # tokens that a walk over time loads at once
 BACKWARD_TURN = 4  # tokens whose states are in registers at once, backward
 ROWS = 2  # tiles of a program, backward
 MAX_STATES = 64  # what fits registers
@@ -83,295 +77,6 @@ def supports(x, delta, A, B, C, D, z, *_, **static) -> bool:
     )
 
 
-def _tile(states: int) -> int:
-    """N up to a power of two."""
-    return 1 << (states - 1).bit_length()
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is static in a kernel.
-
-    width: channels, padded; states: N, padded to a power of two; row: channels of a tile; rows: tiles of a program;
-    parts: of time.
-    """
-
-    batch: int
-    length: int
-    channels: int
-    width: int
-    states: int
-    rows: int
-    row: int
-    parts: int
-    negative: bool
-
-    @property
-    def blocks(self) -> int:
-        return self.width // (self.rows * self.row)
-
-    @property
-    def chunks(self) -> int:
-        return pl.cdiv(self.length, CHUNK)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.blocks * self.parts, self.batch
-
-    @property
-    def all_states(self) -> gpu.Span:
-        return gpu.span(0, self.states, self.states, True)
-
-    def place(self) -> tuple[Any, Any, Any, list[gpu.Span]]:
-        """Batch, part, block and the channels of each of its rows."""
-        x, b = pl.program_id(0), pl.program_id(1)
-        block, part = x % self.blocks, x // self.blocks
-        first = block * self.rows * self.row
-        channels = [
-            gpu.span(first + r * self.row, self.row, self.width, True)
-            for r in range(self.rows)
-        ]
-        return b, part, block, channels
-
-    @property
-    def turns(self) -> int:
-        """Turns of tokens of a whole sequence."""
-        return pl.cdiv(self.length, TURN)
-
-    def of_one_tile(self) -> "Sizes":
-        """For programs of one tile."""
-        return replace(self, rows=1, row=lanes(self.batch, self.channels, self.states))
-
-    def chunk_bounds(self, part: Any) -> tuple[Any, Any]:
-        """First chunk of a part and the first beyond it."""
-        per_part = pl.cdiv(self.chunks, self.parts)
-        first = jnp.minimum(part * per_part, self.chunks)
-        return first, jnp.minimum(first + per_part, self.chunks)
-
-
-class Inputs(NamedTuple):
-    """Arrays, or refs inside: x, delta, dy [B, T, width], A log2(e) [width, N], B, C [B, T, N], D [width]; keep [B, T]
-    or None."""
-
-    x: Any
-    delta: Any
-    A: Any
-    B: Any
-    C: Any
-    D: Any
-    keep: Any
-    dy: Any = None
-
-
-def _inputs(sizes, x, delta, A, B, C, D, segment_ids, dy=None) -> Inputs:
-    return Inputs(
-        pad_last(x, sizes.width),
-        pad_last(delta, sizes.width),
-        _padded(A.astype(jnp.float32) / LN_2, sizes),
-        pad_last(B, sizes.states),
-        pad_last(C, sizes.states),
-        None if D is None else pad_last(D.astype(jnp.float32), sizes.width),
-        keep_states(segment_ids),
-        None if dy is None else pad_last(dy, sizes.width),
-    )
-
-
-def _padded(x: jax.Array, sizes: Sizes) -> jax.Array:
-    """[..., D, N] -> [..., width, states] in float32."""
-    x = pad_last(x.astype(jnp.float32), sizes.states)
-    missing = sizes.width - sizes.channels
-    return (
-        jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, missing), (0, 0))) if missing else x
-    )
-
-
-def _sizes(x, A, eigenvalue_range, rows: int, row: int) -> Sizes:
-    (batch, length, channels), states = x.shape, _tile(A.shape[1])
-    width = round_up(channels, rows * row)
-    return Sizes(
-        batch,
-        length,
-        channels,
-        width,
-        states,
-        rows,
-        row,
-        parts(length, batch * width // (rows * row)),
-        eigenvalue_range == (-1, 1),
-    )
-
-
-@dataclass(frozen=True)
-class Walk:
-    """A program at work: its place, the factors of its channels, and tokens by their number."""
-
-    sizes: Sizes
-    inputs: Inputs
-    compiled: bool
-    b: Any
-    channels: list[gpu.Span]
-
-    def token(self, t: Any) -> Any:
-        """t, or the nearest token that there is."""
-        return jnp.clip(t, 0, self.sizes.length - 1)
-
-    def valid(self, t: Any, value: Any, otherwise: float) -> Any:
-        """What a token that does not exist has instead."""
-        if self.sizes.length % CHUNK == 0:
-            return value
-        return jnp.where(t < self.sizes.length, value, otherwise)
-
-    def rows(self, ref: Any, t: Any) -> list[jax.Array]:
-        """x_t, delta_t or dy_t of each row [row] in float32; past the end zero, which leaves the state alone."""
-        rows = [gpu.load(ref, self.b, self.token(t), c) for c in self.channels]
-        return [self.valid(t, row.astype(jnp.float32), 0.0) for row in rows]
-
-    def states(self, ref: Any, t: Any) -> jax.Array:
-        """B_t or C_t [1, N]."""
-        z = gpu.load(ref, self.b, self.token(t), self.sizes.all_states)
-        return z.astype(jnp.float32)[None, :]
-
-    def keep(self, t: Any) -> jax.Array | None:
-        if self.inputs.keep is None:
-            return None
-        keep = gpu.load(self.inputs.keep, self.b, self.token(t))
-        return self.valid(t, keep, 1)
-
-    def exponential(self, delta: jax.Array, A: jax.Array) -> jax.Array:
-        return exp2(delta[:, None] * A, self.compiled)
-
-    def factor(self, e: jax.Array) -> jax.Array:
-        return e + e - 1 if self.sizes.negative else e
-
-    def tiles(self, ref: Any, *index: Any) -> list[jax.Array]:
-        """Of each row [N, row]."""
-        return [gpu.load(ref, *index, c, self.sizes.all_states) for c in self.channels]
-
-    def write(self, ref: Any, tiles: Sequence[jax.Array], *index: Any) -> None:
-        for tile, c in zip(tiles, self.channels, strict=True):
-            gpu.store(ref, tile, *index, c, self.sizes.all_states)
-
-
-@around.forward
-def forward(x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_range):
-    """Shapes as in `api.py`; returns y in x's dtype and the final state in float32."""
-    (batch, _, channels), states = x.shape, A.shape[1]
-    sizes = _sizes(x, A, eigenvalue_range, 1, lanes(batch, channels, states))
-    inputs = _inputs(sizes, x, delta, A, B, C, D, segment_ids)
-    starts = _part_starts(sizes, inputs, _padded(initial_state, sizes)[:, None], False)
-    gate = None if z is None else (pad_last(z, sizes.width),)
-    y, final, _ = _walk(sizes, inputs, starts, gate, y_like=x)
-    return y[:, : sizes.length, :channels], final[:, -1, :channels, :states]
-
-
-def _walk(
-    sizes: Sizes,
-    inputs: Inputs,
-    starts: jax.Array,
-    gate: Any,
-    *,
-    y_like: jax.Array | None = None,
-) -> tuple[Any, jax.Array, jax.Array | None]:
-    """Passes the states that enter the parts over their tokens; returns what is asked, those that leave them, and those
-    that enter each chunk [B, G, width, N].
-
-    With `y_like`, y in its dtype [B, whole turns, width], and no states of chunks; gate: (z,), or None. Without, a gate
-    is (z, dout), and dz and dy are returned.
-    """
-    forward = y_like is not None
-    turns, padded = CHUNK // TURN, sizes.turns * TURN
-    whole = padded == sizes.length
-    rows = sizes.batch, padded, sizes.width
-
-    def kernel(inputs, starts, gate, out, final, of_chunks, ys, *, compiled=True):
-        b, part, _, (c,) = sizes.place()
-        walk = Walk(sizes, inputs, compiled, b, [c])
-        (A,) = walk.tiles(inputs.A)
-        D = None if inputs.D is None or not out else gpu.load(inputs.D, c)
-        first, last = sizes.chunk_bounds(part)
-
-        def read(t: Any) -> Any:
-            return [
-                (walk.rows(inputs.x, t + k)[0], walk.rows(inputs.delta, t + k)[0])
-                for k in range(TURN)
-            ]
-
-        def apply_gate(t: Any) -> None:
-            """What y of a turn [TURN, row] makes with the gate."""
-            here = gpu.span(t, TURN, sizes.length, whole)
-            z, *dout = (gpu.load(ref, b, here, c).astype(jnp.float32) for ref in gate)
-            barrier(compiled)
-            y = gpu.load(ys, b, part, gpu.span(0, TURN, TURN, True), c)
-            if forward:
-                tiles = [around.gate(y, z)]
-            else:
-                dy, per_y = around.gate_gradients(z, *dout)
-                tiles = [y * per_y, dy]
-            for ref, tile in zip(out, tiles, strict=True):
-                gpu.store(ref, tile, b, gpu.span(t, TURN, padded, True), c)
-            barrier(compiled)
-
-        def turn(i: Any, carry: Any) -> Any:
-            h, tokens = carry
-            t = i * TURN
-            following = read(t + TURN)
-            for k, (x, delta) in enumerate(tokens):
-                a = walk.factor(walk.exponential(delta, A))
-                u = (delta * x)[:, None]
-                h = a * kept(h, walk.keep(t + k)) + u * walk.states(inputs.B, t + k)
-                if out:
-                    y_t = (h * walk.states(inputs.C, t + k)).sum(1)
-                    y_t = y_t if D is None else y_t + D * x
-                    if gate is None:
-                        gpu.store(out[0], y_t, b, t + k, c)
-                    else:
-                        gpu.store(ys, y_t, b, part, k, c)
-            if gate is not None:
-                apply_gate(t)
-            return h, following
-
-        def chunk(g: Any, carry: Any) -> Any:
-            walk.write(of_chunks, [carry[0]], b, g)
-            end = jnp.minimum((g + 1) * turns, sizes.turns)
-            return lax.fori_loop(g * turns, end, turn, carry)
-
-        (h,) = walk.tiles(starts, b, part)
-        carry = h, read(first * CHUNK)
-        if of_chunks is None:
-            end = jnp.minimum(last * turns, sizes.turns)
-            h, _ = lax.fori_loop(first * turns, end, turn, carry)
-        else:
-            h, _ = lax.fori_loop(first, last, chunk, carry)
-        walk.write(final, [h], b, part)
-
-    states = sizes.width, sizes.states
-    out: tuple[Any, ...] = ()
-    if y_like is not None:
-        out = (jax.ShapeDtypeStruct(rows, y_like.dtype),)
-    elif gate is not None:
-        out = tuple(jax.ShapeDtypeStruct(rows, array.dtype) for array in gate)
-    own = sizes.batch, sizes.parts, TURN, sizes.width
-    out, final, of_chunks, _ = gpu.call(
-        "selective_scan_forward" if forward else "selective_scan_states",
-        kernel,
-        sizes.grid,
-        (inputs, starts, gate),
-        (
-            out,
-            _float32(sizes.batch, sizes.parts, *states),
-            None if forward else _float32(sizes.batch, sizes.chunks, *states),
-            None if gate is None else _float32(*own),
-        ),
-        warps=1,
-        interpreted=functools.partial(kernel, compiled=False),
-    )
-    return out[0] if forward else out, final, of_chunks
-
-
-def _float32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
 def _sum_channels(tiles: Sequence[jax.Array]) -> jax.Array:
     """[N], over the tiles first, which are in one thread."""
     total, *rest = tiles
@@ -380,75 +85,18 @@ def _sum_channels(tiles: Sequence[jax.Array]) -> jax.Array:
     return total.sum(0)
 
 
-# --- States between parts and at the starts of chunks -----------------------------------------------------------------
-
-
-def _part_starts(
-    sizes: Sizes, inputs: Inputs, entering: jax.Array, reverse: bool
-) -> jax.Array:
-    """The states that enter the parts [B, parts, width, N], or reverse the gradients; entering: [B, 1, width, N]."""
-    if sizes.parts == 1:
-        return entering
-    added, products = _summaries(sizes, inputs, reverse)
-    return gpu.part_starts(jnp.multiply, products, added, entering, reverse)
-
-
-def _summaries(
-    sizes: Sizes, inputs: Inputs, reverse: bool
-) -> tuple[jax.Array, jax.Array]:
-    """What each part adds to a state, or reverse to a_t g_t, and the product of its factors [B, parts, width, N]."""
-    sizes = sizes.of_one_tile()
-    turns = CHUNK // TURN
-
-    def kernel(inputs, added, products, *, compiled=True):
-        b, part, _, (c,) = sizes.place()
-        walk = Walk(sizes, inputs, compiled, b, [c])
-        (A,) = walk.tiles(inputs.A)
-        first, last = sizes.chunk_bounds(part)
-        begin = last * turns - 1 if reverse else first * turns
-
-        def read(i: Any) -> Any:
-            t, ref = i * TURN, inputs.dy if reverse else inputs.x
-            return [
-                (walk.rows(ref, t + k)[0], walk.rows(inputs.delta, t + k)[0])
-                for k in range(TURN)
-            ]
-
-        def turn(n: Any, carry: Any) -> Any:
-            h, product, tokens = carry
-            i = begin - n if reverse else begin + n
-            following = read(i - 1 if reverse else i + 1)
-            for k in reversed(range(TURN)) if reverse else range(TURN):
-                (z, delta), t = tokens[k], i * TURN + k
-                keep = walk.keep(t)
-                a = walk.factor(walk.exponential(delta, A))
-                if reverse:
-                    h = kept(a * (h + z[:, None] * walk.states(inputs.C, t)), keep)
-                else:
-                    u = (delta * z)[:, None]
-                    h = a * kept(h, keep) + u * walk.states(inputs.B, t)
-                product = kept(a * product, keep)
-            return h, product, following
-
-        product = jnp.ones(A.shape, jnp.float32)
-        carry = jnp.zeros(A.shape, jnp.float32), product, read(begin)
-        h, product, _ = lax.fori_loop(0, (last - first) * turns, turn, carry)
-        walk.write(added, [h], b, part)
-        walk.write(products, [product], b, part)
-
-    of_parts = _float32(sizes.batch, sizes.parts, sizes.width, sizes.states)
-    return gpu.call(
-        "selective_scan_gradient_states" if reverse else "selective_scan_states",
-        kernel,
-        sizes.grid,
-        (inputs,),
-        (of_parts, of_parts),
-        warps=1,
-        interpreted=functools.partial(kernel, compiled=False),
-    )
-
-
-# --- Backward ---------------------------------------------------------------------------------------------------------
+@around.forward
+def forward(x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_range):
+    """Shapes as in `api.py`; returns y in x's dtype and the final state in float32."""
+    (batch, length, channels), states = x.shape, A.shape[1]
+    row = lanes(batch, channels, states)
+    sizes = walks.make_sizes(x, A, eigenvalue_range, 1, row)
+    inputs = walks.make_inputs(sizes, x, delta, A, B, C, D, segment_ids)
+    entering = walks.padded(initial_state, sizes)[:, None]
+    starts = walks.part_starts(sizes, inputs, entering, reverse=False)
+    z = None if z is None else pad_last(z, sizes.width)
+    y, final = walks.along(sizes, inputs, starts, z, x.dtype)
+    return y[:, :length, :channels], final[:, -1, :channels, :states]
 
 
 @around.backward
@@ -469,17 +117,22 @@ def backward(
 ):
     """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state."""
     (batch, length, channels), states = x.shape, A.shape[1]
-    sizes = _sizes(x, A, eigenvalue_range, ROWS, LANES)
-    inputs = _inputs(sizes, x, delta, A, B, C, D, segment_ids, dout)
-    starts = _part_starts(sizes, inputs, _padded(initial_state, sizes)[:, None], False)
+    sizes = walks.make_sizes(x, A, eigenvalue_range, ROWS, LANES)
+    inputs = walks.make_inputs(sizes, x, delta, A, B, C, D, segment_ids, dout)
+    entering, leaving = (
+        walks.padded(state, sizes)[:, None] for state in (initial_state, dfinal_state)
+    )
+    starts = walks.part_starts(sizes, inputs, entering, reverse=False)
     dz = None
-    if z is not None:
-        gate = pad_last(z, sizes.width), inputs.dy
-        (dz, dy), _, starts = _walk(sizes.of_one_tile(), inputs, starts, gate)
-        dz, inputs = dz[:, :length, :channels], inputs._replace(dy=dy)
-    elif sizes.chunks > 1:
-        _, _, starts = _walk(sizes.of_one_tile(), inputs, starts, None)
-    ends = _part_starts(sizes, inputs, _padded(dfinal_state, sizes)[:, None], True)
+    if z is not None or sizes.chunks > 1:
+        z = None if z is None else pad_last(z, sizes.width)
+        starts, of_gate = walks.chunk_starts(sizes, inputs, starts, z)
+        if of_gate is not None:
+            dz, inputs = (
+                of_gate[0][:, :length, :channels],
+                inputs._replace(dy=of_gate[1]),
+            )
+    ends = walks.part_starts(sizes, inputs, leaving, reverse=True)
     turns = CHUNK // BACKWARD_TURN
     padded = round_up(length, BACKWARD_TURN)
 
@@ -585,7 +238,7 @@ def backward(
                 gpu.store(ref, row, b, part, c)
 
     rows = batch, padded, sizes.width
-    sums = _float32(batch, sizes.blocks, padded, sizes.states)
+    sums = float32(batch, sizes.blocks, padded, sizes.states)
     of_parts = batch, sizes.parts
     state = sizes.width, sizes.states
     dx, ddelta, dB, dC, dA, dinitial, _, *dD = gpu.call(
@@ -597,9 +250,9 @@ def backward(
             jax.ShapeDtypeStruct(rows, x.dtype),
             jax.ShapeDtypeStruct(rows, delta.dtype),
             *(sums, sums),
-            *(_float32(*of_parts, *state),) * 2,
-            _float32(*of_parts, turns, *state),
-            *([] if D is None else [_float32(*of_parts, sizes.width)]),
+            *(float32(*of_parts, *state),) * 2,
+            float32(*of_parts, turns, *state),
+            *([] if D is None else [float32(*of_parts, sizes.width)]),
         ),
         warps=max(1, sizes.states // 16),
         interpreted=functools.partial(kernel, compiled=False),

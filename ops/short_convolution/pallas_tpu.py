@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -145,14 +144,17 @@ def backward(x, w, initial_state, segment_ids, dy, dfinal_state):
 
 
 def _convolution(x, w, segment_ids) -> tuple[_Convolution, jax.Array | None]:
-    """And the number of tokens before each of its segment [B, T]: in the first segment plus W - 1."""
+    """And how many tokens of its segment, W - 1 at most, are before each [B, T]; those before the first token count."""
     blocks = cut(x, TUNING.chunk, TUNING.lanes)
     conv = _Convolution(blocks, w.shape[0], segment_ids is not None)
     if segment_ids is None:
         return conv, None
-    position = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
-    start = jnp.where(keep_states(segment_ids), 1 - w.shape[0], position)
-    return conv, position - lax.cummax(start, axis=1)
+    keep_BT, length = keep_states(segment_ids).astype(jnp.int32), x.shape[1]
+    depth_BT = jnp.zeros_like(keep_BT)
+    for lag in reversed(range(w.shape[0] - 1)):
+        ahead = jnp.pad(keep_BT, ((0, 0), (lag, 0)), constant_values=1)[:, :length]
+        depth_BT = ahead * (1 + depth_BT)
+    return conv, depth_BT
 
 
 def _of_last_segment(x_BWD: jax.Array, depth_BT: jax.Array | None) -> jax.Array:
@@ -168,12 +170,14 @@ def _depths(depth_BT, conv: _Convolution, after: int, reverse: bool = False) -> 
     if depth_BT is None:
         return []
     blocks = conv.blocks
-    total = blocks.chunks * blocks.chunk + after
-    padding = ((0, 0), (0, total - blocks.length))
+    padding = ((0, 0), (0, blocks.chunks * blocks.chunk - blocks.length))
     depth = jnp.pad(depth_BT.astype(jnp.float32), padding)
-    starts = range(0, blocks.chunks * blocks.chunk, blocks.chunk)
-    parts = [depth[:, start : start + blocks.chunk + after] for start in starts]
-    array = jnp.stack(parts, 1)[:, :, None]
+    depth = depth.reshape(blocks.batch, blocks.chunks, 1, blocks.chunk)
+    following = [
+        jnp.pad(depth, ((0, 0), (0, i), (0, 0), (0, 0)))[:, i:]
+        for i in range(1 + pl.cdiv(after, blocks.chunk))
+    ]
+    array = jnp.concatenate(following, axis=-1)[..., : blocks.chunk + after]
     return [(array, blocks.shared(array, reverse))]
 
 

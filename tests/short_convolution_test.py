@@ -88,9 +88,9 @@ both = pytest.mark.parametrize("implementation", ["reference", "chunked"])
     "tested", ["chunked", pytest.param("pallas_tpu", marks=pytest.mark.slow)]
 )
 def test_more_taps_than_tokens_equal_the_reference(tested):
-    x, w = normal(0, BATCH, 5, WIDTH), normal(1, 7, WIDTH)
+    x, w = normal(0, BATCH, 5, WIDTH), normal(1, 12, WIDTH)
     state, ids = (
-        normal(2, BATCH, 6, WIDTH),
+        normal(2, BATCH, 11, WIDTH),
         jnp.array([[0, 0, 1, 1, 0], [2, 2, 2, 2, 2]]),
     )
     cotangents = (normal(3, *x.shape), normal(4, *state.shape))

@@ -64,6 +64,7 @@ ADDED = {
     "mesh.sequence_method": "all_gather",
     "heartbeat_timeout_seconds": 100,
     "kernels": True,
+    "model.mixers.s4.init": "legs",
 }
 OPEN_SECTIONS = ("task", "model")
 

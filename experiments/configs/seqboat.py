@@ -22,6 +22,7 @@ def get_config(task: str) -> ConfigDict:
         "key_size": 64,
         "expand_v": 2.0,
         "state_size": 16,
+        "attention": "softmax",
         "init_temperature": 0.3,
         "rope_base": 10000.0,
     }

@@ -65,6 +65,7 @@ ADDED = {
     "heartbeat_timeout_seconds": 100,
     "kernels": True,
     "model.mixers.s4.init": "legs",
+    "model.mixers.s5.gate": "half_glu1",
     "model.mixers.seqboat.attention": "softmax",
 }
 OPEN_SECTIONS = ("task", "model")

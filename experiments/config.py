@@ -64,6 +64,9 @@ ADDED = {
     "mesh.sequence_method": "all_gather",
     "heartbeat_timeout_seconds": 100,
     "kernels": True,
+    "model.mixers.s4.init": "legs",
+    "model.mixers.s5.gate": "half_glu1",
+    "model.mixers.seqboat.attention": "softmax",
 }
 OPEN_SECTIONS = ("task", "model")
 

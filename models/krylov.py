@@ -52,6 +52,16 @@ def matrix_power(A_DNN: jax.Array, exponent: int) -> jax.Array:
         return jnp.linalg.matrix_power(A_DNN, exponent)
 
 
+def power_less_one(E_DNN: jax.Array, exponent: int) -> jax.Array:
+    """(I + E)^exponent - I, by squaring. No digit of a small E is lost, however near the identity the power is."""
+    result = jnp.zeros_like(E_DNN)
+    for bit in f"{exponent:b}":  # (I + F)^2 - I = 2 F + F^2
+        result = 2 * result + einsum("dij,djk->dik", result, result)
+        if bit == "1":
+            result = result + E_DNN + einsum("dij,djk->dik", E_DNN, result)
+    return result
+
+
 def krylov(A_DNN: jax.Array, start_DRN: jax.Array, length: int) -> jax.Array:
     """A^l start, l = 0 .. length - 1, of R vectors: [D, length, R, N]."""
     vectors, power = start_DRN[:, None], A_DNN

@@ -3,7 +3,8 @@
     h_t = Lbar h_{t-1} + Bbar x_t,    y_t = 2 Re(C h_t) + D x_t                     (Section 3)
     zoh         Lbar = exp(z),                      Bbar = ((Lbar - 1) / Lambda) B,     z = Lambda Delta
     bilinear    Lbar = (1 + z / 2) / (1 - z / 2),   Bbar = Delta / (1 - z / 2) B
-    out = g sigmoid(g W + b),    g = gelu(y)                                    (the authors' default, "half_glu1")
+    out = v sigmoid(g W + b),    g = gelu(y)                        v = g of gate="half_glu1", the authors' default
+                                                                    v = y of "half_glu2"
 
     x           x_BTD                           input, model width D: one system with D inputs and D outputs
     Lambda      eigenvalue_real_N, _imaginary_N float32; N = state_size / 2 stored modes
@@ -64,10 +65,12 @@ class S5(nnx.Module):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         discretisation: str = "zoh",
+        gate: str = "half_glu1",
         clip_eigenvalues: bool = False,
     ):
         check_choice("discretisation", discretisation, tuple(DISCRETISATIONS))
         check_choice("init", init, ("legs", "ptd"))
+        check_choice("gate", gate, ("half_glu1", "half_glu2"))
         if blocks < 1 or state_size % (2 * blocks):
             raise ValueError(
                 f"state_size must be a multiple of 2 * blocks = {2 * blocks}; got"
@@ -78,6 +81,7 @@ class S5(nnx.Module):
         )
         self.modes, self.compute_dtype = state_size // 2, compute_dtype
         self.discretisation, self.clip_eigenvalues = discretisation, clip_eigenvalues
+        self.gate = gate
 
         if init == "legs":
             eigenvalue_R, V = normal_legs(state_size // blocks)
@@ -181,7 +185,8 @@ class S5(nnx.Module):
             y_BTD + self.skip_D[...].astype(self.compute_dtype)[None, None, :] * x_BTD
         )
         g_BTD = jax.nn.gelu(y_BTD)
-        return g_BTD * jax.nn.sigmoid(self.output_gate(g_BTD)), {"memory": memory}
+        value_BTD = g_BTD if self.gate == "half_glu1" else y_BTD
+        return value_BTD * jax.nn.sigmoid(self.output_gate(g_BTD)), {"memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

@@ -6,7 +6,8 @@ Modeling", NeurIPS 2023, arXiv 2306.11197.
     [r_t, H_t] = M_t W_h + b_h,   pi_t = softmax(r_t / tau),   g_t = pi_t[1] where pi_t[1] > pi_t[0], else 0 (router)
     M^c = the rows of M with g_t > 0, in order                                                            (compress)
     [z, rho, v] = silu(M^c W + b),   q = z gamma_0 + beta_0,   k = z gamma_1 + beta_1
-    Y^c = (attention(q, k, v) * rho) W_o                         softmax over the w activated tokens before, and itself
+    Y^c = (attention(q, k, v) * rho) W_o                         over the w activated tokens before, and itself
+    attention   "softmax": softmax(q k / sqrt(Z)) v,   "squared_relu": max(q k / w, 0)^2 v
     y_t = silu(H_t + g_t Y_t + x_t),   Y_t the row of t in Y^c where it is activated                       (extract)
 
     a, p b, gamma       factor_DN, write_DN, read_DN    a in [0, 1] for every delta, alpha; all per channel
@@ -21,8 +22,8 @@ exact whatever the router does, and costs what activating every token costs, O(T
 through g alone; it has no balancing loss. Reports `activation_density`, the share of activated tokens.
 
 Departures: the backbone's residual and RMSNorm stand around the layer, so that x is the normalised input, where the
-paper's X inside the last silu is the residual stream and there is no other; causal; softmax attention with rotary
-positions (of the paper's choices: squared ReLU, relative bias); no dropout.
+paper's X inside the last silu is the residual stream and there is no other; causal; rotary positions with either
+attention, where the authors' recipes with squared ReLU have a learned relative bias; no dropout.
 
 Authors' code: https://github.com/renll/SeqBoat
 """
@@ -36,12 +37,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.options import check_choice
 from models.positions import count_positions, document_starts
 from models.projections import projection
 from models.reports import report
 from models.rotary import check_pairs, rotate
 from ops.diagonal_scan.api import diagonal_scan
-from ops.window_attention.api import WindowState, init_window_state, window_attention
+from ops.window_attention.api import (
+    ACTIVATIONS,
+    WindowState,
+    init_window_state,
+    window_attention,
+)
 
 
 class DampedEMA(nnx.Module):
@@ -157,9 +164,11 @@ class SeqBoat(nnx.Module):
         key_size: int = 64,
         expand_v: float = 2.0,
         state_size: int = 16,
+        attention: str = "softmax",
         init_temperature: float = 0.3,
         rope_base: float = 10000.0,
     ):
+        check_choice("attention", attention, ACTIVATIONS)
         if window < 1 or init_temperature <= 0:
             raise ValueError(
                 "window must be at least 1 and init_temperature greater than 0; got"
@@ -173,6 +182,7 @@ class SeqBoat(nnx.Module):
             param_dtype=param_dtype,
         )
         self.window, self.key_size = window, check_pairs(key_size)
+        self.attention = attention
         self.value_size = round(expand_v * width)
         self.width, self.state_size = width, state_size
         self.rope_base, self.compute_dtype = rope_base, jnp.dtype(compute_dtype)
@@ -261,6 +271,8 @@ class SeqBoat(nnx.Module):
             k,
             v,
             window=self.window + 1,
+            scale=1 / self.window if self.attention == "squared_relu" else None,
+            activation=self.attention,
             initial_state=window._replace(valid=of_first),
             segment_ids=plan.document,
         )

@@ -1,6 +1,7 @@
 """A user's mistake is found before anything is built, and costs one line that says how to mend it."""
 
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -125,6 +126,25 @@ def test_entries_younger_than_results_are_hashed_and_recorded_only_where_they_sa
         other.update_from_flattened_dict({key: value})
         assert config_hash(other) != config_hash(young)
         assert configs.from_json(configs.to_json(other)).to_dict() == other.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("mixer", "option", "other"),
+    [
+        ("s4", "init", "fout"),
+        ("s5", "gate", "half_glu2"),
+        ("seqboat", "attention", "squared_relu"),
+    ],
+)
+def test_options_younger_than_results_leave_their_hashes_alone(mixer, option, other):
+    get_config = importlib.import_module(f"experiments.configs.{mixer}").get_config
+    config = get_config("images,smoke")
+    recorded = configs.to_json(config)
+    assert option not in recorded["model"]["mixers"][mixer]
+    assert configs.from_json(recorded).to_dict() == config.to_dict()
+    config.model.mixers[mixer][option] = other
+    recorded = configs.to_json(config)
+    assert recorded["model"]["mixers"][mixer][option] == other
 
 
 def test_only_what_computes_nothing_may_differ_on_resume():

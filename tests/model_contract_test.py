@@ -131,6 +131,20 @@ OTHERS = {  # mixers whose op has a row above, and further options
     "mom_gated_delta_net": Row(
         ("mom",), {"mom": {"heads": 2, "memories": 3, "conv_width": 2}}
     ),
+    "seqboat_squared_relu": Row(
+        ("seqboat",),
+        {
+            "seqboat": {
+                "window": 3,
+                "key_size": 12,  # of 8, no product of these is positive
+                "state_size": 3,
+                "attention": "squared_relu",
+            }
+        },
+    ),
+    "s4_rank_2": Row(
+        ("s4",), {"s4": {"state_size": 4, "init": "legt", "kernel_length": 4}}
+    ),
     "s4d": Row(("s4d",), {"s4d": {"state_size": 4}}),
     # Not every trained transition is stable, least of all a random one: tests/lssl_model_test.py has those near HiPPO.
     "lssl": Row(

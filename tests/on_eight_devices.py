@@ -302,7 +302,18 @@ def test_ring_attention(window, shape, packed):
         check_window_attention(window, shape, packed, state=False)
 
 
-def check_window_attention(window, shape, packed, state):
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["all_gather", "ring"])
+@pytest.mark.parametrize("window", [5, 20])
+def test_window_attention_by_squares(window, method):
+    """A ring is for softmax: squares take all keys and values in either case."""
+    with ops.sequence_method(method):
+        check_window_attention(
+            window, (1, 1, 4, 1), True, state=False, activation="squared_relu"
+        )
+
+
+def check_window_attention(window, shape, packed, state, activation="softmax"):
     batch, length, heads, key_heads, size, past = 2, 32, 4, 2, 8, window - 1
 
     def normal(seed: int, *shape: int) -> jax.Array:
@@ -318,7 +329,11 @@ def check_window_attention(window, shape, packed, state):
     def outputs(q, k, v, k_past, v_past):
         first = ops.WindowState(k_past, v_past, valid) if state else None
         o, last = ops.window_attention(
-            q, k, v, window=window, initial_state=first, segment_ids=ids
+            *(q, k, v),
+            window=window,
+            activation=activation,
+            initial_state=first,
+            segment_ids=ids,
         )
         return (o, last.k, last.v), last.valid
 

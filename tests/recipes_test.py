@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from experiments.config import validate
+from experiments.config import flatten, validate
 from experiments.configs.recipes import RECIPES, recipe
 from experiments.task import find_task
+from models.lm import build
 
 REPOSITORY = Path(__file__).parent.parent
 TOKEN_SUMS = (
@@ -52,6 +56,98 @@ def test_a_recipe_names_a_task_its_options_and_a_metric_of_it(
     make = importlib.import_module(f"experiments.tasks.{config.task.name}").make
     assert set(options) == set(inspect.signature(make).parameters), (
         "an option that is not there cannot be overridden"
+    )
+
+
+# Of ListOps: what the papers and their authors' code publish.
+LISTOPS: dict[str, dict[str, Any]] = {
+    "s4": {
+        "steps": 120_000,
+        "batch_size": 32,
+        "model.width": 256,
+        "model.depth": 6,
+        "model.mixers.s4.state_size": 4,
+        "model.mixers.s4.kernel_length": 2000,
+        "optimizer.lr": 0.01,
+        "optimizer.ssm_lr": 0.001,
+        "optimizer.weight_decay": 0.05,
+        "optimizer.warmup_steps": 12_000,
+    },
+    "s4d": {
+        "steps": 120_000,
+        "batch_size": 32,
+        "model.width": 256,
+        "model.depth": 6,
+        "model.mixers.s4d.state_size": 4,
+        "optimizer.lr": 0.01,
+        "optimizer.ssm_lr": 0.001,
+        "optimizer.weight_decay": 0.05,
+        "optimizer.warmup_steps": 12_000,
+    },
+    "s5": {
+        "steps": 76_800,  # 40 epochs
+        "batch_size": 50,
+        "model.width": 128,
+        "model.depth": 8,
+        "model.mixers.s5.state_size": 16,
+        "model.mixers.s5.blocks": 8,
+        "model.mixers.s5.gate": "half_glu2",
+        "optimizer.lr": 0.003,
+        "optimizer.ssm_lr": 0.001,
+        "optimizer.weight_decay": 0.04,
+        "optimizer.warmup_steps": 1_920,
+    },
+    "seqboat": {
+        "steps": 90_000,
+        "batch_size": 64,
+        "model.width": 80,
+        "model.depth": 6,
+        "model.mixers.seqboat.expand_v": 2.0,
+        "model.mixers.seqboat.key_size": 64,
+        "model.mixers.seqboat.state_size": 16,
+        "model.mixers.seqboat.window": 128,
+        "model.mixers.seqboat.init_temperature": 0.3,
+        "model.mixers.seqboat.attention": "softmax",
+        "optimizer.lr": 0.004,
+        "optimizer.b2": 0.98,
+        "optimizer.schedule": "linear",
+        "optimizer.weight_decay": 0.001,
+        "optimizer.warmup_steps": 27_000,
+        "optimizer.clip_norm": 1.0,
+    },
+    "transnormer": {
+        "batch_size": 128,
+        "model.width": 128,
+        "model.depth": 4,
+        "model.mlp_ratio": 4.0,
+        "model.mixers.transnormer.heads": 8,
+        "optimizer.lr": 1e-4,
+    },
+}
+
+
+@pytest.mark.parametrize("name", LISTOPS)
+def test_listops_has_the_published_settings_and_its_smoke_size_has_not(
+    name: str,
+) -> None:
+    get_config = importlib.import_module(f"experiments.configs.{name}").get_config
+    config, smoke = get_config("listops"), get_config("listops,smoke")
+    validate(config)
+    values = dict(flatten(config))
+    assert {key: values[key] for key in LISTOPS[name]} == LISTOPS[name]
+    assert (smoke.steps, smoke.model.width, smoke.model.depth) == (300, 32, 2)
+    model = config.model.to_dict()
+    assert model.pop("name") == "lm"
+    jax.eval_shape(  # nothing is computed
+        lambda: nnx.split(
+            build(
+                model,
+                vocabulary_size=26,
+                param_dtype=jnp.float32,
+                compute_dtype=jnp.float32,
+                rngs=nnx.Rngs(0),
+            )
+        )[1]
     )
 
 

@@ -1,5 +1,6 @@
 """S4D against a slow complex transcription of its paper, and its initialisations."""
 
+import itertools
 import math
 
 import jax
@@ -7,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.linalg import expm
+from scipy.ndimage import gaussian_filter1d
 
 from models import s4d
-from models.hippo import legs
+from models.hippo import diagonal_plus_low_rank, legs, normal_legs
 from models.krylov import diagonal_powers
 from tests.layer_check import FLOAT32, array, build_mixer, check_layer, sigmoid, weight
 
@@ -147,6 +150,8 @@ def test_inverse_law_frequencies_are_near_those_of_legs_and_linear_ones_alternat
         np.exp(linear), math.exp(-0.5) * (-1.0) ** np.arange(4), atol=1e-12
     )
     np.testing.assert_array_equal(write, 1)
+    fourier = diagonal_plus_low_rank("fout", 8).eigenvalue
+    np.testing.assert_allclose(np.imag(linear), -np.imag(fourier)[::-1], atol=1e-12)
     quadratic, _ = s4d.initial_system("quad", 6)
     np.testing.assert_allclose(quadratic, -0.5 + 1j * np.array([1, 9, 25]) / math.pi)
 
@@ -163,6 +168,42 @@ def test_legs_answers_a_slow_input_as_hippos_system_with_half_the_input_vector_d
         hippo = C @ np.linalg.solve(s * np.eye(size) - A, B)
         normal = C @ np.linalg.solve(s * np.eye(size) - S, B / 2)
         np.testing.assert_allclose(hippo, (1 + rho) * normal, rtol=1e-9)
+
+
+@pytest.mark.full
+def test_for_a_smooth_input_legs_approaches_hippo_as_it_grows_though_its_kernel_never_does():
+    """The states of the first Legendre polynomials, read from the layer's modes with half the input vector. HiPPO's
+    are a system of their own, whatever the size: its matrix is triangular."""
+    states, step, length = 4, 0.005, 1200
+    A, B = legs(states)
+    # Zero-order hold in one exponential: [[A, B], [0, 0]].
+    held = expm(step * np.block([[A, B[:, None]], [np.zeros((1, states + 1))]]))
+    noise = np.random.default_rng(0).standard_normal(length)
+    u = gaussian_filter1d(noise, 20) * np.minimum(1, np.arange(length) / 200)
+    h, want = np.zeros(states), []
+    for x in u:
+        h = held[:states, :states] @ h + held[:states, states] * x
+        want.append(h)
+    want = np.array(want)
+    time = np.arange(1, 3000) / 1000
+    errors, gaps = [], []
+    for size in (8, 32, 128):
+        mixer, (eigenvalue, V) = fresh("legs", size, width=states), normal_legs(size)
+        for name, part in (("real", np.real), ("imaginary", np.imag)):
+            getattr(mixer, f"read_{name}_DM")[...] = jnp.float32(part(V[:states]) / 2)
+        mixer.step_log_D[...] = jnp.full(states, math.log(step), jnp.float32)
+        x = jnp.asarray(np.tile(u[None, :, None], (1, 1, states)), jnp.float32)
+        y, _ = jax.jit(lambda m, x: m._convolution(x))(mixer, x)
+        difference = np.square(np.asarray(y[0]) - want).mean(0)
+        errors.append(np.sqrt(difference / np.square(want).mean(0)))
+        write = V.conj().T @ legs(size)[1] / 2
+        kernel = 2 * np.real(np.exp(np.outer(time, eigenvalue)) @ (V[0] * write))
+        gaps.append(np.abs(kernel - np.exp(-time)).mean())
+    # At least as 1 / N.
+    for coarse, fine in itertools.pairwise(errors):
+        assert (fine < 0.4 * coarse).all(), errors
+    assert errors[-1].max() < 0.005
+    np.testing.assert_allclose(gaps, 0.22, atol=0.01)
 
 
 def fresh(init, size, width=3, **options):

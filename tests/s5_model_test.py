@@ -29,10 +29,16 @@ def exponential(matrix):
     return result
 
 
-@pytest.mark.parametrize("discretisation", ["zoh", "bilinear"])
-def test_s5_computes_its_recurrence_and_block(discretisation):
+@pytest.mark.parametrize(
+    ("discretisation", "gate"), [("zoh", "half_glu1"), ("bilinear", "half_glu2")]
+)
+def test_s5_computes_its_recurrence_and_block(discretisation, gate):
     mixer = build_mixer(
-        s5, state_size=8, discretisation=discretisation, clip_eigenvalues=True
+        s5,
+        state_size=8,
+        discretisation=discretisation,
+        gate=gate,
+        clip_eigenvalues=True,
     )
 
     def transcription(x_TD):
@@ -53,7 +59,7 @@ def test_s5_computes_its_recurrence_and_block(discretisation):
             h = Lbar * h + Bbar @ x
             y[t] = 2 * (C @ h).real + array(mixer.skip_D) * x
         g = gelu(y)
-        return g * sigmoid(
+        return (g if gate == "half_glu1" else y) * sigmoid(
             g @ weight(mixer.output_gate) + array(mixer.output_gate.bias)
         )
 
@@ -245,6 +251,7 @@ def test_zero_order_hold_keeps_its_digits_and_gradients_where_the_step_is_tiny_o
             r"state_size must be a multiple of 2 \* blocks = 8; got 12",
         ),
         ({"init": "lin"}, "init must be one of 'legs', 'ptd'; got 'lin'"),
+        ({"gate": "glu"}, "gate must be one of 'half_glu1', 'half_glu2'; got 'glu'"),
         (
             {"discretisation": "euler"},
             "discretisation must be one of 'zoh', 'bilinear'; got 'euler'",

@@ -79,8 +79,12 @@ def transcription(mixer, x_TD):
         )
         active.append((k, v))
         seen = active[-WINDOW - 1 :]
-        logits = np.array([q @ k for k, _ in seen]) / np.sqrt(KEY)
-        attention = np.exp(logits) / np.exp(logits).sum()
+        products = np.array([q @ k for k, _ in seen])
+        if mixer.attention == "squared_relu":
+            attention = np.maximum(products / WINDOW, 0) ** 2
+        else:
+            logits = products / np.sqrt(KEY)
+            attention = np.exp(logits) / np.exp(logits).sum()
         o = sum(w * v for w, (_, v) in zip(attention, seen, strict=True))
         h_TD[t] += g_T[t] * ((o * rho) @ weight(mixer.output))
     return silu(h_TD)
@@ -90,8 +94,9 @@ def density(mixer):
     return np.mean([(gates(mixer, features(mixer, x)) > 0).mean() for x in inputs()])
 
 
-def test_seqboat_computes_its_average_router_and_attention():
-    mixer = build()
+@pytest.mark.parametrize("attention", ["softmax", "squared_relu"])
+def test_seqboat_computes_its_average_router_and_attention(attention):
+    mixer = build(attention=attention)
     assert density(mixer) == 0.5
     check_layer(mixer, functools.partial(transcription, mixer))
 
@@ -162,6 +167,10 @@ def test_published_size():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"attention": "laplace"},
+            "attention must be one of 'softmax', 'squared_relu'; got 'laplace'",
+        ),
         ({"window": 0}, "window must be at least 1 .* got 0 and 0.3"),
         ({"init_temperature": 0.0}, "init_temperature greater than 0; got 2 and 0.0"),
         ({"key_size": 5}, "need an even head size; got 5"),

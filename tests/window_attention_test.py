@@ -13,7 +13,8 @@ from tests.op_contract import TOLERANCE, assert_close
 
 BATCH, HEADS, KEY_HEADS, KEY, VALUE = 2, 4, 2, 8, 12
 attend = jax.jit(
-    window_attention, static_argnames=("window", "scale", "implementation")
+    window_attention,
+    static_argnames=("window", "scale", "activation", "implementation"),
 )
 
 
@@ -56,13 +57,16 @@ def assert_states_close(got, expected):
     assert_close("final v", got.v, expected.v)
 
 
-@functools.partial(jax.jit, static_argnames=("window", "implementation"))
-def pull_back(inputs, state, segment_ids, cotangents, *, window, implementation):
+@functools.partial(jax.jit, static_argnames=("window", "activation", "implementation"))
+def pull_back(
+    inputs, state, segment_ids, cotangents, *, window, activation, implementation
+):
     def outputs(inputs, past):
         initial = None if past is None else state._replace(k=past[0], v=past[1])
         o, final = window_attention(
             **inputs,
             window=window,
+            activation=activation,
             initial_state=initial,
             segment_ids=segment_ids,
             implementation=implementation,
@@ -74,7 +78,9 @@ def pull_back(inputs, state, segment_ids, cotangents, *, window, implementation)
     return values, valid, *pullback(cotangents)
 
 
-def values_and_gradients(inputs, state, segment_ids, *, window, implementation):
+def values_and_gradients(
+    inputs, state, segment_ids, *, window, implementation, activation="softmax"
+):
     """Outputs and the gradients of all float inputs, with random cotangents of o and of the final keys and values."""
     (length, dtype), past = (inputs["q"].shape[1], inputs["q"].dtype), window - 1
     cotangents = (
@@ -88,6 +94,7 @@ def values_and_gradients(inputs, state, segment_ids, *, window, implementation):
         segment_ids,
         cotangents,
         window=window,
+        activation=activation,
         implementation=implementation,
     )
     result = dict(zip(("o", "final k", "final v"), values, strict=True)) | {
@@ -160,6 +167,65 @@ def test_wide_windows_equal_the_reference(length, window, state):
     np.testing.assert_array_equal(got.pop("valid"), expected.pop("valid"))
     for name in expected:
         assert_close(name, got[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("length", "window"),
+    [
+        (70, 5),
+        *(pytest.param(*size, marks=pytest.mark.full) for size in SIZES + WIDE[:1]),
+    ],
+)
+def test_squares_of_logits_equal_the_reference(length, window):
+    inputs, state = attention_inputs(0, length), random_state(0, window)
+    expected, got = (
+        values_and_gradients(
+            inputs,
+            state,
+            random_ids(0, length),
+            window=window,
+            activation="squared_relu",
+            implementation=implementation,
+        )
+        for implementation in ("reference", "chunked")
+    )
+    np.testing.assert_array_equal(got.pop("valid"), expected.pop("valid"))
+    for name in expected:
+        assert_close(name, got[name], expected[name])
+
+
+def test_the_kernel_of_tpus_is_for_softmax():
+    inputs = attention_inputs(0, 128, "bfloat16")
+    with pytest.raises(ValueError, match=r"pallas_tpu.* softmax"):
+        attend(
+            **inputs,
+            window=3,
+            activation="squared_relu",
+            implementation="pallas_tpu",
+        )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_weights_of_squares_are_squares_of_positive_logits(implementation):
+    length, window, scale = 9, 4, 0.25
+    inputs = attention_inputs(15, length)
+    o, _ = attend(
+        **inputs,
+        window=window,
+        scale=scale,
+        activation="squared_relu",
+        implementation=implementation,
+    )
+    q, k, v = (np.asarray(inputs[name], np.float64) for name in "qkv")
+    want = np.zeros(o.shape)
+    for t in range(length):
+        for s in range(max(0, t - window + 1), t + 1):
+            for h in range(HEADS):
+                of_key = h // (HEADS // KEY_HEADS)
+                logit = scale * np.sum(q[:, t, h] * k[:, s, of_key], axis=-1)
+                weight = np.where(logit > 0, logit, 0) ** 2
+                want[:, t, h] += weight[:, None] * v[:, s, of_key]
+    assert_close("o", o, want)
 
 
 # (length, window): whole and ragged blocks, several blocks of keys, windows shorter than a block and longer than T.
@@ -384,6 +450,7 @@ STATE = WindowState(
         (r"initial_state\.v", {"initial_state": STATE._replace(v=ones(2, 2, 2, 8))}),
         (r"initial_state\.valid", {"initial_state": STATE._replace(valid=ones(2, 2))}),
         ("segment_ids", {"segment_ids": ones(2, 5)}),
+        ("activation", {"activation": "relu"}),
         ("implementation", {"implementation": "flash"}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Sliding-window softmax attention: the public function and its state."""
+"""Sliding-window attention: the public function and its state."""
 
 from typing import NamedTuple
 
@@ -10,6 +10,8 @@ from .. import dispatch
 from ..arguments import check_float, check_segment_ids, check_shape
 from ..op import Op, run
 from . import chunked, over_time, pallas_tpu, reference
+
+ACTIVATIONS = ("softmax", "squared_relu")
 
 OP = Op(
     "window_attention",
@@ -55,15 +57,18 @@ def window_attention(
     *,
     window: int,
     scale: float | None = None,
+    activation: str = "softmax",
     initial_state: WindowState | None = None,
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, WindowState]:
-    """Softmax attention of each token to itself and the window - 1 tokens before it that are in its segment.
+    """Attention of each token to itself and the window - 1 tokens before it that are in its segment.
 
         o_t = sum_s p_ts v_s        p_t = softmax(scale q_t k_s)   over t - window < s <= t in the segment of t
+                                    or p_ts = max(scale q_t k_s, 0)^2
 
-    (Beltagy et al., Longformer, 2020, arXiv 2004.05150, causal and without dilation or global tokens.)
+    (Beltagy et al., Longformer, 2020, arXiv 2004.05150, causal and without dilation or global tokens; squares: Hua et
+    al., FLASH, ICML 2022, arXiv 2202.10447.)
 
     Args:
       q: [B, T, H, K], any T >= 1.
@@ -71,14 +76,16 @@ def window_attention(
       v: [B, T, HK, V].
       window: tokens that a query sees, itself included; any window >= 1, also longer than T.
       scale: factor on q; None means K**-0.5.
+      activation: "softmax", or "squared_relu", whose weights have no sum to be divided by; FLASH makes `scale` one over
+        the number of tokens.
       initial_state: the `WindowState` before the first token; None means `init_window_state`, no tokens. It belongs to
         the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes a segment
         starts. None means one segment.
       implementation: "reference" (one softmax over all keys), "chunked" (blocks of queries in plain JAX), "pallas_tpu"
-        (JAX's splash attention; bfloat16, at least 128 tokens; interpreted when lowered for a CPU), or None for the
-        best of the platform that the program is lowered for: the kernel on TPU where it can, else "chunked". A named
-        implementation runs or raises.
+        (JAX's splash attention; softmax, bfloat16, at least 128 tokens; interpreted when lowered for a CPU), or None
+        for the best of the platform that the program is lowered for: the kernel on TPU where it can, else "chunked". A
+        named implementation runs or raises.
 
     Returns:
       o [B, T, H, V] in v's dtype, and the `WindowState` after the last token, its keys and values in k's and v's
@@ -110,6 +117,11 @@ def window_attention(
         raise ValueError(
             f"window must be an integer >= 1, the token itself included; got {window!r}"
         )
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got"
+            f" {activation!r}"
+        )
     if initial_state is not None:
         _check_state(
             initial_state, (batch, window - 1, key_heads), key_size, v.shape[3]
@@ -123,7 +135,7 @@ def window_attention(
             batch, window, key_heads, key_size, v.shape[3]
         )
         o, *state = reference.window_attention(
-            q, k, v, *past, segment_ids, window, scale
+            q, k, v, *past, segment_ids, window, scale, activation
         )
     else:
         past = initial_state or (None, None, None)
@@ -140,6 +152,7 @@ def window_attention(
             dtypes=(v.dtype, k.dtype, v.dtype, jnp.dtype(bool)),
             window=window,
             scale=scale,
+            activation=activation,
         )
     return o.astype(v.dtype), WindowState(*state)
 

@@ -53,7 +53,7 @@ def _with_previous(x, block):
     return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
 
 
-def _attend(q, k, v, q_runs, k_runs, window, scale):
+def _attend(q, k, v, q_runs, k_runs, window, scale, activation):
     """Attention of q [..., C, H, K] to k, v [..., S, M, K | V]; the last C of the S keys stand beside the queries."""
     *leading, C, H, K = q.shape
     S, M, R = *k.shape[-3:-1], H // k.shape[-2]
@@ -65,15 +65,19 @@ def _attend(q, k, v, q_runs, k_runs, window, scale):
     k, v = (jnp.swapaxes(x, -3, -2) for x in (k, v))
     logits = einsum("...mck,...msk->...mcs", q.reshape(*leading, M, R * C, K), k)
     logits = scale * logits.reshape(*leading, M, R, C, S)
-    # The lowest number, not -inf: its softmax is 0 just as exactly, and a padded query that sees nothing has no NaN.
-    logits = jnp.where(sees[..., None, None, :, :], logits, jnp.finfo(jnp.float32).min)
-    p = jax.nn.softmax(logits, axis=-1).reshape(*leading, M, R * C, S)
-    o = einsum("...mcs,...msv->...mcv", p, v)
+    sees = sees[..., None, None, :, :]
+    if activation == "squared_relu":
+        p = jnp.where(sees, jnp.square(jax.nn.relu(logits)), 0.0)
+    else:
+        # The lowest number, not -inf: its softmax is 0 as exactly, and a padded query that sees nothing has no NaN.
+        lowest = jnp.finfo(jnp.float32).min
+        p = jax.nn.softmax(jnp.where(sees, logits, lowest), axis=-1)
+    o = einsum("...mcs,...msv->...mcv", p.reshape(*leading, M, R * C, S), v)
     o = jnp.moveaxis(o.reshape(*leading, M, R, C, -1), -2, -4)
     return o.reshape(*leading, C, H, v.shape[-1])
 
 
-def _attend_in_turn(q, k, v, q_runs, k_runs, window, scale, block):
+def _attend_in_turn(q, k, v, q_runs, k_runs, window, scale, activation, block):
     """`_attend` of q [B, T, H, K] to the T + P keys, one block of queries after another."""
     batch, length = q.shape[:2]
     past, after = k.shape[1] - length, -length % block
@@ -89,7 +93,7 @@ def _attend_in_turn(q, k, v, q_runs, k_runs, window, scale, block):
             for x in (k, v, k_runs)
         )
         k_near, v_near, near_runs = before_and_own
-        return _attend(q, k_near, v_near, q_runs, near_runs, window, scale)
+        return _attend(q, k_near, v_near, q_runs, near_runs, window, scale, activation)
 
     q_GBC, runs_GBC = (
         jnp.moveaxis(_blocks(_pad_time(x, 0, after, fill), block), 1, 0)
@@ -135,7 +139,9 @@ def last_state(joined: Joined, length: int):
     return k, v, valid
 
 
-def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale):
+def forward(
+    q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale, activation
+):
     """Shapes as in `api.py`, the initial state by its parts or three times None.
 
     Returns o in float32 and the parts of the final state; keys and values that are not valid are zeros.
@@ -149,12 +155,14 @@ def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale):
     # All keys at once, where blocks of queries would not have fewer.
     if length <= LONGEST_BLOCK and runs.shape[1] - first <= 2 * block:
         k, v, k_runs = k[:, first:], v[:, first:], runs[:, first:]
-        o = _attend(q, k, v, q_runs, k_runs, window, scale)
+        o = _attend(q, k, v, q_runs, k_runs, window, scale, activation)
     elif block > LONGEST_BLOCK:
         # The farthest key that a query can see and that there is.
         farthest = max(0, min(first, past - length))
         k, v, k_runs = k[:, farthest:], v[:, farthest:], runs[:, farthest:]
-        o = _attend_in_turn(q, k, v, q_runs, k_runs, window, scale, LONGEST_BLOCK // 2)
+        o = _attend_in_turn(
+            q, k, v, q_runs, k_runs, window, scale, activation, LONGEST_BLOCK // 2
+        )
     else:
         before, after = block - past, -length % block
         k_blocks, v_blocks = (
@@ -163,7 +171,9 @@ def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale):
         k_runs = _with_previous(_pad_time(runs, before, after, -1), block)
         q_blocks = _blocks(_pad_time(q, 0, after), block)
         q_runs = _blocks(_pad_time(q_runs, 0, after, -1), block)
-        o = _attend(q_blocks, k_blocks, v_blocks, q_runs, k_runs, window, scale)
+        o = _attend(
+            q_blocks, k_blocks, v_blocks, q_runs, k_runs, window, scale, activation
+        )
         o = o.reshape(batch, -1, *o.shape[3:])[:, :length]
     k, v, valid = last_state(joined, length)
     return o, k.astype(dtypes[0]), v.astype(dtypes[1]), valid
@@ -183,12 +193,16 @@ def backward(
     *,
     window,
     scale,
+    activation,
 ):
     """Cotangents of q, k, v, k_past and v_past (None without initial state), and None for valid_past."""
 
     def outputs(q, k, v, k_past, v_past):
         return forward(
-            q, k, v, k_past, v_past, valid_past, segment_ids, window=window, scale=scale
+            *(q, k, v, k_past, v_past, valid_past, segment_ids),
+            window=window,
+            scale=scale,
+            activation=activation,
         )[:3]
 
     _, pullback = jax.vjp(outputs, q, k, v, k_past, v_past)

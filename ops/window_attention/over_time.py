@@ -3,8 +3,8 @@
 A device needs the window - 1 tokens before its own. Where they fit on its neighbour it receives them from there, and
 backward returns their gradient, which it has from its first window - 1 queries alone. A wider window, up to full
 attention, gathers the keys and values of all devices (LASP-2H, arXiv 2502.07563), and backward sums their gradients
-where they came from; with `sequence_method("ring")`, and no state before the first token, they visit one device after
-another instead (`ring.py`).
+where they came from; with `sequence_method("ring")`, softmax and no state before the first token, they visit one device
+after another instead (`ring.py`).
 """
 
 import jax
@@ -43,7 +43,7 @@ class OverTime:
     def forward(self, local, line: Line, q, k, v, k_past, v_past, valid_past, ids):
         past = local.static["window"] - 1
         first = _past(k, v, k_past, v_past, valid_past, past)
-        if _in_a_ring(line, k.shape[1], past, valid_past):
+        if _in_a_ring(local, line, k.shape[1], valid_past):
             (o, log_sum), final = _ring(local, line, q, k, v, first, ids)
             o, log_sum = checkpoint_name((o.astype(v.dtype), log_sum), CARRIED)
             return (o, *final), (o, log_sum)
@@ -69,7 +69,7 @@ class OverTime:
         q, k, v, k_past, v_past, valid_past, ids = inputs
         do, dk_last, dv_last = cotangents
         past = local.static["window"] - 1
-        if _in_a_ring(line, k.shape[1], past, valid_past):
+        if _in_a_ring(local, line, k.shape[1], valid_past):
             return *_ring_backward(local, line, carried, inputs, cotangents), *(
                 None,
             ) * 3
@@ -119,8 +119,10 @@ def _own(line: Line, x, length):
     return lax.dynamic_slice_in_dim(x, line.rank * length, length, axis=1)
 
 
-def _in_a_ring(line: Line, length: int, past: int, valid_past) -> bool:
-    return line.method == "ring" and length < past and valid_past is None
+def _in_a_ring(local, line: Line, length: int, valid_past) -> bool:
+    wide = length < local.static["window"] - 1
+    softmax = local.static["activation"] == "softmax"
+    return line.method == "ring" and softmax and wide and valid_past is None
 
 
 def _ring(local, line: Line, q, k, v, first, ids):

@@ -25,13 +25,17 @@ from .chunked import join, last_state
 LANES = 128
 # Tokens per block of queries and of keys; wide blocks fetch less, narrow ones waste less of a narrow window.
 LARGEST_BLOCK = 512
-SUPPORTED = "bfloat16 q, k and v of at least 128 tokens, on a TPU"
+SUPPORTED = "softmax, and bfloat16 q, k and v of at least 128 tokens, on a TPU"
 
 
-def supports(q, k, v, *_, **__) -> bool:
+def supports(q, k, v, *_, activation, **__) -> bool:
     """The kernel rounds the factors of its products to bfloat16, which float32 inputs do not ask for; few queries do
     not fill it."""
-    return q.shape[1] >= LANES and all(x.dtype == jnp.bfloat16 for x in (q, k, v))
+    return (
+        activation == "softmax"
+        and q.shape[1] >= LANES
+        and all(x.dtype == jnp.bfloat16 for x in (q, k, v))
+    )
 
 
 def _block(tokens: int, window: int) -> int:
@@ -111,7 +115,9 @@ def _on_platform(function, *args, **options):
     return by_platform(forms, *args)
 
 
-def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale):
+def forward(
+    q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale, activation
+):
     """Shapes as in `api.py`, the initial state by its parts or three times None; o in v's dtype, and the final state's
     parts."""
     return _on_platform(
@@ -142,6 +148,7 @@ def backward(
     *,
     window,
     scale,
+    activation,
 ):
     """Cotangents of q, k, v, k_past and v_past (None without initial state), and None for valid_past."""
     inputs = (q, k, v, k_past, v_past, valid_past, segment_ids)

@@ -1,12 +1,15 @@
-"""Window attention as one masked softmax in float32: the definition that every other implementation is held to."""
+"""Window attention with one mask, in float32: the definition that every other implementation is held to."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def window_attention(q, k, v, k_past, v_past, valid_past, segment_ids, window, scale):
-    """o_t = sum_s p_ts v_s,   p_t = softmax of scale q_t k_s over the tokens s of t's segment with t - window < s <= t.
+def window_attention(
+    q, k, v, k_past, v_past, valid_past, segment_ids, window, scale, activation
+):
+    """o_t = sum_s p_ts v_s,   p_t = softmax of scale q_t k_s over the tokens s of t's segment with t - window < s <= t,
+    or p_ts = max(scale q_t k_s, 0)^2 there.
 
     Shapes as in `api.py`; k_past [B, window - 1, HK, K], v_past and valid_past are the initial state. Returns o [B, T,
     H, V] in float32 and k, v, valid of the last window - 1 tokens.
@@ -32,9 +35,12 @@ def window_attention(q, k, v, k_past, v_past, valid_past, segment_ids, window, s
     logits_BHTS = scale * jnp.einsum(
         "bthk,bshk->bhts", q, k_BSHK, precision=lax.Precision.HIGHEST
     )
-    p_BHTS = jax.nn.softmax(
-        jnp.where(sees_BTS[:, None], logits_BHTS, -jnp.inf), axis=-1
-    )
+    if activation == "squared_relu":
+        p_BHTS = jnp.where(sees_BTS[:, None], jnp.maximum(logits_BHTS, 0) ** 2, 0)
+    else:
+        p_BHTS = jax.nn.softmax(
+            jnp.where(sees_BTS[:, None], logits_BHTS, -jnp.inf), axis=-1
+        )
     o_BTHV = jnp.einsum(
         "bhts,bshv->bthv", p_BHTS, v_BSHV, precision=lax.Precision.HIGHEST
     )

@@ -91,8 +91,8 @@ def decay(
 ):
     """The kind of decay, and its kernel inputs as pairs of array and block spec.
 
-    A constant decay is one of tokens whose block does not move with the chunk; with segments, no decay and constant
-    decay become decays of tokens, because a token that starts a segment has a decay of zero.
+    A constant decay is one of tokens, the same for the whole batch; with segments, no decay becomes one of tokens too,
+    because a token that starts a segment has a decay of zero.
     """
     if decay_log is not None and decay_log.ndim == 4:
         return VectorDecay.inputs(matmul, blocks, decay_log, segment_ids, reverse)
@@ -101,20 +101,10 @@ def decay(
     if decay_log is None:
         # The same for all blocks of heads.
         log_BHT = jnp.zeros((blocks.batch, blocks.heads, blocks.length), jnp.float32)
-    elif decay_log.ndim == 1 and segment_ids is None:
-        rows = jnp.broadcast_to(
-            decay_log.astype(jnp.float32)[:, None], (blocks.all_heads, blocks.chunk)
-        )
-        rows = rows.reshape(1, -1, 1, blocks.heads, blocks.chunk)
-        ragged = blocks.length % blocks.chunk
-        if ragged:  # tokens past the end do not decay: the last chunk differs
-            rows = jnp.repeat(rows, blocks.chunks, 2)
-            rows = rows.at[:, :, -1, :, ragged:].set(0.0)
-        return ScalarDecay.inputs(matmul, blocks, rows, reverse)
     elif decay_log.ndim == 1:
         log_BHT = jnp.broadcast_to(
             decay_log.astype(jnp.float32)[None, :, None],
-            (blocks.batch, blocks.all_heads, blocks.length),
+            (1, blocks.all_heads, blocks.length),
         )
     else:
         log_BHT = decay_log.astype(jnp.float32).swapaxes(1, 2)
@@ -177,7 +167,7 @@ class ScalarDecay:
 
     @staticmethod
     def inputs(matmul: Matmul, blocks: Blocks, log_rows: jax.Array, reverse: bool):
-        """log_rows: [B or 1, n, G or 1, heads, C], 0 where no token is; G = 1: all chunks are the same."""
+        """log_rows: [B or 1, n, G, heads, C], 0 where no token is."""
         chunk = blocks.chunk
         until = np.tri(chunk, dtype=np.float32)
         both = np.concatenate([until.T, until - np.eye(chunk, dtype=np.float32)], 1)
@@ -380,7 +370,8 @@ class VectorDecay:
         row = lax.broadcasted_iota(jnp.int32, (1, SUBLANES, size), 1)
         i, j = indices(chunk, chunk)
         distance = i ^ j  # from b to 2b - 1 at the pairs of level b, if i > j
-        P = matmul.nt(q, k)
+        # The diagonal; a whole product would only be taken for it.
+        P = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), 1, keepdims=True)
         exponents = [jnp.where(row & 1 == 1, log.reshape(n, SUBLANES, size), 0.0)]
         exponents += [
             sums[at : at + chunk].reshape(n, SUBLANES, size)

@@ -27,7 +27,7 @@ def programs() -> Iterator[Program]:
                     decay,
                     analyse=generation == "v6e"
                     or decay == "none"
-                    or (decay, direction) == ("vector", "forward"),
+                    or direction == "forward",
                 )
             yield make("vector", decay_dtype="float32", analyse=generation == "v6e")
             for decay in ("scalar", "vector"):

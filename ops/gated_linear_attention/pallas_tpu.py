@@ -123,11 +123,13 @@ def backward(
             _gla_backward, kind=kind, scale=scale, inputs=len(decays) + 6
         ),
         blocks,
+        # What is loaded least comes first: short of scalar registers, the compiler moves the first inputs' addresses to
+        # memory, and libtpu 0.0.42.1 lets every load through such an address wait for the stores before it.
         [
-            (qf, of_keys),
-            (kf, of_keys),
             (vf, of_values),
             (dof, of_values),
+            (qf, of_keys),
+            (kf, of_keys),
             (starts, blocks.chunk_states(value, key, reverse=True)),
             *decays,
             (dfinal_state, state),
@@ -234,7 +236,7 @@ def _gla_states(k_ref, v_ref, *refs, kind):
 
 
 def _gla_backward(*refs, kind, scale, inputs):
-    (q_ref, k_ref, v_ref, do_ref, starts_ref, *decay_refs, dfinal_ref), refs = (
+    (v_ref, do_ref, q_ref, k_ref, starts_ref, *decay_refs, dfinal_ref), refs = (
         refs[:inputs],
         refs[inputs:],
     )

@@ -409,6 +409,41 @@ def test_replicas_under_vmap_learn_as_they_would_alone(name):
         assert_close(logits[i], call(lm, tokens[i])[0], f"replica {i}")
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_of_a_fresh_model_over_4096_tokens_are_finite(name, compute_dtype):
+    row, length = ALL[name], 4096
+    mixers = {
+        mixer: options
+        | ({"context_length": length} if "context_length" in options else {})
+        for mixer, options in row.mixers.items()
+    }
+    config = {"width": 32, "depth": row.depth, "pattern": row.pattern, **row.model}
+    lm = build(
+        config | {"mixers": mixers},
+        vocabulary_size=VOCABULARY,
+        param_dtype="float32",
+        compute_dtype=compute_dtype,
+        rngs=nnx.Rngs(0),
+    )
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, VOCABULARY, (1, length)), jnp.int32)
+    graphdef, params, variables = nnx.split(lm, nnx.Param, ...)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        logits, _ = nnx.merge(graphdef, params, variables)(tokens)
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+    value, gradients = loss(params)
+    assert np.isfinite(value)
+    for path, leaf in nnx.to_flat_state(gradients):
+        assert np.isfinite(np.asarray(leaf[...])).all(), f"gradient of {path}"
+
+
 @pytest.mark.slow
 @every_row
 def test_absent_state_is_the_zero_state(name):

@@ -9,8 +9,10 @@
     python -m experiments.bench --shapes=cpu --peers               beside jax-linear-attention, where it is installed
 
 Every case is compiled first; then all implementations (and the peer) of one case take turns, so that a machine that
-slows down slows all of them. Reported are the median over the rounds, the minimum, the ratio of medians to ours, and
-the temporary memory of the compiled program. Hardware and versions are printed and recorded.
+slows down slows all of them. A turn runs its program once unmeasured, which brings code, data and memory back into
+caches that another program had, and then for about a tenth of a second. Reported are the median over the turns and the
+minimum, per run, the ratio of medians to ours, and the temporary memory of the compiled program. Hardware and versions
+are printed and recorded.
 """
 
 import functools
@@ -39,6 +41,7 @@ from ops.short_convolution import shapes as convolution_shapes
 from ops.window_attention import shapes as window_shapes
 
 IMPLEMENTATIONS = ("chunked", "reference")
+TURN_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -267,9 +270,7 @@ def measure(
             programs[name] = (compiled, compile_s, [])
         for _ in range(rounds):
             for compiled, _, times in programs.values():
-                began = time.perf_counter()
-                jax.block_until_ready(compiled(*case.inputs))
-                times.append(1e3 * (time.perf_counter() - began))
+                times.append(_turn(compiled, case.inputs))
         ours = statistics.median(next(iter(programs.values()))[2])
         for name, (compiled, compile_s, times) in programs.items():
             memory = compiled.memory_analysis()
@@ -288,6 +289,17 @@ def measure(
                 }
             )
     return rows
+
+
+def _turn(program: Callable[..., Any], inputs: tuple[jax.Array, ...]) -> float:
+    """Milliseconds of one run of `program`, after one that is not counted."""
+    jax.block_until_ready(program(*inputs))
+    began = time.perf_counter()
+    runs = 0
+    while runs == 0 or time.perf_counter() - began < TURN_S:
+        jax.block_until_ready(program(*inputs))
+        runs += 1
+    return 1e3 * (time.perf_counter() - began) / runs
 
 
 def _gradients(function: Callable[..., jax.Array], count: int) -> Callable[..., Any]:
@@ -369,7 +381,7 @@ if __name__ == "__main__":
         list(IMPLEMENTATIONS),
         "The first is what the others are compared with.",
     )
-    flags.DEFINE_integer("rounds", 7, "Measured rounds.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 7, "Turns of every program.", lower_bound=1)
     flags.DEFINE_bool("peers", False, "Measure jax-linear-attention beside ours.")
     flags.DEFINE_string("json", "", "File to write all rows to.")
     flags.DEFINE_bool(

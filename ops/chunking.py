@@ -319,9 +319,8 @@ def decay_scores_gradient(
             einsum("...ji,...ik->...jk", flipped_copy(dP_W), q),
         )
         # Token t is inside the interval of every pair j < t <= i.
-        row, column = _indices(dP)
-        before = jnp.where(row < column, jnp.ones_like(dP), 0.0)
-        until = einsum("...ij,...jt->...it", dP * P, before)
+        before = 1.0 - jnp.tri(dP.shape[-1], dtype=dP.dtype)
+        until = einsum("...ij,jt->...it", dP * P, before)
         return dq, dk, ScoreGradient(tokens=lower(until).sum(-2)[..., None])
     diagonal = jnp.diagonal(dP, axis1=-2, axis2=-1)[..., None]
     dq, dk = diagonal * k, diagonal * q

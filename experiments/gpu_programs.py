@@ -148,18 +148,18 @@ def _diagonal_programs(direction: str) -> Iterator[Program]:
         (1, False, "bfloat16", (8, 2048, 2048), "sm_90a"),
         (1, True, "float32", (1, 1048576, 192), "sm_90a"),
     ):
-        # The cotangent of h is float32, as the op's rules hand it over.
+        # Backward takes states in the place of b; they and their cotangent are float32.
         b = (shape(B, T, D, dtype=dtype),) * parts
         a = (shape(D),) * parts if constant else b
-        state, cotangent = (shape(B, D),) * parts, (shape(B, T, D),) * parts
-        cotangents = () if direction == "forward" else (cotangent, state)
+        state, h = (shape(B, D),) * parts, (shape(B, T, D),) * parts
+        tokens, *cotangents = (b,) if direction == "forward" else (h, h, state)
         kind = "real" if parts == 1 else "complex"
         factors = "constant" if constant else "per_token"
         yield Program(
             f"diagonal_scan_{direction}_{kind}_{factors}_{dtype}_{B}x{T}x{D}_{architecture}",
             architecture,
             getattr(diagonal_scan, direction),
-            (a, b, state, shape(B, T, dtype="int32"), *cotangents),
+            (a, tokens, state, shape(B, T, dtype="int32"), *cotangents),
         )
 
 

@@ -2,8 +2,9 @@
 
 An op is one `jax.custom_vjp`, and under a mesh its forward and its backward rule are one `shard_map` each. The
 differentiation is outside: cotangents are those of global arrays. (Inside, with an output that all devices along an
-axis hold, each of them would receive the cotangent divided by their number.) What the backward rule keeps are the
-inputs and, where time is cut, the state that came in from the left.
+axis hold, each of them would receive the cotangent divided by their number.) What is kept for the backward rule are the
+inputs, unless the op says that an output serves better in the place of one, and, where time is cut, the state that came
+in from the left.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,14 +30,21 @@ class OverTime(Protocol):
     def backward(self) -> Callable[..., tuple[Any, ...]]: ...
 
 
+def _inputs(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    del outputs
+    return inputs
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """name: of the public function; implementations: modules with `forward` and `backward`; over_time: where time is
-    cut, None for an op whose layouts leave time whole."""
+    cut, None for an op whose layouts leave time whole; kept: inputs and outputs -> what the backward rule takes in the
+    place of the inputs, each of the shape and layout of the input."""
 
     name: str
     implementations: Mapping[str, ModuleType]
     over_time: OverTime | None = None
+    kept: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...]] = _inputs
 
 
 class _Call(NamedTuple):
@@ -48,6 +56,7 @@ class _Call(NamedTuple):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dtypes: tuple[Any, ...]
+    input_dtypes: tuple[Any, ...]  # those of gradients
     static: tuple[tuple[str, Any], ...]
     mesh: AbstractMesh | None
     method: str
@@ -82,12 +91,12 @@ class Local(NamedTuple):
         )
 
     def backward(self, inputs: Any, cotangents: Any) -> tuple[Any, ...]:
-        """Gradients of the inputs up to the last that has one."""
+        """Gradients of the inputs, given what the op keeps for them, up to the last that has one."""
         call = self.call
 
         def dtype(place: int) -> Any:
             wide = jnp.dtype(jnp.float32) if place in self.partial else None
-            return jax.tree.map(lambda x: wide or x.dtype, inputs[place])
+            return jax.tree.map(lambda dtype: wide or dtype, call.input_dtypes[place])
 
         return dispatch.call(
             call.implementations,
@@ -122,6 +131,7 @@ def run(
         sharding.in_context(layouts),
         sharding.in_context(outputs),
         dtypes,
+        jax.tree.map(lambda x: x.dtype, inputs),
         tuple(sorted(static.items())),
         sharding.ambient_mesh(),
         sequence_parallel.current_method(),
@@ -136,7 +146,8 @@ def _forward(call: _Call, *inputs: Any) -> Any:
 def _forward_rule(call: _Call, *inputs: Any) -> tuple[Any, Any]:
     local, mesh = Local(call), call.mesh
     if mesh is None:
-        return local.forward(*inputs), (inputs, None)
+        outputs = local.forward(*inputs)
+        return outputs, (call.op.kept(inputs, outputs), None)
     in_specs = sharding.specs(call.op.name, mesh, call.inputs, inputs)
     line, everywhere = _line(call, mesh), P(mesh.axis_names)
 
@@ -155,7 +166,7 @@ def _forward_rule(call: _Call, *inputs: Any) -> tuple[Any, Any]:
         out_specs=(out_specs, everywhere),
         check_vma=False,
     )(*inputs)
-    return outputs, (inputs, carried)
+    return outputs, (call.op.kept(inputs, outputs), carried)
 
 
 def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
@@ -186,9 +197,9 @@ def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
                 local, line, carried, inputs, cotangents
             )
         return tuple(
-            _summed(gradient, axes, x)
-            for gradient, axes, x in zip(
-                _padded(gradients, inputs), missing, inputs, strict=True
+            _summed(gradient, axes, dtypes)
+            for gradient, axes, dtypes in zip(
+                _padded(gradients, inputs), missing, call.input_dtypes, strict=True
             )
         )
 
@@ -229,11 +240,11 @@ def _held(layout: str, spec: Any) -> set[str]:
     return sharding.axes_of(spec) | ({sharding.SEQUENCE} if is_state else set())
 
 
-def _summed(gradient: Any, axes: tuple[str, ...], like: Any) -> Any:
+def _summed(gradient: Any, axes: tuple[str, ...], dtypes: Any) -> Any:
     if gradient is None or not axes:
         return gradient
     gradient = lax.psum(gradient, axes)
-    return jax.tree.map(lambda total, x: total.astype(x.dtype), gradient, like)
+    return jax.tree.map(lambda total, dtype: total.astype(dtype), gradient, dtypes)
 
 
 _run: Any = jax.custom_vjp(_forward, nondiff_argnums=(0,))

@@ -99,8 +99,10 @@ class Blocks:
         """[C, L] -> [C / 8, 8, L]."""
         return x.reshape(self.chunk // SUBLANES, SUBLANES, self.lanes)
 
-    def group_scratch(self) -> Any:
-        return pltpu.VMEM((self.chunk // SUBLANES, SUBLANES, self.lanes), jnp.float32)
+    def group_scratch(self, before: int = 0) -> Any:
+        """For the groups of a chunk, and `before` of them before it."""
+        groups = before + self.chunk // SUBLANES
+        return pltpu.VMEM((groups, SUBLANES, self.lanes), jnp.float32)
 
     def loop(
         self,

@@ -39,16 +39,16 @@ def _program(
         a = shape(channels) if constant else b
         state = shape(1, channels)
         ids = shape(1, T, dtype="int32") if segments else None
-        # The cotangent of h is float32, as the op's rules hand it over.
-        cotangents = [shape(1, T, channels), state] if direction == "backward" else []
-        numbers = [a, b, state, *cotangents]
+        # Backward takes states in the place of b; they and their cotangent are float32.
+        h = shape(1, T, channels)
+        numbers = [a, b, state] if direction == "forward" else [a, h, state, h, state]
         return [x for x in numbers for _ in range(parts)] + [ids]
 
     def rule(*inputs):
         *flat, ids = inputs
         numbers = [tuple(flat[i : i + parts]) for i in range(0, len(flat), parts)]
-        a, b, state, *cotangents = numbers
-        return getattr(kernels, direction)(a, b, state, ids, *cotangents)
+        a, tokens, state, *cotangents = numbers
+        return getattr(kernels, direction)(a, tokens, state, ids, *cotangents)
 
     name = [
         "diagonal_scan",
@@ -60,7 +60,6 @@ def _program(
         *(["segments"] if segments else []),
         generation,
     ]
-    # Two chunks and four, so that the states at their starts are made and count.
     chunk = kernels.chunk_length(channels)
     return Program(
         name="_".join(name),
@@ -68,11 +67,8 @@ def _program(
         direction=direction,
         rule=rule,
         arguments=arguments,
-        kernels=1 if direction == "forward" else 2,
+        kernels=1,
         units=1,
-        kept_bytes=lambda T: (
-            0 if direction == "forward" else T // chunk * channels * parts * 4
-        ),
         lengths=(2 * chunk, 4 * chunk),
         analyse=analyse,
     )

@@ -7,16 +7,15 @@ zero where a segment starts:
 
     g_t = dh_t + conj(a_{t+1}) g_{t+1}        da_t = g_t conj(h_{t-1})        db_t = g_t        dh_{-1} = conj(a_0) g_0
 
-where the gradient of a pair of reals is written as the complex number of its two parts. A first kernel leaves the
-states at the starts of turns of 16 tokens; then a program takes turn after turn from the last to the first, recomputes
-the states of one into registers and goes back through it. Gradients of a constant factor are summed over time in
-registers, over parts and the batch in plain JAX, in float32.
+where the gradient of a pair of reals is written as the complex number of its two parts. The states h are the op's own
+output; a program takes turns of 16 tokens from the last to the first. Gradients of a constant factor are summed over
+time in registers, over parts and the batch in plain JAX, in float32.
 
 Memory binds: 2 operations for each number that is read or written. One thread has one channel and takes its tokens one
 after another; a scan over tokens inside a block would form products of factors of many tokens and gain nothing, because
 what hides the way to memory is how many loads are under way, and a turn is loaded at once. Few channels leave too few
-of them. Then time is cut (`pallas_gpu_scan.py`): b is read once more forward. The product of the factors of a part is
-formed for that, which may overflow where a state that grows does not; where time is whole no product is.
+of them. Then time is cut (`pallas_gpu_scan.py`): b, or backward dh, is read once more. The product of the factors of a
+part is formed for that, which may overflow where a state that grows does not; where time is whole no product is.
 
 Not measured: how many warps saturate the memory, and so where to cut.
 
@@ -90,27 +89,31 @@ class Sizes:
         dtypes = dtypes or (jnp.float32,) * self.numbers
         return tuple(jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes)
 
+    @property
+    def states(self) -> tuple[Any, ...]:
+        """Of an output [B, T padded to whole turns, width] in float32."""
+        return self.number(self.turns * TURN)
+
     def tokens(self, like: Number) -> tuple[Any, ...]:
         """Of an output [B, T padded to whole turns, width]."""
         return self.number(self.turns * TURN, dtypes=[x.dtype for x in like])
 
 
 class Inputs(NamedTuple):
-    """Numbers, or refs inside: a [width] or [B, T, width], b and dh [B, T, width]; keep [B, T] or None."""
+    """Numbers, or refs inside: a [width] or [B, T, width]; x, which enters states, b or backward dh [B, T, width]; keep
+    [B, T] or None."""
 
     a: Number
-    b: Number
+    x: Number
     keep: Any
-    dh: Number | None = None
 
 
-def _inputs(a, b, segment_ids, dh=None) -> tuple[Sizes, Inputs]:
-    (batch, length, channels), constant = b[0].shape, a[0].ndim == 1
+def _inputs(a, x, segment_ids) -> tuple[Sizes, Inputs]:
+    (batch, length, channels), constant = x[0].shape, a[0].ndim == 1
     width = round_up(channels, LANES)
     cut = parts(length, batch * width // LANES)
-    sizes = Sizes(batch, length, width, len(b), cut, constant)
-    keep = keep_states(segment_ids)
-    return sizes, Inputs(_wide(a, sizes), _wide(b, sizes), keep, _wide(dh, sizes))
+    sizes = Sizes(batch, length, width, len(x), cut, constant)
+    return sizes, Inputs(_wide(a, sizes), _wide(x, sizes), keep_states(segment_ids))
 
 
 def _wide(x: Any, sizes: Sizes) -> Any:
@@ -165,16 +168,16 @@ class Walk:
             value if self.whole else jnp.where(t < self.sizes.length, value, otherwise)
         )
 
-    def turn(self, refs: Number, i: Any) -> list[Number]:
-        """b or dh of the tokens of a turn."""
-        ts = [i * TURN + k for k in range(TURN)]
+    def turn(self, refs: Number, i: Any, shift: int = 0) -> list[Number]:
+        """The numbers of the tokens of a turn, or of those `shift` tokens away."""
+        ts = [i * TURN + k + shift for k in range(TURN)]
         return [self.read(refs, self.b, self._token(t)) for t in ts]
 
     def factors(self, i: Any) -> list[Number] | None:
         """Of the tokens of a turn; None for one that is constant."""
         return None if self.a is not None else self.turn(self.inputs.a, i)
 
-    def token(self, i: Any, k: int, b: list[Number], a: list[Number] | None) -> Any:
+    def token(self, i: Any, k: int, x: list[Number], a: list[Number] | None) -> Any:
         """Number, factor, b (or dh) of a token, and whether it keeps the state before it."""
         t = i * TURN + k
         factor = self.a if a is None else a[k]
@@ -188,7 +191,7 @@ class Walk:
                 self.valid(t, part, 1.0 if n == 0 else 0.0)
                 for n, part in enumerate(factor)
             ),
-            tuple(self.valid(t, part, 0.0) for part in b[k]),
+            tuple(self.valid(t, part, 0.0) for part in x[k]),
             keep,
         )
 
@@ -205,7 +208,7 @@ def forward(a, b, initial_state, segment_ids):
     sizes, inputs = _inputs(a, b, segment_ids)
     starts = _state(initial_state, sizes)
     if sizes.parts > 1:
-        added, products, *_ = _walk(sizes, inputs, None)
+        added, products = _walk(sizes, inputs)
         starts = gpu.part_starts(_part_product, products, added, starts, False)
 
     def kernel(inputs, starts, h, final):
@@ -213,7 +216,7 @@ def forward(a, b, initial_state, segment_ids):
 
         def turn(i: Any, carry: Any) -> Any:
             h_t, b, a = carry
-            following = walk.turn(inputs.b, i + 1), walk.factors(i + 1)
+            following = walk.turn(inputs.x, i + 1), walk.factors(i + 1)
             for k in range(TURN):
                 t, a_t, b_t, keep = walk.token(i, k, b, a)
                 h_t = _add(multiply(a_t, _kept(h_t, keep)), b_t)
@@ -222,7 +225,7 @@ def forward(a, b, initial_state, segment_ids):
 
         carry = (
             walk.read(starts, walk.b, walk.part),
-            walk.turn(inputs.b, walk.first),
+            walk.turn(inputs.x, walk.first),
             walk.factors(walk.first),
         )
         h_t, *_ = lax.fori_loop(walk.first, walk.last, turn, carry)
@@ -233,102 +236,81 @@ def forward(a, b, initial_state, segment_ids):
         kernel,
         sizes.grid,
         (inputs, starts),
-        (sizes.tokens(b), sizes.number(sizes.parts)),
+        (sizes.states, sizes.number(sizes.parts)),
         warps=1,
     )
     channels = b[0].shape[2]
-    # Exact: the caller casts h to b's dtype again.
     return (
-        tuple(x[:, : sizes.length, :channels].astype(jnp.float32) for x in h),
+        tuple(x[:, : sizes.length, :channels] for x in h),
         tuple(x[:, -1, :channels] for x in final),
     )
 
 
-def _walk(sizes: Sizes, inputs: Inputs, starts: Number | None, reverse: bool = False):
-    """Passes states over the tokens of each part, or reverse conj(a_t) g_t: from `starts` [B, parts, width], or None.
+def _walk(sizes: Sizes, inputs: Inputs, reverse: bool = False) -> tuple[Number, Number]:
+    """What each part adds to a state, or reverse to the gradient conj(a_t) g_t, and the product of its factors."""
+    of_parts = sizes.number(sizes.parts)
 
-    Without starts: what each part adds to a state and the product of its factors. Forward, then or instead, the states
-    before each turn [B, turns, width], and without starts the products of factors from the start of the part.
-    """
-    ofparts, of_turns = sizes.number(sizes.parts), sizes.number(sizes.turns)
-    by_part = 0 if starts is not None else 2
-    by_turn = 0 if reverse else 1 if starts is not None else 2
-
-    def kernel(inputs, starts, *outputs):
+    def kernel(inputs, *outputs):
         walk = Walk(sizes, inputs)
-        refs = inputs.dh if reverse else inputs.b
         begin, step = (walk.last - 1, -1) if reverse else (walk.first, 1)
 
         def turn(n: Any, carry: Any) -> Any:
-            states, b, a = carry
+            h, product, x, a = carry
             i = begin + step * n
-            for ref, state in zip(outputs[by_part:], states, strict=False):
-                walk.write(ref, state, walk.b, i)
-            following = walk.turn(refs, i + step), walk.factors(i + step)
+            following = walk.turn(inputs.x, i + step), walk.factors(i + step)
             for k in range(TURN)[::step]:
-                _, a_t, b_t, keep = walk.token(i, k, b, a)
-                h, *products = states
+                _, a_t, x_t, keep = walk.token(i, k, x, a)
                 if reverse:
                     a_t = _conjugate(a_t)
-                    h = _kept(multiply(a_t, _add(h, b_t)), keep)
+                    h = _kept(multiply(a_t, _add(h, x_t)), keep)
                 else:
-                    h = _add(multiply(a_t, _kept(h, keep)), b_t)
-                states = h, *(_kept(multiply(a_t, p), keep) for p in products)
-            return states, *following
+                    h = _add(multiply(a_t, _kept(h, keep)), x_t)
+                product = _kept(multiply(a_t, product), keep)
+            return h, product, *following
 
         zero = jnp.zeros((LANES,), jnp.float32)
         nothing = (zero,) * sizes.numbers
-        states = (nothing, (zero + 1, *nothing[1:]))
-        if starts is not None:
-            states = (walk.read(starts, walk.b, walk.part),)
-        carry = states, walk.turn(refs, begin), walk.factors(begin)
-        states, *_ = lax.fori_loop(0, walk.last - walk.first, turn, carry)
-        for ref, state in zip(outputs[:by_part], states, strict=False):
-            walk.write(ref, state, walk.b, walk.part)
+        one = zero + 1, *nothing[1:]
+        carry = nothing, one, walk.turn(inputs.x, begin), walk.factors(begin)
+        *results, _, _ = lax.fori_loop(0, walk.last - walk.first, turn, carry)
+        for ref, result in zip(outputs, results, strict=True):
+            walk.write(ref, result, walk.b, walk.part)
 
     return gpu.call(
-        "diagonal_scan_gradient_states" if reverse else "diagonal_scan_states",
+        f"diagonal_scan_{'gradient' if reverse else 'state'}_parts",
         kernel,
         sizes.grid,
-        (inputs, starts),
-        ((ofparts,) * by_part + (of_turns,) * by_turn),
+        (inputs,),
+        (of_parts, of_parts),
         warps=1,
     )
 
 
-def backward(a, b, initial_state, segment_ids, dh, dfinal_state):
-    """Cotangents of a, b and initial_state, tuples like them, in float32."""
-    sizes, inputs = _inputs(a, b, segment_ids, dh)
-    starts, ends = _state(initial_state, sizes), _state(dfinal_state, sizes)
+def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
+    """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the states."""
+    sizes, inputs = _inputs(a, dh, segment_ids)
+    ends = _state(dfinal_state, sizes)
     if sizes.parts > 1:
-        added, products, of_turns, of_starts = _walk(sizes, inputs, None)
-        starts = gpu.part_starts(_part_product, products, added, starts, False)
-        # The states before the turns of a part, from that before the part.
-        per_part = pl.cdiv(pl.cdiv(sizes.length, CHUNK), sizes.parts) * CHUNK // TURN
-        of_part = jnp.arange(sizes.turns) // per_part
-        starts = tuple(x[:, of_part] for x in starts)
-        starts = _add(_part_product(of_starts, starts), of_turns)
-        added, products = _walk(sizes, inputs, None, reverse=True)
+        added, products = _walk(sizes, inputs, reverse=True)
         ends = gpu.part_starts(_part_product, products, added, ends, True)
-    elif sizes.turns > 1:
-        (starts,) = _walk(sizes, inputs, starts)
 
-    def kernel(inputs, starts, ends, db, da, dinitial):
+    def kernel(inputs, h, initial, ends, db, da, dinitial):
         walk = Walk(sizes, inputs)
+        initial = walk.read(initial, walk.b, 0)
 
         def turn(n: Any, carry: Any) -> Any:
             ag, da_sum = carry
             i = walk.last - 1 - n
-            a, b, dh = walk.factors(i), walk.turn(inputs.b, i), walk.turn(inputs.dh, i)
-            h, before = walk.read(starts, walk.b, i), []
-            for k in range(TURN):
-                _, a_t, b_t, keep = walk.token(i, k, b, a)
-                before.append(_kept(h, keep))
-                h = _add(multiply(a_t, before[k]), b_t)
+            a, dh = walk.factors(i), walk.turn(inputs.x, i)
+            before = walk.turn(h, i, shift=-1)
+            before[0] = tuple(
+                jnp.where(i == 0, first, other)
+                for first, other in zip(initial, before[0], strict=True)
+            )
             for k in reversed(range(TURN)):
                 t, a_t, dh_t, keep = walk.token(i, k, dh, a)
                 g_t = _add(ag, dh_t)
-                da_t = multiply(g_t, _conjugate(before[k]))
+                da_t = multiply(g_t, _conjugate(_kept(before[k], keep)))
                 walk.write(db, g_t, walk.b, t)
                 if sizes.constant:
                     da_t = tuple(walk.valid(t, part, 0.0) for part in da_t)
@@ -349,15 +331,15 @@ def backward(a, b, initial_state, segment_ids, dh, dfinal_state):
         "diagonal_scan_backward",
         kernel,
         sizes.grid,
-        (inputs, starts, ends),
+        (inputs, _wide(h, sizes), _state(initial_state, sizes), ends),
         (
-            sizes.tokens(b),
+            sizes.states,
             sizes.number(sizes.parts) if sizes.constant else sizes.tokens(a),
             sizes.number(sizes.parts),
         ),
         warps=1,
     )
-    channels = b[0].shape[2]
+    channels = h[0].shape[2]
 
     def of_tokens(x: Number) -> Number:
         return tuple(

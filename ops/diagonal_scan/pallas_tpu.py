@@ -2,8 +2,7 @@
 
     h_t = a_t h_{t-1} + b_t
 
-Backward runs from the last chunk to the first. A first kernel, where there is more than one chunk, leaves the states at
-their starts; within a chunk the states before each token are recomputed into fast memory. With dh_t the cotangent of
+Backward runs from the last chunk to the first and takes the states h, the op's own output. With dh_t the cotangent of
 h_t (of the last token: plus that of the final state), g_t its gradient and h_{t-1} zero where a segment starts:
 
     g_t = dh_t + conj(a_{t+1}) g_{t+1}        da_t = g_t conj(h_{t-1})        db_t = g_t        dh_{-1} = conj(a_0) g_0
@@ -40,6 +39,9 @@ class Tuning:
 
 
 TUNING = Tuning()
+EDGE = (
+    16  # rows that are fetched where one is needed: of a whole tile, whatever the dtype
+)
 
 Rows = tuple[Any, ...]  # a number of each channel, or references to such rows
 
@@ -77,80 +79,55 @@ def forward(a, b, initial_state, segment_ids):
             *_masks(segment_ids, scan),
         ],
         [
-            *((_like(part, blocks), blocks.tokens()) for part in b),
+            *[(_states(blocks), blocks.tokens())] * scan.parts,
             *[(_float32(blocks.batch, 1, blocks.width), row)] * scan.parts,
         ],
         [blocks.group_scratch()] * ((2 if scan.constant else 3) * scan.parts),
     )
     (h, final), _ = scan.take(outputs, True, True)
-    # Exact: the caller casts h to b's dtype again.
     return (
-        tuple(part[:, :, :channels].astype(jnp.float32) for part in h),
+        tuple(part[:, :, :channels] for part in h),
         tuple(part[:, 0, :channels] for part in final),
     )
 
 
-def backward(a, b, initial_state, segment_ids, dh, dfinal_state):
-    """Cotangents of a, b and initial_state, tuples like them, in float32."""
-    scan = _scan(a, b, segment_ids)
-    blocks, channels = scan.blocks, b[0].shape[2]
-    row, state = _rows(blocks), blocks.chunk_states(1, reverse=True)
+def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
+    """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the states."""
+    scan = _scan(a, h, segment_ids)
+    blocks, channels = scan.blocks, h[0].shape[2]
+    row, tokens = _rows(blocks), blocks.tokens(reverse=True)
     one_state = _float32(blocks.batch, 1, blocks.width)
 
-    initial = [_one_row(part, blocks) for part in initial_state]
-    starts = [part[:, None] for part in initial]
-    if blocks.chunks > 1:
-        starts = call(
-            functools.partial(_diagonal_states, scan=scan),
-            blocks,
-            [
-                *_tokens(b, blocks),
-                *_factors(a, scan),
-                *((part, row) for part in initial),
-                *_masks(segment_ids, scan),
-            ],
-            [
-                (
-                    _float32(blocks.batch, blocks.chunks, 1, blocks.width),
-                    blocks.chunk_states(1),
-                )
-            ]
-            * scan.parts,
-            [
-                *[blocks.group_scratch()] * ((1 if scan.constant else 2) * scan.parts),
-                *[pltpu.VMEM((1, blocks.width), jnp.float32)] * scan.parts,
-            ],
-        )
-
-    # h was cast to b's dtype, so that its cotangent is exact in it.
-    dh = tuple(part.astype(like.dtype) for part, like in zip(dh, b, strict=True))
-    tokens = blocks.tokens(reverse=True)
     outputs = call(
         functools.partial(_diagonal_backward, scan=scan),
         blocks,
         [
-            *_tokens(b, blocks, reverse=True),
+            *_tokens(h, blocks, reverse=True),
             *_factors(a, scan, reverse=True),
             *_tokens(dh, blocks, reverse=True),
-            *((part, state) for part in starts),
+            *_edges(h, blocks),
+            *((_one_row(part, blocks), row) for part in initial_state),
             *((_one_row(part, blocks), row) for part in dfinal_state),
             *_masks(segment_ids, scan, reverse=True),
         ],
         [
-            *((_like(part, blocks), tokens) for part in b),
+            *[(_states(blocks), tokens)] * scan.parts,
             *(
                 (one_state, row) if scan.constant else (_like(part, blocks), tokens)
                 for part in a
             ),
             *[(one_state, row)] * scan.parts,
         ],
-        [blocks.group_scratch()] * ((3 if scan.constant else 4) * scan.parts),
+        [
+            *[blocks.group_scratch(1)] * scan.parts,
+            *[blocks.group_scratch()] * ((1 if scan.constant else 2) * scan.parts),
+        ],
     )
     (db, da, dinitial), _ = scan.take(outputs, True, True, True)
     da = tuple(part.astype(jnp.float32)[:, :, :channels] for part in da)
     return (
         tuple(part.sum((0, 1)) for part in da) if scan.constant else da,
-        tuple(part.astype(jnp.float32)[:, :, :channels] for part in db),
+        tuple(part[:, :, :channels] for part in db),
         tuple(part[:, 0, :channels] for part in dinitial),
     )
 
@@ -185,6 +162,17 @@ def _tokens(x, blocks: Blocks, reverse: bool = False) -> list[Any]:
     return [(_widened(part, blocks), blocks.tokens(reverse)) for part in x]
 
 
+def _edges(h, blocks: Blocks) -> list[Any]:
+    """The last tile of the chunk before, for the state before a chunk; of the first chunk: any."""
+    per_chunk = blocks.chunk // SUBLANES
+
+    def index(b, t, d):
+        return b, jnp.maximum((blocks.chunks - 1 - t) * per_chunk - 1, 0), d
+
+    spec = pl.BlockSpec((1, SUBLANES, blocks.lanes), index)
+    return [(_widened(part, blocks), spec) for part in h]
+
+
 def _factors(a, scan: _Scan, reverse: bool = False) -> list[Any]:
     if not scan.constant:
         return _tokens(a, scan.blocks, reverse)
@@ -211,6 +199,10 @@ def _masks(segment_ids, scan: _Scan, reverse: bool = False) -> list[Any]:
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _states(blocks: Blocks) -> jax.ShapeDtypeStruct:
+    return _float32(blocks.batch, blocks.length, blocks.width)
 
 
 def _like(x: jax.Array, blocks: Blocks) -> jax.ShapeDtypeStruct:
@@ -241,12 +233,11 @@ def _read(refs: Rows, at: Any) -> Rows:
 
 
 class _Chunk:
-    """One chunk in fast memory: rows of b and of the factors."""
+    """One chunk in fast memory: rows of the factors."""
 
-    def __init__(self, scan, chunk_index, b_refs, a_refs, mask_refs, b_rows, a_rows):
-        self.scan, self.b_rows, self.a_rows = scan, b_rows, a_rows
+    def __init__(self, scan, chunk_index, a_refs, mask_refs, a_rows):
+        self.a_rows = a_rows
         self.mask_ref = mask_refs[0] if scan.masked else None
-        _stage(scan.blocks, chunk_index, b_refs, b_rows)
         here, _ = scan.blocks.places(pl.program_id(2))
         self.a = _read(a_refs, (slice(None), here)) if scan.constant else None
         if not scan.constant:
@@ -262,20 +253,22 @@ class _Chunk:
         keep = self.mask_ref[0, 0, 0, g * SUBLANES + row] != 0
         return tuple(jnp.where(keep, part, 0.0) for part in x)
 
-    def advance(self, g: Any, row: Any, h: Rows) -> tuple[Rows, Rows]:
-        """The state before the token and the one after."""
-        before = self.kept(h, g, row)
-        b = _read(self.b_rows, _row(g, row))
-        return before, _add(_times(self.factor(g, row), before), b)
-
 
 def _stage(blocks: Blocks, chunk_index: Any, refs: Rows, rows: Rows) -> None:
+    """The chunk's rows after those that the scratch has before it."""
     for ref, row_ref in zip(refs, rows, strict=True):
-        row_ref[...] = blocks.groups(blocks.read(ref, chunk_index))
+        groups = blocks.groups(blocks.read(ref, chunk_index))
+        row_ref[row_ref.shape[0] - groups.shape[0] :] = groups
 
 
 def _row(g: Any, row: Any) -> Any:
     return g, pl.ds(row, 1)
+
+
+def _before(g: Any, row: Any) -> Any:
+    """Where the token before is, in rows with a group before those of the chunk."""
+    shifted = row + SUBLANES - 1
+    return _row(g + (shifted >> 3), shifted & SUBLANES - 1)
 
 
 def _last_token(blocks: Blocks) -> Any:
@@ -298,11 +291,15 @@ def _diagonal_forward(*refs, scan, compiled):
     def _():
         _write(final_refs, at, _read(initial_refs, at))
 
-    chunk = _Chunk(scan, t, b_refs, a_refs, mask_refs, b_rows, a_rows)
+    chunk = _Chunk(scan, t, a_refs, mask_refs, a_rows)
+    _stage(blocks, t, b_refs, b_rows)
 
     def token(g, row, h):
-        _, h = chunk.advance(g, row, h)
-        _write(h_rows, _row(g, row), h)
+        now = _row(g, row)
+        h = _add(
+            _times(chunk.factor(g, row), chunk.kept(h, g, row)), _read(b_rows, now)
+        )
+        _write(h_rows, now, h)
         return h
 
     h = blocks.loop(token, _read(final_refs, at), stretch=2, compiled=compiled)
@@ -315,44 +312,29 @@ def _diagonal_forward(*refs, scan, compiled):
         _write(final_refs, at, _read(h_rows, _last_token(blocks)))
 
 
-def _diagonal_states(*refs, scan, compiled):
-    (b_refs, a_refs, initial_refs), refs = scan.take(refs, True, True, True)
-    mask_refs, refs = refs[: scan.masked], refs[scan.masked :]
-    (starts_refs, b_rows, a_rows, h_refs), _ = scan.take(
-        refs, True, True, not scan.constant, True
-    )
-    blocks, t = scan.blocks, pl.program_id(1)
-    here, _ = blocks.places(pl.program_id(2))
-
-    @pl.when(t == 0)
-    def _():
-        _write(h_refs, (slice(None), here), _read(initial_refs, (0, slice(None), here)))
-
-    chunk = _Chunk(scan, t, b_refs, a_refs, mask_refs, b_rows, a_rows)
-    h = _read(h_refs, (slice(None), here))
-    _write(starts_refs, (0, 0), h)
-    h = blocks.loop(
-        lambda g, row, h: chunk.advance(g, row, h)[1], h, stretch=2, compiled=compiled
-    )
-    _write(h_refs, (slice(None), here), h)
-
-
 def _diagonal_backward(*refs, scan, compiled):
-    (b_refs, a_refs, dh_refs, starts_refs, dfinal_refs), refs = scan.take(
-        refs, True, True, True, True, True
+    (h_refs, a_refs, dh_refs, edge_refs, initial_refs, dfinal_refs), refs = scan.take(
+        refs, True, True, True, True, True, True
     )
     mask_refs, refs = refs[: scan.masked], refs[scan.masked :]
     (db_refs, da_refs, dinitial_refs), refs = scan.take(refs, True, True, True)
-    # The gradients take the places of what they are made of: g_t that of dh_t, da_t that of h_{t-1}.
-    (b_rows, g_rows, before_rows, a_rows), _ = scan.take(
-        refs, True, True, True, not scan.constant
-    )
+    # The gradients take the places of what they are made of: g_t that of dh_t, da_t that of h_t.
+    (h_rows, g_rows, a_rows), _ = scan.take(refs, True, True, not scan.constant)
     blocks, t = scan.blocks, pl.program_id(1)
     here, _ = blocks.places(pl.program_id(2))
     at, chunk_index = (0, slice(None), here), blocks.chunks - 1 - t
     zeros = (jnp.zeros((1, blocks.lanes), jnp.float32),) * scan.parts
-    chunk = _Chunk(scan, chunk_index, b_refs, a_refs, mask_refs, b_rows, a_rows)
+    chunk = _Chunk(scan, chunk_index, a_refs, mask_refs, a_rows)
     _stage(blocks, chunk_index, dh_refs, g_rows)
+    _stage(blocks, chunk_index, h_refs, h_rows)
+    # In the group before those of the chunk, the last row is the state before it.
+    edge = tuple(ref[0, -1:] for ref in edge_refs)
+    first = chunk_index == 0
+    before = (
+        jnp.where(first, initial, other)
+        for initial, other in zip(_read(initial_refs, at), edge, strict=True)
+    )
+    _write(h_rows, _row(0, SUBLANES - 1), tuple(before))
 
     @pl.when(t == 0)
     def _():
@@ -363,31 +345,27 @@ def _diagonal_backward(*refs, scan, compiled):
         if scan.constant:
             _write(da_refs, at, zeros)
 
-    def recompute(g, row, h):
-        before, h = chunk.advance(g, row, h)
-        _write(before_rows, _row(g, row), before)
-        return h
-
     def retreat(g, row, carry):
         ag, da = carry  # conj(a_{t+1}) g_{t+1}; of a constant factor, its gradient
         now = _row(g, row)
         g_t = _add(_read(g_rows, now), ag)
         _write(g_rows, now, g_t)
-        da_t = _times(g_t, _conjugate(_read(before_rows, now)))
+        before = _read(h_rows, _before(g, row))
+        da_t = _times(g_t, _conjugate(chunk.kept(before, g, row)))
         if scan.constant:
             da = _add(da, da_t)
         else:
-            _write(before_rows, now, da_t)
+            _write(h_rows, _row(g + 1, row), da_t)
         return chunk.kept(_times(_conjugate(chunk.factor(g, row)), g_t), g, row), da
 
-    blocks.loop(recompute, _read(starts_refs, (0, 0)), stretch=2, compiled=compiled)
     carry = _read(dinitial_refs, at), _read(da_refs, at) if scan.constant else zeros
     ag, da = blocks.loop(retreat, carry, reverse=True, stretch=2, compiled=compiled)
     _write(dinitial_refs, at, ag)
     if scan.constant:
         _write(da_refs, at, da)
     rows = [(db_refs, g_rows)]
-    rows += [] if scan.constant else [(da_refs, before_rows)]
+    rows += [] if scan.constant else [(da_refs, h_rows)]
     for of_number, rows_of_number in rows:
         for ref, rows_ref in zip(of_number, rows_of_number, strict=True):
-            ref[0] = rows_ref[...].reshape(ref.shape[1:]).astype(ref.dtype)
+            of_chunk = rows_ref[rows_ref.shape[0] - blocks.chunk // SUBLANES :]
+            ref[0] = of_chunk.reshape(ref.shape[1:]).astype(ref.dtype)

@@ -4,18 +4,22 @@ arXiv 2404.07904; the lower bounds are from HGRN, NeurIPS 2023, arXiv 2311.04823
     S_t = Diag(f_t) S_{t-1} + (1 - f_t)^T v_t,    o_t = q_t S_t
     f_t = lb_l + (1 - lb_l) sigmoid(x_t W_f),    q_t = swish(x_t W_q),    v_t = x_t W_v
     y_t = norm(o_t) W_o,    norm over all heads together
+    P = softmax(Gamma) over layers,    lb_l = sum_{0 < i <= l} P_i,    1 - lb_l = P_0 + sum_{i > l} P_i
 
     q, 1 - f    q_BTHK, k_BTHK      heads * K = d: the key is what the gate does not keep
     v           v_BTHV              heads * V = d
     log f       decay_log_BTHK      float32
-    lb_l        lower bound of layer l, per channel: 0 in layer 0, and first l / depth in the others
+    Gamma       gamma_LD            float32, one for the whole network; L counts the layers of this mixer alone
+    log P       p_log_LD            float32
+    lb_l        lower bound of the l-th of them, per channel: 0 in the first, increasing with l, below 1
     S           "memory" [B,H,K,V]  float32; each row is a running convex mean of values
 
 State: d^2 / H floats; heads have 128 channels in the paper (H = d / 128). Cost per token: O(d^2 / H).
 
-Departures: lb_l = sigmoid(b_l) with a vector b_l of layer l's own. The paper's bounds start at the same l / depth, from
-one parameter shared by all layers whose softmax and cumulative sum over layers keep lb increasing with depth also while
-it learns; here only the start is increasing. Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
+Gamma starts at 0: lb_l = l / L. A sum over i < l instead gives the same bounds with Gamma's rows numbered otherwise. In
+a hybrid, layers of other mixers have no bound and do not count.
+
+Departures: initialisation N(0, 0.02^2); W_o divided by sqrt(2 depth).
 
 Authors' code: https://github.com/OpenNLPLab/HGRN2
 """
@@ -28,7 +32,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.layer_constant import LayerConstant
 from models.norms import rms_norm
 from models.projections import (
     head_size,
@@ -39,16 +42,46 @@ from models.projections import (
 )
 from ops.gated_linear_attention.api import gated_linear_attention
 
+# log lb and log(1 - lb), float32: [L, D] of all layers, [D] of one.
+Bounds = tuple[jax.Array, jax.Array]
+
+
+class LowerBounds(nnx.Module):
+    """log lb and log(1 - lb) of all layers, [L, D] each: sums of softmax entries, so that neither cancels."""
+
+    def __init__(self, width: int, *, layers: int):
+        # float32 whatever param_dtype is: it enters an exponential.
+        gamma_LD = jnp.zeros((layers, width), jnp.float32)
+        self.gamma_LD = nnx.Param(
+            gamma_LD, group="no_decay", out_sharding=(None, "heads")
+        )
+
+    def __call__(self) -> Bounds:
+        # Rows 1, ..., L - 1, 0: bound l is the sum of the first l of them, the rest that of the others.
+        p_log_LD = jnp.roll(jax.nn.log_softmax(self.gamma_LD[...], axis=0), -1, axis=0)
+        # The first layer exactly: lb = 0.
+        zero_1D = jnp.zeros_like(p_log_LD[:1])
+        bound_log_LD = jax.lax.cumlogsumexp(p_log_LD[:-1], axis=0)
+        rest_log_LD = jax.lax.cumlogsumexp(p_log_LD[1:], axis=0, reverse=True)
+        return (
+            jnp.concatenate((jnp.full_like(zero_1D, -jnp.inf), bound_log_LD)),
+            jnp.concatenate((zero_1D, rest_log_LD)),
+        )
+
 
 class HGRN2(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"memory" [B,H,K,V]}, float32."""
+    """x_BTD -> y_BTD; the state is {"memory" [B,H,K,V]}, float32.
+
+    `shared` is this layer's slice of what `LowerBounds` computes; without it lb = 0, as in a network's first layer.
+    """
+
+    Shared = LowerBounds
 
     def __init__(
         self,
         width: int,
         *,
         depth: int,
-        layer: jax.Array | int,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
@@ -67,13 +100,6 @@ class HGRN2(nnx.Module):
         self.query = dense(width, width, ("embed", "heads"))
         self.forget = dense(width, width, ("embed", "heads"))
         self.value = dense(width, width, ("embed", "heads"))
-        layer = jnp.asarray(layer, jnp.float32)
-        self.first = LayerConstant(layer == 0)
-        # Sigmoid of it: layer / depth.
-        logit = jnp.log(jnp.maximum(layer, 1)) - jnp.log(depth - layer)
-        # float32 whatever param_dtype is: it enters an exponential.
-        bound_D = jnp.full((width,), jnp.where(layer == 0, 0.0, logit), jnp.float32)
-        self.bound_D = nnx.Param(bound_D, group="no_decay", out_sharding=("heads",))
         self.norm = rms_norm(
             width, eps=norm_eps, axis="heads", rngs=rngs, param_dtype=param_dtype
         )
@@ -81,22 +107,18 @@ class HGRN2(nnx.Module):
             width, width, ("heads", "embed"), init=residual_normal(depth)
         )
 
-    def gate(self, logit_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def gate(
+        self, logit_BTD: jax.Array, bounds: Bounds | None
+    ) -> tuple[jax.Array, jax.Array]:
         """log f and 1 - f for logits x W_f, float32."""
-        first = self.first[...]
-        bound_log_D = jnp.where(first, -jnp.inf, jax.nn.log_sigmoid(self.bound_D[...]))
-        rest_log_D = jnp.where(first, 0.0, jax.nn.log_sigmoid(-self.bound_D[...]))
-        bound_log_BTD, rest_log_BTD = (
-            bound_log_D[None, None, :],
-            rest_log_D[None, None, :],
-        )
-        f_log_BTD = jnp.logaddexp(
-            bound_log_BTD, rest_log_BTD + jax.nn.log_sigmoid(logit_BTD)
-        )
+        f_log_BTD = jax.nn.log_sigmoid(logit_BTD)
+        k_log_BTD = jax.nn.log_sigmoid(-logit_BTD)
+        if bounds is not None:
+            bound_log_BTD, rest_log_BTD = (log_D[None, None, :] for log_D in bounds)
+            f_log_BTD = jnp.logaddexp(bound_log_BTD, rest_log_BTD + f_log_BTD)
+            k_log_BTD = rest_log_BTD + k_log_BTD
         # f <= 1; only the rounding of the sum can put its logarithm above 0.
-        return jnp.minimum(f_log_BTD, 0.0), jnp.exp(
-            rest_log_BTD + jax.nn.log_sigmoid(-logit_BTD)
-        )
+        return jnp.minimum(f_log_BTD, 0.0), jnp.exp(k_log_BTD)
 
     def __call__(
         self,
@@ -105,9 +127,10 @@ class HGRN2(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        shared: Bounds | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
-        decay_log_BTD, k_BTD = self.gate(self.forget(x_BTD).astype(jnp.float32))
+        decay_log_BTD, k_BTD = self.gate(self.forget(x_BTD).astype(jnp.float32), shared)
         o_BTHV, memory = gated_linear_attention(
             split_heads(jax.nn.silu(self.query(x_BTD)), self.heads),
             split_heads(k_BTD, self.heads),

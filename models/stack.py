@@ -5,6 +5,10 @@
 The mixers of the blocks follow a pattern of file names. Its shortest period is one scanned unit, so that the program
 holds each distinct block once however deep the network is; blocks left over by the last incomplete period follow
 unrolled. The residual stream is float32; norms are computed in float32; mixers and MLPs see the compute dtype.
+
+What all layers of a mixer share, such as a parameter of the whole network, is a module that the mixer's class names
+`Shared`: `Shared(width, layers=L)`, L the layers of this mixer. Called once per forward pass, it returns arrays with a
+leading axis of L, and layer l of the mixer is called with `shared=` their entries l.
 """
 
 import functools
@@ -121,10 +125,12 @@ class Block(nnx.Module):
         state: Any,
         positions: jax.Array | None,
         segment_ids: jax.Array | None,
+        shared: Any,
     ) -> tuple[jax.Array, Any]:
         h_BTD = self.mixer_norm(x_BTD).astype(self.compute_dtype)
+        given = {} if shared is None else {"shared": shared}
         y_BTD, state = self.mixer(
-            h_BTD, state, positions=positions, segment_ids=segment_ids
+            h_BTD, state, positions=positions, segment_ids=segment_ids, **given
         )
         x_BTD = x_BTD + y_BTD.astype(jnp.float32)
         if self.mlp is not None and self.mlp_norm is not None:
@@ -179,9 +185,16 @@ class Stack(nnx.Module):
             )
         self.scan_layers, self.remat = scan_layers, remat
 
-        names = [pattern[i % len(pattern)] for i in range(depth)]
+        names = tuple(pattern[i % len(pattern)] for i in range(depth))
         period = shortest_period(names)
-        self.repeats = depth // period
+        self.names, self.repeats = names, depth // period
+        self.shared = nnx.Dict(
+            {
+                name: find_mixer(name).Shared(width, layers=names.count(name))
+                for name in dict.fromkeys(names)
+                if hasattr(find_mixer(name), "Shared")
+            }
+        )
 
         def blocks(
             names: Sequence[str], first_layer: jax.Array | int, rngs: nnx.Rngs
@@ -226,14 +239,18 @@ class Stack(nnx.Module):
         segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         def run(
-            x_BTD: jax.Array, blocks: nnx.List[Block], states: Any
+            x_BTD: jax.Array, blocks: nnx.List[Block], states: Any, shared: Any
         ) -> tuple[jax.Array, tuple[Any, ...]]:
             finals = []
-            for block, block_state in zip(
-                blocks, states or [None] * len(blocks), strict=True
+            for block, block_state, block_shared in zip(
+                blocks, states or [None] * len(blocks), shared, strict=True
             ):
                 x_BTD, final = block(
-                    constrain(x_BTD, "BTD"), block_state, positions, segment_ids
+                    constrain(x_BTD, "BTD"),
+                    block_state,
+                    positions,
+                    segment_ids,
+                    block_shared,
                 )
                 finals.append(final)
             return x_BTD, tuple(finals)
@@ -249,20 +266,43 @@ class Stack(nnx.Module):
             )
 
         state = state or {"period": None, "remainder": None}
+        period_shared, remainder_shared = self.shared_by_block()
         # In a loop nothing can be merged with the forward pass, and the barrier against that only costs time.
         # graph=False: the blocks are scanned as plain pytrees, of which only changed variables come back, not a copy
         # of every parameter.
         x_BTD, period_states = nnx.scan(
             checkpointed(prevent_cse=not self.scan_layers),
-            in_axes=(nnx.Carry, 0, 0),
+            in_axes=(nnx.Carry, 0, 0, 0),
             out_axes=(nnx.Carry, 0),
             unroll=1 if self.scan_layers else True,
             graph=False,
-        )(x_BTD, self.period, state["period"])
+        )(x_BTD, self.period, state["period"], period_shared)
         x_BTD, remainder_states = checkpointed(prevent_cse=True)(
-            x_BTD, self.remainder, state["remainder"]
+            x_BTD, self.remainder, state["remainder"], remainder_shared
         )
         return x_BTD, {"period": period_states, "remainder": remainder_states}
+
+    def shared_by_block(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What each block of the period is given of `shared`, with a leading axis of repeats, and of the remainder.
+
+        None for a mixer that shares nothing.
+        """
+        # By name: nnx.capture adds entries of its own to the dictionary.
+        shared = [name for name in dict.fromkeys(self.names) if name in self.shared]
+        values = {name: self.shared[name]() for name in shared}
+        period, depth = len(self.period), len(self.names)
+        scanned = self.repeats * period
+
+        def entries(i: int) -> Any:
+            name = self.names[i]
+            first, step = (self.names[:end].count(name) for end in (i, period))
+            place = slice(first, self.repeats * step, step) if i < period else first
+            return jax.tree.map(lambda leaf: leaf[place], values.get(name))
+
+        return (
+            tuple(entries(i) for i in range(period)),
+            tuple(entries(i) for i in range(scanned, depth)),
+        )
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token of `batch` sequences."""

@@ -66,16 +66,18 @@ def inputs() -> np.ndarray:
 
 
 @jax.jit
-def call(mixer: Any, x: jax.Array) -> jax.Array:
-    return mixer(x)[0]
+def call(mixer: Any, x: jax.Array, **given: Any) -> jax.Array:
+    return mixer(x, **given)[0]
 
 
-def check_layer(mixer: Any, transcription: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Compares the layer with `transcription(x_TD float64) -> y_TD`, one sequence at a time."""
+def check_layer(
+    mixer: Any, transcription: Callable[[np.ndarray], np.ndarray], **given: Any
+) -> None:
+    """Compares the layer, called with `given`, with `transcription(x_TD float64) -> y_TD`, one sequence at a time."""
     x = inputs()
     want = np.stack([transcription(sequence.astype(np.float64)) for sequence in x])
     np.testing.assert_allclose(
-        np.asarray(call(mixer, x)),
+        np.asarray(call(mixer, x, **given)),
         want,
         atol=2e-5 * max(1.0, np.abs(want).max()),
         rtol=0,

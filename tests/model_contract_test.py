@@ -108,6 +108,14 @@ OTHERS = {  # mixers whose op has a row above, and further options
     "kda": Row(("kda",), {"kda": {"heads": 2, "expand_v": 0.5}}, depth=3),
     "retnet": Row(("retnet",), {"retnet": {"heads": 2}}),
     "hgrn2": Row(("hgrn2",), {"hgrn2": {"heads": 2}}),
+    "hgrn2_hybrid": Row(
+        (
+            "hgrn2",
+            "window_attention",
+        ),  # one parameter of three layers, the last of them in the remainder
+        {"hgrn2": {"heads": 2}, "window_attention": {"window": 4, "heads": 2}},
+        depth=5,
+    ),
     "hedgehog": Row(("hedgehog",), {"hedgehog": {"heads": 2}}),
     "hedgehog_exp": Row(
         ("hedgehog",), {"hedgehog": {"heads": 4, "feature_map": "exp", "rope": False}}

@@ -32,10 +32,9 @@ Where cycles exceed 1.5 times the larger bound, it is units inside the core that
   backward, which fill it in the loops over tokens (ops/selective_scan/pallas_tpu.py).
 - `short_convolution` with segments: VALU, for a mask for each tap.
 
-Where bytes exceed 1.3 times the minimum (up to 1.40, gated 1.45), the first kernel of a backward pass of a scan reads
-the inputs once more, for the states at the starts of chunks; kept from the forward pass, they would take memory from
-there to here. A gated `selective_scan` is given step sizes before their softplus, which XLA computes, and its gradient:
-in float32, so that the kernels read four bytes of them for two of the input.
+Where bytes exceed 1.3 times the minimum, backward in a `selective_scan` without gate (up to 1.36), the first kernel
+reads the inputs once more, for the states at the starts of chunks; kept from the forward pass, they would take memory
+from there to here. VALU binds there, for five times as long as memory takes.
 
 """
 COLUMNS = (

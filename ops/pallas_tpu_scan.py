@@ -89,7 +89,10 @@ class Blocks:
 
     def read(self, ref: Any, chunk_index: Any) -> jax.Array:
         """A chunk [C, L] in float32; zeros where no token is."""
-        x = ref[0].astype(jnp.float32)
+        return self.of_tokens(ref[0].astype(jnp.float32), chunk_index)
+
+    def of_tokens(self, x: jax.Array, chunk_index: Any) -> jax.Array:
+        """x [C, L], zero where no token is."""
         if self.length % self.chunk == 0:
             return x
         rows = lax.broadcasted_iota(jnp.int32, x.shape, 0)
@@ -216,3 +219,19 @@ def keep_states(segment_ids: jax.Array) -> jax.Array:
         ((0, 0), (1, 0)),
         constant_values=True,
     )
+
+
+def keep_scalars(
+    segment_ids: jax.Array | None, blocks: Blocks, reverse: bool = False, *, past: int
+) -> tuple[jax.Array, pl.BlockSpec]:
+    """Scalars for a kernel, [B, chunks, 1, C]: 1, or 0 for tokens that start a segment; `past` for those past T."""
+    keep = (
+        jnp.ones((blocks.batch, blocks.length), jnp.int32)
+        if segment_ids is None
+        else keep_states(segment_ids).astype(jnp.int32)
+    )
+    padding = ((0, 0), (0, blocks.chunks * blocks.chunk - blocks.length))
+    keep = jnp.pad(keep, padding, constant_values=past)
+    keep = keep.reshape(blocks.batch, blocks.chunks, 1, blocks.chunk)
+    spec = blocks.shared(keep, reverse)
+    return keep, pl.BlockSpec(spec.block_shape, spec.index_map, memory_space=pltpu.SMEM)

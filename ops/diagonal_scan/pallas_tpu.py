@@ -25,9 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from ..pallas_tpu_scan import SUBLANES, Blocks, call, cut, keep_states, pad_channels
+from ..pallas_tpu_scan import SUBLANES, Blocks, call, cut, keep_scalars, pad_channels
 
 
 @dataclass(frozen=True)
@@ -181,20 +180,9 @@ def _factors(a, scan: _Scan, reverse: bool = False) -> list[Any]:
 
 
 def _masks(segment_ids, scan: _Scan, reverse: bool = False) -> list[Any]:
-    """Whether a token's state is kept, 1 or 0, [B, chunks, 1, C]: scalars."""
-    if not scan.masked:
-        return []
-    blocks = scan.blocks
-    keep = (
-        jnp.ones((blocks.batch, blocks.length), jnp.int32)
-        if segment_ids is None
-        else keep_states(segment_ids).astype(jnp.int32)
+    return (
+        [keep_scalars(segment_ids, scan.blocks, reverse, past=0)] if scan.masked else []
     )
-    keep = jnp.pad(keep, ((0, 0), (0, blocks.chunks * blocks.chunk - blocks.length)))
-    keep = keep.reshape(blocks.batch, blocks.chunks, 1, blocks.chunk)
-    spec = blocks.shared(keep, reverse)
-    spec = pl.BlockSpec(spec.block_shape, spec.index_map, memory_space=pltpu.SMEM)
-    return [(keep, spec)]
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:

@@ -3,10 +3,11 @@
     Delta = softplus(delta + bias)          out = y silu(z)
 
 The implementations multiply by the gate where they have y at hand, which then never exists in memory, forward or
-backward. Step sizes are left to XLA, inside the rules, so that nothing but `delta` itself is kept for the backward
-pass. A kernel would compute them in each of its passes over time, and on a GPU in each of the four threads that share a
-channel of N = 16: eight exponentials and logarithms for a token and channel take half a clock of a multiprocessor, in
-which memory has ten bytes; leaving them to XLA costs eight, of float32 steps from a bfloat16 `delta`.
+backward. Nothing but `delta` itself is kept for the backward pass: the TPU kernels make the step sizes where they use
+them; the other implementations, through `forward` and `backward` here, leave them to XLA, inside the rules. On a GPU a
+kernel would compute them in each of the four threads that share a channel of N = 16, in each of its passes: eight
+exponentials and logarithms for a token and channel take half a clock of a multiprocessor, in which memory has ten
+bytes; leaving them to XLA costs eight, of float32 steps from a bfloat16 `delta`.
 """
 
 import functools

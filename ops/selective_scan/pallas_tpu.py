@@ -18,7 +18,9 @@ a segment starts, and h_{t-1} standing for k_t h_{t-1}, from the last token to t
 Sums over channels run lane by lane over the blocks of a chunk, in order, and over the lanes after the last; those over
 time stay in fast memory for a whole sequence; those over the batch are XLA's. All are float32. No factor is divided by
 and no product of factors is formed. With a gate, out = y silu(z), the backward kernel recomputes y for dz where it
-recomputes the states, and dy = silu(z) dout exists for a chunk at a time.
+recomputes the states, and dy = silu(z) dout exists for a chunk at a time. Every kernel makes step sizes of `delta` and
+its bias itself, and the last leaves the gradients of these: a few transcendentals for a token and channel, where the
+recurrence has one for each state.
 
 The vector unit binds, by far: about 9 operations per token, channel and state forward and 28 backward, 4096 at a time,
 against 2 to 4 bytes per token and channel of each input and output. Compiled for a v6e it is busy for three quarters of
@@ -35,8 +37,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ..pallas_tpu import LANES
-from ..pallas_tpu_scan import SUBLANES, Blocks, call, cut, keep_states, pad_channels
-from . import around
+from ..pallas_tpu_scan import SUBLANES, Blocks, call, cut, keep_scalars, pad_channels
 from . import pallas_tpu_kernels as kernels
 from .pallas_tpu_kernels import Scan
 
@@ -61,11 +62,25 @@ class Tuning:
 TUNING = Tuning()
 
 
-@around.forward
-def forward(x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_range):
+def forward(
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    initial_state,
+    segment_ids,
+    *,
+    delta_softplus,
+    eigenvalue_range,
+):
     """Shapes as in `api.py`; returns y in x's dtype and the final state in float32."""
-    scan = _scan(x, A, z, segment_ids, eigenvalue_range, TUNING.chunk)
-    blocks, columns = scan.blocks, _columns(B, C, segment_ids, scan)
+    options = segment_ids, delta_softplus, eigenvalue_range
+    scan = _scan(x, A, z, bias, *options, TUNING.chunk)
+    blocks, columns = scan.blocks, _columns(B, C, scan)
     state = blocks.sequence(scan.states)
     y, final_state = call(
         functools.partial(kernels.selective_forward, scan=scan),
@@ -75,9 +90,11 @@ def forward(x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_r
             (pad_channels(delta), blocks.tokens()),
             (columns, blocks.shared(columns)),
             (LOG2_E * _states_first(A, scan), blocks.constant(scan.states)),
-            (_skip(D, blocks), blocks.constant(1)),
+            (_row(D, blocks), blocks.constant(1)),
             (_states_first(initial_state, scan), state),
             *_gate(z, blocks.tokens()),
+            *_bias(bias, blocks),
+            *_keep(segment_ids, blocks),
         ],
         [
             (_like(x, blocks), blocks.tokens()),
@@ -88,7 +105,6 @@ def forward(x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_r
     return y[:, :, : x.shape[2]], _states_last(final_state, A)
 
 
-@around.backward
 def backward(
     x,
     delta,
@@ -97,16 +113,19 @@ def backward(
     C,
     D,
     z,
+    bias,
     initial_state,
     segment_ids,
     dout,
     dfinal_state,
     *,
+    delta_softplus,
     eigenvalue_range,
 ):
-    """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state."""
-    scan = _scan(x, A, z, segment_ids, eigenvalue_range, TUNING.backward_chunk)
-    blocks, columns = scan.blocks, _columns(B, C, segment_ids, scan)
+    """Cotangents of x, delta, A, B, C, D, z, bias (of these three None where they are) and initial_state."""
+    options = segment_ids, delta_softplus, eigenvalue_range
+    scan = _scan(x, A, z, bias, *options, TUNING.backward_chunk)
+    blocks, columns = scan.blocks, _columns(B, C, scan)
     N, (batch, length, channels) = scan.states, x.shape
     x_, delta_, dout_ = (pad_channels(array) for array in (x, delta, dout))
     A_ = _states_first(A, scan)
@@ -124,6 +143,8 @@ def backward(
                 (columns, blocks.shared(columns)),
                 (LOG2_E * A_, constant),
                 (starts[:, 0], state),
+                *_bias(bias, blocks),
+                *_keep(segment_ids, blocks),
             ],
             [
                 (
@@ -136,7 +157,8 @@ def backward(
 
     tokens = blocks.tokens(reverse=True)
     sums = _float32(batch, blocks.chunks, blocks.chunk * 2 * N // LANES, 1, LANES)
-    dx, ddelta, dcolumns, dA, dD, dinitial_state, *dz = call(
+    of_rows = _float32(batch, SUBLANES, blocks.width), blocks.sequence(SUBLANES)
+    dx, ddelta, dcolumns, dA, dD, dinitial_state, *others = call(
         functools.partial(kernels.selective_backward, scan=scan),
         blocks,
         [
@@ -147,21 +169,27 @@ def backward(
             (starts, blocks.chunk_states(N, reverse=True)),
             (A_, constant),
             (LOG2_E * A_, constant),
-            (_skip(D, blocks), blocks.constant(1)),
+            (_row(D, blocks), blocks.constant(1)),
             (_states_first(dfinal_state, scan), state),
             *_gate(z, tokens),
+            *_bias(bias, blocks),
+            *_keep(segment_ids, blocks, reverse=True),
         ],
         [
             (_like(x, blocks), tokens),
             (_like(delta, blocks), tokens),
             (sums, blocks.shared(sums, reverse=True)),
             (of_sequence, state),
-            (_float32(batch, SUBLANES, blocks.width), blocks.sequence(SUBLANES)),
+            of_rows,
             (of_sequence, state),
             *([] if z is None else [(_like(z, blocks), tokens)]),
+            *([] if bias is None else [of_rows]),
         ],
         kernels.backward_scratch(scan),
     )
+    others = iter(others)
+    dz = None if z is None else next(others)[:, :, :channels]
+    dbias = None if bias is None else next(others).sum((0, 1))[:channels]
     dcolumns = dcolumns.reshape(batch, -1, 2, N)[:, :length, :, : A.shape[1]]
     return (
         dx[:, :, :channels],
@@ -170,12 +198,15 @@ def backward(
         dcolumns[:, :, 0],
         dcolumns[:, :, 1],
         None if D is None else dD.sum((0, 1))[:channels],
-        None if z is None else dz[0][:, :, :channels],
+        dz,
+        dbias,
         _states_last(dinitial_state, A),
     )
 
 
-def _scan(x, A, z, segment_ids, eigenvalue_range, chunk: int) -> Scan:
+def _scan(
+    x, A, z, bias, segment_ids, delta_softplus, eigenvalue_range, chunk: int
+) -> Scan:
     N = SUBLANES * pl.cdiv(A.shape[1], SUBLANES)
     chunk = min(chunk, max(16, 1 << (TUNING.columns // N).bit_length() - 1))
     blocks = cut(x, chunk, TUNING.values // N)
@@ -185,26 +216,33 @@ def _scan(x, A, z, segment_ids, eigenvalue_range, chunk: int) -> Scan:
         segments=segment_ids is not None,
         negative=eigenvalue_range == (-1, 1),
         gate=z is not None,
+        bias=bias is not None,
+        softplus=delta_softplus,
     )
+
+
+def _bias(bias: jax.Array | None, blocks: Blocks) -> list[Any]:
+    return [] if bias is None else [(_row(bias, blocks), blocks.constant(1))]
+
+
+def _keep(
+    segment_ids: jax.Array | None, blocks: Blocks, reverse: bool = False
+) -> list[Any]:
+    if segment_ids is None:
+        return []
+    return [keep_scalars(segment_ids, blocks, reverse, past=1)]
 
 
 def _gate(z: jax.Array | None, tokens: pl.BlockSpec) -> list[Any]:
     return [] if z is None else [(pad_channels(z), tokens)]
 
 
-def _columns(B, C, segment_ids, scan: Scan) -> jax.Array:
-    """B, C and whether the state is kept, side by side [B, chunks, groups of 8, 8, columns], in float32.
-
-    Tokens past T change nothing.
-    """
+def _columns(B, C, scan: Scan) -> jax.Array:
+    """B and C side by side [B, chunks, groups of 8, 8, columns], in float32, zero past T."""
     blocks = scan.blocks
     past = blocks.chunks * blocks.chunk - blocks.length
     around = ((0, 0), (0, past), (0, scan.states - B.shape[2]))
     parts = [jnp.pad(z.astype(jnp.float32), around) for z in (B, C)]
-    if scan.segments:
-        keep = keep_states(segment_ids)[:, :, None].astype(jnp.float32)
-        around = ((0, 0), (0, past), (0, SUBLANES - 1))
-        parts.append(jnp.pad(keep, around, constant_values=1))
     groups = blocks.chunk // SUBLANES
     shape = blocks.batch, blocks.chunks, groups, SUBLANES, scan.columns
     return jnp.concatenate(parts, 2).reshape(shape)
@@ -222,10 +260,11 @@ def _states_last(x: jax.Array, A: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)[..., : A.shape[0], : A.shape[1]]
 
 
-def _skip(D: jax.Array | None, blocks: Blocks) -> jax.Array:
-    if D is None:
+def _row(x_D: jax.Array | None, blocks: Blocks) -> jax.Array:
+    """[1, width], zeros for None."""
+    if x_D is None:
         return jnp.zeros((1, blocks.width), jnp.float32)
-    return pad_channels(D.astype(jnp.float32)[None])
+    return pad_channels(x_D.astype(jnp.float32)[None])
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:

@@ -3,6 +3,7 @@
 Order of the arguments: inputs, outputs, then what the kernel keeps in fast memory, as `*_scratch` lists it.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +20,19 @@ from . import around
 
 @dataclass(frozen=True)
 class Scan:
-    """What is static. states: N up to a multiple of 8; columns: of B, of C and, with segments, of the kept states."""
+    """What is static. states: N up to a multiple of 8; columns: of B and of C."""
 
     blocks: Blocks
     states: int
     segments: bool
     negative: bool
     gate: bool
+    bias: bool
+    softplus: bool
 
     @property
     def columns(self) -> int:
-        return 2 * self.states + SUBLANES * self.segments
+        return 2 * self.states
 
     def factor(self, e: jax.Array) -> jax.Array:
         return e + e - 1 if self.negative else e
@@ -76,16 +79,33 @@ def _terms(blocks: Blocks) -> Any:
     return pltpu.VMEM((len(blocks.tiles) * SUBLANES**2, LANES), jnp.float32)
 
 
-def _with_gate(scan: Scan, refs: Any, count: int) -> tuple[Any, Any]:
-    """The first `count` refs, which are there with a gate only, and those that follow."""
-    return (refs[:count], refs[count:]) if scan.gate else ((None,) * count, refs)
+def _present(present: bool, refs: Any, count: int = 1) -> tuple[Any, Any]:
+    """The first `count` refs, which are there only if `present`, and those that follow."""
+    return (refs[:count], refs[count:]) if present else ((None,) * count, refs)
+
+
+def _projected(scan: Scan, delta_ref: Any, bias_ref: Any, at: Any) -> jax.Array:
+    """What the step sizes of a chunk are made of [C, L]; past T: anything."""
+    delta = scan.blocks.read(delta_ref, at)
+    if bias_ref is None:
+        return delta
+    here, _ = scan.blocks.places(pl.program_id(2))
+    return delta + bias_ref[:, here]
+
+
+def _step_sizes(scan: Scan, projected: jax.Array, at: Any) -> jax.Array:
+    """[C, L], zero past T: a token with a step of zero changes nothing."""
+    if scan.softplus:
+        projected = jax.nn.softplus(projected)
+    made = scan.softplus or scan.bias
+    return scan.blocks.of_tokens(projected, at) if made else projected
 
 
 class _Chunk:
     """One chunk in fast memory: rows of delta and u = delta x, columns of B and C repeated over lanes."""
 
-    def __init__(self, scan, x, delta, columns_ref, refs, compiled):
-        self.scan = scan
+    def __init__(self, scan, x, delta, columns_ref, keep_ref, refs, compiled):
+        self.scan, self.keep_ref = scan, keep_ref
         self.delta_ref, self.u_ref, self.columns_ref = refs
         self.delta_ref[...] = scan.blocks.groups(delta)
         self.u_ref[...] = scan.blocks.groups(delta * x)
@@ -101,11 +121,16 @@ class _Chunk:
             groups = scan.blocks.chunk // SUBLANES
             repeat(spread, None, groups, stretch=8, compiled=compiled)
 
-    def columns(self, g: Any, row: Any) -> tuple[Any, Any, Any]:
-        """B_t and C_t [N, 128], and 1 or 0 [1, 128] for a state that is kept or not (None without segments)."""
+    def columns(self, g: Any, row: Any) -> tuple[Any, Any]:
+        """B_t and C_t [N, 128]."""
         N, t = self.scan.states, g * SUBLANES + row
-        keep = self.columns_ref[t, 2 * N : 2 * N + 1] if self.scan.segments else None
-        return self.columns_ref[t, :N], self.columns_ref[t, N : 2 * N], keep
+        return self.columns_ref[t, :N], self.columns_ref[t, N:]
+
+    def keep(self, g: Any, row: Any) -> Any:
+        """Whether the state before a token is kept; None: always."""
+        if self.keep_ref is None:
+            return None
+        return self.keep_ref[0, 0, 0, g * SUBLANES + row] != 0
 
     def rows(self, g: Any, row: Any, tile: slice) -> tuple[jax.Array, jax.Array]:
         """delta_t and u_t [1, 128]."""
@@ -116,7 +141,7 @@ class _Chunk:
         self, h: Any, A_log2: list[jax.Array], g: Any, row: Any
     ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
         """Of each tile e_t, the state before the token (zero where a segment starts), and the one after."""
-        B_t, _, keep = self.columns(g, row)
+        (B_t, _), keep = self.columns(g, row), self.keep(g, row)
         for i, tile in enumerate(self.scan.blocks.tiles):
             delta_t, u_t = self.rows(g, row, tile)
             e, before = jnp.exp2(delta_t * A_log2[i]), _kept(h[i], keep)
@@ -124,7 +149,7 @@ class _Chunk:
 
 
 def _kept(x: jax.Array, keep: jax.Array | None) -> jax.Array:
-    return x if keep is None else x * keep
+    return x if keep is None else jnp.where(keep, x, 0.0)
 
 
 def _terms_of(tile: int, row: Any) -> Any:
@@ -146,7 +171,9 @@ def _sum_terms(ref: Any, tile: int) -> jax.Array:
 def selective_forward(
     x_ref, delta_ref, columns_ref, A_ref, D_ref, initial_ref, *refs, scan, compiled
 ):
-    (z_ref,), refs = _with_gate(scan, refs, 1)
+    (z_ref,), refs = _present(scan.gate, refs)
+    (bias_ref,), refs = _present(scan.bias, refs)
+    (keep_ref,), refs = _present(scan.segments, refs)
     y_ref, h_ref, ys_ref, terms_ref, *staged = refs
     blocks, t, block = scan.blocks, pl.program_id(1), pl.program_id(2)
     here, places = blocks.places(block)
@@ -155,12 +182,13 @@ def selective_forward(
     def _():
         h_ref[0, :, here] = initial_ref[0, :, here]
 
-    x, delta = blocks.read(x_ref, t), blocks.read(delta_ref, t)
-    chunk = _Chunk(scan, x, delta, columns_ref, staged, compiled)
+    x = blocks.read(x_ref, t)
+    delta = _step_sizes(scan, _projected(scan, delta_ref, bias_ref, t), t)
+    chunk = _Chunk(scan, x, delta, columns_ref, keep_ref, staged, compiled)
     A = [A_ref[:, place] for place in places]
 
     def token(g, row, h):
-        _, C_t, _ = chunk.columns(g, row)
+        _, C_t = chunk.columns(g, row)
         after = []
         for i, (_, _, h_i) in enumerate(chunk.advance(h, A, g, row)):
             terms_ref[_terms_of(i, row)] = scan.sum_states(h_i * C_t)
@@ -183,6 +211,8 @@ def selective_forward(
 def selective_states(
     x_ref, delta_ref, columns_ref, A_ref, initial_ref, *refs, scan, compiled
 ):
+    (bias_ref,), refs = _present(scan.bias, refs)
+    (keep_ref,), refs = _present(scan.segments, refs)
     starts_ref, h_ref, *staged = refs
     blocks, t, block = scan.blocks, pl.program_id(1), pl.program_id(2)
     here, places = blocks.places(block)
@@ -191,8 +221,9 @@ def selective_states(
     def _():
         h_ref[:, here] = initial_ref[0, :, here]
 
-    x, delta = blocks.read(x_ref, t), blocks.read(delta_ref, t)
-    chunk = _Chunk(scan, x, delta, columns_ref, staged, compiled)
+    x = blocks.read(x_ref, t)
+    delta = _step_sizes(scan, _projected(scan, delta_ref, bias_ref, t), t)
+    chunk = _Chunk(scan, x, delta, columns_ref, keep_ref, staged, compiled)
     A = [A_ref[:, place] for place in places]
     starts_ref[0, 0] = h_ref[:, here]
 
@@ -208,15 +239,18 @@ def selective_states(
 def selective_backward(*refs, scan, compiled):
     (x_ref, delta_ref, dout_ref, columns_ref, starts_ref), refs = refs[:5], refs[5:]
     (A_ref, A_log2_ref, D_ref, dfinal_ref), refs = refs[:4], refs[4:]
-    (z_ref,), refs = _with_gate(scan, refs, 1)
+    (z_ref,), refs = _present(scan.gate, refs)
+    (bias_ref,), refs = _present(scan.bias, refs)
+    (keep_ref,), refs = _present(scan.segments, refs)
     (dx_ref, ddelta_ref, dcolumns_ref, dA_ref, dD_ref, dh_ref), refs = (
         refs[:6],
         refs[6:],
     )
-    (dz_ref,), refs = _with_gate(scan, refs, 1)
+    (dz_ref,), refs = _present(scan.gate, refs)
+    (dbias_ref,), refs = _present(scan.bias, refs)
     (dys_ref, dus_ref, dws_ref, du_terms_ref, dw_terms_ref), refs = refs[:5], refs[5:]
     (sums_ref, before_ref, e_ref), staged, refs = refs[:3], refs[3:6], refs[6:]
-    (ys_ref, y_terms_ref), _ = _with_gate(scan, refs, 2)
+    (ys_ref, y_terms_ref), _ = _present(scan.gate, refs, 2)
     blocks, N = scan.blocks, scan.states
     t, block = pl.program_id(1), pl.program_id(2)
     here, places = blocks.places(block)
@@ -226,16 +260,20 @@ def selective_backward(*refs, scan, compiled):
         dh_ref[0, :, here] = dfinal_ref[0, :, here]
         dA_ref[0, :, here] = jnp.zeros((N, blocks.lanes), jnp.float32)
         dD_ref[0, :, here] = jnp.zeros((SUBLANES, blocks.lanes), jnp.float32)
+        if scan.bias:
+            dbias_ref[0, :, here] = jnp.zeros((SUBLANES, blocks.lanes), jnp.float32)
 
     @pl.when(block == 0)
     def _():
         sums_ref[...] = jnp.zeros(sums_ref.shape, jnp.float32)
 
     at = blocks.chunks - 1 - t
-    x, delta, dy = (blocks.read(ref, at) for ref in (x_ref, delta_ref, dout_ref))
+    x, dy = (blocks.read(ref, at) for ref in (x_ref, dout_ref))
+    projected = functools.partial(_projected, scan, delta_ref, bias_ref, at)
+    delta = _step_sizes(scan, projected(), at)
     if scan.gate:
         dy = around.gate_gradients(blocks.read(z_ref, at), dy)[0]
-    chunk = _Chunk(scan, x, delta, columns_ref, staged, compiled)
+    chunk = _Chunk(scan, x, delta, columns_ref, keep_ref, staged, compiled)
     dys_ref[...] = blocks.groups(dy)
     dD_ref[0, :, here] += blocks.groups(dy * x).sum(0)
     A, A_log2 = ([ref[:, place] for place in places] for ref in (A_ref, A_log2_ref))
@@ -249,7 +287,7 @@ def selective_backward(*refs, scan, compiled):
             before_ref[now, :, tile], e_ref[now, :, tile] = before, e
             dC_t = dC_t + h_i * dys_ref[g, pl.ds(row, 1), tile]
             if scan.gate:
-                _, C_t, _ = chunk.columns(g, row)
+                _, C_t = chunk.columns(g, row)
                 y_terms_ref[_terms_of(i, row)] = scan.sum_states(h_i * C_t)
             after.append(h_i)
         sums_ref[of_C] = dC_t
@@ -257,7 +295,7 @@ def selective_backward(*refs, scan, compiled):
 
     def retreat(g, row, carry):
         now, (ag, dA) = g * SUBLANES + row, map(list, carry)  # ag: a_{t+1} g_{t+1}
-        B_t, C_t, keep = chunk.columns(g, row)
+        (B_t, C_t), keep = chunk.columns(g, row), chunk.keep(g, row)
         of_B = pl.ds(pl.multiple_of(2 * N * now, SUBLANES), N)
         dB_t = sums_ref[of_B]
         for i, tile in enumerate(blocks.tiles):
@@ -292,7 +330,12 @@ def selective_backward(*refs, scan, compiled):
         dh_ref[0, :, place], dA_ref[0, :, place] = dh[i], dA[i]
     du, dw = (ref[...].reshape(x.shape) for ref in (dus_ref, dws_ref))
     dx_ref[0] = (delta * du + D_ref[:, here] * dy).astype(dx_ref.dtype)
-    ddelta_ref[0] = (x * du + dw).astype(ddelta_ref.dtype)
+    ddelta = x * du + dw
+    if scan.softplus:
+        ddelta = ddelta * jax.nn.sigmoid(projected())
+    if scan.bias:
+        dbias_ref[0, :, here] += blocks.groups(blocks.of_tokens(ddelta, at)).sum(0)
+    ddelta_ref[0] = ddelta.astype(ddelta_ref.dtype)
     if scan.gate:
         y = ys_ref[...].reshape(x.shape) + D_ref[:, here] * x
         z, dout = (blocks.read(ref, at) for ref in (z_ref, dout_ref))

@@ -257,7 +257,8 @@ def _added(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """The section of `values` for every entry of ADDED, the entry's name there and what it is by default."""
     for key, value in ADDED.items():
         *path, name = key.split(".")
-        if path[0] == "task" and path.pop() != values["task"]["name"]:
+        of_task = path.pop() if path[:1] == ["task"] else None
+        if of_task and of_task != values.get("task", {}).get("name"):
             continue
         section = values
         for part in path:

@@ -46,9 +46,9 @@ class Table:
         rows = []
         with self.path.open("rb") as file:
             for number in numbers.tolist():
-                file.seek(self.starts[number])
-                line = file.read(self.starts[number + 1] - self.starts[number])
-                rows.append(_columns(line))
+                begin, end = self.starts[number : number + 2].tolist()
+                file.seek(begin)
+                rows.append(_columns(file.read(end - begin)))
         return rows
 
     def place(self, number: int) -> str:

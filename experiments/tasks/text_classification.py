@@ -39,9 +39,8 @@ def make(
     builder = prepared(dataset, data_dir, download, choices="")
     features = dict(builder.info.features.items())
     label = features.get("label")
-    if not isinstance(features.get("text"), tfds.features.Text) or not isinstance(
-        label, tfds.features.ClassLabel
-    ):
+    classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else None
+    if not isinstance(features.get("text"), tfds.features.Text) or classes is None:
         raise ValueError(
             f"data set {dataset} must have a 'text' and a class 'label'; its features"
             f" are {features}"
@@ -68,7 +67,7 @@ def make(
         evaluations = {"validation": examples("train", train[held_out]), **evaluations}
         train = train[~held_out]
     return Task(
-        vocabulary_size=ANSWER + label.num_classes,
+        vocabulary_size=ANSWER + classes,
         sequence_length=length,
         train=lambda seed: examples("train", train),
         evaluations=evaluations,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from experiments.task import Examples, Task, find_task, train_batches
@@ -128,6 +129,62 @@ def test_reviews_that_are_not_there_say_how_to_get_them(
     with pytest.raises(ValueError, match=message):
         make("text_classification", tmp_path, dataset=dataset)
     assert not list(tmp_path.iterdir())
+
+
+class NeedsAPackage(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(builder=self)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        raise ModuleNotFoundError("No module named 'gold'", name="gold")
+
+    def _generate_examples(self) -> Any:
+        raise NotImplementedError
+
+
+def test_a_package_that_only_preparing_needs_is_named(tmp_path: Path) -> None:
+    message = "needs_a_package cannot be prepared without the package gold. Only prep"
+    with pytest.raises(ValueError, match=message):
+        make("text_classification", tmp_path, dataset="needs_a_package", download=True)
+
+
+class OnlyLabels(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = None
+    splits = ("train", "test")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {"label": tfds.features.ClassLabel(num_classes=2)}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features)
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {split: self._generate_examples() for split in self.splits}
+
+    def _generate_examples(self) -> Any:
+        yield 0, {"label": 1}
+
+
+class OnlyTraining(OnlyLabels):
+    splits = ("train",)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("only_labels", "must have a 'text' and a class 'label'; its features"),
+        ("only_training", "must have the splits train and test; it has train"),
+    ],
+)
+def test_a_data_set_without_texts_or_splits_is_refused(
+    dataset: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make("text_classification", tmp_path, dataset=dataset, download=True)
 
 
 # Tables: ListOps and Retrieval

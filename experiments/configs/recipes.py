@@ -354,7 +354,7 @@ def lra_text(smoke: bool) -> ConfigDict:
     )
     if smoke:
         config.task.length = 512
-        _shrink(config, steps=200, batch_size=8, width=32, lr=3e-3)
+        _shrink(config, steps=300, batch_size=8, width=32, lr=3e-3)
     return config
 
 
@@ -364,13 +364,13 @@ def lra_retrieval(smoke: bool) -> ConfigDict:
         "lra_retrieval",
         {
             "name": "retrieval",
-            "data_dir": "~/lra_release/tsv_data",
+            "data_dir": "~/lra_release/lra_release/tsv_data",
             "length": 4000,
         },
     )
     if smoke:
         config.task.length = 256
-        _shrink(config, steps=200, batch_size=8, width=32, lr=3e-3)
+        _shrink(config, steps=300, batch_size=8, width=32, lr=3e-3)
     return config
 
 
@@ -381,7 +381,7 @@ def lra_image(smoke: bool) -> ConfigDict:
         images(smoke=False).task.to_dict() | {"dataset": "cifar10", "grey": True},
     )
     if smoke:
-        _shrink(config, steps=100, batch_size=8, width=32, lr=3e-3)
+        _shrink(config, steps=200, batch_size=8, width=32, lr=3e-3)
     return config
 
 
@@ -391,12 +391,12 @@ def lra_pathfinder(smoke: bool) -> ConfigDict:
         "lra_pathfinder",
         {
             "name": "pathfinder",
-            "data_dir": "~/lra_release/pathfinder32",
+            "data_dir": "~/lra_release/lra_release/pathfinder32",
             "size": 32,
         },
     )
     if smoke:
-        _shrink(config, steps=100, batch_size=8, width=32, lr=3e-3)
+        _shrink(config, steps=200, batch_size=8, width=32, lr=3e-3)
     return config
 
 
@@ -406,12 +406,12 @@ def lra_pathx(smoke: bool) -> ConfigDict:
         "lra_pathx",
         {
             "name": "pathfinder",
-            "data_dir": "~/lra_release/pathfinder128",
+            "data_dir": "~/lra_release/lra_release/pathfinder128",
             "size": 128,
         },
     )
     if smoke:
-        _shrink(config, steps=20, batch_size=2, width=32, lr=3e-3)
+        _shrink(config, steps=40, batch_size=2, width=32, lr=3e-3)
         config.eval.examples = 8
     return config
 

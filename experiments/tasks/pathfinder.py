@@ -21,7 +21,9 @@ DIFFICULTY = "curv_contour_length_14"
 LEVELS = 256
 
 
-def make(data_dir: str = "~/lra_release/pathfinder32", size: int = 32) -> Task:
+def make(
+    data_dir: str = "~/lra_release/lra_release/pathfinder32", size: int = 32
+) -> Task:
     """Evaluations "validation" and "test".
 
     data_dir    the directory pathfinder32 or pathfinder128 of the release (lra_release.py), with the folder

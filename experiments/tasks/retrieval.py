@@ -23,7 +23,9 @@ FILES = {
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
 
 
-def make(data_dir: str = "~/lra_release/tsv_data", length: int = 4000) -> Task:
+def make(
+    data_dir: str = "~/lra_release/lra_release/tsv_data", length: int = 4000
+) -> Task:
     """Evaluations "validation" and "test", as released; T is twice the length.
 
     data_dir    the directory with new_aan_pairs.train.tsv, .eval.tsv and .test.tsv of the release (lra_release.py),

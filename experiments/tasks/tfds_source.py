@@ -10,8 +10,8 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 def prepared(dataset: str, data_dir: str, download: bool, choices: str) -> Any:
     """The builder of a data set that is prepared under `data_dir` and has the splits train and test.
 
-    `choices` are what else the option dataset could be. Raises ValueError for a data set that TFDS does not know, is
-    not prepared or has other splits.
+    `choices` are what else the option dataset could be. Raises ValueError for a data set that TFDS does not know, that
+    is not prepared or cannot be without another package, or that has other splits.
     """
     directory = Path(data_dir).expanduser()
     try:
@@ -23,7 +23,15 @@ def prepared(dataset: str, data_dir: str, download: bool, choices: str) -> Any:
             f"dataset must be {choices}a data set of TFDS; got {dataset!r}"
         ) from None
     if download:
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except ImportError as error:
+            raise ValueError(
+                f"data set {dataset} cannot be prepared without the package"
+                f" {error.name or error}. Only preparing needs it: pip install"
+                " tensorflow importlib_resources, here or on another machine, and copy"
+                f" what it writes under {directory}"
+            ) from error
     if not builder.is_prepared():
         raise ValueError(
             f"data set {dataset} is not prepared under {directory}. Set task.data_dir"

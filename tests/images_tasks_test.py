@@ -218,14 +218,14 @@ def test_a_data_set_that_tfds_does_not_know_is_refused(tmp_path: Path) -> None:
 
 
 class TinyColours(tfds.core.GeneratorBasedBuilder):
-    """Images [4, 5, 3] of random colours."""
+    """Images [40, 50, 3] of random colours."""
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = None
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
-            "image": tfds.features.Tensor(shape=(4, 5, 3), dtype=np.uint8),
+            "image": tfds.features.Tensor(shape=(40, 50, 3), dtype=np.uint8),
             "label": tfds.features.ClassLabel(num_classes=2),
         }
         return tfds.core.DatasetInfo(
@@ -236,7 +236,7 @@ class TinyColours(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples() for split in ("train", "test")}
 
     def _generate_examples(self) -> Any:
-        image = np.random.default_rng(0).integers(0, 256, (10, 4, 5, 3), np.uint8)
+        image = np.random.default_rng(0).integers(0, 256, (10, 40, 50, 3), np.uint8)
         image[0], image[1] = 0, 255
         for number in range(10):
             yield number, {"image": image[number], "label": 1}
@@ -247,14 +247,16 @@ def test_grey_is_the_luma_of_pillow(tmp_path: Path) -> None:
     builder.download_and_prepare()
     options: dict[str, Any] = {"dataset": "tiny_colours", "data_dir": str(tmp_path)}
     colour, grey = make(**options), make(**options, grey=True)
-    assert (colour.sequence_length, grey.sequence_length) == (60, 20)
+    assert (colour.sequence_length, grey.sequence_length) == (6000, 2000)
     assert grey.vocabulary_size == 256 + 2
     whole, batch = (everything(task.evaluations["test"]) for task in (colour, grey))
-    images = whole["tokens"].astype(np.uint8).reshape(-1, 4, 5, 3)
+    images = whole["tokens"].astype(np.uint8).reshape(-1, 40, 50, 3)
     luma = [np.asarray(Image.fromarray(image).convert("L")) for image in images]
-    np.testing.assert_array_equal(batch["tokens"], np.reshape(luma, (10, 20)))
+    np.testing.assert_array_equal(batch["tokens"], np.reshape(luma, (10, 2000)))
     assert batch["tokens"].min() == 0 and batch["tokens"].max() == 255
-    assert np.all(batch["readout_positions"] == 19) and np.all(batch["targets"] == 257)
+    assert np.all(batch["readout_positions"] == 1999) and np.all(
+        batch["targets"] == 257
+    )
 
 
 def test_grey_needs_colours() -> None:

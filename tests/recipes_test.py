@@ -194,27 +194,47 @@ def test_the_long_range_arena_has_the_published_settings_and_its_smoke_size_has_
             assert smoke.steps <= 300
 
 
+def check_reads(config: Any, length: int) -> None:
+    """Nothing is computed."""
+    model = config.model.to_dict()
+    assert model.pop("name") == "lm"
+
+    def logits(tokens: jax.Array) -> jax.Array:
+        lm = build(
+            model,
+            vocabulary_size=260,
+            param_dtype=jnp.float32,
+            compute_dtype=jnp.float32,
+            rngs=nnx.Rngs(0),
+        )
+        return lm(tokens, readout_positions=jnp.zeros((2, 1), jnp.int32))[0]
+
+    tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    assert jax.eval_shape(logits, tokens).shape == (2, 1, 260)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_model_reads_the_long_range_arena(name: str) -> None:
-    """Nothing is computed."""
     get_config = importlib.import_module(f"experiments.configs.{name}").get_config
     for task, length in zip(ARENA, (2000, 4096, 8000, 1024, 1024, 16384), strict=True):
-        config = get_config(f"lra_{task}")
-        model = config.model.to_dict()
-        assert model.pop("name") == "lm"
+        check_reads(get_config(f"lra_{task}"), length)
 
-        def logits(tokens: jax.Array, model: Any = model) -> jax.Array:
-            lm = build(
-                model,
-                vocabulary_size=260,
-                param_dtype=jnp.float32,
-                compute_dtype=jnp.float32,
-                rngs=nnx.Rngs(0),
-            )
-            return lm(tokens, readout_positions=jnp.zeros((2, 1), jnp.int32))[0]
 
-        tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
-        assert jax.eval_shape(logits, tokens).shape == (2, 1, 260), task
+@pytest.mark.parametrize(
+    ("name", "task", "options"),
+    [
+        ("s4d", "lra_text", {}),
+        ("s5", "lra_pathx", {}),
+        ("s5", "lra_listops", {"blocks": 1}),
+    ],
+)
+def test_the_arena_can_start_from_perturbed_matrices(
+    name: str, task: str, options: dict[str, Any]
+) -> None:
+    get_config = importlib.import_module(f"experiments.configs.{name}").get_config
+    config = get_config(task)
+    config.model.mixers[name].update({"init": "ptd", **options})
+    check_reads(config, 16)
 
 
 def test_kernels_of_s4_are_as_long_as_the_sequences_also_when_these_are_overridden() -> (

@@ -1,7 +1,7 @@
-"""Retrieval of the Long Range Arena: does one paper cite the other, or cite what it cites?
+"""Retrieval of the Long Range Arena: are two papers linked by a citation?
 
 Tay et al., "Long Range Arena", ICLR 2021, arXiv 2011.04006; the papers are those of the ACL Anthology Network (Radev et
-al., 2009), two to an example, read byte by byte. Tokens are those of byte_documents.py:
+al., 2013), two to an example, read byte by byte. Tokens are those of byte_documents.py:
 
     first paper, mark, second paper, mark, padding          at most `length` tokens each, with its mark
 

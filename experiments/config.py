@@ -55,7 +55,8 @@ KEYS: dict[str, type] = {
     "kernels": bool,
 }
 # Entries younger than the oldest recorded results, with what they are where a record does not have them. `to_json`
-# leaves them out while they are that, so that a config is recorded and hashed as it was before they came.
+# leaves them out while they are that, so that a config is recorded and hashed as it was before they came. An option of
+# one task is written task.<name of the task>.<option>.
 ADDED = {
     "accumulate": 1,
     "z_loss": 0.0,
@@ -64,6 +65,8 @@ ADDED = {
     "mesh.sequence_method": "all_gather",
     "heartbeat_timeout_seconds": 100,
     "kernels": True,
+    "task.images.grey": False,
+    "task.listops.data_dir": "",
     "model.mixers.s4.init": "legs",
     "model.mixers.s5.gate": "half_glu1",
     "model.mixers.seqboat.attention": "softmax",
@@ -254,6 +257,9 @@ def _added(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """The section of `values` for every entry of ADDED, the entry's name there and what it is by default."""
     for key, value in ADDED.items():
         *path, name = key.split(".")
+        of_task = path.pop() if path[:1] == ["task"] else None
+        if of_task and of_task != values.get("task", {}).get("name"):
+            continue
         section = values
         for part in path:
             section = section.get(part, {})

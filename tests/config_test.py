@@ -128,6 +128,17 @@ def test_entries_younger_than_results_are_hashed_and_recorded_only_where_they_sa
         assert configs.from_json(configs.to_json(other)).to_dict() == other.to_dict()
 
 
+def test_younger_options_of_one_task_are_not_given_to_another():
+    old = recipe("images").to_dict()
+    del old["task"]["grey"]
+    assert configs.to_json(recipe("images"))["task"].keys() == old["task"].keys()
+    assert configs.from_json(old).task.grey is False
+    assert "grey" not in configs.from_json(configs.to_json(recipe("text"))).task
+    assert configs.to_json(recipe("lra_image"))["task"]["grey"] is True
+    assert "data_dir" not in configs.to_json(recipe("listops"))["task"]
+    assert configs.to_json(recipe("lra_listops"))["task"]["data_dir"]
+
+
 @pytest.mark.parametrize(
     ("mixer", "option", "other"),
     [

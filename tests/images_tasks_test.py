@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from experiments.task import Examples, Task, find_task
@@ -214,6 +215,55 @@ def test_a_data_set_that_tfds_does_not_know_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"dataset must be 'digits', .* data set of TFDS; got 'mnst'"
     ):
         make(dataset="mnst", data_dir=str(tmp_path))
+
+
+class TinyColours(tfds.core.GeneratorBasedBuilder):
+    """Images [40, 50, 3] of random colours."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Tensor(shape=(40, 50, 3), dtype=np.uint8),
+            "label": tfds.features.ClassLabel(num_classes=2),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features)
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {split: self._generate_examples() for split in ("train", "test")}
+
+    def _generate_examples(self) -> Any:
+        image = np.random.default_rng(0).integers(0, 256, (10, 40, 50, 3), np.uint8)
+        image[0], image[1] = 0, 255
+        for number in range(10):
+            yield number, {"image": image[number], "label": 1}
+
+
+def test_grey_is_the_luma_of_pillow(tmp_path: Path) -> None:
+    builder: Any = TinyColours(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare()
+    options: dict[str, Any] = {"dataset": "tiny_colours", "data_dir": str(tmp_path)}
+    colour, grey = make(**options), make(**options, grey=True)
+    assert (colour.sequence_length, grey.sequence_length) == (6000, 2000)
+    assert grey.vocabulary_size == 256 + 2
+    whole, batch = (everything(task.evaluations["test"]) for task in (colour, grey))
+    images = whole["tokens"].astype(np.uint8).reshape(-1, 40, 50, 3)
+    luma = [np.asarray(Image.fromarray(image).convert("L")) for image in images]
+    np.testing.assert_array_equal(batch["tokens"], np.reshape(luma, (10, 2000)))
+    assert batch["tokens"].min() == 0 and batch["tokens"].max() == 255
+    assert np.all(batch["readout_positions"] == 1999) and np.all(
+        batch["targets"] == 257
+    )
+
+
+def test_grey_needs_colours() -> None:
+    with pytest.raises(
+        ValueError, match=r"grey must be False .* digits of scikit-learn are 8 x 8"
+    ):
+        make(grey=True)
 
 
 def test_negative_levels_are_refused() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.configs.long_range_arena import ARGUMENTS, sequence_length
 from experiments.configs.recipes import recipe
 
 
@@ -17,9 +18,11 @@ def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
     config.model.mlp = "none"  # the mixer has its own
     # Lags beyond this are not seen; 1024 is the longest of the other tasks.
-    context_length = (
-        config.task.get_ref("sequence_length") if config.task.name == "text" else 1024
-    )
+    context_length: Any = 1024
+    if config.task.name == "text":
+        context_length = config.task.get_ref("sequence_length")
+    if task.removesuffix(",smoke") in ARGUMENTS:
+        context_length = sequence_length(config.task)
     options = {
         "context_length": context_length,
         "transform": "fft",

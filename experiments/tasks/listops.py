@@ -9,9 +9,10 @@ lists. (Nangia and Bowman, NAACL 2018, arXiv 1804.06028; lengths and depths from
 Digits are tokens 0 .. 9, then the four opening brackets with their operators, the closing bracket, and padding; the
 answer d is token 16 + d, asked after the last bracket.
 
-A tree grows from its root: an argument is a list with probability 1/4 down to the greatest depth, with 2 to `arguments`
-arguments, all numbers equally likely; trees of other lengths than asked for are thrown away. Departure: 96,000 training
-examples of our own, not the released ones, which were drawn by this rule.
+With `data_dir` the expressions are the released ones; their parentheses, which say nothing more, are left out. Without
+it they are our own, drawn by the same rule. A tree grows from its root: an argument is a list with probability 1/4 down
+to the greatest depth, with 2 to `arguments` arguments, all numbers equally likely; trees of other lengths than asked
+for are thrown away.
 """
 
 import random
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from experiments.task import Batch, Examples, Task
+from experiments.tasks.lra_release import Table, open_table, released
 
 OPERATORS: tuple[Callable[[Sequence[int]], int], ...] = (
     max,
@@ -30,6 +32,13 @@ OPERATORS: tuple[Callable[[Sequence[int]], int], ...] = (
 )
 DIGITS = 10
 OPEN, CLOSE, PADDING, ANSWER = DIGITS, 14, 15, 16
+WORDS = (*map(str, range(DIGITS)), "[MAX", "[MIN", "[MED", "[SM", "]")
+TOKENS = {word.encode(): token for token, word in enumerate(WORDS)}
+FILES = {
+    "train": "basic_train.tsv",
+    "validation": "basic_val.tsv",
+    "test": "basic_test.tsv",
+}
 LISTS = 0.25  # of the arguments, as long as they may be lists
 TRIES = 1_000_000
 
@@ -41,6 +50,7 @@ def make(
     arguments: int = 10,
     train_examples: int = 96_000,
     test_examples: int = 2_000,
+    data_dir: str = "",
 ) -> Task:
     """Evaluations "validation" and "test", each of `test_examples` examples.
 
@@ -48,9 +58,15 @@ def make(
     depth               of lists in lists, at most; 1: no list in a list
     arguments           of a list, at most
     train_examples      a finite training set; 0: without end
+    data_dir            a directory with basic_train.tsv, basic_val.tsv and basic_test.tsv of the release
+                        (lra_release.py), of 96,000, 2,000 and 2,000 expressions: those, and of the other options only
+                        `longest` counts
 
-    Metrics: token_metrics; guessing has accuracy 0.1. Raises ValueError for options that allow no expression.
+    Metrics: token_metrics; guessing has accuracy 0.1. Raises ValueError for options that allow no expression, and for
+    files that are missing or damaged.
     """
+    if data_dir:
+        return _released(data_dir, longest)
     fewest = 4  # the brackets and two digits
     if not fewest <= shortest <= longest or depth < 1 or arguments < 2:
         raise ValueError(
@@ -72,20 +88,19 @@ def make(
 
     def examples(stream: str, length: int | None) -> Examples:
         def fetch(indices: np.ndarray) -> Batch:
-            tokens = np.full((len(indices), longest), PADDING, np.int32)
-            answers = np.empty((len(indices), 1), np.int32)
-            ends = np.empty((len(indices), 1), np.int32)
-            for row, index in enumerate(indices.tolist()):
-                rng = random.Random(f"listops/{stream}/{index}")
-                expression, value = draw(rng, shortest, longest, depth, arguments)
-                tokens[row, : len(expression)] = expression
-                answers[row], ends[row] = ANSWER + value, len(expression) - 1
-            return {
-                "tokens": tokens,
-                "targets": answers,
-                "weights": np.ones((len(indices), 1), np.float32),
-                "readout_positions": ends,
-            }
+            return _batch(
+                [
+                    draw(
+                        random.Random(f"listops/{stream}/{index}"),
+                        shortest,
+                        longest,
+                        depth,
+                        arguments,
+                    )
+                    for index in indices.tolist()
+                ],
+                longest,
+            )
 
         return Examples(fetch, length)
 
@@ -97,6 +112,70 @@ def make(
             name: examples(name, test_examples) for name in ("validation", "test")
         },
     )
+
+
+def _batch(expressions: Sequence[tuple[list[int], int]], longest: int) -> Batch:
+    tokens = np.full((len(expressions), longest), PADDING, np.int32)
+    for row, (expression, _) in enumerate(expressions):
+        tokens[row, : len(expression)] = expression
+    return {
+        "tokens": tokens,
+        "targets": np.array([[ANSWER + value] for _, value in expressions], np.int32),
+        "weights": np.ones((len(expressions), 1), np.float32),
+        "readout_positions": np.array(
+            [[len(expression) - 1] for expression, _ in expressions], np.int32
+        ),
+    }
+
+
+def _released(data_dir: str, longest: int) -> Task:
+    directory = released(data_dir, "listops-1000", tuple(FILES.values()))
+
+    def examples(split: str) -> Examples:
+        table = open_table(
+            directory / FILES[split],
+            ("Source", "Target"),
+            label="Target",
+            classes=DIGITS,
+            header=True,
+        )
+
+        def fetch(indices: np.ndarray) -> Batch:
+            return _batch(_read(table, indices, longest), longest)
+
+        return Examples(fetch, len(table.labels))
+
+    splits = {split: examples(split) for split in FILES}
+    return Task(
+        vocabulary_size=ANSWER + DIGITS,
+        sequence_length=longest,
+        train=lambda seed: splits["train"],
+        evaluations={split: splits[split] for split in ("validation", "test")},
+        provenance={"expressions": f"files of {directory.name}"},
+    )
+
+
+def _read(
+    table: Table, indices: np.ndarray, longest: int
+) -> list[tuple[list[int], int]]:
+    """Tokens and values of released expressions."""
+    expressions = []
+    for index, (source, _) in zip(indices.tolist(), table.rows(indices), strict=True):
+        words = [word for word in source.split() if word not in (b"(", b")")]
+        unknown = next((word for word in words if word not in TOKENS), None)
+        if unknown is not None or not words:
+            raise ValueError(
+                f"{table.place(index)}: Source must be an expression of parentheses and"
+                f" {' '.join(WORDS)}; got {unknown or source}"
+            )
+        if len(words) > longest:
+            raise ValueError(
+                f"longest must be at least {len(words)}, the tokens of"
+                f" {table.place(index)}; got {longest}"
+            )
+        tokens = [TOKENS[word] for word in words]
+        expressions.append((tokens, int(table.labels[index])))
+    return expressions
 
 
 def draw(

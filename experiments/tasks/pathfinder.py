@@ -1,0 +1,120 @@
+"""Pathfinder and Path-X of the Long Range Arena: are the two discs joined by a dashed path?
+
+Linsley et al., NeurIPS 2018; images and settings from Tay et al., "Long Range Arena", ICLR 2021, arXiv 2011.04006: 32 x
+32 pixels (Pathfinder) or 128 x 128 (Path-X), paths of length 14, 200,000 images each. Pixels in reading order are
+tokens 0 .. 255, their grey level; answer 256 is no, 257 yes, asked after the last pixel.
+
+Departure: the release has one set without splits, which papers cut at random, 80 % train, 10 % validation, 10 % test.
+So do we, always alike, but not into the same images.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from experiments.task import Batch, Examples, Task
+from experiments.tasks.lra_release import released
+from experiments.tasks.random_streams import uniforms
+
+DIFFICULTY = "curv_contour_length_14"
+LEVELS = 256
+
+
+def make(
+    data_dir: str = "~/lra_release/lra_release/pathfinder32", size: int = 32
+) -> Task:
+    """Evaluations "validation" and "test".
+
+    data_dir    the directory pathfinder32 or pathfinder128 of the release (lra_release.py), with the folder
+                curv_contour_length_14 of imgs/<n>/sample_<m>.png and metadata/<n>.npy, which names them
+    size        of the images: 32 or 128; T is its square
+
+    Images are read one by one, when they are needed. Metrics: token_metrics; guessing has accuracy 0.5. Raises
+    ValueError for files that are missing or damaged and for images of another size.
+    """
+    directory = released(
+        data_dir,
+        "pathfinder32 (128 for Path-X)",
+        (f"{DIFFICULTY}/metadata", f"{DIFFICULTY}/imgs"),
+    )
+    folder = directory / DIFFICULTY
+    names, labels = _read_metadata(folder)
+    _read_image(folder / names[0], size)
+
+    # Hashed numbers, not every tenth image: the order of the files may have to do with the class.
+    order = np.argsort(
+        uniforms("pathfinder/splits", np.arange(len(names)), 1)[:, 0], kind="stable"
+    )
+    tenth = len(names) // 10
+    splits = {
+        "validation": order[:tenth],
+        "test": order[tenth : 2 * tenth],
+        "train": order[2 * tenth :],
+    }
+
+    def examples(split: str) -> Examples:
+        numbers = splits[split]
+
+        def fetch(indices: np.ndarray) -> Batch:
+            chosen, n = numbers[indices], len(indices)
+            pixels = np.stack(
+                [_read_image(folder / names[number], size) for number in chosen]
+            )
+            return {
+                "tokens": pixels.reshape(n, size * size).astype(np.int32),
+                "targets": LEVELS + labels[chosen].reshape(n, 1),
+                "weights": np.ones((n, 1), np.float32),
+                "readout_positions": np.full((n, 1), size * size - 1, np.int32),
+            }
+
+        return Examples(fetch, len(numbers))
+
+    return Task(
+        vocabulary_size=LEVELS + 2,
+        sequence_length=size * size,
+        train=lambda seed: examples("train"),
+        evaluations={split: examples(split) for split in ("validation", "test")},
+        provenance={
+            "images": f"files of {directory.name}",
+            "train_images": len(splits["train"]),
+        },
+    )
+
+
+def _read_metadata(folder: Path) -> tuple[list[str], np.ndarray]:
+    """Paths of all images within `folder` and their labels [n]; a line begins: folder, file, number, label."""
+    # Text, in spite of the name.
+    files = sorted((folder / "metadata").glob("*.npy"), key=lambda file: file.name)
+    names, labels = [], []
+    for file in files:
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            words = line.split()
+            if len(words) < 4 or words[3] not in (b"0", b"1"):
+                raise ValueError(
+                    f"{file}, line {number}: must begin with a folder, a file, a number"
+                    f" and the label 0 or 1; got {line[:80]}"
+                )
+            names.append(b"/".join(words[:2]).decode(errors="replace"))
+            labels.append(int(words[3]))
+    if len(names) < 10:
+        raise ValueError(
+            f"{folder / 'metadata'} must hold .npy files that name at least 10 images,"
+            f" so that each split has some; got {len(files)} files with {len(names)}"
+        )
+    return names, np.array(labels, np.int32)
+
+
+def _read_image(path: Path, size: int) -> np.ndarray:
+    """Grey levels [size, size]."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("L"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} must be a PNG image: {error}") from error
+    if pixels.shape != (size, size):
+        raise ValueError(
+            f"task.size must be that of the images, 32 in pathfinder32 and 128 in"
+            f" pathfinder128; got {size}, and {path} is {' x '.join(map(str, pixels.shape))}"
+        )
+    return pixels

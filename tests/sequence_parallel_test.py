@@ -1,4 +1,4 @@
-"""Runs tests/on_eight_devices.py in a process with eight devices."""
+"""Runs what is in tests/eight_devices in processes with eight devices: their number is that of a process."""
 
 import os
 import subprocess
@@ -12,32 +12,45 @@ from experiments.sequence_timing import WAYS, measure
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(
-    "tier",
-    [
-        pytest.param("not full", marks=pytest.mark.slow),
-        pytest.param("full", marks=pytest.mark.full),
-    ],
-)
-def test_eight_devices_compute_what_one_computes(tier):
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "NPROC": "16",  # with fewer threads than devices the CPU backend can wait for itself
-    }
-    done = subprocess.run(
+class OnEightDevices:
+    """A class for each process, so that two workers can run two of them."""
+
+    files: tuple[str, ...]
+
+    @pytest.mark.parametrize(
+        "tier",
         [
-            sys.executable,
-            *("-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *("-m", tier, "tests/on_eight_devices.py"),
+            pytest.param("not full", marks=pytest.mark.slow),
+            pytest.param("full", marks=pytest.mark.full),
         ],
-        cwd=ROOT,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    def test_they_compute_what_one_computes(self, tier):
+        settings = {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "NPROC": "16",  # with fewer threads than devices the CPU backend can wait for itself
+        }
+        done = subprocess.run(
+            [
+                sys.executable,
+                *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", tier),
+                *(f"tests/eight_devices/{file}.py" for file in self.files),
+            ],
+            cwd=ROOT,
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+class TestRecurrences(OnEightDevices):
+    files = ("recurrences",)
+
+
+class TestAttentionAndModels(OnEightDevices):
+    files = ("attention", "models")
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_window_attention_compiles_for_tpu_with_jax_own_kernel(
 
 
 # The kernels under what a training step does to them: replicas, rematerialisation, and a mesh that cuts batch and heads
-# or time. `tests/op_contract.py` and `tests/on_eight_devices.py` have the values, interpreted.
+# or time. `tests/op_contract.py` and `tests/eight_devices` have the values, interpreted.
 TRANSFORMATIONS = {
     "vmap": (jax.vmap, (1, 1, 1, 1)),
     "remat": (lambda gradient: gradient, (1, 1, 1, 1)),

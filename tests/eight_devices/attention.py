@@ -1,0 +1,136 @@
+"""Window and ring attention on eight devices: values of one device, and what travels."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import P
+
+import ops
+from tests.eight_devices.mesh import collectives, mesh_of
+from tests.op_contract import assert_close
+
+
+@pytest.mark.parametrize(
+    ("window", "shape"),
+    [
+        (5, (2, 1, 2, 2)),  # the halo is on the neighbour
+        (20, (1, 1, 4, 1)),  # it is not: keys and values of all devices
+        pytest.param(1, (1, 1, 4, 1), marks=pytest.mark.full),
+        pytest.param(5, (1, 1, 4, 1), marks=pytest.mark.full),
+        pytest.param(9, (1, 1, 4, 1), marks=pytest.mark.full),
+        pytest.param(10, (1, 1, 4, 1), marks=pytest.mark.full),
+        pytest.param(40, (2, 1, 2, 2), marks=pytest.mark.full),
+    ],
+)
+@pytest.mark.parametrize(
+    ("packed", "state"),
+    [
+        (True, True),
+        pytest.param(False, False, marks=pytest.mark.full),
+        pytest.param(False, True, marks=pytest.mark.full),
+    ],
+)
+def test_window_attention(window, shape, packed, state):
+    check_window_attention(window, shape, packed, state)
+
+
+@pytest.mark.parametrize(
+    ("window", "shape", "packed"),
+    [
+        (40, (2, 1, 4, 1), True),
+        pytest.param(20, (1, 1, 4, 1), True, marks=pytest.mark.full),
+        pytest.param(12, (1, 1, 8, 1), False, marks=pytest.mark.full),
+        pytest.param(40, (2, 1, 2, 2), False, marks=pytest.mark.full),
+    ],
+)
+def test_ring_attention(window, shape, packed):
+    with ops.sequence_method("ring"):
+        check_window_attention(window, shape, packed, state=False)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["all_gather", "ring"])
+@pytest.mark.parametrize("window", [5, 20])
+def test_window_attention_by_squares(window, method):
+    """A ring is for softmax: squares take all keys and values in either case."""
+    with ops.sequence_method(method):
+        check_window_attention(
+            window, (1, 1, 4, 1), True, state=False, activation="squared_relu"
+        )
+
+
+def check_window_attention(window, shape, packed, state, activation="softmax"):
+    batch, length, heads, key_heads, size, past = 2, 32, 4, 2, 8, window - 1
+
+    def normal(seed: int, *shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(seed), shape)
+
+    arrays = [normal(0, batch, length, heads, size)]
+    arrays += [normal(i, batch, length, key_heads, size) for i in (1, 2)]
+    arrays += [normal(i, batch, past, key_heads, size) for i in (3, 4)]
+    valid = jnp.broadcast_to(jnp.arange(past)[None] >= past // 3, (batch, past))
+    starts = jax.random.uniform(jax.random.key(5), (batch, length)) < 0.06
+    ids = jnp.cumsum(starts, axis=1) if packed else None
+
+    def outputs(q, k, v, k_past, v_past):
+        first = ops.WindowState(k_past, v_past, valid) if state else None
+        o, last = ops.window_attention(
+            *(q, k, v),
+            window=window,
+            activation=activation,
+            initial_state=first,
+            segment_ids=ids,
+        )
+        return (o, last.k, last.v), last.valid
+
+    def everything(*arrays):
+        values, pullback, valid = jax.vjp(outputs, *arrays, has_aux=True)
+        cotangents = tuple(normal(6 + i, *x.shape) for i, x in enumerate(values))
+        return values, valid, pullback(cotangents)
+
+    expected = jax.jit(everything)(*arrays)
+    with jax.set_mesh(mesh_of(*shape)):
+        got = jax.jit(lambda *arrays: everything(*arrays))(*arrays)
+    for (path, value), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        assert_close(jax.tree_util.keystr(path), value, wanted)
+
+
+def test_ring_attention_gathers_nothing():
+    mesh = mesh_of(1, 1, 8, 1)
+    cut = jax.NamedSharding(mesh, P(None, "sequence"))
+    x = jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.float32, sharding=cut)
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(ops.window_attention(q, k, v, window=64)[0]))
+
+    with jax.set_mesh(mesh), ops.sequence_method("ring"):
+        found = collectives(jax.grad(loss, (0, 1, 2)), x, x, x)
+    assert set(found) == {"collective-permute"}
+
+
+def test_ring_attention_in_a_scan_over_layers_holds_the_logits_of_one_block():
+    mesh, length, heads = mesh_of(1, 1, 8, 1), 8 * 1024, 2
+    x = jax.ShapeDtypeStruct(
+        (1, length, heads, 8),
+        jnp.float32,
+        sharding=jax.NamedSharding(mesh, P(None, "sequence")),
+    )
+
+    def loss(x):
+        def layer(x, _):
+            return ops.window_attention(x, x, x, window=length)[0], None
+
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, x, length=3)[0]))
+
+    with jax.set_mesh(mesh), ops.sequence_method("ring"):
+        program = str(jax.jit(jax.grad(loss)).trace(x).jaxpr)
+    shapes = re.findall(r"\[(\d+(?:,\d+)*)\]", program)
+    sizes = {math.prod(map(int, shape.split(","))) for shape in shapes}
+    block = heads * 512 * length // 8  # 512 queries, the keys of one device
+    assert f"{heads},1,512,{length // 8}]" in program
+    assert max(sizes) <= block

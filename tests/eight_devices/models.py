@@ -1,0 +1,214 @@
+"""What models compute on eight devices, cut along batch, time and heads, is what they compute on one; what travels."""
+
+import importlib
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import P
+
+from tests import model_contract_test
+from tests.eight_devices.mesh import collectives, mesh_of
+
+EXACT = 1e-5  # of the largest value: sums in another order
+
+
+def assert_same_on_a_mesh(shape, run, params, *given):
+    """All that `run(params, *given)` returns is on a mesh what it is on one device.
+
+    To EXACT; or, where the last bits of the parameters decide about more than that (the gradients of models with a
+    delta rule at random weights), no further than it goes when each of them is changed.
+    """
+    expected = jax.jit(run)(params, *given)
+    with jax.set_mesh(mesh_of(*shape)):
+        got = jax.jit(lambda *given: run(*given))(params, *given)
+    errors = relative_errors(got, expected)
+    if all(error <= EXACT for error in errors.values()):
+        return
+    nudged = [
+        relative_errors(jax.jit(run)(last_bits_changed(params, seed), *given), expected)
+        for seed in range(4)
+    ]
+    for name, error in errors.items():
+        limit = max(EXACT, *(of_leaf[name] for of_leaf in nudged))
+        assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.1e}"
+
+
+def relative_errors(got: Any, expected: Any) -> dict[str, float]:
+    """Of each leaf the largest error over the largest value."""
+    errors = {}
+    for (path, value), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        assert value.shape == wanted.shape
+        value, wanted = (np.asarray(x, np.float64) for x in (value, wanted))
+        scale = np.abs(wanted).max(initial=0.0) or 1.0
+        error = np.abs(value - wanted).max(initial=0.0) / scale
+        errors[jax.tree_util.keystr(path)] = error
+    return errors
+
+
+def last_bits_changed(params: Any, seed: int) -> Any:
+    """Every parameter one float32 number further up or down."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    nudged = [
+        jnp.nextafter(x, jnp.inf * jax.random.rademacher(key, x.shape, x.dtype))
+        for x, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, nudged)
+
+
+WIDTH = 4
+
+
+def layer_of(name: str, **options: Any) -> Any:
+    return importlib.import_module(f"models.{name}").Mixer(
+        WIDTH,
+        depth=1,
+        rngs=nnx.Rngs(0),
+        param_dtype=jnp.float32,
+        compute_dtype=jnp.float32,
+        state_size=8,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("s4d", {}, (1, 1, 4, 1)),
+        pytest.param("s4", {"kernel_length": 64}, (2, 1, 2, 2), marks=pytest.mark.full),
+        pytest.param("s4d", {"init": "real"}, (1, 1, 4, 1), marks=pytest.mark.full),
+        pytest.param("lssl", {"channels": 2}, (1, 1, 8, 1), marks=pytest.mark.full),
+    ],
+)
+def test_convolutions_of_time_invariant_layers(name, options, shape):
+    """What models are tested with below, documents and a state, takes the recurrence."""
+    graphdef, params = nnx.split(layer_of(name, **options))
+    rng = np.random.default_rng(0)
+    x, do = (
+        jnp.asarray(rng.standard_normal((2, 64, WIDTH)), jnp.float32) for _ in "xo"
+    )
+
+    def loss(params, x):
+        y, state = nnx.merge(graphdef, params)(x)
+        ends = sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(state))
+        return jnp.sum(y * do) + ends, (y, state)
+
+    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    assert_same_on_a_mesh(shape, run, params, x)
+
+
+ROWS = model_contract_test.ALL
+MODELS_IN_MAKE_TEST = {"delta_net", "mamba"}
+# One or three heads or channels, which two devices cannot share.
+INDIVISIBLE = {
+    "gla_convolution",
+    "gated_delta_net_negative",
+    "lightnet_one",
+    "mamba2_norm_before_gate",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name in MODELS_IN_MAKE_TEST else pytest.mark.full
+        )
+        for name in ROWS
+    ],
+)
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 4, 1), pytest.param((2, 1, 2, 2), marks=pytest.mark.full)]
+)
+def test_loss_state_and_gradients_of_models(name, shape):
+    if shape[3] > 1 and name in INDIVISIBLE:
+        pytest.skip(
+            "a number of heads or channels that the tensor axis does not divide"
+        )
+    rng, vocabulary = np.random.default_rng(0), model_contract_test.VOCABULARY
+    lm = model_contract_test.make(name)
+    tokens = jnp.asarray(rng.integers(0, vocabulary, (2, 32)), jnp.int32)
+    # Documents that start anywhere, and in one sequence on the last token of each device: a memory that this token is
+    # not routed to still holds the document before when the next device begins.
+    starts = rng.random((2, 32)) < 0.08
+    starts[0, 32 // shape[2] - 1 :: 32 // shape[2]] = True
+    ids = jnp.cumsum(jnp.asarray(starts), axis=1)
+    graphdef, params, variables = nnx.split(lm, nnx.Param, ...)
+
+    def loss(params, tokens, ids, state):
+        model = nnx.merge(graphdef, params, variables)
+        logits, state = model(tokens, state, segment_ids=ids)
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen), (logits, state)
+
+    run = jax.value_and_grad(loss, has_aux=True)
+    assert_same_on_a_mesh(shape, run, params, tokens, ids, lm.init_state(2))
+
+
+# --- What travels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "s4",
+        pytest.param("s4d", marks=pytest.mark.full),
+        pytest.param("lssl", marks=pytest.mark.full),
+    ],
+)
+def test_time_invariant_layers_gather_states_alone(name):
+    """As convolutions too, each device of its part."""
+    layer = layer_of(name, kernel_length=512) if name == "s4" else layer_of(name)
+    graphdef, params = nnx.split(layer)
+    mesh, programs = mesh_of(1, 1, 8, 1), []
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)[0]))
+
+    with jax.set_mesh(mesh):
+        cut = jax.NamedSharding(mesh, P(None, "sequence"))
+        for length in (64, 512):
+            x = jax.ShapeDtypeStruct((2, length, WIDTH), jnp.float32, sharding=cut)
+            programs.append(
+                [collectives(loss, params, x), collectives(jax.grad(loss), params, x)]
+            )
+    short, long = programs
+    # The sums are the loss, and gradients of parameters.
+    for forward, both in programs:
+        assert len(forward["all-gather"]) == 1 and len(both["all-gather"]) == 2
+        assert set(forward) == set(both) == {"all-gather", "all-reduce"}
+    assert [found["all-gather"] for found in short] == [
+        found["all-gather"] for found in long
+    ]
+
+
+def test_mixture_of_memories_sends_states_and_no_tokens():
+    """Between devices go the memories, the last inputs of their convolutions, gradients of parameters, and the indices
+    of documents; tokens are sorted where they are."""
+    mesh, sizes = mesh_of(1, 1, 8, 1), []
+    graphdef, params, variables = nnx.split(
+        model_contract_test.make("mom"), nnx.Param, ...
+    )
+
+    def loss(params, tokens):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params, variables)(tokens)[0]))
+
+    with jax.set_mesh(mesh):
+        cut = jax.NamedSharding(mesh, P(None, "sequence"))
+        for length in (64, 512):
+            tokens = jax.ShapeDtypeStruct((2, length), jnp.int32, sharding=cut)
+            found = collectives(jax.grad(loss), params, tokens)
+            assert set(found) <= {"all-gather", "all-reduce"}
+            shapes = re.findall(r"f32\[([\d,]*)\]", str(found))
+            sizes.append(
+                [math.prod(map(int, s.split(","))) if s else 1 for s in shapes]
+            )
+    assert sizes[0] == sizes[1]

@@ -34,7 +34,7 @@ Where cycles exceed 1.5 times the larger bound, it is units inside the core that
 
 Where bytes exceed 1.3 times the minimum, backward in a `selective_scan` without gate (up to 1.36), the first kernel
 reads the inputs once more, for the states at the starts of chunks; kept from the forward pass, they would take memory
-from there to here. VALU binds there, for five times as long as memory takes.
+from there to here. Units inside the core bind there, for five times as long as memory takes or more.
 
 """
 COLUMNS = (

@@ -1,9 +1,8 @@
 """Which implementation of an op runs.
 
 An op is one `jax.custom_vjp` whose forward and backward rules ask here. The choice is made *inside* each rule, by the
-platform the
-program is lowered for: a program compiled ahead of time for a TPU on a CPU host takes the TPU kernel, and a scan over
-layers stores one set of residuals (the inputs), not one per candidate.
+platform the program is lowered for: a program compiled ahead of time for a TPU on a CPU host takes the TPU kernel, and
+a scan over layers stores one set of residuals (what the op keeps, `ops/op.py`), not one per candidate.
 """
 
 import contextlib

@@ -39,7 +39,7 @@ def _inputs(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...
 class Op:
     """name: of the public function; implementations: modules with `forward` and `backward`; over_time: where time is
     cut, None for an op whose layouts leave time whole; kept: inputs and outputs -> what the backward rule takes in the
-    place of the inputs, each of the shape and layout of the input."""
+    place of the inputs, each of the shape and layout of the input, so that `supports` is asked about its dtype."""
 
     name: str
     implementations: Mapping[str, ModuleType]

@@ -23,7 +23,7 @@ from . import pallas_gpu as gpu
 WARPS = 3
 MAX_BATCH = 65535  # the second dimension of a grid
 LANES = 16  # channels of a tile: fewer values than threads load without an exchange between threads
-CHUNK = 64  # tokens between the states that a backward pass keeps
+CHUNK = 64  # tokens between states that a backward pass makes anew; of it parts of time are made
 
 
 def lanes(batch: int, channels: int, states: int) -> int:

@@ -200,7 +200,7 @@ class Affine:
     """An op whose state is an affine function of the state before; the last two inputs are that state and the ids.
 
     summary(local, *tokens, segment_ids) -> A, M, read: of the tokens of one device; read(S) -> the output from state S
-    adjoint(local, *tokens, S, segment_ids, do) -> A, E^T do
+    adjoint(local, *tokens, S, segment_ids, do) -> A, E^T do, of what the op keeps of its inputs
     act(A, S), act_transposed(A, lambda) -> A S, A^T lambda
     split: an entry of A belongs to one column (last axis) of the state
     every_segment: each segment has a state, which goes on where the segment does, on any device
@@ -229,8 +229,8 @@ class Affine:
         *tokens, initial_state, segment_ids = inputs
         (S, entered), (do, dfinal) = carried, cotangents
         A, dM = self.adjoint(local, *tokens, S, segment_ids, do)
-        # What is sent comes first: then a kernel that recomputes the states within this part, for which nothing needs
-        # to arrive, runs while it travels.
+        # What is sent comes first: then a kernel that recomputes the states within this part, where the op has one,
+        # runs while it travels, because nothing needs to arrive for it.
         *tokens, S, A, dM = lax.optimization_barrier((*tokens, S, A, dM))
         dS, dinitial = line.suffix(
             self.act_transposed,

@@ -49,9 +49,11 @@ class TestDiagonalScan(OpContract):
 
     def inputs(self, key, variant, length, dtype):
         seed = int(jax.random.bits(key))
-        if variant == "real, constant":
+        if variant.startswith("real"):
+            per_token = factors(seed, BATCH, length, CHANNELS)[0]
+            constant = jnp.asarray((*HARD_MODULI, -0.9), jnp.float32)
             return {
-                "a": jnp.asarray((*HARD_MODULI, -0.9), jnp.float32),
+                "a": constant if variant == "real, constant" else per_token,
                 "b": normal(seed, BATCH, length, CHANNELS, dtype=dtype),
             }
         a_real, a_imaginary = factors(seed, BATCH, length, CHANNELS)
@@ -126,7 +128,8 @@ def test_tpu_kernels_equal_the_reference(variant):
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param("real, constant", marks=pytest.mark.slow),
+        pytest.param("real, per token", marks=pytest.mark.slow),
+        pytest.param("real, constant", marks=pytest.mark.full),
         pytest.param("complex, per token", marks=pytest.mark.full),
     ],
 )
@@ -221,7 +224,6 @@ def values_and_gradients(function, *inputs):
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_a_constant_factor_equals_it_at_every_token(implementation):
-    # Two chunks, ragged.
     a, b = (
         factors(0, CHANNELS),
         (normal(1, BATCH, 65, CHANNELS), normal(2, BATCH, 65, CHANNELS)),

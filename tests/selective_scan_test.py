@@ -142,6 +142,38 @@ def test_tpu_kernels_equal_the_reference(variant):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("made_by", ["bias", "softplus"])
+def test_tpu_kernels_make_step_sizes_of_a_bias_or_a_softplus_alone(made_by):
+    contract = TestSelectiveScan()
+    inputs, state, ids = contract.data("positive", 17)  # of a chunk of 32
+    bias = inputs.pop("delta_bias")
+    if made_by == "bias":
+        steps = jax.nn.softplus(inputs["delta"])
+        inputs |= {"delta": steps, "delta_bias": jax.nn.softplus(bias)}
+
+    def values_and_gradients(implementation):
+        def call(inputs, state):
+            return scan(
+                **inputs,
+                delta_softplus=made_by == "softplus",
+                initial_state=state,
+                segment_ids=ids,
+                implementation=implementation,
+            )
+
+        outputs, pullback = jax.vjp(call, inputs, state)
+        key = jax.random.key(1)
+        cotangents = [jax.random.normal(key, x.shape, x.dtype) for x in outputs]
+        return outputs, pullback(tuple(cotangents))
+
+    expected, got = map(values_and_gradients, ("reference", "pallas_tpu"))
+    for (path, value), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        assert_close(jax.tree_util.keystr(path), value, wanted)
+
+
+@pytest.mark.slow
 def test_a_tpu_kernel_carries_its_state_over_chunks_without_segments():
     contract = TestSelectiveScan()
     inputs, state, _ = contract.data("positive", LENGTH)

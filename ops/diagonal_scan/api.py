@@ -68,7 +68,8 @@ def diagonal_scan(
     Returns:
       h [B, T, N] in b's dtype and the state after the last token [B, N] in float32, arrays or pairs as b is. The state
       is float32 whatever the inputs are. Differentiable in every float input, and through both outputs. The backward
-      pass takes h, which is kept in float32, and not b: of float32 inputs it keeps no more than they and the output.
+      pass takes h, which is kept in float32, and not b: of float32 inputs it keeps no more than they and the output. A
+      bfloat16 b halves what the kernels read of it, not what they write or keep.
 
     Raises:
       ValueError: for wrong forms, ranks, shapes, dtypes and names while tracing, and for a non-finite `a` where values

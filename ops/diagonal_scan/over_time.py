@@ -23,10 +23,10 @@ def multiply_conjugate(a, h):
     return multiply((a[0], *(-part for part in a[1:])), h)
 
 
-def _response(local, a, b, segment_ids):
-    """E [B, T, N] and A [B, N]."""
-    (batch, _, channels), parts = b[0].shape, len(b)
-    nothing = tuple(jnp.zeros(part.shape, jnp.float32) for part in b)
+def _response(local, a, like, segment_ids):
+    """E [B, T, N] and A [B, N]; like: a number of each token."""
+    (batch, _, channels), parts = like[0].shape, len(like)
+    nothing = tuple(jnp.zeros(part.shape, jnp.float32) for part in like)
     one = jnp.ones((batch, channels), jnp.float32)
     ones = (one, *(jnp.zeros_like(one),) * (parts - 1))
     return local.forward(a, nothing, ones, segment_ids)
@@ -44,9 +44,9 @@ def summary(local, a, b, segment_ids):
     return A, M, read
 
 
-def adjoint(local, a, b, S, segment_ids, dh):
+def adjoint(local, a, h, S, segment_ids, dh):
     del S
-    E, A = _response(local, a, b, segment_ids)
+    E, A = _response(local, a, h, segment_ids)
     dh = jax.tree.map(lambda x: x.astype(jnp.float32), dh)
     return A, jax.tree.map(lambda x: x.sum(axis=1), multiply_conjugate(E, dh))
 

@@ -38,9 +38,6 @@ class Tuning:
 
 
 TUNING = Tuning()
-EDGE = (
-    16  # rows that are fetched where one is needed: of a whole tile, whatever the dtype
-)
 
 Rows = tuple[Any, ...]  # a number of each channel, or references to such rows
 

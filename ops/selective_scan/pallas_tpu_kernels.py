@@ -149,6 +149,7 @@ class _Chunk:
 
 
 def _kept(x: jax.Array, keep: jax.Array | None) -> jax.Array:
+    """Chosen, not multiplied: a state may be infinite."""
     return x if keep is None else jnp.where(keep, x, 0.0)
 
 

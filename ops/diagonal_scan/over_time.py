@@ -19,8 +19,14 @@ def multiply(a, h):
     return a_re * h_re - a_im * h_im, a_re * h_im + a_im * h_re
 
 
+def multiply_or_zero(a, h):
+    """a h, zero where one of them is: a state that has overflowed counts for nothing once another has started."""
+    zero = [jnp.all(jnp.stack([part == 0 for part in z]), 0) for z in (a, h)]
+    return tuple(jnp.where(zero[0] | zero[1], 0.0, part) for part in multiply(a, h))
+
+
 def multiply_conjugate(a, h):
-    return multiply((a[0], *(-part for part in a[1:])), h)
+    return multiply_or_zero((a[0], *(-part for part in a[1:])), h)
 
 
 def _response(local, a, like, segment_ids):
@@ -38,7 +44,7 @@ def summary(local, a, b, segment_ids):
     E, A = _response(local, a, b, segment_ids)
 
     def read(S):
-        from_before = multiply(E, tuple(part[:, None] for part in S))
+        from_before = multiply_or_zero(E, tuple(part[:, None] for part in S))
         return jax.tree.map(lambda x, y: (x + y).astype(x.dtype), h, from_before)
 
     return A, M, read
@@ -51,4 +57,4 @@ def adjoint(local, a, h, S, segment_ids, dh):
     return A, jax.tree.map(lambda x: x.sum(axis=1), multiply_conjugate(E, dh))
 
 
-OVER_TIME = Affine(summary, adjoint, multiply, multiply_conjugate, split=True)
+OVER_TIME = Affine(summary, adjoint, multiply_or_zero, multiply_conjugate, split=True)

@@ -41,7 +41,7 @@ from ..pallas_gpu_scan import (
     parts,
     round_up,
 )
-from .over_time import multiply
+from .over_time import multiply, multiply_or_zero
 
 LANES = 32  # channels of a program, one for each thread
 TURN = 16  # tokens that are loaded at once
@@ -134,12 +134,6 @@ def _add(x: Number, y: Number) -> Number:
     return tuple(p + q for p, q in zip(x, y, strict=True))
 
 
-def _part_product(x: Number, y: Number) -> Number:
-    """x y, zero where one of them is, whatever the other."""
-    zero = [jnp.all(jnp.stack([part == 0 for part in z]), 0) for z in (x, y)]
-    return tuple(jnp.where(zero[0] | zero[1], 0.0, part) for part in multiply(x, y))
-
-
 class Walk:
     """A program at work: its place, and numbers of its channels."""
 
@@ -210,7 +204,7 @@ def forward(a, b, initial_state, segment_ids):
     starts = _state(initial_state, sizes)
     if sizes.parts > 1:
         added, products = _walk(sizes, inputs)
-        starts = gpu.part_starts(_part_product, products, added, starts, False)
+        starts = gpu.part_starts(multiply_or_zero, products, added, starts, False)
 
     def kernel(inputs, starts, h, final):
         walk = Walk(sizes, inputs)
@@ -293,7 +287,7 @@ def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
     ends = _state(dfinal_state, sizes)
     if sizes.parts > 1:
         added, products = _walk(sizes, inputs, reverse=True)
-        ends = gpu.part_starts(_part_product, products, added, ends, True)
+        ends = gpu.part_starts(multiply_or_zero, products, added, ends, True)
 
     def kernel(inputs, h, initial, ends, db, da, dinitial):
         walk = Walk(sizes, inputs)

@@ -237,6 +237,23 @@ def test_a_state_per_segment_goes_on_from_device_to_device(op, variant, method):
         assert_close(name, got[name], value)
 
 
+@pytest.mark.parametrize("method", ["all_gather", "ring"])
+def test_a_state_that_has_overflowed_ends_where_another_starts(method):
+    a, b = jnp.full((1,), 2.0**40), jnp.ones((1, 16, 1))
+    # Four tokens on each device. That of the third comes in infinite, and ends on its third token.
+    ids = jnp.asarray([[0] * 10 + [1] * 3 + [2] * 3])
+
+    def run(b):
+        return ops.diagonal_scan(a, b, segment_ids=ids)
+
+    expected = run(b)
+    with jax.set_mesh(mesh_of(1, 1, 4, 1)), ops.sequence_method(method):
+        got = jax.jit(lambda b: run(b))(b)
+    for value, wanted in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(value, wanted)
+    assert np.isinf(expected[0]).sum() == 6 and np.isfinite(expected[1]).all()
+
+
 def test_gradients_of_shared_inputs_are_added_up_in_float32():
     # Devices contribute 257, seven times, and 265: 2064 in bfloat16, but 2048 if each is rounded first.
     x = jnp.arange(8 * 265) % 265 < jnp.where(jnp.arange(8 * 265) < 7 * 265, 257, 265)

@@ -8,9 +8,9 @@ zero where a segment starts:
     g_t = dh_t + conj(a_{t+1}) g_{t+1}        da_t = g_t conj(h_{t-1})        db_t = g_t        dh_{-1} = conj(a_0) g_0
 
 where the gradient of a pair of reals is written as the complex number of its two parts. The states h are the op's own
-output; a program takes turns of 16 tokens from the last to the first, and loads three numbers of each when it takes it:
-those of the next turn as well would not fit registers where factors are complex and of tokens. Gradients of a constant
-factor are summed over time in registers, over parts and the batch in plain JAX, in float32.
+output; a program takes turns of 16 tokens from the last to the first, loading each when it takes it (three numbers a
+token; whether to load ahead, as forward does, is not measured). Gradients of a constant factor are summed over time in
+registers, over parts and the batch in plain JAX, in float32.
 
 Memory binds: 2 operations for each number that is read or written. One thread has one channel and takes its tokens one
 after another; a scan over tokens inside a block would form products of factors of many tokens and gain nothing, because

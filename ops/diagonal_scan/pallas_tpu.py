@@ -253,6 +253,7 @@ def _row(g: Any, row: Any) -> Any:
 def _before(g: Any, row: Any) -> Any:
     """Where the token before is, in rows with a group before those of the chunk."""
     shifted = row + SUBLANES - 1
+    # Shifts, because lowering a division asks which TPU is there, and ahead of time none is.
     return _row(g + (shifted >> 3), shifted & SUBLANES - 1)
 
 

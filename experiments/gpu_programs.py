@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ops.delta_rule import pallas_gpu as delta_rule
 from ops.diagonal_scan import pallas_gpu as diagonal_scan
 from ops.gated_linear_attention import pallas_gpu as gated_linear_attention
+from ops.selective_scan import around
 from ops.selective_scan import pallas_gpu as selective_scan
 
 
@@ -106,7 +107,15 @@ def _delta(direction: str, decay: str, **options: Any) -> Program:
 
 def _selective_programs(direction: str) -> Iterator[Program]:
     usual = (8, 2048, 2048, 16)
+    forward = direction == "forward"
+    # Backward takes the states that forward keeps in training.
+    training = [
+        (usual, "bfloat16", "training", "sm_90a"),
+        (usual, "bfloat16", "training", "sm_80"),
+        ((1, 65536, 2048, 16), "bfloat16", "training", "sm_90a"),
+    ]
     for sizes, dtype, kind, architecture in (
+        *(training if forward else []),
         (usual, "bfloat16", "", "sm_90a"),
         (usual, "bfloat16", "gated", "sm_90a"),
         (usual, "float32", "", "sm_90a"),
@@ -121,12 +130,14 @@ def _selective_programs(direction: str) -> Iterator[Program]:
         ((4, 2048, 1000, 64), "bfloat16", "", "sm_90a"),
     ):
         B, T, D, N = sizes
-        gated = kind == "gated"  # with step sizes from a projection too, as Mamba has
+        # A gate comes with step sizes from a projection, as Mamba has them.
+        gated = kind in ("gated", "training")
         x = delta = shape(B, T, D, dtype=dtype)
         b = c = shape(B, T, N, dtype=dtype)
         state, ids = shape(B, D, N), shape(B, T, dtype="int32")
-        cotangents = () if direction == "forward" else (x, state)
-        around = (x, shape(D)) if gated else (None, None)
+        gate = (x, shape(D)) if gated else (None, None)
+        kept = N <= around.MAX_KEPT_STATES
+        starts = shape(B, -(-T // around.CHUNK), N, D) if kept else None
         name = ["selective_scan", direction, dtype, f"{B}x{T}x{D}x{N}"]
         yield Program(
             "_".join([*name, *([kind] if kind else []), architecture]),
@@ -135,8 +146,12 @@ def _selective_programs(direction: str) -> Iterator[Program]:
                 getattr(selective_scan, direction),
                 delta_softplus=gated,
                 eigenvalue_range=(-1, 1) if kind == "negative" else (0, 1),
+                **({"with_starts": kind == "training"} if forward else {}),
             ),
-            (x, delta, shape(D, N), b, c, shape(D), *around, state, ids, *cotangents),
+            (
+                *(x, delta, shape(D, N), b, c, shape(D), *gate, state, ids),
+                *(() if forward else (starts, x, state)),
+            ),
         )
 
 

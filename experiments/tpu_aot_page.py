@@ -29,12 +29,10 @@ Where cycles exceed 1.5 times the larger bound, it is units inside the core that
 - `delta`: besides, the inverse of a triangle of 128 rows, a chain in which every product waits for the one before, and
   products with two or three passes where 8 bits would lose what is left of alternating sums.
 - `selective_scan`: no products of matrices; about 9 operations of VALU per token, channel and state forward and 28
-  backward, which fill it in the loops over tokens (ops/selective_scan/pallas_tpu.py).
+  backward, which fill it in the loops over tokens (ops/selective_scan/pallas_tpu.py). Backward takes the states at the
+  starts of chunks that forward keeps in training; of more than 32 states a channel none are kept, and a first kernel
+  makes them.
 - `short_convolution` with segments: VALU, for a mask for each tap.
-
-Where bytes exceed 1.3 times the minimum, backward in a `selective_scan` without gate (up to 1.36), the first kernel
-reads the inputs once more, for the states at the starts of chunks; kept from the forward pass, they would take memory
-from there to here. Units inside the core bind there, for five times as long as memory takes or more.
 
 """
 COLUMNS = (

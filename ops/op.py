@@ -3,8 +3,8 @@
 An op is one `jax.custom_vjp`, and under a mesh its forward and its backward rule are one `shard_map` each. The
 differentiation is outside: cotangents are those of global arrays. (Inside, with an output that all devices along an
 axis hold, each of them would receive the cotangent divided by their number.) What is kept for the backward rule are the
-inputs, unless the op says that an output serves better in the place of one, and, where time is cut, the state that came
-in from the left.
+inputs, unless the op says that an output serves better in the place of one, where time is cut the state that came in
+from the left, and, if the op has them, states on the way.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,12 +39,15 @@ def _inputs(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...
 class Op:
     """name: of the public function; implementations: modules with `forward` and `backward`; over_time: where time is
     cut, None for an op whose layouts leave time whole; kept: inputs and outputs -> what the backward rule takes in the
-    place of the inputs, each of the shape and layout of the input, so that `supports` is asked about its dtype."""
+    place of the inputs, each of the shape and layout of the input, so that `supports` is asked about its dtype; starts:
+    whether the modules' `forward` returns one value more, with `with_starts=True` the states at the starts of chunks
+    (or None), which `backward` takes after the inputs."""
 
     name: str
     implementations: Mapping[str, ModuleType]
     over_time: OverTime | None = None
     kept: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...]] = _inputs
+    starts: bool = False
 
 
 class _Call(NamedTuple):
@@ -69,26 +72,37 @@ class _Call(NamedTuple):
 class Local(NamedTuple):
     """The rules of a call on the arrays of one device.
 
-    partial: places of the inputs whose gradients other devices still add to; they stay float32 until then.
+    partial: places of the inputs whose gradients other devices still add to; they stay float32 until then;
+    differentiated: whether a backward rule will follow; starts: what its forward rule left, or None.
     """
 
     call: _Call
     partial: frozenset[int] = frozenset()
+    differentiated: bool = False
+    starts: Any = None
 
     @property
     def static(self) -> dict[str, Any]:
         return dict(self.call.static)
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
-        call = self.call
-        return dispatch.call(
+        return self._replace(differentiated=False).forward_and_starts(*inputs)[0]
+
+    def forward_and_starts(self, *inputs: Any) -> tuple[tuple[Any, ...], Any]:
+        """The outputs, and the states at the starts of chunks where the backward rule will take them, else None."""
+        call, static, dtypes = self.call, self.static, self.call.dtypes
+        if call.op.starts:
+            static["with_starts"] = self.differentiated
+            dtypes = *dtypes, jnp.dtype(jnp.float32)
+        values = dispatch.call(
             call.implementations,
             "forward",
             call.implementation,
             *inputs,
-            dtypes=call.dtypes,
-            **self.static,
+            dtypes=dtypes,
+            **static,
         )
+        return (values[:-1], values[-1]) if call.op.starts else (values, None)
 
     def backward(self, inputs: Any, cotangents: Any) -> tuple[Any, ...]:
         """Gradients of the inputs, given what the op keeps for them, up to the last that has one."""
@@ -103,6 +117,7 @@ class Local(NamedTuple):
             "backward",
             call.implementation,
             *inputs,
+            *((self.starts,) if call.op.starts else ()),
             *cotangents,
             dtypes=tuple(dtype(place) for place in range(len(inputs))),
             **self.static,
@@ -140,33 +155,38 @@ def run(
 
 
 def _forward(call: _Call, *inputs: Any) -> Any:
-    return _forward_rule(call, *inputs)[0]
+    return _outputs(Local(call), inputs)[0]
 
 
 def _forward_rule(call: _Call, *inputs: Any) -> tuple[Any, Any]:
-    local, mesh = Local(call), call.mesh
+    outputs, carried = _outputs(Local(call, differentiated=True), inputs)
+    return outputs, (call.op.kept(inputs, outputs), carried)
+
+
+def _outputs(local: Local, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The outputs, and what each device keeps for itself: where time is cut what came in, else the starts."""
+    call, mesh = local.call, local.call.mesh
     if mesh is None:
-        outputs = local.forward(*inputs)
-        return outputs, (call.op.kept(inputs, outputs), None)
+        return local.forward_and_starts(*inputs)
     in_specs = sharding.specs(call.op.name, mesh, call.inputs, inputs)
     line, everywhere = _line(call, mesh), P(mesh.axis_names)
 
     def on_device(*inputs: Any) -> tuple[Any, Any]:
         if line is None or call.op.over_time is None:
-            return local.forward(*inputs), None
-        outputs, carried = call.op.over_time.forward(local, line, *inputs)
+            outputs, carried = local.forward_and_starts(*inputs)
+        else:
+            outputs, carried = call.op.over_time.forward(local, line, *inputs)
         return outputs, jax.tree.map(lambda x: x[None], carried)
 
     shapes = jax.eval_shape(local.forward, *inputs)
     out_specs = sharding.specs(call.op.name, mesh, call.outputs, shapes)
-    outputs, carried = jax.shard_map(
+    return jax.shard_map(
         on_device,
         mesh=mesh,
         in_specs=in_specs,
         out_specs=(out_specs, everywhere),
         check_vma=False,
     )(*inputs)
-    return outputs, (call.op.kept(inputs, outputs), carried)
 
 
 def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
@@ -175,7 +195,8 @@ def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     floats = [i for i, x in enumerate(cotangents) if _is_float(x)]
     cotangents = tuple(cotangents[i] for i in floats)
     if mesh is None:
-        return _padded(Local(call).backward(inputs, cotangents), inputs)
+        gradients = Local(call, starts=carried).backward(inputs, cotangents)
+        return _padded(gradients, inputs)
     in_specs = sharding.specs(call.op.name, mesh, call.inputs, inputs)
     cotangent_layouts = [call.outputs[i] for i in floats]
     cotangent_specs = sharding.specs(call.op.name, mesh, cotangent_layouts, cotangents)
@@ -189,10 +210,10 @@ def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     local = Local(call, frozenset(i for i, axes in enumerate(missing) if axes))
 
     def on_device(inputs: Any, carried: Any, cotangents: Any) -> tuple[Any, ...]:
+        carried = jax.tree.map(lambda x: x[0], carried)
         if line is None or call.op.over_time is None:
-            gradients = local.backward(inputs, cotangents)
+            gradients = local._replace(starts=carried).backward(inputs, cotangents)
         else:
-            carried = jax.tree.map(lambda x: x[0], carried)
             gradients = call.op.over_time.backward(
                 local, line, carried, inputs, cotangents
             )

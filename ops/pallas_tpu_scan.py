@@ -73,10 +73,13 @@ class Blocks:
             lambda b, t, d: (b, self._at(t, reverse), *(0 for _ in rest)),
         )
 
-    def chunk_states(self, rows: int, reverse: bool = False) -> pl.BlockSpec:
-        """One chunk and block of [B, chunks, rows, width]."""
+    def chunk_states(
+        self, rows: int, reverse: bool = False, count: int = 1
+    ) -> pl.BlockSpec:
+        """One chunk and block of [B, chunks, rows, width], or of `count` times the chunks."""
         return pl.BlockSpec(
-            (1, 1, rows, self.lanes), lambda b, t, d: (b, self._at(t, reverse), 0, d)
+            (1, count, rows, self.lanes),
+            lambda b, t, d: (b, self._at(t, reverse), 0, d),
         )
 
     def sequence(self, rows: int) -> pl.BlockSpec:
@@ -115,17 +118,20 @@ class Blocks:
         end: Callable[[Any], None] = lambda group: None,
         reverse: bool = False,
         stretch: int = 1,
+        part: tuple[Any, int] | None = None,
         compiled: bool,
     ) -> Any:
-        """carry = token(group, row, carry) for the chunk's tokens in order, and end(group) after each 8.
+        """carry = token(group, row, carry) for the chunk's tokens in order, and end(group) after each 8; part: first
+        group and number of groups, None for all.
 
         Compiled, rows are constants, and `stretch` groups are one piece of code, to fill each other's waiting times;
         interpreted, loops stay loops, because a CPU's compiler takes long over such pieces.
         """
-        groups, last = self.chunk // SUBLANES, SUBLANES - 1
+        first, groups = part or (0, self.chunk // SUBLANES)
+        last = SUBLANES - 1
 
         def group(step, carry):
-            g = groups - 1 - step if reverse else step
+            g = first + (groups - 1 - step if reverse else step)
             carry = lax.fori_loop(
                 0,
                 SUBLANES,

@@ -199,7 +199,8 @@ class Line(NamedTuple):
 class Affine:
     """An op whose state is an affine function of the state before; the last two inputs are that state and the ids.
 
-    summary(local, *tokens, segment_ids) -> A, M, read: of the tokens of one device; read(S) -> the output from state S
+    summary(local, *tokens, segment_ids) -> A, M, read: of the tokens of one device; read(S) -> the output from state S,
+      and the states at the starts of chunks where the backward rule takes them (`ops/op.py`), else None
     adjoint(local, *tokens, S, segment_ids, do) -> A, E^T do, of what the op keeps of its inputs
     act(A, S), act_transposed(A, lambda) -> A S, A^T lambda
     split: an entry of A belongs to one column (last axis) of the state
@@ -221,13 +222,15 @@ class Affine:
             self.act, _kept(entered, A), M, initial_state, self.split
         )
         S, entered = checkpoint_name((_kept(entered, S), entered), CARRIED)
-        return (read(S), final), (S, entered)
+        output, starts = read(S)
+        return (output, final), (S, entered, starts)
 
     def backward(
         self, local: Any, line: Line, carried: Any, inputs: Any, cotangents: Any
     ) -> tuple[Any, ...]:
         *tokens, initial_state, segment_ids = inputs
-        (S, entered), (do, dfinal) = carried, cotangents
+        (S, entered, starts), (do, dfinal) = carried, cotangents
+        local = local._replace(starts=starts)
         A, dM = self.adjoint(local, *tokens, S, segment_ids, do)
         # What is sent comes first: then a kernel that recomputes the states within this part, where the op has one,
         # runs while it travels, because nothing needs to arrive for it.
@@ -255,9 +258,7 @@ def segment_states(
     Tokens of a segment that follow each other may lie far apart: the op runs again from the states that came in.
     """
 
-    def summary(
-        local: Any, *inputs: Any
-    ) -> tuple[Any, Any, Callable[[Any], jax.Array]]:
+    def summary(local: Any, *inputs: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
         *tokens, segment_ids = inputs
         _, k, v = tokens[:3]
         batch, _, heads, value_size = v.shape
@@ -265,8 +266,8 @@ def segment_states(
         zero = jnp.zeros((batch, *state), jnp.float32)
         _, M = local.forward(*tokens, zero, segment_ids)
 
-        def read(S: jax.Array) -> jax.Array:
-            return local.forward(*tokens, S, segment_ids)[0]
+        def read(S: jax.Array) -> tuple[jax.Array, None]:
+            return local.forward(*tokens, S, segment_ids)[0], None
 
         return transition(local, *tokens, segment_ids), M, read
 

@@ -1,5 +1,7 @@
 """Selective scan: the op contract, and identities of Mamba (arXiv 2312.00752) and Grazzi et al. (arXiv 2411.12537)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax.experimental import checkify
 
 import ops
 from ops import selective_scan
-from ops.selective_scan import pallas_gpu, pallas_gpu_walks
+from ops.selective_scan import chunked, pallas_gpu, pallas_gpu_walks, pallas_tpu
 from ops.selective_scan.shapes import SHAPES
 from tests.op_contract import (
     BATCH,
@@ -228,11 +230,83 @@ def test_gpu_kernels_refuse_what_they_do_not_take():
         selective_scan(**inputs, implementation="pallas_gpu")
 
 
+IMPLEMENTATIONS = {
+    "chunked": chunked,
+    "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
+}
+
+
+# Three chunks, the last ragged; of the TPU kernel, which takes two at a time, one and a half.
+@pytest.mark.parametrize(
+    "name",
+    ["chunked", *(pytest.param(f"pallas_{x}pu", marks=pytest.mark.slow) for x in "gt")],
+)
+def test_forward_rules_keep_the_states_before_every_64_tokens(name, monkeypatch):
+    monkeypatch.setattr(pallas_gpu_walks, "TURN", 2)
+    inputs, state, ids = TestSelectiveScan().data("positive", 150)
+
+    @jax.jit
+    def keep(inputs):
+        *_, starts = IMPLEMENTATIONS[name].forward(
+            **{
+                "bias" if name == "delta_bias" else name: x
+                for name, x in inputs.items()
+            },
+            initial_state=state,
+            segment_ids=ids,
+            delta_softplus=True,
+            eigenvalue_range=(0, 1),
+            with_starts=True,
+        )
+        return starts
+
+    def state_before(t):
+        prefix = {key: x[:, :t] if x.ndim == 3 else x for key, x in inputs.items()}
+        return TestSelectiveScan.call(prefix, state, ids[:, :t], "reference")[1]
+
+    expected = [state, state_before(64), state_before(128)]
+    assert_close("starts", keep(inputs), jnp.stack(expected, 1).swapaxes(2, 3))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_all_forward_rules_agree_on_what_they_keep(name):
+    def kept(length, states, with_starts=True):
+        shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        tokens, columns = shape((3, length, 8)), shape((3, length, states))
+        state = shape((3, 8, states))
+        parameters = shape((8, states)), columns, columns, None, None, None
+        rule = functools.partial(
+            IMPLEMENTATIONS[name].forward,
+            delta_softplus=False,
+            eigenvalue_range=(0, 1),
+            with_starts=with_starts,
+        )
+        return jax.eval_shape(rule, tokens, tokens, *parameters, state, None)[2]
+
+    assert kept(65, 32).shape == (3, 2, 32, 8)
+    assert kept(300, 5).shape == (3, 5, 5, 8)
+    assert kept(64, 32) is None
+    assert kept(300, 33) is None
+    assert kept(300, 5, with_starts=False) is None
+
+
 # D, N: two blocks of channels with part of a tile, registers of states, chunks of 32 tokens.
-@pytest.mark.full
-@pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu"])
-@pytest.mark.parametrize(("width", "state"), [(700, 3), (130, 20), (256, 64)])
-def test_kernels_take_any_width_and_state(width, state, implementation):
+SIZES = [(700, 3), (130, 20), (256, 64)]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "width", "state"),
+    [
+        ("chunked", 3, 33),  # more states than are kept
+        *(
+            pytest.param(name, *sizes, marks=pytest.mark.full)
+            for name in ("pallas_gpu", "pallas_tpu")
+            for sizes in SIZES
+        ),
+    ],
+)
+def test_any_width_and_number_of_states_will_do(implementation, width, state):
     inputs = scan_inputs(7, 70, width=width, state=state)
     dy = jnp.asarray(np.random.default_rng(8).standard_normal(inputs["x"].shape))
 
@@ -256,7 +330,7 @@ def test_a_program_lowered_for_a_tpu_takes_the_kernels():
 
     traced = jax.jit(jax.value_and_grad(loss)).trace(inputs)
     lowered = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert lowered.count("tpu_custom_call") == 3
+    assert lowered.count("tpu_custom_call") == 2  # what forward keeps, backward takes
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 

@@ -14,6 +14,7 @@ from ops import pallas_tpu, pallas_tpu_scan
 from ops.delta_rule import pallas_tpu as delta_kernels
 from ops.diagonal_scan import pallas_tpu as diagonal_kernels
 from ops.gated_linear_attention import pallas_tpu as attention_kernels
+from ops.selective_scan import around as selective_around
 from ops.selective_scan import pallas_tpu as selective_kernels
 from ops.short_convolution import pallas_tpu as convolution_kernels
 from tests import (
@@ -36,7 +37,7 @@ OPS = {
     "delta_rule": (delta_kernels, {"chunk": 16}, delta_rule_test.TestDeltaRule),
     "selective_scan": (
         selective_kernels,
-        {"chunk": 16, "backward_chunk": 16},
+        {"chunk": 16},
         selective_scan_test.TestSelectiveScan,
     ),
     "diagonal_scan": (
@@ -80,6 +81,7 @@ def simulated_tpu(monkeypatch):
 def test_kernels_use_the_memory_of_a_tpu_as_it_is(op, variant, monkeypatch):
     kernels, tuning, contract = OPS[op]
     tuning = dataclasses.replace(kernels.TUNING, **tuning)
+    monkeypatch.setattr(selective_around, "CHUNK", 16)
     monkeypatch.setattr(kernels, "TUNING", tuning)
     case = contract().data(variant, LENGTH)
     expected = contract().values_and_gradients("reference", *case)

@@ -53,7 +53,7 @@ def summary(local, q, k, v, beta, decay_log, segment_ids):
         E, A = _response(local, q, k, v, beta, decay_log, segment_ids)
 
     def read(S):
-        return (o + _apply(E, S)).astype(v.dtype)
+        return (o + _apply(E, S)).astype(v.dtype), None
 
     return A, M, read
 

@@ -45,7 +45,7 @@ def summary(local, a, b, segment_ids):
 
     def read(S):
         from_before = multiply_or_zero(E, tuple(part[:, None] for part in S))
-        return jax.tree.map(lambda x, y: (x + y).astype(x.dtype), h, from_before)
+        return jax.tree.map(lambda x, y: (x + y).astype(x.dtype), h, from_before), None
 
     return A, M, read
 

@@ -71,7 +71,7 @@ def summary(local, q, k, v, decay_log, segment_ids):
     o, _ = local.forward(q, k, v, decay_log, zero, segment_ids)
 
     def read(S):
-        return (o + einsum("bthk,bhkv->bthv", E, S)).astype(o.dtype)
+        return (o + einsum("bthk,bhkv->bthv", E, S)).astype(o.dtype), None
 
     return A, M, read
 

@@ -18,6 +18,7 @@ OP = Op(
     "selective_scan",
     {"chunked": chunked, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu},
     over_time.OVER_TIME,
+    starts=True,
 )
 EIGENVALUE_RANGES = ((0, 1), (-1, 1))
 

@@ -1,13 +1,16 @@
-"""What stands around the recurrence of a selective scan: step sizes from what a model projects, and the gate.
+"""What stands around the recurrence of a selective scan: step sizes from what a model projects, the gate, and what is
+kept between forward and backward.
 
     Delta = softplus(delta + bias)          out = y silu(z)
 
 The implementations multiply by the gate where they have y at hand, which then never exists in memory, forward or
-backward. Nothing but `delta` itself is kept for the backward pass: the TPU kernels make the step sizes where they use
-them; the other implementations, through `forward` and `backward` here, leave them to XLA, inside the rules. On a GPU a
-kernel would compute them in each of the four threads that share a channel of N = 16, in each of its passes: eight
-exponentials and logarithms for a token and channel take half a clock of a multiprocessor, in which memory has ten
-bytes; leaving them to XLA costs eight, of float32 steps from a bfloat16 `delta`.
+backward. Besides the inputs the states before every `CHUNK` tokens are kept for the backward pass, which recomputes the
+others between them: at N = 16 four bytes for four tokens of a channel. Without them the states would have to be walked
+through once more, from the first to the last, before the walk back can begin. Step sizes are not kept: the TPU kernels
+make them where they use them; the other implementations, through `forward` and `backward` here, leave them to XLA,
+inside the rules. On a GPU a kernel would compute them in each of the four threads that share a channel of N = 16, in
+each of its passes: eight exponentials and logarithms for a token and channel take half a clock of a multiprocessor, in
+which memory has ten bytes; leaving them to XLA costs eight, of float32 steps from a bfloat16 `delta`.
 """
 
 import functools
@@ -16,6 +19,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+CHUNK = 64  # tokens between the states that are kept for the backward pass
+MAX_KEPT_STATES = 32  # of a channel; more would take more memory than the inputs do
+
+
+def keeps_starts(x: jax.Array, A: jax.Array) -> bool:
+    """Whether forward rules keep the states at the starts of chunks [B, T / CHUNK, N, D] for the backward rules, which
+    otherwise make them anew; all implementations agree, for a program has one memory layout on all platforms."""
+    return x.shape[1] > CHUNK and A.shape[1] <= MAX_KEPT_STATES
 
 
 def step_sizes(delta: jax.Array, bias: jax.Array | None, softplus: bool) -> jax.Array:

@@ -11,10 +11,10 @@ where da/dw = exp(w) or 2 exp(w), which is a or a + 1.
 
 With a gate, out = y silu(z) and dy = silu(z) dout; y is recomputed with the states.
 
-The states are kept at the starts of chunks only; inside a chunk, last chunk first, they are recomputed. So one chunk's
-states and one state per chunk exist at a time, and never an array of the size of all states. No factor is ever divided
-by or taken to a logarithm, and no product of factors is formed: decays of any strength, zero and negative factors are
-exact.
+The states are kept at the starts of chunks only, by the forward pass if it is asked to, else by a walk over the chunks;
+inside a chunk, last chunk first, they are recomputed. So one chunk's states and one state per chunk exist at a time,
+and never an array of the size of all states. No factor is ever divided by or taken to a logarithm, and no product of
+factors is formed: decays of any strength, zero and negative factors are exact.
 
 The work is elementwise on the state, so that on a CPU the sequential form costs the fewest passes over memory (an
 associative scan inside the chunk takes about twice the time); on accelerators its many small steps are what a kernel
@@ -22,14 +22,11 @@ avoids. A state is [B, N, D] here: D, the large axis, is the contiguous one. Let
 chunks.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ..chunking import einsum
 from . import around
-
-CHUNK = 64
 
 
 def _factor(delta_BD, A_ND, keep_B, eigenvalue_range):
@@ -64,6 +61,12 @@ def _to_chunks(array, chunk, fill=0):
     return array.reshape(-1, chunk, *array.shape[1:])
 
 
+def _keep_chunks(segment_ids, chunk):
+    """`_keep` [G, C, B]; padded tokens continue."""
+    keep_BT = _keep(segment_ids)
+    return None if keep_BT is None else _to_chunks(keep_BT, chunk, fill=True)
+
+
 def _from_chunks(array_GCBX, length):
     """[G, C, B, X] -> [B, T, X]."""
     return jnp.moveaxis(array_GCBX.reshape(-1, *array_GCBX.shape[2:])[:length], 0, 1)
@@ -74,8 +77,23 @@ def _cast(*arrays):
 
 
 @around.forward
-def forward(x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_range):
-    """Shapes as in `api.py`; returns y in float32 and the final state."""
+def forward(
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    initial_state,
+    segment_ids,
+    *,
+    eigenvalue_range,
+    with_starts=False,
+):
+    """Shapes as in `api.py`; returns y in float32, the final state and the starts of `around.py`, or None."""
+    keeps = with_starts and around.keeps_starts(x, A)
+    chunk = around.CHUNK if keeps else x.shape[1]
     x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, h_BDN = _cast(
         x, delta, A, B, C, initial_state
     )
@@ -87,17 +105,24 @@ def forward(x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_r
         h_BND = a * h_BND + _write(x_BD, delta_BD, B_BN)
         return h_BND, einsum("bnd,bn->bd", h_BND, C_BN)
 
-    tokens = jax.tree.map(
-        lambda array: jnp.moveaxis(array, 0, 1),
-        (x_BTD, delta_BTD, B_BTN, C_BTN, _keep(segment_ids)),
+    def step_chunk(h_BND, tokens):
+        last_BND, y_CBD = lax.scan(step, h_BND, tokens)
+        return last_BND, (h_BND if keeps else None, y_CBD)
+
+    chunks = (
+        *(_to_chunks(array, chunk) for array in (x_BTD, delta_BTD, B_BTN, C_BTN)),
+        _keep_chunks(segment_ids, chunk),
     )
-    state_BND, y_TBD = lax.scan(step, h_BDN.swapaxes(1, 2), tokens)
-    y_BTD = jnp.moveaxis(y_TBD, 0, 1)
+    state_BND, (starts_GBND, y_GCBD) = lax.scan(
+        step_chunk, h_BDN.swapaxes(1, 2), chunks
+    )
+    y_BTD = _from_chunks(y_GCBD, x.shape[1])
     if D is not None:
         y_BTD = y_BTD + D.astype(jnp.float32)[None, None, :] * x_BTD
     if z is not None:
         y_BTD = around.gate(y_BTD, z.astype(jnp.float32))
-    return y_BTD, state_BND.swapaxes(1, 2)
+    starts = None if starts_GBND is None else jnp.swapaxes(starts_GBND, 0, 1)
+    return y_BTD, state_BND.swapaxes(1, 2), starts
 
 
 @around.backward
@@ -111,12 +136,14 @@ def backward(
     z,
     initial_state,
     segment_ids,
+    starts,
     dout,
     dfinal_state,
     *,
     eigenvalue_range,
 ):
-    """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state, in float32."""
+    """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state, in float32; starts: those of
+    `forward`, or None."""
     x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, h_BDN = _cast(
         x, delta, A, B, C, initial_state
     )
@@ -124,17 +151,13 @@ def backward(
     if z is not None:
         dy, per_y = around.gate_gradients(z.astype(jnp.float32), dy)
     length = x.shape[1]
-    # As few chunks of at most CHUNK tokens as there must be, of equal length.
-    chunk = -(-length // -(-length // CHUNK))
+    # As few chunks of at most CHUNK tokens as there must be, of equal length unless their starts are given.
+    chunk = -(-length // -(-length // around.CHUNK)) if starts is None else around.CHUNK
     A_ND, h_BND = A_DN.T, h_BDN.swapaxes(1, 2)
     x_GCBD, delta_GCBD, B_GCBN, C_GCBN, dy_GCBD = (
         _to_chunks(z, chunk) for z in (x_BTD, delta_BTD, B_BTN, C_BTN, dy)
     )
-    keep_GCB = (
-        None
-        if segment_ids is None
-        else _to_chunks(_keep(segment_ids), chunk, fill=True)
-    )
+    keep_GCB = _keep_chunks(segment_ids, chunk)
 
     def advance(h_BND, token):
         x_BD, delta_BD, B_BN, keep_B = token
@@ -181,7 +204,9 @@ def backward(
         )
         return carry, (dx_CBD, ddelta_CBD, dB_CBN, dC_CBN, y_CBD)
 
-    if length <= chunk:
+    if starts is not None:
+        starts_GBND = jnp.swapaxes(starts, 0, 1)
+    elif length <= chunk:
         starts_GBND = h_BND[None]
     else:
         _, starts_GBND = lax.scan(

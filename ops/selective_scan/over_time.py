@@ -35,7 +35,9 @@ def summary(local, x, delta, A, B, C, D, z, bias, segment_ids):
     _, M = local.forward(x, delta, A, B, C, None, None, bias, zero, segment_ids)
 
     def read(S):
-        return local.forward(x, delta, A, B, C, D, z, bias, S, segment_ids)[0]
+        inputs = x, delta, A, B, C, D, z, bias, S, segment_ids
+        (y, _), starts = local.forward_and_starts(*inputs)
+        return y, starts
 
     return _transition(local, x, delta, A, B, C, bias, segment_ids), M, read
 

@@ -19,14 +19,14 @@ Backward, with g_t the gradient of h_t, k_t zero where a segment starts, and h_{
     du_t = sum_n B_t g_t                          dA = sum_bt delta_t dw_t
     dx_t = delta_t du_t + D dy_t                  ddelta_t = x_t du_t + sum_n A dw_t           dD = sum_bt dy_t x_t
 
-A first kernel leaves the states at the starts of chunks of 64 tokens. A program then takes chunk after chunk from the
-last to the first: it walks through one, leaving the state before every fourth token in memory of its own (of which the
-second-level cache holds that of all running programs), and goes back over it four tokens at a time, the states before
-each in registers. It takes three exponentials for each token and state (the first kernel one more), and is bound
-nevertheless by its 25 or so other instructions.
+The states at the starts of chunks of 64 tokens are those that the forward rule kept (`around.py`), or a first kernel
+makes them. A program takes chunk after chunk from the last to the first: it walks through one, leaving the state before
+every fourth token in memory of its own (of which the second-level cache holds that of all running programs), and goes
+back over it four tokens at a time, the states before each in registers. It takes three exponentials for each token and
+state (a first kernel one more), and is bound nevertheless by its 25 or so other instructions.
 
-With a gate, out = y silu(z), the first kernel, which has registers to spare, recomputes y, for dz, and writes dy =
-silu(z) dout for the second.
+With a gate, out = y silu(z), there is a first kernel in any case: it has the registers to spare for y, which it
+recomputes, for dz, and writes dy = silu(z) dout for the second.
 
 dB and dC are sums over channels. A program has two tiles, 32 channels, adds up those of a thread first and leaves
 float32 sums of its channels in memory, [B, D / 32, T, N] each, which plain JAX adds up: no atomics, so that results
@@ -86,17 +86,33 @@ def _sum_channels(tiles: Sequence[jax.Array]) -> jax.Array:
 
 
 @around.forward
-def forward(x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_range):
-    """Shapes as in `api.py`; returns y in x's dtype and the final state in float32."""
+def forward(
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    initial_state,
+    segment_ids,
+    *,
+    eigenvalue_range,
+    with_starts=False,
+):
+    """Shapes as in `api.py`; returns y in x's dtype, the final state in float32 and the starts of `around.py`, or
+    None."""
     (batch, length, channels), states = x.shape, A.shape[1]
     row = lanes(batch, channels, states)
     sizes = walks.make_sizes(x, A, eigenvalue_range, 1, row)
     inputs = walks.make_inputs(sizes, x, delta, A, B, C, D, segment_ids)
     entering = walks.padded(initial_state, sizes)[:, None]
-    starts = walks.part_starts(sizes, inputs, entering, reverse=False)
+    of_parts = walks.part_starts(sizes, inputs, entering, reverse=False)
     z = None if z is None else pad_last(z, sizes.width)
-    y, final = walks.along(sizes, inputs, starts, z, x.dtype)
-    return y[:, :length, :channels], final[:, -1, :channels, :states]
+    keeps = with_starts and around.keeps_starts(x, A)
+    y, final, starts = walks.along(sizes, inputs, of_parts, z, x.dtype, keeps)
+    starts = None if starts is None else starts[:, :, :states, :channels]
+    return y[:, :length, :channels], final[:, -1, :channels, :states], starts
 
 
 @around.backward
@@ -110,28 +126,34 @@ def backward(
     z,
     initial_state,
     segment_ids,
+    starts,
     dout,
     dfinal_state,
     *,
     eigenvalue_range,
 ):
-    """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state."""
+    """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state; starts: those of `forward`,
+    or None."""
     (batch, length, channels), states = x.shape, A.shape[1]
     sizes = walks.make_sizes(x, A, eigenvalue_range, ROWS, LANES)
     inputs = walks.make_inputs(sizes, x, delta, A, B, C, D, segment_ids, dout)
-    entering, leaving = (
-        walks.padded(state, sizes)[:, None] for state in (initial_state, dfinal_state)
-    )
-    starts = walks.part_starts(sizes, inputs, entering, reverse=False)
+    if starts is None and sizes.chunks == 1:
+        starts = jnp.swapaxes(initial_state, 1, 2)[:, None]
+    if starts is not None:
+        starts = walks.padded_starts(starts, sizes)
+        of_parts = walks.at_parts(sizes, starts)
+    else:
+        entering = walks.padded(initial_state, sizes)[:, None]
+        of_parts = walks.part_starts(sizes, inputs, entering, reverse=False)
     dz = None
-    if z is not None or sizes.chunks > 1:
+    if z is not None or starts is None:
         z = None if z is None else pad_last(z, sizes.width)
-        starts, of_gate = walks.chunk_starts(sizes, inputs, starts, z)
-        if of_gate is not None:
-            dz, inputs = (
-                of_gate[0][:, :length, :channels],
-                inputs._replace(dy=of_gate[1]),
-            )
+        of_gate, made = walks.before(sizes, inputs, of_parts, z, starts is None)
+        starts = made if starts is None else starts
+        if z is not None:
+            dz, dy = of_gate
+            dz, inputs = dz[:, :length, :channels], inputs._replace(dy=dy)
+    leaving = walks.padded(dfinal_state, sizes)[:, None]
     ends = walks.part_starts(sizes, inputs, leaving, reverse=True)
     turns = CHUNK // BACKWARD_TURN
     padded = round_up(length, BACKWARD_TURN)
@@ -180,7 +202,10 @@ def backward(
                     _, h = advance(h, x, delta, i * BACKWARD_TURN + k)
                 return h, following
 
-            h = walk.tiles(starts, b, g)
+            # Written and read again: carried on from the exchange between threads, the states would spill.
+            walk.write(steps, walk.start(starts, g), b, part, 0)
+            barrier(compiled)
+            h = walk.tiles(steps, b, part, 0)
             lax.fori_loop(0, here, skip, (h, ahead(g * turns)))
             barrier(compiled)
             carry = lax.fori_loop(

@@ -202,6 +202,11 @@ class Walk:
         """Of each row [N, row]."""
         return [gpu.load(ref, *index, c, self.sizes.all_states) for c in self.channels]
 
+    def start(self, ref: Any, g: Any) -> list[jax.Array]:
+        """The states before chunk g, of each row, of [B, G, N, width]."""
+        states = self.sizes.all_states
+        return [gpu.load(ref, self.b, g, states, c).T for c in self.channels]
+
     def write(self, ref: Any, tiles: Sequence[jax.Array], *index: Any) -> None:
         for tile, c in zip(tiles, self.channels, strict=True):
             gpu.store(ref, tile, *index, c, self.sizes.all_states)
@@ -211,36 +216,65 @@ def float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def along(
-    sizes: Sizes, inputs: Inputs, starts: jax.Array, z: jax.Array | None, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """y [B, T to whole turns, width] in `dtype`, gated where z is given, and the states that leave the parts.
+def padded_starts(starts: jax.Array, sizes: Sizes) -> jax.Array:
+    """[B, G, N, D] -> [B, G, states, width] in float32."""
+    starts = pad_last(starts.astype(jnp.float32), sizes.width)
+    missing = sizes.states - starts.shape[2]
+    return jnp.pad(starts, ((0, 0), (0, 0), (0, missing), (0, 0)))
 
-    starts: those that enter them [B, parts, width, N].
+
+def at_parts(sizes: Sizes, starts: jax.Array) -> jax.Array:
+    """Of the states before each chunk those that enter parts [B, parts, width, N]; of a part without chunks any."""
+    first, _ = sizes.chunk_bounds(jnp.arange(sizes.parts))
+    return jnp.swapaxes(jnp.take(starts, first, axis=1, mode="clip"), 2, 3)
+
+
+def along(
+    sizes: Sizes,
+    inputs: Inputs,
+    of_parts: jax.Array,
+    z: jax.Array | None,
+    dtype: Any,
+    keep_starts: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """y [B, T to whole turns, width] in `dtype`, gated where z is given, the states that leave the parts, and if they
+    are to be kept those before each chunk [B, G, N, width].
+
+    of_parts: the states that enter them [B, parts, width, N].
     """
     gate = None if z is None else (z,)
-    (y,), final, _ = _along(sizes, inputs, starts, gate, (dtype,), False)
-    return y, final
+    (y,), final, starts = _along(
+        "forward", sizes, inputs, of_parts, gate, (dtype,), keep_starts
+    )
+    return y, final, starts
 
 
-def chunk_starts(
-    sizes: Sizes, inputs: Inputs, starts: jax.Array, z: jax.Array | None
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """The states that enter each chunk [B, G, width, N], and of a gate dz and dy.
+def before(
+    sizes: Sizes,
+    inputs: Inputs,
+    of_parts: jax.Array,
+    z: jax.Array | None,
+    keep_starts: bool,
+) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    """What the backward pass needs before it goes back: of a gate dz and dy, and the states before each chunk.
 
     With a gate `inputs.dy` is the gradient of y silu(z).
     """
     sizes = sizes.of_one_tile()
     gate = None if z is None else (z, inputs.dy)
     dtypes = () if gate is None else tuple(array.dtype for array in gate)
-    of_gate, _, states = _along(sizes, inputs, starts, gate, dtypes, True)
-    return states, of_gate or None
+    of_gate, _, starts = _along(
+        "states" if keep_starts else "gate",
+        *(sizes, inputs, of_parts, gate, dtypes, keep_starts),
+    )
+    return of_gate, starts
 
 
 def _along(
+    name: str,
     sizes: Sizes,
     inputs: Inputs,
-    starts: jax.Array,
+    of_parts: jax.Array,
     gate: tuple[jax.Array, ...] | None,
     dtypes: tuple[Any, ...],
     keep_starts: bool,
@@ -251,7 +285,7 @@ def _along(
     whole = padded == sizes.length
     rows = sizes.batch, padded, sizes.width
 
-    def kernel(inputs, starts, gate, out, final, of_chunks, ys, *, compiled=True):
+    def kernel(inputs, of_parts, gate, out, final, starts, ys, *, compiled=True):
         b, part, _, (c,) = sizes.place()
         walk = Walk(sizes, inputs, compiled, b, [c])
         (A,) = walk.tiles(inputs.A)
@@ -299,13 +333,13 @@ def _along(
             return h, following
 
         def chunk(g: Any, carry: Any) -> Any:
-            walk.write(of_chunks, [carry[0]], b, g)
+            gpu.store(starts, carry[0].T, b, g, sizes.all_states, c)
             end = jnp.minimum((g + 1) * turns, sizes.turns)
             return lax.fori_loop(g * turns, end, turn, carry)
 
-        (h,) = walk.tiles(starts, b, part)
+        (h,) = walk.tiles(of_parts, b, part)
         carry = h, read(first * CHUNK)
-        if of_chunks is None:
+        if starts is None:
             end = jnp.minimum(last * turns, sizes.turns)
             h, _ = lax.fori_loop(first * turns, end, turn, carry)
         else:
@@ -314,21 +348,21 @@ def _along(
 
     states = sizes.width, sizes.states
     own = sizes.batch, sizes.parts, TURN, sizes.width
-    out, final, of_chunks, _ = gpu.call(
-        "selective_scan_states" if keep_starts else "selective_scan_forward",
+    out, final, starts, _ = gpu.call(
+        f"selective_scan_{name}",
         kernel,
         sizes.grid,
-        (inputs, starts, gate),
+        (inputs, of_parts, gate),
         (
             tuple(jax.ShapeDtypeStruct(rows, dtype) for dtype in dtypes),
             float32(sizes.batch, sizes.parts, *states),
-            float32(sizes.batch, sizes.chunks, *states) if keep_starts else None,
+            float32(sizes.batch, sizes.chunks, *states[::-1]) if keep_starts else None,
             None if gate is None else float32(*own),
         ),
         warps=1,
         interpreted=functools.partial(kernel, compiled=False),
     )
-    return out, final, of_chunks
+    return out, final, starts
 
 
 def part_starts(

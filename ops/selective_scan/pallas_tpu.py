@@ -6,9 +6,10 @@ Channels lie along lanes, as in x, and the states of a channel along sublanes: d
 repeats over sublanes, B_t and C_t are columns, repeated over lanes once per chunk for all blocks of channels. The sums
 over n wait for the end of 8 tokens: stored, then read with a stride of 8 rows, they need one addition per register.
 
-Backward runs from the last chunk to the first. A first kernel leaves the states at the starts of the chunks; within a
-chunk the states before each token, and e, are recomputed into fast memory. With g_t the gradient of h_t, k_t zero where
-a segment starts, and h_{t-1} standing for k_t h_{t-1}, from the last token to the first:
+Backward runs from the last chunk to the first. The states at the starts of the chunks are those that the forward rule
+kept (`around.py`), or a first kernel makes them; within a chunk the states before each token, and e, are recomputed
+into fast memory. With g_t the gradient of h_t, k_t zero where a segment starts, and h_{t-1} standing for k_t h_{t-1},
+from the last token to the first:
 
     g_t = C_t dy_t + k_{t+1} a_{t+1} g_{t+1}      dw_t = g_t h_{t-1} e_t (twice that for a = 2 e - 1), of w = delta A
     dC_t = sum_d h_t dy_t                         dB_t = sum_d g_t u_t
@@ -29,7 +30,7 @@ the cycles forward and two thirds backward; latencies between the groups of 8 to
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ from jax.experimental import pallas as pl
 
 from ..pallas_tpu import LANES
 from ..pallas_tpu_scan import SUBLANES, Blocks, call, cut, keep_scalars, pad_channels
+from . import around
 from . import pallas_tpu_kernels as kernels
 from .pallas_tpu_kernels import Scan
 
@@ -48,13 +50,12 @@ LOG2_E = 1 / math.log(2)
 class Tuning:
     """What one grid step takes; chosen by the static cycle model of the TPU compiler for v6e.
 
-    chunk: tokens, a power of two. backward_chunk: fewer, because the states before all tokens of a block lie in fast
-    memory then, of which a v4 has 16 MiB. columns: chunk times states at most, what B and C take in fast memory.
-    values: states of all channels of a block at most, what they take in registers.
+    chunk: tokens, a power of two; backward `CHUNK`, because the states before all tokens of a block lie in fast memory
+    then, of which a v4 has 16 MiB. columns: chunk times states at most, what B and C take in fast memory. values:
+    states of all channels of a block at most, what they take in registers.
     """
 
     chunk: int = 128
-    backward_chunk: int = 64
     columns: int = 2048
     values: int = 8192
 
@@ -76,14 +77,17 @@ def forward(
     *,
     delta_softplus,
     eigenvalue_range,
+    with_starts=False,
 ):
-    """Shapes as in `api.py`; returns y in x's dtype and the final state in float32."""
+    """Shapes as in `api.py`; returns y in x's dtype, the final state in float32 and the starts of `around.py`, or
+    None."""
     options = segment_ids, delta_softplus, eigenvalue_range
-    scan = _scan(x, A, z, bias, *options, TUNING.chunk)
+    keeps = with_starts and around.keeps_starts(x, A)
+    scan = _scan(x, A, z, bias, *options, TUNING.chunk, whole=keeps)
     blocks, columns = scan.blocks, _columns(B, C, scan)
     state = blocks.sequence(scan.states)
-    y, final_state = call(
-        functools.partial(kernels.selective_forward, scan=scan),
+    y, final_state, *starts = call(
+        functools.partial(kernels.selective_forward, scan=scan, keeps=keeps),
         blocks,
         [
             (pad_channels(x), blocks.tokens()),
@@ -99,10 +103,14 @@ def forward(
         [
             (_like(x, blocks), blocks.tokens()),
             (_float32(blocks.batch, scan.states, blocks.width), state),
+            *([_chunk_starts(scan, blocks.chunk // around.CHUNK)] if keeps else []),
         ],
         kernels.forward_scratch(scan),
     )
-    return y[:, :, : x.shape[2]], _states_last(final_state, A)
+    (_, length, channels), states = x.shape, A.shape[1]
+    number = pl.cdiv(length, around.CHUNK)
+    starts = starts[0][:, :number, :states, :channels] if keeps else None
+    return y[:, :, :channels], _states_last(final_state, A), starts
 
 
 def backward(
@@ -116,15 +124,17 @@ def backward(
     bias,
     initial_state,
     segment_ids,
+    starts,
     dout,
     dfinal_state,
     *,
     delta_softplus,
     eigenvalue_range,
 ):
-    """Cotangents of x, delta, A, B, C, D, z, bias (of these three None where they are) and initial_state."""
+    """Cotangents of x, delta, A, B, C, D, z, bias (of these three None where they are) and initial_state; starts: those
+    of `forward`, or None."""
     options = segment_ids, delta_softplus, eigenvalue_range
-    scan = _scan(x, A, z, bias, *options, TUNING.backward_chunk)
+    scan = _scan(x, A, z, bias, *options, around.CHUNK)
     blocks, columns = scan.blocks, _columns(B, C, scan)
     N, (batch, length, channels) = scan.states, x.shape
     x_, delta_, dout_ = (pad_channels(array) for array in (x, delta, dout))
@@ -132,8 +142,12 @@ def backward(
     state, constant = blocks.sequence(N), blocks.constant(N)
     of_sequence = _float32(batch, N, blocks.width)
 
-    starts = _states_first(initial_state, scan)[:, None]
-    if blocks.chunks > 1:
+    entering = _states_first(initial_state, scan)
+    if starts is not None:
+        starts = _pad_states(starts, scan)
+    elif blocks.chunks == 1:
+        starts = entering[:, None]
+    else:
         (starts,) = call(
             functools.partial(kernels.selective_states, scan=scan),
             blocks,
@@ -142,16 +156,11 @@ def backward(
                 (delta_, blocks.tokens()),
                 (columns, blocks.shared(columns)),
                 (LOG2_E * A_, constant),
-                (starts[:, 0], state),
+                (entering, state),
                 *_bias(bias, blocks),
                 *_keep(segment_ids, blocks),
             ],
-            [
-                (
-                    _float32(batch, blocks.chunks, N, blocks.width),
-                    blocks.chunk_states(N),
-                )
-            ],
+            [_chunk_starts(scan)],
             kernels.states_scratch(scan),
         )
 
@@ -205,11 +214,22 @@ def backward(
 
 
 def _scan(
-    x, A, z, bias, segment_ids, delta_softplus, eigenvalue_range, chunk: int
+    x,
+    A,
+    z,
+    bias,
+    segment_ids,
+    delta_softplus,
+    eigenvalue_range,
+    chunk: int,
+    whole: bool = False,
 ) -> Scan:
+    """whole: chunks are made of whole `CHUNK`s."""
     N = SUBLANES * pl.cdiv(A.shape[1], SUBLANES)
-    chunk = min(chunk, max(16, 1 << (TUNING.columns // N).bit_length() - 1))
-    blocks = cut(x, chunk, TUNING.values // N)
+    blocks = cut(x, _within(chunk, N), TUNING.values // N)
+    if whole:
+        number = pl.cdiv(blocks.chunk, around.CHUNK)
+        blocks = replace(blocks, chunk=number * around.CHUNK)
     return Scan(
         blocks,
         N,
@@ -219,6 +239,16 @@ def _scan(
         bias=bias is not None,
         softplus=delta_softplus,
     )
+
+
+def backward_chunk(states: int) -> int:
+    """Tokens of a chunk, backward, of this many states of a channel."""
+    return _within(around.CHUNK, SUBLANES * pl.cdiv(states, SUBLANES))
+
+
+def _within(chunk: int, states: int) -> int:
+    """The chunk, or as much of it as `TUNING.columns` leaves."""
+    return min(chunk, max(16, 1 << (TUNING.columns // states).bit_length() - 1))
 
 
 def _bias(bias: jax.Array | None, blocks: Blocks) -> list[Any]:
@@ -231,6 +261,15 @@ def _keep(
     if segment_ids is None:
         return []
     return [keep_scalars(segment_ids, blocks, reverse, past=1)]
+
+
+def _chunk_starts(
+    scan: Scan, count: int = 1
+) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+    """The states at the starts of chunks, or of `count` parts of each chunk."""
+    blocks, N = scan.blocks, scan.states
+    states = _float32(blocks.batch, blocks.chunks * count, N, blocks.width)
+    return states, blocks.chunk_states(N, count=count)
 
 
 def _gate(z: jax.Array | None, tokens: pl.BlockSpec) -> list[Any]:
@@ -250,8 +289,12 @@ def _columns(B, C, scan: Scan) -> jax.Array:
 
 def _states_first(x: jax.Array, scan: Scan) -> jax.Array:
     """[..., D, N] -> [..., N, D] in float32, padded with zeros."""
-    x = pad_channels(jnp.swapaxes(x.astype(jnp.float32), -1, -2))
-    missing = scan.states - x.shape[-2]
+    return _pad_states(jnp.swapaxes(x.astype(jnp.float32), -1, -2), scan)
+
+
+def _pad_states(x: jax.Array, scan: Scan) -> jax.Array:
+    """[..., N, D] with zeros up to what a scan has of both."""
+    x, missing = pad_channels(x), scan.states - x.shape[-2]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)])
 
 

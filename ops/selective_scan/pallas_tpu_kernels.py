@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -170,12 +171,23 @@ def _sum_terms(ref: Any, tile: int) -> jax.Array:
 
 
 def selective_forward(
-    x_ref, delta_ref, columns_ref, A_ref, D_ref, initial_ref, *refs, scan, compiled
+    x_ref,
+    delta_ref,
+    columns_ref,
+    A_ref,
+    D_ref,
+    initial_ref,
+    *refs,
+    scan,
+    keeps,
+    compiled,
 ):
     (z_ref,), refs = _present(scan.gate, refs)
     (bias_ref,), refs = _present(scan.bias, refs)
     (keep_ref,), refs = _present(scan.segments, refs)
-    y_ref, h_ref, ys_ref, terms_ref, *staged = refs
+    (y_ref, h_ref), refs = refs[:2], refs[2:]
+    (starts_ref,), refs = _present(keeps, refs)
+    ys_ref, terms_ref, *staged = refs
     blocks, t, block = scan.blocks, pl.program_id(1), pl.program_id(2)
     here, places = blocks.places(block)
 
@@ -200,8 +212,18 @@ def selective_forward(
         for i, tile in enumerate(blocks.tiles):
             ys_ref[g, :, tile] = _sum_terms(terms_ref, i)
 
+    parts = starts_ref.shape[1] if keeps else 1
+    groups = blocks.chunk // SUBLANES // parts
+
+    def part(i, h):
+        if keeps:
+            for tile, h_i in zip(blocks.tiles, h, strict=True):
+                starts_ref[0, i, :, tile] = h_i
+        tokens = i * groups, groups
+        return blocks.loop(token, h, end=end, stretch=2, part=tokens, compiled=compiled)
+
     h = [h_ref[0, :, place] for place in places]
-    h = blocks.loop(token, h, end=end, stretch=2, compiled=compiled)
+    h = lax.fori_loop(0, parts, part, h, unroll=parts == 1)
     for place, h_i in zip(places, h, strict=True):
         h_ref[0, :, place] = h_i
     y = ys_ref[...].reshape(x.shape) + D_ref[:, here] * x

@@ -11,6 +11,7 @@ from jax import P
 from jax.sharding import AxisType, Mesh
 
 import ops
+from ops.selective_scan import around as selective_around
 from ops.sequence_parallel import CARRIED
 from tests import (
     delta_rule_test,
@@ -30,6 +31,12 @@ CONTRACTS = {
     "short_convolution": short_convolution_test.TestShortConvolution,
 }
 LENGTH = 64
+
+
+@pytest.fixture(autouse=True)
+def several_chunks_on_a_device(monkeypatch):
+    # So that states are kept on the way as they are of long sequences.
+    monkeypatch.setattr(selective_around, "CHUNK", 8)
 
 
 def variants(contract: Any) -> list[str]:

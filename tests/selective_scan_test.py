@@ -237,14 +237,21 @@ IMPLEMENTATIONS = {
 }
 
 
-# Three chunks, the last ragged; of the TPU kernel, which takes two at a time, one and a half.
+# Three chunks, the last ragged; of the TPU kernel, which takes two at a time, one and a half, or a part of one.
 @pytest.mark.parametrize(
-    "name",
-    ["chunked", *(pytest.param(f"pallas_{x}pu", marks=pytest.mark.slow) for x in "gt")],
+    ("name", "length"),
+    [
+        ("chunked", 150),
+        pytest.param("pallas_gpu", 150, marks=pytest.mark.slow),
+        pytest.param("pallas_tpu", 150, marks=pytest.mark.slow),
+        pytest.param("pallas_tpu", 70, marks=pytest.mark.slow),
+    ],
 )
-def test_forward_rules_keep_the_states_before_every_64_tokens(name, monkeypatch):
+def test_forward_rules_keep_the_states_before_every_64_tokens(
+    name, length, monkeypatch
+):
     monkeypatch.setattr(pallas_gpu_walks, "TURN", 2)
-    inputs, state, ids = TestSelectiveScan().data("positive", 150)
+    inputs, state, ids = TestSelectiveScan().data("positive", length)
 
     @jax.jit
     def keep(inputs):
@@ -265,7 +272,7 @@ def test_forward_rules_keep_the_states_before_every_64_tokens(name, monkeypatch)
         prefix = {key: x[:, :t] if x.ndim == 3 else x for key, x in inputs.items()}
         return TestSelectiveScan.call(prefix, state, ids[:, :t], "reference")[1]
 
-    expected = [state, state_before(64), state_before(128)]
+    expected = [state, *(state_before(t) for t in range(64, length, 64))]
     assert_close("starts", keep(inputs), jnp.stack(expected, 1).swapaxes(2, 3))
 
 

@@ -5,6 +5,8 @@ runs = $(1) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do if $(call runs,$$p); then echo $$p; break; fi; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Beside the environment: wherever it is installed, jax looks for a TPU.
+TPU_COMPILER := $(abspath $(VENV))/tpu-compiler
 # The other pair of jax and flax: 3.12 or newer beside 3.11, and the other way round.
 OTHER ?= $(shell if $(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then others='python3.12 python3.13'; \
   else others=python3.11; fi; \
@@ -12,23 +14,27 @@ OTHER ?= $(shell if $(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 1
   $$p -c 'import sys; sys.exit((sys.version_info >= (3, 12)) == ("3.11" in "'"$$others"'"))' && { echo $$p; break; }; fi; done)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PLATFORMS ?= cpu
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope -q
+PYTEST = PYTHONPATH="$(TPU_COMPILER)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m pytest -n 2 --dist loadscope -q
 # Most of a test is compilation, and with few optimisations that takes less than half as long. What the others do to the
 # numbers is seen by test-all and test-other.
 QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
-.PHONY: demo test test-fast test-all test-other lint format clean
+.PHONY: demo test test-fast test-tpu test-all test-other lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m experiments.reproduce --table=state_tracking --scale=demo
 
-test: $(VENV)/ready
+test: $(TPU_COMPILER)/ready
 	$(QUICK) $(PYTEST) -m "not full and not cluster and not browser"
 
 test-fast: $(VENV)/ready
 	$(QUICK) $(PYTEST) -m "not full and not slow and not cluster and not browser"
 
-test-all: $(VENV)/ready
+# Every TPU kernel at every recorded size, for every generation; `make test` has some of each op.
+test-tpu: $(TPU_COMPILER)/ready
+	$(PYTEST) tests/tpu_aot_test.py
+
+test-all: $(TPU_COMPILER)/ready
 	$(PYTEST) -m "not cluster and not browser"
 
 # The fast tier on the other supported pair of versions, where such an interpreter works.
@@ -50,6 +56,13 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+# For the tests that compile kernels, which are skipped where no such compiler can be installed.
+$(TPU_COMPILER)/ready: $(VENV)/ready
+	$(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["aot"], sep="\n")' > $(VENV)/aot.txt
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TPU_COMPILER) --requirement $(VENV)/aot.txt && touch $@ \
+	  || echo "libtpu could not be installed: the tests that compile for a TPU are skipped"
 
 clean:
 	rm -rf .venv .venv-other .cache build dist

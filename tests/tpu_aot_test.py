@@ -27,17 +27,28 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason='libtpu is not installed: pip install "scanax[aot]"',
 )
+# Of every op forward and backward; v6e and v5e, on which the compiler takes different ways.
 REPRESENTATIVE = {
     "gla_forward_vector_bfloat16_bfloat16_4h_128x128_v6e",
+    "gla_forward_none_bfloat16_4h_128x128_v5e",
+    "gla_backward_vector_bfloat16_bfloat16_4h_128x128_v6e",
     "gla_backward_scalar_bfloat16_4h_128x128_v5e",
+    "delta_forward_vector_bfloat16_bfloat16_4h_128x128_v6e",
+    "delta_forward_scalar_bfloat16_4h_128x128_v5e",
     "delta_backward_scalar_bfloat16_4h_128x128_v6e",
+    "delta_backward_vector_bfloat16_bfloat16_4h_128x128_v5e",
+    "diagonal_scan_forward_complex_per_token_float32_1024_v6e",
     "diagonal_scan_backward_complex_per_token_float32_1024_v5e",
+    "selective_scan_forward_bfloat16_2048x16_gated_training_v6e",
     "selective_scan_backward_bfloat16_2048x16_v5e",
+    "selective_scan_backward_bfloat16_2048x16_gated_v5e",
+    "short_convolution_forward_bfloat16_2048x4_v6e",
     "short_convolution_backward_bfloat16_2048x4_v4",
 }
 
 
 def cases():
+    assert {program.name for program in tpu_aot.programs()} >= REPRESENTATIVE
     for program in tpu_aot.programs():
         mark = pytest.mark.slow if program.name in REPRESENTATIVE else pytest.mark.full
         yield pytest.param(program, id=program.name, marks=mark)

@@ -7,18 +7,23 @@
     python -m experiments.bench --gpu_training                     there too: models, with kernels and without
     python -m experiments.bench --gpu_aot                          GPU kernels, likewise (extra `aot-gpu`)
     python -m experiments.bench --shapes=cpu --peers               beside jax-linear-attention, where it is installed
+    python -m experiments.bench --processes=7                      the medians of seven processes
 
 Every case is compiled first; then all implementations (and the peer) of one case take turns, so that a machine that
 slows down slows all of them. A turn runs its program once unmeasured, which brings code, data and memory back into
 caches that another program had, and then for about a tenth of a second. Reported are the median over the turns and the
 minimum, per run, the ratio of medians to ours, and the temporary memory of the compiled program. Hardware and versions
-are printed and recorded.
+are printed and recorded. From process to process a ratio differs by a fifth or more: recorded are medians over several,
+and of the ratio the least and the largest.
 """
 
 import functools
 import importlib.util
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -328,12 +333,43 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         memory = "?" if row["temporary_mb"] is None else f"{row['temporary_mb']:.0f}"
+        ratio = f"{row['over_first']:.2f}"
+        if "over_first_from_to" in row:
+            least, most = row["over_first_from_to"]
+            ratio += f" ({least:.2f}-{most:.2f})"
         lines.append(
             f"| {row['op']} | {row['shape']} | {row['variant']} | {row['mode']} |"
             f" {row['implementation']} | {row['median_ms']:.1f} | {row['min_ms']:.1f} |"
-            f" {row['over_first']:.2f} | {memory} |"
+            f" {ratio} | {memory} |"
         )
     return "\n".join(lines)
+
+
+def in_processes(count: int) -> list[dict[str, Any]]:
+    """The rows of this command line, measured by as many processes, one after another."""
+    runs = []
+    for _ in range(count):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "rows.json"
+            command = [sys.executable, "-m", "experiments.bench", *sys.argv[1:]]
+            subprocess.run([*command, "--processes=1", f"--json={file}"], check=True)
+            runs.append(json.loads(file.read_text())["rows"])
+    return median_rows(runs)
+
+
+def median_rows(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of each row the medians over the runs, the least time, and the least and the largest ratio."""
+    rows = []
+    for same in zip(*runs, strict=True):
+        ratios = [row["over_first"] for row in same]
+        medians = {
+            name: statistics.median(row[name] for row in same)
+            for name in ("median_ms", "over_first", "compile_s")
+        }
+        least = min(row["min_ms"] for row in same)
+        spread = {"over_first_from_to": [min(ratios), max(ratios)]}
+        rows.append(same[0] | medians | {"min_ms": least} | spread)
+    return rows
 
 
 def main() -> None:
@@ -359,13 +395,19 @@ def main() -> None:
             raise ValueError(f"--shapes must be of {', '.join(known)}; got {shape!r}")
     peers = find_peers() if options.peers else None
     environment = run_record.environment()
-    rows = []
-    for op in options.ops:
-        for shape in options.shapes:
-            for case in CASES[op](shape, peers) if shape in SHAPES[op] else ():
-                measured = measure(case, tuple(options.implementations), options.rounds)
-                rows += measured
-                print(format_rows(measured), flush=True)
+    if options.processes > 1:
+        environment["processes"] = options.processes
+        rows = in_processes(options.processes)
+        print(format_rows(rows))
+    else:
+        rows = []
+        for op in options.ops:
+            for shape in options.shapes:
+                for case in CASES[op](shape, peers) if shape in SHAPES[op] else ():
+                    implementations = tuple(options.implementations)
+                    measured = measure(case, implementations, options.rounds)
+                    rows += measured
+                    print(format_rows(measured), flush=True)
     print(json.dumps(environment))
     if options.json:
         Path(options.json).write_text(
@@ -382,6 +424,9 @@ if __name__ == "__main__":
         "The first is what the others are compared with.",
     )
     flags.DEFINE_integer("rounds", 7, "Turns of every program.", lower_bound=1)
+    flags.DEFINE_integer(
+        "processes", 1, "Fresh processes that measure everything.", lower_bound=1
+    )
     flags.DEFINE_bool("peers", False, "Measure jax-linear-attention beside ours.")
     flags.DEFINE_string("json", "", "File to write all rows to.")
     flags.DEFINE_bool(

@@ -32,7 +32,7 @@ test-fast: $(VENV)/ready
 
 # Every TPU kernel at every recorded size, for every generation; `make test` has some of each op.
 test-tpu: $(TPU_COMPILER)/ready
-	$(PYTEST) tests/tpu_aot_test.py
+	$(PYTEST) tests/experiments/benchmarks/tpu_aot_test.py
 
 test-all: $(TPU_COMPILER)/ready
 	$(PYTEST) -m "not cluster and not browser"

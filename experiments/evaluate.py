@@ -2,9 +2,9 @@
 
     python -m experiments.evaluate --workdir=runs/gla [--step=best] [--examples=4096]
 
-Prints one line per metric and writes nothing. For models with a recurrent state the last line is the largest difference
-between logits computed in parallel and token by token: the two are the same function, so it shows rounding only.
-"""
+Prints one line per metric and writes nothing. For models with a recurrent state the last line is
+the largest difference between logits computed in parallel and token by token: the two are the same
+function, so it shows rounding only."""
 
 import functools
 import json
@@ -20,14 +20,14 @@ from flax import nnx
 from jax import P
 from jax.sharding import Mesh
 
-from experiments import main as mains
-from experiments.losses import objective, report_metrics
-from experiments.mesh import place_batch, process_rows
-from experiments.metrics_log import finite
-from experiments.progress import spread
-from experiments.run_loading import LoadedRun, load_run
-from experiments.task import Task, evaluation_batches
-from experiments.train_state import Blueprint, over_replicas
+from experiments.objectives.objective import objective, report_metrics
+from experiments.training import command_line
+from experiments.training.mesh import place_batch, process_rows
+from experiments.training.metrics import finite
+from experiments.training.progress import spread
+from experiments.training.run_loading import LoadedRun, load_run
+from experiments.training.state import Blueprint, over_replicas
+from experiments.training.task import Task, evaluation_batches
 
 DECODED_EXAMPLES = 4
 DECODED_TOKENS = 256
@@ -77,21 +77,14 @@ def evaluate_task(
             ]
         )
         stacked = {
-            key: np.stack([np.atleast_1d(part[key]) for part in per_batch])
-            for key in per_batch[0]
+            key: np.stack([np.atleast_1d(part[key]) for part in per_batch]) for key in per_batch[0]
         }
-        sums = {
-            key: array.astype(np.float64).sum(axis=0) for key, array in stacked.items()
-        }
+        sums = {key: array.astype(np.float64).sum(axis=0) for key, array in stacked.items()}
         with np.errstate(divide="ignore", invalid="ignore"):
-            replicas = [
-                {key: sums[key][replica] for key in sums}
-                for replica in range(len(seeds))
-            ]
+            replicas = [{key: sums[key][replica] for key in sums} for replica in range(len(seeds))]
             metrics = [task.derive(each) | report_metrics(each) for each in replicas]
         results[name] = {
-            metric: [float(values[metric]) for values in metrics]
-            for metric in metrics[0]
+            metric: [float(values[metric]) for values in metrics] for metric in metrics[0]
         }
     return results
 
@@ -111,13 +104,9 @@ def decode_difference(
         )
         parallel_BTW, _ = model(tokens_BT, positions=positions_BT)
 
-        def decode(
-            state: Any, column: tuple[jax.Array, jax.Array]
-        ) -> tuple[Any, jax.Array]:
+        def decode(state: Any, column: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
             token_B, position_B = column
-            logits_B1W, state = model(
-                token_B[:, None], state, positions=position_B[:, None]
-            )
+            logits_B1W, state = model(token_B[:, None], state, positions=position_B[:, None])
             return state, logits_B1W[:, 0]
 
         _, stepwise_TBW = jax.lax.scan(
@@ -129,11 +118,11 @@ def decode_difference(
 
 
 def evaluate(run: LoadedRun, examples: int | None = None) -> dict[str, Any]:
-    """All metrics of a loaded checkpoint: {"step", "seeds", "evaluations", "decode_max_abs_difference"}.
+    """All metrics of a loaded checkpoint: {"step", "seeds", "evaluations",
+    "decode_max_abs_difference"}.
 
-    The difference is the largest over replicas, on a few examples of the first evaluation, packed documents read as one
-    sequence; None for models that keep no state.
-    """
+    The difference is the largest over replicas, on a few examples of the first evaluation, packed
+    documents read as one sequence; None for models that keep no state."""
     config, task = run.config, run.task
     devices = run.mesh.devices.size
     part = config.batch_size // config.accumulate
@@ -149,9 +138,7 @@ def evaluate(run: LoadedRun, examples: int | None = None) -> dict[str, Any]:
             batch_size=-(-part // devices) * devices,
         )
     source = next(iter(task.evaluations.values()))
-    batch = source.fetch(
-        np.arange(min(DECODED_EXAMPLES, source.length or DECODED_EXAMPLES))
-    )
+    batch = source.fetch(np.arange(min(DECODED_EXAMPLES, source.length or DECODED_EXAMPLES)))
     difference = None
     if run.blueprint.state_bytes is not None and "tokens" in batch:
         tokens_BT = jnp.asarray(batch["tokens"][:, :DECODED_TOKENS])
@@ -183,14 +170,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "workdir", None, "Directory of a run of experiments.train.", required=True
-    )
-    flags.DEFINE_string(
-        "step", "latest", "Step of the checkpoint: a number, latest or best."
-    )
+    flags.DEFINE_string("workdir", None, "Directory of a run of experiments.train.", required=True)
+    flags.DEFINE_string("step", "latest", "Step of the checkpoint: a number, latest or best.")
     flags.DEFINE_integer(
         "examples", None, "Examples per evaluation (default: config.eval.examples)."
     )
     flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
-    mains.run(main)
+    command_line.run(main)

@@ -2,9 +2,9 @@
 
     python -m experiments.generate --workdir=runs/gla --prompt="def main" --prompt="import " --tokens=200
 
-The prompts run through the model together, in parallel over their tokens; then every new token costs the same, however
-long the text has become. For tasks other than text a prompt is token numbers, as --prompt="3 14 15".
-"""
+The prompts run through the model together, in parallel over their tokens; then every new token
+costs the same, however long the text has become. For tasks other than text a prompt is token
+numbers, as --prompt="3 14 15"."""
 
 import functools
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from experiments import main as mains
-from experiments.prompts import find_prompt_coder
-from experiments.run_loading import load_run
-from experiments.train_state import Blueprint
+from experiments.training import command_line
+from experiments.training.prompts import find_prompt_coder
+from experiments.training.run_loading import load_run
+from experiments.training.state import Blueprint
 
 
 def generate(
@@ -36,10 +36,10 @@ def generate(
 ) -> np.ndarray:
     """New tokens int [prompts, tokens] after prompts of any lengths, from one replica's parameters.
 
-    Shorter prompts are padded on the left; the padding is a segment of its own, from which no state passes on. The
-    logits are divided by `temperature` (0: the most probable token) after all but the `top_k` largest are dropped (0:
-    none). Raises ValueError for an empty prompt, for impossible options, and for models without a state.
-    """
+    Shorter prompts are padded on the left; the padding is a segment of its own, from which no state
+    passes on. The logits are divided by `temperature` (0: the most probable token) after all but
+    the `top_k` largest are dropped (0: none). Raises ValueError for an empty prompt, for impossible
+    options, and for models without a state."""
     if blueprint.state_bytes is None:
         raise ValueError(
             "this model keeps no recurrent state, so it cannot generate; use a run with"
@@ -74,9 +74,7 @@ def generate(
     return np.asarray(sampled)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "tokens", "temperature", "top_k")
-)
+@functools.partial(jax.jit, static_argnames=("graphdef", "tokens", "temperature", "top_k"))
 def _generate(
     graphdef: Any,
     weights: Any,
@@ -92,19 +90,14 @@ def _generate(
     tokens_BT, segment_ids_BT, positions_BT = prompt
     last_B1 = jnp.full((tokens_BT.shape[0], 1), tokens_BT.shape[1] - 1)
     logits_B1W, state = model(
-        tokens_BT,
-        positions=positions_BT,
-        segment_ids=segment_ids_BT,
-        readout_positions=last_B1,
+        tokens_BT, positions=positions_BT, segment_ids=segment_ids_BT, readout_positions=last_B1
     )
     first_key, key = jax.random.split(key)
     first_B = sample(first_key, logits_B1W[:, 0], temperature=temperature, top_k=top_k)
 
     def decode(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         token_B, position_B, state = carry
-        logits_B1W, state = model(
-            token_B[:, None], state, positions=position_B[:, None]
-        )
+        logits_B1W, state = model(token_B[:, None], state, positions=position_B[:, None])
         token_B = sample(key, logits_B1W[:, 0], temperature=temperature, top_k=top_k)
         return (token_B, position_B + 1, state), token_B
 
@@ -113,10 +106,9 @@ def _generate(
     return jnp.concatenate([first_B[:, None], rest_NB.T], axis=1)
 
 
-def sample(
-    key: jax.Array, logits_BW: jax.Array, *, temperature: float, top_k: int
-) -> jax.Array:
-    """Tokens int32 [B] drawn from the softmax of logits / temperature over the top_k largest (0: all)."""
+def sample(key: jax.Array, logits_BW: jax.Array, *, temperature: float, top_k: int) -> jax.Array:
+    """Tokens int32 [B] drawn from the softmax of logits / temperature over the top_k largest (0:
+    all)."""
     if temperature == 0:
         return jnp.argmax(logits_BW, axis=-1).astype(jnp.int32)
     if 0 < top_k < logits_BW.shape[-1]:
@@ -149,22 +141,16 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "workdir", None, "Directory of a run of experiments.train.", required=True
-    )
+    flags.DEFINE_string("workdir", None, "Directory of a run of experiments.train.", required=True)
     flags.DEFINE_multi_string(
         "prompt", None, "Text to continue; may be given several times.", required=True
     )
-    flags.DEFINE_string(
-        "step", "latest", "Step of the checkpoint: a number, latest or best."
-    )
+    flags.DEFINE_string("step", "latest", "Step of the checkpoint: a number, latest or best.")
     flags.DEFINE_integer("tokens", 200, "New tokens per prompt.")
-    flags.DEFINE_float(
-        "temperature", 1.0, "Divides the logits; 0 takes the most probable token."
-    )
+    flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the most probable token.")
     flags.DEFINE_integer(
         "top_k", 0, "Samples among this many of the most probable tokens; 0: among all."
     )
     flags.DEFINE_integer("seed", 0, "Of the sampling.")
     flags.DEFINE_integer("replica", 0, "Which of config.seeds, counted from 0.")
-    mains.run(main)
+    command_line.run(main)

@@ -1,11 +1,13 @@
-"""One page of a table or a sweep that opens in a browser from disk: numbers, provenance, learning curves, lengths.
+"""One page of a table or a sweep that opens in a browser from disk: numbers, provenance, learning
+curves, lengths.
 
     python -m experiments.html_report --table=state_tracking --scale=cpu --out=report.html
     python -m launch.sweep --sweep=my_sweep.py --report=report.html
 
-The page is made from the recorded rows, and from metrics.jsonl of the workdirs that are at hand under --runs. It holds
-its data, script and style in itself and forbids itself every network access. It can be filtered by row and by text; the
-filter stands in the address, so that a view can be passed on. experiments/html_report.html is its template.
+The page is made from the recorded rows, and from metrics.jsonl of the workdirs that are at hand
+under --runs. It holds its data, script and style in itself and forbids itself every network access.
+It can be filtered by row and by text; the filter stands in the address, so that a view can be
+passed on. experiments/reporting/page.html is its template.
 
 A launcher has no jax: nothing is imported here that needs it.
 """
@@ -21,17 +23,11 @@ from typing import Any
 
 from absl import flags
 
-from experiments import main as mains
-from experiments import results
-from experiments.table import (
-    Cell,
-    Computation,
-    find_cells,
-    find_table,
-    workdir_name,
-)
+from experiments.reporting import rows
+from experiments.reporting.table import Cell, Computation, find_cells, find_table, workdir_name
+from experiments.training import command_line
 
-TEMPLATE = Path(__file__).with_suffix(".html")
+TEMPLATE = Path(__file__).parent / "reporting/page.html"
 LONGEST_CURVE = 300
 NOT_CURVES = ("step", "train/rejected_steps", "train/longest_rejected_run")
 
@@ -48,12 +44,12 @@ def write(
 ) -> None:
     """Writes the report of a table (module) at a scale to `path`.
 
-    recorded: rows as `results.read` returns them. runs: folder of the workdirs; curves of those that are not there are
-    left out. failed: names of workdirs whose runs are known to have failed. Raises ValueError for an unknown scale.
-    """
+    recorded: rows as `results.read` returns them. runs: folder of the workdirs; curves of those
+    that are not there are left out. failed: names of workdirs whose runs are known to have failed.
+    Raises ValueError for an unknown scale."""
     cells = find_cells(table, scale)
     published = any(cell.published is not None for cell in cells)
-    rows = results.matching(cells, recorded, scale)
+    found = rows.matching(cells, recorded, scale)
     folder = runs / name / scale
     data = {
         "title": table.TITLE,
@@ -61,8 +57,7 @@ def write(
         "metric": table.METRIC,
         "source": f"; in brackets: {table.SOURCE}" if published else "",
         "cells": [
-            _entry(cell, row, folder, failed)
-            for cell, row in zip(cells, rows, strict=True)
+            _entry(cell, row, folder, failed) for cell, row in zip(cells, found, strict=True)
         ],
     }
     # Inside <script>, "</script>" would end the data and "<!--" would change how it is read.
@@ -87,7 +82,7 @@ def _entry(
         "metric": cell.metric,
         "status": status,
         "note": note,
-        "text": results.format_cell(cell if row else replace(cell, gap=status), row),
+        "text": rows.format_cell(cell if row else replace(cell, gap=status), row),
         "published": cell.published,
         "curves": [] if isinstance(cell, Computation) else _curves(workdir),
         "lengths": list(_lengths(cell, row)) if row else [],
@@ -95,7 +90,7 @@ def _entry(
     }
     if row:
         entry["facts"] = {
-            "per seed": [round(value, 6) for value in results.value_of(cell, row)],
+            "per seed": [round(value, 6) for value in rows.value_of(cell, row)],
             "seeds": row["seeds"],
             "parameters": row["parameters"],
             "state bytes": row["state_bytes"],
@@ -103,26 +98,22 @@ def _entry(
             "tokens": row.get("tokens") or "not recorded",
             "seconds": round(row["seconds"], 1),
             "rejected steps": row["rejected_steps"],
-            "commit": results.commit(row),
-            "hardware": results.machine(row),
+            "commit": rows.commit(row),
+            "hardware": rows.machine(row),
             "versions": ", ".join(f"{k} {v}" for k, v in row["versions"].items()),
             "config hash": row["config_hash"],
         }
     return entry
 
 
-def _status(
-    cell: Cell, row: Any, workdir: Path, failed: Collection[str]
-) -> tuple[str, str]:
+def _status(cell: Cell, row: Any, workdir: Path, failed: Collection[str]) -> tuple[str, str]:
     """(status, why), for a cell without a row from what its run left behind."""
     if row:
         return "done", ""
     if cell.gap:
         return "gap", cell.gap
     log = workdir / "log.txt"
-    output = (
-        log.read_text("utf-8", errors="replace").split("\n") if log.exists() else []
-    )
+    output = log.read_text("utf-8", errors="replace").split("\n") if log.exists() else []
     last = next((line for line in reversed(output) if line.strip()), "")
     if workdir.name in failed or last.startswith("error:"):
         return "failed", last or "no output"
@@ -156,7 +147,8 @@ def _curves(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _lengths(cell: Cell, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """{metric, points} over the n of evaluations named length_<n>, if there are several; the cell's metric first."""
+    """{metric, points} over the n of evaluations named length_<n>, if there are several; the cell's
+    metric first."""
     found = {
         int(name.removeprefix("length_")): metrics
         for name, metrics in row["evaluations"].items()
@@ -184,17 +176,15 @@ def main() -> None:
     options = flags.FLAGS
     table = find_table(options.table)
     out = Path(options.out).expanduser()
-    recorded = results.read(options.table)
+    recorded = rows.read(options.table)
     runs = Path(options.runs).expanduser()
     write(out, table, options.table, options.scale, recorded, runs=runs)
     print(f"{out}: {out.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "table", None, "File of experiments/tables, without .py.", required=True
-    )
+    flags.DEFINE_string("table", None, "File of experiments/tables, without .py.", required=True)
     flags.DEFINE_string("scale", "cpu", "One of the table's scales.")
     flags.DEFINE_string("out", "report.html", "The file to write.")
     flags.DEFINE_string("runs", "runs", "Directory of the workdirs.")
-    mains.run(main)
+    command_line.run(main)

@@ -1,23 +1,26 @@
-"""Would this run fit a TPU slice, and what would bound its step? Compiled for the slice and modelled; no TPU needed.
+"""Would this run fit a TPU slice, and what would bound its step? Compiled for the slice and
+modelled; no TPU needed.
 
     python -m experiments.plan --config=experiments/configs/gla.py:text --topology=v5p:4x4x4 --config.mesh.fsdp=8
     python -m experiments.plan --config=... --topology=v5e:4x4 --config.model.width=2048 --json=plan.json
 
-Compiles the train step of a config, as `experiments.train` builds it, with the TPU's own compiler for a named slice,
-and reads the result: bytes of memory per device against those of the chip, collectives by kind and mesh axis, matmul
-flops, bytes moved, and from them the time of a step under the model of experiments/chips.py. Nothing of the model's
-size is allocated. A batch that is too small for data x fsdp is raised to fill it. Ends with status 1 and what would
-help if the step does not fit.
+Compiles the train step of a config, as `experiments.train` builds it, with the TPU's own compiler
+for a named slice, and reads the result: bytes of memory per device against those of the chip,
+collectives by kind and mesh axis, matmul flops, bytes moved, and from them the time of a step under
+the model of experiments/compiled/hardware.py. Nothing of the model's size is allocated. A batch
+that is too small for data x fsdp is raised to fill it. Ends with status 1 and what would help if
+the step does not fit.
 
 What the numbers are:
 
-- memory: parameters, optimizer state and batch are exact sizes of the shards; padding is what the compiler's layouts
-  add to them; temporaries (activations kept for the backward pass, buffers) and the program are the compiler's numbers;
-- flops, bytes and collectives are read from the compiled program, as experiments/program_cost.py and
-  experiments/collectives.py say, loops counted as often as they run;
-- the time of a step lies between that of the slowest of compute, memory and collectives (all three at once, the
-  roofline) and their sum (one after the other). Neither counts waiting, a matrix unit that is not full, or transfers
-  between a device and its host's memory.
+- memory: parameters, optimizer state and batch are exact sizes of the shards; padding is what the
+  compiler's layouts add to them; temporaries (activations kept for the backward pass, buffers) and
+  the program are the compiler's numbers;
+- flops, bytes and collectives are read from the compiled program, as experiments/compiled/cost.py
+  and experiments/compiled/collectives.py say, loops counted as often as they run;
+- the time of a step lies between that of the slowest of compute, memory and collectives (all three
+  at once, the roofline) and their sum (one after the other). Neither counts waiting, a matrix unit
+  that is not full, or transfers between a device and its host's memory.
 
 Needs libtpu: pip install "scanax[aot]" (Linux x86-64).
 """
@@ -35,27 +38,23 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import config as configs
-from experiments import main as mains
-from experiments.abstract_run import (
-    abstract_run,
-    filling_batch_size,
-    shard_bytes,
-    tpu_devices,
-)
-from experiments.chips import Slice, collective_seconds, parse_topology
-from experiments.collectives import by_kind_and_axes, find_collectives
-from experiments.compiled_program import CompiledProgram
-from experiments.config import Config
-from experiments.flops import peak_flops
-from experiments.kernel_flops import kernel_flops
-from experiments.mesh import make_mesh, traced_on
-from experiments.plan_report import advice, format_plan
-from experiments.program_cost import hbm_bytes, matmul_flops
+from experiments.compiled.collectives import by_kind_and_axes, find_collectives
+from experiments.compiled.cost import hbm_bytes, matmul_flops
+from experiments.compiled.hardware import Slice, collective_seconds, parse_topology
+from experiments.compiled.kernels import kernel_flops
+from experiments.compiled.plan_report import advice, format_plan
+from experiments.compiled.program import CompiledProgram
+from experiments.training import command_line
+from experiments.training import config as configs
+from experiments.training.config import Config
+from experiments.training.mesh import make_mesh, traced_on
+from experiments.training.program import abstract_run, filling_batch_size, shard_bytes, tpu_devices
+from experiments.training.speed import peak_flops
 
 
 def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any]:
-    """All that is printed, as JSON types; "advice" is "" for a step that fits. `devices` as from `tpu_devices`.
+    """All that is printed, as JSON types; "advice" is "" for a step that fits. `devices` as from
+    `tpu_devices`.
 
     Raises ValueError for a config that cannot work there.
     """
@@ -130,12 +129,11 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
 
 
 def step_time(plan: dict[str, Any], where: Slice) -> dict[str, Any]:
-    """Seconds of a step by resource and the speeds that follow, from a plan's work and collectives."""
+    """Seconds of a step by resource and the speeds that follow, from a plan's work and
+    collectives."""
     work, peak = plan["work"], peak_flops(plan["device_kind"])
     if peak is None:
-        raise ValueError(
-            f"no peak is known for devices of kind {plan['device_kind']!r}"
-        )
+        raise ValueError(f"no peak is known for devices of kind {plan['device_kind']!r}")
     by_axis: dict[str, float] = {}
     for row in plan["collectives"]:
         axes = " x ".join(row["axes"])
@@ -146,17 +144,13 @@ def step_time(plan: dict[str, Any], where: Slice) -> dict[str, Any]:
         "collectives": sum(by_axis.values()),
     }
     speeds = {}
-    for name, seconds in (
-        ("overlapped", max(parts.values())),
-        ("serial", sum(parts.values())),
-    ):
+    for name, seconds in (("overlapped", max(parts.values())), ("serial", sum(parts.values()))):
         speeds[name] = {"step_s": seconds}
         if work["model_flops"] is not None:
             tokens = plan["batch_size"] * plan["sequence_length"] * plan["replicas"]
             speeds[name] |= {
                 "tokens_per_s": tokens / seconds,
-                "model_flops_utilisation": work["model_flops"]
-                / (seconds * plan["devices"] * peak),
+                "model_flops_utilisation": work["model_flops"] / (seconds * plan["devices"] * peak),
             }
     return {
         "seconds": parts,
@@ -167,9 +161,7 @@ def step_time(plan: dict[str, Any], where: Slice) -> dict[str, Any]:
 
 
 def _add_compiled_memory(memory: dict[str, Any], analysis: Any) -> None:
-    exact = sum(
-        memory[key] for key in ("parameters", "optimizer_state", "batch_and_counters")
-    )
+    exact = sum(memory[key] for key in ("parameters", "optimizer_state", "batch_and_counters"))
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory["padding"] = analysis.argument_size_in_bytes - exact
     memory["temporaries"] = analysis.temp_size_in_bytes + outputs
@@ -181,16 +173,9 @@ def _add_compiled_memory(memory: dict[str, Any], analysis: Any) -> None:
 def _refused_bytes(refusal: str) -> dict[str, int]:
     """What a program wanted that the compiler refused for want of memory, as far as it says so."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    forms = {
-        "total": r"Used ([\d.]+)([KMGT])",
-        "temporaries": r"temporaries \(([\d.]+)([KMGT])",
-    }
+    forms = {"total": r"Used ([\d.]+)([KMGT])", "temporaries": r"temporaries \(([\d.]+)([KMGT])"}
     found = {name: re.search(form, refusal) for name, form in forms.items()}
-    return {
-        name: int(float(said[1]) * units[said[2]])
-        for name, said in found.items()
-        if said
-    }
+    return {name: int(float(said[1]) * units[said[2]]) for name, said in found.items() if said}
 
 
 def main() -> None:
@@ -199,9 +184,7 @@ def main() -> None:
     # A program for devices that are not there can be stored in the cache, but not be read from it.
     jax.config.update("jax_enable_compilation_cache", False)
     if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise ValueError(
-            f"--json must be in a directory that exists; got {options.json}"
-        )
+        raise ValueError(f"--json must be in a directory that exists; got {options.json}")
     where = parse_topology(options.topology)
     plan = make_plan(options.config, where, tpu_devices(where))
     if options.json:
@@ -215,9 +198,7 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file(
         "config", None, "File of experiments/configs, as <file>:<task>[,smoke]."
     )
-    flags.DEFINE_string(
-        "topology", None, "TPU slice, such as v5e:4x4 or v5p:8x8x8.", required=True
-    )
+    flags.DEFINE_string("topology", None, "TPU slice, such as v5e:4x4 or v5p:8x8x8.", required=True)
     flags.DEFINE_string("json", "", "File to write the plan to.")
     flags.mark_flag_as_required("config")
-    mains.run(main)
+    command_line.run(main)

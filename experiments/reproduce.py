@@ -1,14 +1,13 @@
-"""Reproduces a table of a paper: trains or computes the cells that are missing, prints ours beside the paper's, draws
-the figure.
+"""Reproduces a table of a paper: trains or computes the cells that are missing, prints ours beside
+the paper's, draws the figure.
 
     python -m experiments.reproduce --table=state_tracking --scale=cpu
     python -m experiments.reproduce --table=state_tracking --scale=cpu --dry_run     what would run
     python -m experiments.reproduce --table=state_tracking --scale=cpu --collect     the table of the rows there are
 
-Resumable: a finished cell is read from its row, an interrupted one goes on from its checkpoint. Rows are appended to
-experiments/results/<table>.jsonl; the figure is experiments/results/<table>_<scale>.png and RESULTS.md there holds all
-tables.
-"""
+Resumable: a finished cell is read from its row, an interrupted one goes on from its checkpoint.
+Rows are appended to experiments/results/<table>.jsonl; the figure is
+experiments/results/<table>_<scale>.png and RESULTS.md there holds all tables."""
 
 import re
 import shlex
@@ -18,9 +17,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import main as mains
-from experiments import result_pages, results, run_record, train
-from experiments.table import (
+from experiments import train
+from experiments.reporting import pages, rows
+from experiments.reporting.table import (
     Computation,
     command,
     config_hash,
@@ -28,6 +27,8 @@ from experiments.table import (
     find_table,
     workdir_name,
 )
+from experiments.training import command_line, run_record
+from experiments.training.checkout import RESULTS
 
 
 def reproduce(
@@ -35,17 +36,18 @@ def reproduce(
     scale: str,
     *,
     runs: Path,
-    directory: Path = results.DIRECTORY,
+    directory: Path = RESULTS,
     only: str = "",
     collect: bool = False,
 ) -> str:
-    """Trains what is missing (unless `collect`; of the cells whose "row / column" matches `only`), returns the table.
+    """Trains what is missing (unless `collect`; of the cells whose "row / column" matches `only`),
+    returns the table.
 
     Raises ValueError for a table or scale that does not exist, before anything is trained.
     """
     table = find_table(name)
     cells = find_cells(table, scale)
-    found = results.matching(cells, results.read(name, directory), scale)
+    found = rows.matching(cells, rows.read(name, directory), scale)
     todo = {  # cells that read different metrics of one run share it
         config_hash(cell.make_config()): cell
         for cell, row in zip(cells, found, strict=True)
@@ -62,16 +64,14 @@ def reproduce(
         else:
             workdir = runs / name / scale / workdir_name(cell)
             summary = train.run(cell.make_config(), workdir)
-        results.append(results.make_row(name, scale, cell, summary), directory)
+        rows.append(rows.make_row(name, scale, cell, summary), directory)
         print(
-            f"    {results.format_cell(cell, summary)} in"
-            f" {time.monotonic() - began:.0f} s",
-            flush=True,
+            f"    {rows.format_cell(cell, summary)} in {time.monotonic() - began:.0f} s", flush=True
         )
-    rows = results.matching(cells, results.read(name, directory), scale)
-    text = results.markdown(table, name, scale, cells, rows)
-    results.figure(table, cells, rows, directory / f"{name}_{scale}.png")
-    result_pages.renew(directory)
+    found = rows.matching(cells, rows.read(name, directory), scale)
+    text = rows.markdown(table, name, scale, cells, found)
+    rows.figure(table, cells, found, directory / f"{name}_{scale}.png")
+    pages.renew(directory)
     return text
 
 
@@ -79,7 +79,7 @@ def compute(cell: Computation) -> dict[str, Any]:
     """The summary of a computation, with the facts of a run that it has."""
     began = time.monotonic()
     return {
-        **dict.fromkeys(results.FACTS),
+        **dict.fromkeys(rows.FACTS),
         **run_record.environment(),
         "seeds": list(cell.seeds),
         "evaluations": cell.evaluate(),
@@ -93,7 +93,7 @@ def plan(name: str, scale: str) -> str:
     for cell in find_cells(find_table(name), scale):
         lines.append(f"# {cell.row} / {cell.column}: {cell.gap or cell.metric}")
         if isinstance(cell, Computation):
-            lines.append(f"#   computed by experiments.{cell.config}, no run")
+            lines.append(f"#   computed by experiments.tables.computations.{cell.config}, no run")
         elif not cell.gap:
             workdir = Path("runs") / name / scale / workdir_name(cell)
             lines.append(shlex.join(command(cell, workdir)))
@@ -114,20 +114,16 @@ def main() -> None:
             collect=options.collect,
         )
     )
-    print(f"Figure: {results.DIRECTORY / f'{options.table}_{options.scale}.png'}")
+    print(f"Figure: {RESULTS / f'{options.table}_{options.scale}.png'}")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "table", None, "File of experiments/tables, without .py.", required=True
-    )
+    flags.DEFINE_string("table", None, "File of experiments/tables, without .py.", required=True)
     flags.DEFINE_string("scale", "cpu", "One of the table's scales.")
     flags.DEFINE_string("runs", "runs", "Directory of the workdirs.")
     flags.DEFINE_string(
         "only", "", "Regular expression: train only cells whose 'row / column' matches."
     )
     flags.DEFINE_bool("dry_run", False, "Print the commands of all cells and stop.")
-    flags.DEFINE_bool(
-        "collect", False, "Train nothing; make the table from the rows there are."
-    )
-    mains.run(main)
+    flags.DEFINE_bool("collect", False, "Train nothing; make the table from the rows there are.")
+    command_line.run(main)

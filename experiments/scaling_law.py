@@ -3,7 +3,8 @@
     python -m experiments.scaling_law --rows=runs/scaling_law/scaling_law.jsonl --metric=validation/loss \\
         --out=scaling_law.png
 
-Hoffmann et al., "Training Compute-Optimal Large Language Models", NeurIPS 2022, arXiv 2203.15556, approach 3:
+Hoffmann et al., "Training Compute-Optimal Large Language Models", NeurIPS 2022, arXiv 2203.15556,
+approach 3:
 
     L(N, D) = E + A / N^alpha + B / D^beta                                      (Eq. 2)
 
@@ -11,12 +12,12 @@ N      parameters of the run, embeddings included
 D      training tokens, those seen twice counted twice
 L      its metric, a positive number such as nats per token, mean over seeds
 
-minimises the Huber loss of log L (Eq. 3), here by Gauss-Newton steps from the best of a grid of starts. Bands are
-percentiles over a bootstrap of the residuals: a sweep is a small grid, of which resampled runs would often leave one
-value of N or D. They are a little narrow: of 30 planted laws with 25 runs each, those of 5 to 95% held 85% of the
-numbers. Beside it stand the power laws in N alone and in D alone, L = (x_c / x)^alpha, of Kaplan et al., 2020,
-arXiv 2001.08361, from the runs with the most tokens and with the most parameters.
-"""
+minimises the Huber loss of log L (Eq. 3), here by Gauss-Newton steps from the best of a grid of
+starts. Bands are percentiles over a bootstrap of the residuals: a sweep is a small grid, of which
+resampled runs would often leave one value of N or D. They are a little narrow: of 30 planted laws
+with 25 runs each, those of 5 to 95% held 85% of the numbers. Beside it stand the power laws in N
+alone and in D alone, L = (x_c / x)^alpha, of Kaplan et al., 2020, arXiv 2001.08361, from the runs
+with the most tokens and with the most parameters. """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,8 +31,8 @@ from matplotlib.figure import Figure
 from scipy.optimize import least_squares
 from scipy.special import huber
 
-from experiments import main as mains
-from experiments.results import origins
+from experiments.reporting.rows import origins
+from experiments.training import command_line
 
 HUBER = 1e-3  # of log L, as published
 RESAMPLES = 200
@@ -41,8 +42,7 @@ NAMES = ("E", "A", "B", "alpha", "beta")
 
 # Exponents depend on data, architecture and schedule: for comparison, not as a target.
 PUBLISHED: dict[str, dict[str, float]] = {
-    "Hoffmann et al., 2022": {"E": 1.69, "A": 406.4, "B": 410.7}
-    | {"alpha": 0.34, "beta": 0.28},
+    "Hoffmann et al., 2022": {"E": 1.69, "A": 406.4, "B": 410.7} | {"alpha": 0.34, "beta": 0.28},
     "the same data refitted, Besiroglu et al., 2024": {"E": 1.8172, "A": 482.01}
     | {"B": 2085.43, "alpha": 0.3478, "beta": 0.3658},
 }
@@ -58,7 +58,8 @@ class Points(NamedTuple):
 
 
 def points(rows: Iterable[Mapping[str, Any]], metric: str) -> Points:
-    """The runs of result rows. metric: "<evaluation>/<metric>". Raises ValueError for a row without it."""
+    """The runs of result rows. metric: "<evaluation>/<metric>". Raises ValueError for a row without
+    it."""
     evaluation, _, name = metric.partition("/")
     found = []
     for row in rows:
@@ -83,9 +84,8 @@ def predict(law: Sequence[float] | np.ndarray, parameters: Any, tokens: Any) -> 
 def fit(data: Points) -> np.ndarray:
     """The law (E, A, B, alpha, beta) of the points.
 
-    Raises ValueError if there are fewer than six points, or fewer than three values of N or of D, or if a number is not
-    positive.
-    """
+    Raises ValueError if there are fewer than six points, or fewer than three values of N or of D,
+    or if a number is not positive."""
     sizes = [len(np.unique(x)) for x in (data.parameters, data.tokens)]
     if len(data.loss) <= len(NAMES) or min(sizes) < FEWEST_VALUES:
         raise ValueError(
@@ -102,7 +102,8 @@ def fit(data: Points) -> np.ndarray:
 
 
 def _starts(loss_log: float) -> list[np.ndarray]:
-    """Laws in the coordinates of `_minimise`: shares of the three terms in the loss at the data's centre, exponents."""
+    """Laws in the coordinates of `_minimise`: shares of the three terms in the loss at the data's
+    centre, exponents."""
     starts = []
     for E, split in product((0.1, 0.4, 0.7, 0.95), (0.1, 0.5, 0.9)):
         shares = np.log([E, (1 - E) * split, (1 - E) * (1 - split)]) + loss_log
@@ -112,10 +113,11 @@ def _starts(loss_log: float) -> list[np.ndarray]:
 
 
 def _minimise(data: Points, starts: Sequence[np.ndarray], tried: int = 8) -> np.ndarray:
-    """The best law from the best starts, on logarithms of E, A and B and centred logarithms of N and D.
+    """The best law from the best starts, on logarithms of E, A and B and centred logarithms of N
+    and D.
 
-    Steps are Gauss-Newton's, a dozen instead of the hundreds of L-BFGS; the objective is the same, Huber's.
-    """
+    Steps are Gauss-Newton's, a dozen instead of the hundreds of L-BFGS; the objective is the same,
+    Huber's."""
     N_log, D_log, L_log = map(np.log, data)
     N_mean, D_mean = np.mean(N_log), np.mean(D_log)
     N_log, D_log = N_log - N_mean, D_log - D_mean
@@ -142,13 +144,12 @@ def _minimise(data: Points, starts: Sequence[np.ndarray], tried: int = 8) -> np.
         for theta in sorted(starts, key=distance)[:tried]
     ]
     e, a, b, alpha, beta = min(found, key=distance)
-    return np.array(
-        [np.exp(e), np.exp(a + alpha * N_mean), np.exp(b + beta * D_mean), alpha, beta]
-    )
+    return np.array([np.exp(e), np.exp(a + alpha * N_mean), np.exp(b + beta * D_mean), alpha, beta])
 
 
 def bootstrap(data: Points, law: np.ndarray) -> np.ndarray:
-    """Laws [RESAMPLES, 5] of data in which residuals of log L are drawn anew, scaled for the five fitted numbers."""
+    """Laws [RESAMPLES, 5] of data in which residuals of log L are drawn anew, scaled for the five
+    fitted numbers."""
     fitted = predict(law, data.parameters, data.tokens)
     residuals = np.log(data.loss) - np.log(fitted)
     residuals *= np.sqrt(len(residuals) / (len(residuals) - len(NAMES)))
@@ -166,14 +167,14 @@ def bootstrap(data: Points, law: np.ndarray) -> np.ndarray:
 
 
 def fit_power_law(x: np.ndarray, loss: np.ndarray) -> tuple[float, float, float]:
-    """(alpha, low, high) of L = (x_c / x)^alpha by least squares on logarithms, with the band of its bootstrap.
+    """(alpha, low, high) of L = (x_c / x)^alpha by least squares on logarithms, with the band of
+    its bootstrap.
 
     Raises ValueError for fewer than three different x.
     """
     if len(np.unique(x)) < FEWEST_VALUES:
         raise ValueError(
-            f"a power law needs at least {FEWEST_VALUES} different sizes; got"
-            f" {len(np.unique(x))}"
+            f"a power law needs at least {FEWEST_VALUES} different sizes; got {len(np.unique(x))}"
         )
     slope, offset = np.polyfit(np.log(x), np.log(loss), 1)
     fitted = offset + slope * np.log(x)
@@ -206,7 +207,8 @@ def report(data: Points, law: np.ndarray, laws: np.ndarray) -> str:
 
 
 def draw(axes: Any, data: Points, laws: Sequence[Any] | np.ndarray, over: str) -> None:
-    """Loss against "parameters" or "tokens", a line for every value of the other; bands from `laws`, if any."""
+    """Loss against "parameters" or "tokens", a line for every value of the other; bands from
+    `laws`, if any."""
     other = "tokens" if over == "parameters" else "parameters"
     x, groups = getattr(data, over), getattr(data, other)
     grid = np.geomspace(np.min(x) / 1.3, np.max(x) * 1.3, 60)
@@ -214,9 +216,7 @@ def draw(axes: Any, data: Points, laws: Sequence[Any] | np.ndarray, over: str) -
         colour = f"C{place}"
         here = groups == value
         label = f"{value:.3g} {other}"
-        axes.plot(
-            x[here], data.loss[here], "o", color=colour, markersize=4, label=label
-        )
+        axes.plot(x[here], data.loss[here], "o", color=colour, markersize=4, label=label)
         if len(laws):
             sizes = {over: grid, other: np.full_like(grid, value)}
             losses = [predict(law, **sizes) for law in laws]
@@ -255,4 +255,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("scale", "", "Only rows of this scale (default: all).")
     flags.DEFINE_bool("mixed", False, "One law over several commits or machines.")
     flags.DEFINE_string("out", "scaling_law.png", "The figure.")
-    mains.run(main)
+    command_line.run(main)

@@ -3,11 +3,11 @@
     python -m experiments.train --config=experiments/configs/gla.py:mqar,smoke --workdir=runs/gla
     python -m experiments.train --config=... --workdir=... --config.optimizer.lr=3e-4 --config.seeds=(0,1,2)
 
-The same command continues a run that was interrupted, to the bit on CPU. In the workdir: run.json (config, commit,
-versions, devices; written before the first step), metrics.jsonl, tensorboard/, checkpoints/, and at the end loss.png
-and summary.json. SIGTERM and SIGINT end the run after the step at hand with a checkpoint and status 143 and 130: not
-zero, so that a scheduler knows there is more to do.
-"""
+The same command continues a run that was interrupted, to the bit on CPU. In the workdir: run.json
+(config, commit, versions, devices; written before the first step), metrics.jsonl, tensorboard/,
+checkpoints/, and at the end loss.png and summary.json. SIGTERM and SIGINT end the run after the
+step at hand with a checkpoint and status 143 and 130: not zero, so that a scheduler knows there is
+more to do."""
 
 import time
 from collections.abc import Mapping
@@ -20,15 +20,12 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import checkpoints, run_record
-from experiments import config as configs
-from experiments import main as mains
-from experiments.config import Config
 from experiments.evaluate import evaluate_task, make_eval_step
-from experiments.flops import SpeedMeter
-from experiments.interruption import Interruption
-from experiments.losses import report_metrics
-from experiments.mesh import (
+from experiments.objectives.objective import report_metrics
+from experiments.training import checkpoints, command_line, run_record
+from experiments.training import config as configs
+from experiments.training.config import Config
+from experiments.training.mesh import (
     check_batch_size,
     check_host_memory,
     check_lengths,
@@ -39,7 +36,7 @@ from experiments.mesh import (
     traced_on,
     wait_for_all_processes,
 )
-from experiments.metrics_log import (
+from experiments.training.metrics import (
     MetricsLog,
     draw_loss,
     finite,
@@ -47,18 +44,13 @@ from experiments.metrics_log import (
     run_summary,
     training_row,
 )
-from experiments.notices import warn
-from experiments.optimizer import make_optimizer, make_schedule, parameter_groups
-from experiments.progress import ProgressReport
-from experiments.run_loading import load_model
-from experiments.task import (
-    Task,
-    configured_task,
-    lengths,
-    tokens_read,
-    train_batches,
-)
-from experiments.train_state import (
+from experiments.training.notices import warn
+from experiments.training.optimizer import make_optimizer, make_schedule, parameter_groups
+from experiments.training.processes import Interruption
+from experiments.training.progress import ProgressReport
+from experiments.training.run_loading import load_model
+from experiments.training.speed import SpeedMeter
+from experiments.training.state import (
     TrainState,
     empty_window,
     initial_state,
@@ -69,17 +61,18 @@ from experiments.train_state import (
     sum_names,
     with_shardings,
 )
+from experiments.training.task import Task, configured_task, lengths, tokens_read, train_batches
 
 
 def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str, Any]:
     """Trains `config` in `workdir` to its last step, from its newest checkpoint if there is one.
 
-    Returns the summary, as in summary.json: "evaluations" {evaluation: {metric: [per seed]}} at the last step, "best"
-    {"step", "value"} of config.eval.best_metric (mean over seeds) or None, "train", "rejected_steps", "parameters",
-    "tokens" (read by one seed), "state_bytes", "provenance", times, and the environment. A finished run returns what it
-    has. Raises ValueError for a config that cannot work, before anything is written; FloatingPointError if the run
-    diverged; SystemExit after a checkpoint if the process was told to end.
-    """
+    Returns the summary, as in summary.json: "evaluations" {evaluation: {metric: [per seed]}} at the
+    last step, "best" {"step", "value"} of config.eval.best_metric (mean over seeds) or None,
+    "train", "rejected_steps", "parameters", "tokens" (read by one seed), "state_bytes",
+    "provenance", times, and the environment. A finished run returns what it has. Raises ValueError
+    for a config that cannot work, before anything is written; FloatingPointError if the run
+    diverged; SystemExit after a checkpoint if the process was told to end."""
     began = time.monotonic()
     workdir = Path(workdir).expanduser().absolute()
 
@@ -118,8 +111,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     tx = make_optimizer(config.optimizer, schedule, parameter_groups(blueprint.params))
     one_part = {
         name: jax.ShapeDtypeStruct(
-            (config.batch_size // config.accumulate, *array.shape[1 + several :]),
-            array.dtype,
+            (config.batch_size // config.accumulate, *array.shape[1 + several :]), array.dtype
         )
         for name, array in example_batch.items()
     }
@@ -146,11 +138,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             raise ValueError(f"config.init_from: {error}") from error
 
     workdir.mkdir(parents=True, exist_ok=True)
-    with (
-        traced_on(mesh, config),
-        run_record.exclusive(workdir),
-        Interruption() as interruption,
-    ):
+    with traced_on(mesh, config), run_record.exclusive(workdir), Interruption() as interruption:
         # --- State: from the newest whole checkpoint, from another run's weights, or from the seeds
         step_done = 0
         restored = checkpoints.restore_latest(directory, _parts(abstract), batches)
@@ -160,9 +148,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             for problem in damaged:
                 warn(f"damaged checkpoint {problem}: going on from step {step_done}")
         elif initial_params is not None:
-            state = replace(
-                jax.jit(initial, out_shardings=shardings)(), params=initial_params
-            )
+            state = replace(jax.jit(initial, out_shardings=shardings)(), params=initial_params)
         else:
             state = jax.jit(initial, out_shardings=shardings)()
         if leading:
@@ -182,18 +168,13 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             )
 
         # --- Step
-        step_options = {
-            "accumulate": config.accumulate,
-            "offload": config.optimizer.offload,
-        }
+        step_options = {"accumulate": config.accumulate, "offload": config.optimizer.offload}
         train_step = jax.jit(
             make_step(blueprint, task, tx, seeds, **step_options),
             donate_argnums=0,
             out_shardings=shardings,
         )
-        empty = jax.jit(
-            lambda: empty_window(sums, seeds), out_shardings=shardings.window
-        )
+        empty = jax.jit(lambda: empty_window(sums, seeds), out_shardings=shardings.window)
         eval_step = make_eval_step(blueprint, task, seeds)
 
         facts = {
@@ -209,17 +190,11 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
         waiting = None
         with (
             MetricsLog(workdir, step=step_done, seeds=seeds, active=leading) as log,
-            checkpoints.Checkpoints(
-                directory, keep=config.checkpoint.keep, best=best
-            ) as saves,
+            checkpoints.Checkpoints(directory, keep=config.checkpoint.keep, best=best) as saves,
             ProgressReport(step_done, steps, quiet=quiet or not leading) as progress,
         ):
             for step in range(step_done + 1, steps + 1):
-                if (
-                    profile
-                    and step == max(profile[0], step_done + 1)
-                    and step <= profile[1]
-                ):
+                if profile and step == max(profile[0], step_done + 1) and step <= profile[1]:
                     jax.profiler.start_trace(str(workdir / "profile"))
                 batch = place_batch(mesh, next(batches), config.batch_size, several)
                 state = train_step(state, batch)
@@ -232,11 +207,10 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
 
-                # --- Log: a window is read when the step after it is already under way, so that devices never wait.
+                # --- Log: a window is read when the step after it is already under way, so that
+                # devices never wait.
                 if waiting:
-                    _report(
-                        training_row(*waiting, schedule, meter), log, progress, config
-                    )
+                    _report(training_row(*waiting, schedule, meter), log, progress, config)
                     waiting = None
                 if step % config.log_every_steps == 0 or step == steps:
                     waiting = (step, state.window, meter.take())
@@ -246,19 +220,13 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
                 told = interruption.at(step)
                 evaluating = step % config.eval.every_steps == 0 or step == steps
                 saving = (
-                    step % config.checkpoint.every_steps == 0
-                    or step == steps
-                    or told is not None
+                    step % config.checkpoint.every_steps == 0 or step == steps or told is not None
                 )
                 if not (evaluating or saving):
                     continue
                 jax.block_until_ready(state)
                 meter.pause()
-                row = (
-                    training_row(*waiting, schedule, meter)
-                    if waiting
-                    else {"step": step}
-                )
+                row = training_row(*waiting, schedule, meter) if waiting else {"step": step}
                 waiting, score = None, {}
                 if evaluating:
                     evaluations = evaluate_now(state)
@@ -267,11 +235,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
                         for name, part in evaluations.items()
                         for key, each in part.items()
                     }
-                    score = (
-                        {best.metric: float(np.mean(row[best.metric]))}
-                        if best.metric
-                        else {}
-                    )
+                    score = {best.metric: float(np.mean(row[best.metric]))} if best.metric else {}
                 if len(row) > 1:
                     _report(row, log, progress, config)
 
@@ -294,9 +258,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             "workdir": str(workdir),
             "step": steps,
             **facts,
-            "tokens": tokens_read(
-                task, seed=seeds[0], batch_size=config.batch_size, steps=steps
-            ),
+            "tokens": tokens_read(task, seed=seeds[0], batch_size=config.batch_size, steps=steps),
             "evaluations": evaluations or evaluate_now(state),
             **run_summary(read_rows(workdir), best),
             "compile_seconds": meter.compile_seconds,
@@ -311,7 +273,8 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """How a state lies in a checkpoint: what evaluation reads is apart from what only training needs."""
+    """How a state lies in a checkpoint: what evaluation reads is apart from what only training
+    needs."""
     return {
         "model": {"params": state.params, "variables": state.variables},
         "optimizer": {"opt_state": state.opt_state, "window": state.window},
@@ -322,13 +285,10 @@ def _known_metric(metric: str, task: Task, sums: tuple[str, ...]) -> str:
     """`metric` if it is "" or one that the task reports; raises ValueError otherwise."""
     ones = dict.fromkeys(sums, 1.0)
     metrics = task.derive(ones) | report_metrics(ones)
-    known = [
-        f"{evaluation}/{name}" for evaluation in task.evaluations for name in metrics
-    ]
+    known = [f"{evaluation}/{name}" for evaluation in task.evaluations for name in metrics]
     if metric and metric not in known:
         raise ValueError(
-            f'config.eval.best_metric must be "" or one of {", ".join(known)}; got'
-            f" {metric!r}"
+            f'config.eval.best_metric must be "" or one of {", ".join(known)}; got {metric!r}'
         )
     return metric
 
@@ -339,9 +299,7 @@ def _report(
     """Writes a row, and ends the run if it says that steps are being rejected without end."""
     log.write(row)
     progress.report(row)
-    for seed, length in zip(
-        config.seeds, row.get("train/longest_rejected_run", ()), strict=False
-    ):
+    for seed, length in zip(config.seeds, row.get("train/longest_rejected_run", ()), strict=False):
         if length >= config.max_rejected_steps:
             raise FloatingPointError(
                 f"the run diverged: of seed {seed}, {length} steps in a row up to step"
@@ -369,10 +327,7 @@ if __name__ == "__main__":
         "config", None, "File of experiments/configs, as <file>:<task>[,smoke]."
     )
     flags.DEFINE_string(
-        "workdir",
-        None,
-        "Directory of the run; made if it does not exist.",
-        required=True,
+        "workdir", None, "Directory of the run; made if it does not exist.", required=True
     )
     flags.mark_flag_as_required("config")
-    mains.run(main)
+    command_line.run(main)

@@ -8,7 +8,8 @@ from launch.runs import Run
 
 QUEUED, RUNNING, ENDED = "queued", "running", "ended"
 
-# TPU slices by their name in Google Cloud: node selector of the accelerator, topology, hosts; four chips per host.
+# TPU slices by their name in Google Cloud: node selector of the accelerator, topology, hosts; four
+# chips per host.
 TPUS = {
     "v5litepod-4": ("tpu-v5-lite-podslice", "2x2", 1),
     "v5litepod-16": ("tpu-v5-lite-podslice", "4x4", 4),
@@ -34,13 +35,16 @@ class Resources:
     tpu             jobset, xpk: slice, one of TPUS
     slices          jobset, xpk: slices per run, gang-scheduled
     spot            jobset, xpk: spot capacity
-    image           jobset, xpk: container with the checkout as its working directory and the dependencies installed
-    claim           jobset, xpk: persistent volume claim (say, of a bucket) that is mounted at the runs' folder
+    image           jobset, xpk: container with the checkout as its working directory and the
+                    dependencies installed
+    claim           jobset, xpk: persistent volume claim (say, of a bucket) that is mounted at the
+                    runs' folder
     queue           jobset: local queue of Kueue; slurm: partition
     priority        jobset, xpk: priority class
     max_restarts    jobset, xpk: how often a run is restarted; preemption does not count on Kueue
     cluster, project, zone      xpk: where
-    time, cpus, gpus, memory    slurm: limit in its notation, per task; "" and 0: the partition's default
+    time, cpus, gpus, memory    slurm: limit in its notation, per task; "" and 0: the partition's
+                                default
     """
 
     parallel: int = 1
@@ -65,9 +69,7 @@ class Resources:
             raise ValueError(f"tpu must be one of {', '.join(TPUS)}; got {self.tpu!r}")
         for name, least in (("parallel", 0), ("slices", 1), ("max_restarts", 0)):
             if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name} must be at least {least}; got {getattr(self, name)}"
-                )
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
 
     def need(self, backend: str, *names: str) -> None:
         """Raises ValueError if one of the named resources is not given."""
@@ -80,7 +82,8 @@ class Resources:
 
 
 def make_resources(given: Mapping[str, Any], overrides: Sequence[str]) -> Resources:
-    """RESOURCES of a sweep with "key=value" overrides. Raises ValueError for a key or a value that cannot be."""
+    """RESOURCES of a sweep with "key=value" overrides. Raises ValueError for a key or a value that
+    cannot be."""
     kinds = {field.name: type(field.default) for field in fields(Resources)}
     values = dict(given)
     for override in overrides:
@@ -90,9 +93,7 @@ def make_resources(given: Mapping[str, Any], overrides: Sequence[str]) -> Resour
         values[key] = text
     for key, value in values.items():
         if key not in kinds:
-            raise ValueError(
-                f"unknown resource {key!r}; known resources: {', '.join(kinds)}"
-            )
+            raise ValueError(f"unknown resource {key!r}; known resources: {', '.join(kinds)}")
         try:
             values[key] = _convert(value, kinds[key])
         except ValueError as error:
@@ -113,18 +114,22 @@ def _convert(value: Any, kind: type) -> Any:
 
 
 class Backend(Protocol):
-    """An engine. It starts what it is given and says how it stands; that a run is finished, its summary says."""
+    """An engine. It starts what it is given and says how it stands; that a run is finished, its
+    summary says."""
 
     def submit(self, runs: Sequence[Run]) -> None:
-        """Queues or starts runs and returns. A run that was submitted before and has ended may come again."""
+        """Queues or starts runs and returns. A run that was submitted before and has ended may come
+        again."""
         ...
 
     def states(self) -> dict[str, str]:
-        """{run name: QUEUED, RUNNING or ENDED} of all submitted runs; ENDED says nothing of success."""
+        """{run name: QUEUED, RUNNING or ENDED} of all submitted runs; ENDED says nothing of
+        success."""
         ...
 
     def cancel(self) -> None:
-        """Ends what was submitted, as gently as the engine can: a run that is told saves a checkpoint."""
+        """Ends what was submitted, as gently as the engine can: a run that is told saves a
+        checkpoint."""
         ...
 
     def render(self, runs: Sequence[Run]) -> str:

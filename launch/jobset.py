@@ -1,9 +1,10 @@
-"""Runs as JobSets on Kubernetes, queued by Kueue: one manifest per run, gang-scheduled slices of a TPU.
+"""Runs as JobSets on Kubernetes, queued by Kueue: one manifest per run, gang-scheduled slices of a
+TPU.
 
-Kueue starts a JobSet when all its slices fit, and preempts it as a whole; JobSet restarts all of it when a pod fails.
-Both end pods with SIGTERM, on which a run saves; the restarted one goes on from its last checkpoint. The workdirs lie
-on the claimed volume, so that whoever mounts it (this process, to collect) sees the summaries.
-"""
+Kueue starts a JobSet when all its slices fit, and preempts it as a whole; JobSet restarts all of it
+when a pod fails. Both end pods with SIGTERM, on which a run saves; the restarted one goes on from
+its last checkpoint. The workdirs lie on the claimed volume, so that whoever mounts it (this
+process, to collect) sees the summaries."""
 
 import json
 import re
@@ -14,14 +15,7 @@ from typing import Any
 
 import yaml
 
-from launch.backend import (
-    CHIPS_PER_HOST,
-    ENDED,
-    QUEUED,
-    RUNNING,
-    TPUS,
-    Resources,
-)
+from launch.backend import CHIPS_PER_HOST, ENDED, QUEUED, RUNNING, TPUS, Resources
 from launch.runs import Run
 
 SWEEP = "scanax.dev/sweep"
@@ -84,9 +78,7 @@ def manifest(sweep: str, run: Run, need: Resources) -> dict[str, Any]:
                 "volumeMounts": [{"name": "runs", "mountPath": _mount(run)}],
             }
         ],
-        "volumes": [
-            {"name": "runs", "persistentVolumeClaim": {"claimName": need.claim}}
-        ],
+        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": need.claim}}],
     }
     if need.spot:
         pod["tolerations"] = [
@@ -96,17 +88,11 @@ def manifest(sweep: str, run: Run, need: Resources) -> dict[str, Any]:
     if need.priority:
         pod["priorityClassName"] = need.priority
     labels = {SWEEP: sweep, "kueue.x-k8s.io/queue-name": need.queue}
-    exclusive = {
-        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
-    }
+    exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {
-            "name": kubernetes_name(run.name),
-            "labels": labels,
-            "annotations": exclusive,
-        },
+        "metadata": {"name": kubernetes_name(run.name), "labels": labels, "annotations": exclusive},
         "spec": {
             "failurePolicy": {"maxRestarts": need.max_restarts},
             "replicatedJobs": [
@@ -119,10 +105,7 @@ def manifest(sweep: str, run: Run, need: Resources) -> dict[str, Any]:
                             "completions": hosts,
                             "backoffLimit": 0,
                             "completionMode": "Indexed",
-                            "template": {
-                                "metadata": {"annotations": dict(BUCKETS)},
-                                "spec": pod,
-                            },
+                            "template": {"metadata": {"annotations": dict(BUCKETS)}, "spec": pod},
                         }
                     },
                 }
@@ -132,7 +115,8 @@ def manifest(sweep: str, run: Run, need: Resources) -> dict[str, Any]:
 
 
 def kubernetes_name(text: str, longest: int = 39) -> str:
-    """A DNS label of at most 39 characters (what xpk takes): the end of `text`, where names of runs have a hash."""
+    """A DNS label of at most 39 characters (what xpk takes): the end of `text`, where names of runs
+    have a hash."""
     label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     label = label[-longest:].strip("-")
     return label if label[0].isalpha() else f"r-{label}"[:longest].strip("-")
@@ -155,9 +139,7 @@ def _state(item: dict[str, Any]) -> str:
 def _kubectl(*arguments: str, text: str | None = None) -> str:
     """Raises ValueError with what kubectl says if it fails."""
     try:
-        done = subprocess.run(
-            ["kubectl", *arguments], input=text, capture_output=True, text=True
-        )
+        done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise ValueError("kubectl is not installed, or not on the path") from error
     if done.returncode:

@@ -1,4 +1,5 @@
-"""Runs on this machine, `parallel` at a time, each a process of its own with its output in log.txt of its workdir."""
+"""Runs on this machine, `parallel` at a time, each a process of its own with its output in log.txt
+of its workdir."""
 
 import shlex
 import signal
@@ -6,8 +7,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from experiments.training.checkout import CHECKOUT
 from launch.backend import ENDED, QUEUED, RUNNING, Resources
-from launch.runs import CHECKOUT, Run
+from launch.runs import Run
 
 GRACE_S = 120  # a run that is told to end finishes its step and writes a checkpoint
 
@@ -50,7 +52,8 @@ class Local:
         while self._queue and running < self.parallel:
             run = self._queue.pop(0)
             run.workdir.mkdir(parents=True, exist_ok=True)
-            # The interpreter of the sweep runs the rows; in sessions of their own, Ctrl-C reaches the sweep alone.
+            # The interpreter of the sweep runs the rows; in sessions of their own, Ctrl-C reaches
+            # the sweep alone.
             with (run.workdir / "log.txt").open("ab") as log:
                 self._processes[run.name] = subprocess.Popen(
                     [sys.executable, *run.command[1:]],

@@ -1,12 +1,14 @@
-"""Runs as one Slurm job array. A preempted or timed-out task gets SIGTERM two minutes early, saves, and is requeued."""
+"""Runs as one Slurm job array. A preempted or timed-out task gets SIGTERM two minutes early, saves,
+and is requeued."""
 
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 
+from experiments.training.checkout import CHECKOUT
 from launch.backend import ENDED, QUEUED, RUNNING, Resources
-from launch.runs import CHECKOUT, Run
+from launch.runs import Run
 
 SECONDS_TO_SAVE = 120
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"}
@@ -35,14 +37,7 @@ class Slurm:
         listed: dict[str, str] = {}
         if jobs:
             done = subprocess.run(
-                [
-                    "squeue",
-                    "--noheader",
-                    "--array",
-                    "--format=%i %T",
-                    "--jobs",
-                    ",".join(jobs),
-                ],
+                ["squeue", "--noheader", "--array", "--format=%i %T", "--jobs", ",".join(jobs)],
                 capture_output=True,
                 text=True,
             )
@@ -51,9 +46,7 @@ class Slurm:
         states = {}
         for name, task in self._tasks.items():
             state = listed.get(task)
-            states[name] = (
-                ENDED if state is None else QUEUED if state in WAITING else RUNNING
-            )
+            states[name] = ENDED if state is None else QUEUED if state in WAITING else RUNNING
         return states
 
     def cancel(self) -> None:
@@ -79,7 +72,8 @@ class Slurm:
             *([f"--gpus={need.gpus}"] if need.gpus else []),
             *([f"--mem={need.memory}"] if need.memory else []),
         ]
-        # The shell waits for the run in the background: so it can pass the signal on while it waits, and requeue.
+        # The shell waits for the run in the background: so it can pass the signal on while it
+        # waits, and requeue.
         rows = [
             f"  {task}) workdir={shlex.quote(str(run.workdir.absolute()))};"
             f" run=({shlex.join([sys.executable, *run.command[1:]])}) ;;"

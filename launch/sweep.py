@@ -1,17 +1,19 @@
-"""Runs what a table or a sweep file still lacks, on an engine that exists, and collects the results.
+"""Runs what a table or a sweep file still lacks, on an engine that exists, and collects the
+results.
 
     python -m launch.sweep --sweep=mqar --scale=cpu                          a table, on this machine
     python -m launch.sweep --sweep=mqar --scale=gpu --backend=slurm --resources=parallel=8,gpus=1,queue=gpu
     python -m launch.sweep --sweep=my_sweep.py --backend=jobset --dry_run    what would be submitted
     python -m launch.sweep --sweep=my_sweep.py --collect --report=sweep.html    what has finished, as a page
 
-A sweep file is a table file without published numbers (experiments/table.py says what it defines; `grid` expands
-options and seeds), optionally with RESOURCES. The same file runs on every backend.
+A sweep file is a table file without published numbers (experiments/reporting/table.py says what it
+defines; `grid` expands options and seeds), optionally with RESOURCES. The same file runs on every
+backend.
 
-A run whose row is recorded, or whose workdir has a summary, is not run again; one that failed is run again `--retries`
-times, from its last checkpoint. Rows of finished runs are appended to experiments/results, or, for a file elsewhere, to
-its folder in --runs. Interrupting the sweep tells all runs to save and ends; the same command goes on.
-"""
+A run whose row is recorded, or whose workdir has a summary, is not run again; one that failed is
+run again `--retries` times, from its last checkpoint. Rows of finished runs are appended to
+experiments/results, or, for a file elsewhere, to its folder in --runs. Interrupting the sweep tells
+all runs to save and ends; the same command goes on."""
 
 import importlib.util
 import signal
@@ -24,9 +26,11 @@ from typing import Any
 
 from absl import flags
 
-from experiments import html_report, result_pages, results
-from experiments import main as mains
-from experiments.table import Cell, config_hash, find_table
+from experiments import html_report
+from experiments.reporting import pages, rows
+from experiments.reporting.table import Cell, config_hash, find_table
+from experiments.training import command_line
+from experiments.training.checkout import RESULTS
 from launch.backend import ENDED, RUNNING, Backend, make_resources
 from launch.jobset import JobSet
 from launch.local import Local
@@ -58,10 +62,9 @@ def find_sweep(sweep: str) -> tuple[str, ModuleType]:
     return path.stem, module
 
 
-def execute(
-    backend: Backend, runs: Sequence[Run], *, retries: int, poll_s: float
-) -> list[str]:
-    """Runs all to their summaries, up to 1 + `retries` times each; returns the names of those that failed."""
+def execute(backend: Backend, runs: Sequence[Run], *, retries: int, poll_s: float) -> list[str]:
+    """Runs all to their summaries, up to 1 + `retries` times each; returns the names of those that
+    failed."""
     print(f"{len(runs)} runs", flush=True)
     if not runs:
         return []
@@ -98,14 +101,7 @@ def execute(
                     del open_runs[name]
                     failed.append(name)
                     where = run.workdir / "log.txt"
-                    _report(
-                        run.label,
-                        f"failed, see {where}",
-                        runs,
-                        open_runs,
-                        failed,
-                        began,
-                    )
+                    _report(run.label, f"failed, see {where}", runs, open_runs, failed, began)
             if again:
                 backend.submit(again)
             if sys.stdout.isatty():
@@ -136,34 +132,27 @@ def _report(
     seconds = time.monotonic() - began
     eta = f", ETA {seconds / over * len(open_runs) / 60:.0f} min" if over else ""
     print(
-        f"[{over - len(failed)}/{len(runs)} done, {len(failed)} failed{eta}] {label}:"
-        f" {news}",
+        f"[{over - len(failed)}/{len(runs)} done, {len(failed)} failed{eta}] {label}: {news}",
         flush=True,
     )
 
 
 def collect(
-    name: str,
-    sweep: Any,
-    scale: str,
-    planned: Sequence[tuple[Run, list[Cell]]],
-    directory: Path,
+    name: str, sweep: Any, scale: str, planned: Sequence[tuple[Run, list[Cell]]], directory: Path
 ) -> str:
     """Appends a row for every finished run that has none, and returns the table of all rows."""
-    recorded = {
-        (row["scale"], row["config_hash"]) for row in results.read(name, directory)
-    }
+    recorded = {(row["scale"], row["config_hash"]) for row in rows.read(name, directory)}
     for run, cells in planned:
         key = (scale, config_hash(cells[0].make_config()))
         if key not in recorded and (summary := run.summary()) is not None:
-            row = results.make_row(name, scale, cells[0], summary)
-            results.append(row, directory)
+            row = rows.make_row(name, scale, cells[0], summary)
+            rows.append(row, directory)
     cells = sweep.cells(scale)
-    rows = results.matching(cells, results.read(name, directory), scale)
-    results.figure(sweep, cells, rows, directory / f"{name}_{scale}.png")
-    if directory == results.DIRECTORY:
-        result_pages.renew(directory)
-    return results.markdown(sweep, name, scale, cells, rows)
+    found = rows.matching(cells, rows.read(name, directory), scale)
+    rows.figure(sweep, cells, found, directory / f"{name}_{scale}.png")
+    if directory == RESULTS:
+        pages.renew(directory)
+    return rows.markdown(sweep, name, scale, cells, found)
 
 
 def main() -> None:
@@ -173,15 +162,12 @@ def main() -> None:
     folder = Path(options.runs).expanduser()
     planned = plan(sweep, name, scale, folder)
     is_table = not options.sweep.endswith(".py")
-    directory = results.DIRECTORY if is_table else folder / name
-    finished = {
-        (row["scale"], row["config_hash"]) for row in results.read(name, directory)
-    }
+    directory = RESULTS if is_table else folder / name
+    finished = {(row["scale"], row["config_hash"]) for row in rows.read(name, directory)}
     todo = [
         run
         for run, cells in planned
-        if (scale, config_hash(cells[0].make_config())) not in finished
-        and run.summary() is None
+        if (scale, config_hash(cells[0].make_config())) not in finished and run.summary() is None
     ]
     resources = make_resources(getattr(sweep, "RESOURCES", {}), options.resources)
     failed: list[str] = []
@@ -193,10 +179,8 @@ def main() -> None:
         failed = execute(backend, todo, retries=options.retries, poll_s=options.poll_s)
     print(collect(name, sweep, scale, planned, directory))
     if options.report:
-        report, recorded = Path(options.report), results.read(name, directory)
-        html_report.write(
-            report, sweep, name, scale, recorded, runs=folder, failed=failed
-        )
+        report, recorded = Path(options.report), rows.read(name, directory)
+        html_report.write(report, sweep, name, scale, recorded, runs=folder, failed=failed)
     if failed:
         raise ValueError(f"{len(failed)} runs failed: {', '.join(failed)}")
 
@@ -214,4 +198,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("dry_run", False, "Print what would be submitted and stop.")
     flags.DEFINE_bool("collect", False, "Run nothing; collect what is finished.")
     flags.DEFINE_string("report", "", "Also write a page for the browser: its path.")
-    mains.run(main)
+    command_line.run(main)

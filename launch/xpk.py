@@ -1,4 +1,5 @@
-"""Runs as workloads of xpk, for clusters that xpk made: it builds the JobSets, we give it the arguments."""
+"""Runs as workloads of xpk, for clusters that xpk made: it builds the JobSets, we give it the
+arguments."""
 
 import shlex
 import subprocess
@@ -10,7 +11,8 @@ from launch.runs import Run
 
 
 class Xpk(JobSet):
-    """Submits and cancels through xpk; how things stand, kubectl says, since workloads are JobSets of their names."""
+    """Submits and cancels through xpk; how things stand, kubectl says, since workloads are JobSets
+    of their names."""
 
     def __init__(self, name: str, resources: Resources):
         resources.need("xpk", "image", "cluster", "project", "zone")
@@ -48,11 +50,7 @@ class Xpk(JobSet):
 
     def _where(self) -> list[str]:
         need = self.resources
-        return [
-            f"--cluster={need.cluster}",
-            f"--project={need.project}",
-            f"--zone={need.zone}",
-        ]
+        return [f"--cluster={need.cluster}", f"--project={need.project}", f"--zone={need.zone}"]
 
 
 def _xpk(arguments: Sequence[str]) -> None:

@@ -1,16 +1,18 @@
-"""BaseConv, the gated short convolution. Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language
-Models", ICLR 2024, arXiv 2312.04927; under the mixer of interest in Based (arXiv 2402.18668).
+"""BaseConv, the gated short convolution. Arora et al., "Zoology: Measuring and Improving Recall in
+Efficient Language Models", ICLR 2024, arXiv 2312.04927; under the mixer of interest in Based (arXiv
+2402.18668).
 
     y_t = (x_t W + b) * conv(x)_t + x_t
 
     x       x_BTD
     conv    taps of the last conv_width tokens per channel, with a bias
 
-Gating and shift without a recurrence: the layer that lets the next one compare a token with its neighbour. State: the
-last conv_width - 1 inputs, (conv_width - 1) d numbers. Cost per token: O(d^2).
+Gating and shift without a recurrence: the layer that lets the next one compare a token with its
+neighbour. State: the last conv_width - 1 inputs, (conv_width - 1) d numbers. Cost per token:
+O(d^2).
 
-Departures: the short filter only, where the paper also has one as long as the sequence. Initialisation: N(0, 0.02^2)
-for W, taps and their bias uniform on +-conv_width^-1/2.
+Departures: the short filter only, where the paper also has one as long as the sequence.
+Initialisation: N(0, 0.02^2) for W, taps and their bias uniform on +-conv_width^-1/2.
 
 Authors' code: https://github.com/HazyResearch/zoology
 """
@@ -21,8 +23,8 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.projections import projection
-from models.short_convolution import ShortConvolution
+from models.parts.projections import projection
+from models.parts.short_convolution import ShortConvolution
 
 
 class BaseConv(nnx.Module):
@@ -40,13 +42,8 @@ class BaseConv(nnx.Module):
     ):
         if conv_width < 1:
             raise ValueError(f"conv_width must be at least 1; got {conv_width}")
-        dtypes: dict[str, Any] = {
-            "param_dtype": param_dtype,
-            "compute_dtype": compute_dtype,
-        }
-        self.gate = projection(
-            width, width, ("embed", "heads"), bias=True, rngs=rngs, **dtypes
-        )
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.gate = projection(width, width, ("embed", "heads"), bias=True, rngs=rngs, **dtypes)
         self.conv = ShortConvolution(width, conv_width, bias=True, rngs=rngs, **dtypes)
 
     def __call__(

@@ -1,6 +1,6 @@
-"""Based. Arora, Eyuboglu, Zhang, Timalsina, Alberti, Zinsley, Zou, Rudra, Re, "Simple Linear Attention Language Models
-Balance the Recall-Throughput Tradeoff", ICML 2024, arXiv 2402.18668. This is its linear attention; the sliding window
-is `window_attention`, beside it in a pattern.
+"""Based. Arora, Eyuboglu, Zhang, Timalsina, Alberti, Zinsley, Zou, Rudra, Re, "Simple Linear
+Attention Language Models Balance the Recall-Throughput Tradeoff", ICML 2024, arXiv 2402.18668. This
+is its linear attention; the sliding window is `window_attention`, beside it in a pattern.
 
     S_t = S_{t-1} + phi(k_t)^T v_t,    z_t = z_{t-1} + phi(k_t)
     o_t = phi(q_t) S_t / (phi(q_t) z_t)                                                 (Section 4)
@@ -12,11 +12,12 @@ is `window_attention`, beside it in a pattern.
     phi     taylor_features         [..., K] -> [..., 1 + K + K (K + 1) / 2]
     S, z    "memory" [B,H,F,V+1]    float32, F = 153 features; z is the last column
 
-The second-order Taylor series of exp(s) is at least 1/2, so the denominator is at least t/2. State: H F (V + 1) floats.
-Cost per token: O(H F V).
+The second-order Taylor series of exp(s) is at least 1/2, so the denominator is at least t/2. State:
+H F (V + 1) floats. Cost per token: O(H F V).
 
-Departures: phi holds each product q_i q_j once, weighted by sqrt(2), where the authors' layer holds it twice (F = 273):
-the same scores from 0.56 of the state. The short gated convolutions of the released models are not part.
+Departures: phi holds each product q_i q_j once, weighted by sqrt(2), where the authors' layer holds
+it twice (F = 273): the same scores from 0.56 of the state. The short gated convolutions of the
+released models are not part.
 Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
 
 Authors' code: https://github.com/HazyResearch/based
@@ -32,8 +33,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.normalised_attention import normalised_attention
-from models.projections import (
+from models.parts.normalised_attention import normalised_attention
+from models.parts.projections import (
     head_size,
     merge_heads,
     projection,
@@ -51,12 +52,8 @@ def taylor_features(x_BTHK: jax.Array) -> jax.Array:
     # s^2 / 2 = sum_i (q_i k_i)^2 / 2 + sum_{i < j} (q_i q_j) (k_i k_j)
     first, second = np.triu_indices(size)
     weight_F = np.where(first == second, math.sqrt(0.5), 1.0).astype(np.float32)
-    products_BTHF = (
-        x_BTHK[..., first] * x_BTHK[..., second] * weight_F[None, None, None, :]
-    )
-    return jnp.concatenate(
-        (jnp.ones_like(x_BTHK[..., :1]), x_BTHK, products_BTHF), axis=-1
-    )
+    products_BTHF = x_BTHK[..., first] * x_BTHK[..., second] * weight_F[None, None, None, :]
+    return jnp.concatenate((jnp.ones_like(x_BTHK[..., :1]), x_BTHK, products_BTHF), axis=-1)
 
 
 def feature_count(size: int) -> int:
@@ -93,9 +90,7 @@ class BasedLinearAttention(nnx.Module):
         self.query = dense(width, heads * feature_size, ("embed", "heads"))
         self.key = dense(width, heads * feature_size, ("embed", "heads"))
         self.value = dense(width, width, ("embed", "heads"))
-        self.output = dense(
-            width, width, ("heads", "embed"), init=residual_normal(depth)
-        )
+        self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
 
     def __call__(
         self,
@@ -114,9 +109,7 @@ class BasedLinearAttention(nnx.Module):
             initial_state=state.get("memory"),
             segment_ids=segment_ids,
         )
-        return self.output(merge_heads(o_BTHV.astype(self.compute_dtype))), {
-            "memory": memory
-        }
+        return self.output(merge_heads(o_BTHV.astype(self.compute_dtype))), {"memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

@@ -1,7 +1,8 @@
-"""DeltaNet. Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
-NeurIPS 2024, arXiv 2406.06484; the recurrence is from Schlag, Irie, Schmidhuber, ICML 2021, arXiv 2102.11174. With
-eigenvalue_range=(-1, 1): Grazzi, Siems, Zela, Franke, Hutter, Pontil, "Unlocking State-Tracking in Linear RNNs Through
-Negative Eigenvalues", ICLR 2025, arXiv 2411.12537.
+"""DeltaNet. Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule
+over Sequence Length", NeurIPS 2024, arXiv 2406.06484; the recurrence is from Schlag, Irie,
+Schmidhuber, ICML 2021, arXiv 2102.11174. With eigenvalue_range=(-1, 1): Grazzi, Siems, Zela,
+Franke, Hutter, Pontil, "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues", ICLR
+2025, arXiv 2411.12537.
 
     S_t = (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t,    o_t = q_t S_t / sqrt(K)
     q, k = l2norm(silu(conv(x W_{q,k}))),    v = silu(conv(x W_v)),    beta = sigmoid(x W_beta)
@@ -9,17 +10,19 @@ Negative Eigenvalues", ICLR 2025, arXiv 2411.12537.
 
     q, k    q_BTHK, k_BTHK      unit norm per head: x / sqrt(sum x^2 + 1e-6), in float32
     v       v_BTHV
-    beta    beta_BTH            in (0, 1), or 2 sigmoid(x W_beta) in (0, 2) with eigenvalue_range=(-1, 1)
+    beta    beta_BTH            in (0, 1), or 2 sigmoid(x W_beta) in (0, 2) with
+    eigenvalue_range=(-1, 1)
     S       "memory" [B,H,K,V]  float32
 
-The transition has K - 1 eigenvalues 1 and one eigenvalue 1 - beta_t: in (0, 1), or in (-1, 1), which parity and group
-word problems need. State: H K V floats, and 3 (W - 1) d for the convolutions. Cost per token: O(H K V).
+The transition has K - 1 eigenvalues 1 and one eigenvalue 1 - beta_t: in (0, 1), or in (-1, 1),
+which parity and group word problems need. State: H K V floats, and 3 (W - 1) d for the
+convolutions. Cost per token: O(H K V).
 
 Departures: none known; `conv_width=0` is the paper's "without convolution" (SiLU stays).
 Initialisation: Xavier-uniform with gain 2^-2.5.
 
-Authors' code: https://github.com/fla-org/flash-linear-attention, https://github.com/automl/unlocking_state_tracking
-"""
+Authors' code: https://github.com/fla-org/flash-linear-attention,
+https://github.com/automl/unlocking_state_tracking"""
 
 import functools
 from typing import Any
@@ -29,21 +32,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.norms import l2_normalise, rms_norm
-from models.options import check_choice
-from models.projections import (
-    XAVIER_SMALL,
-    head_size,
-    merge_heads,
-    projection,
-    split_heads,
-)
-from models.short_convolution import ShortConvolution
+from models.parts.norms import l2_normalise, rms_norm
+from models.parts.options import check_choice
+from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
+from models.parts.short_convolution import ShortConvolution
 from ops.delta_rule.api import delta_rule
 
 
 class DeltaNet(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V]}, all float32."""
+    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V]}, all
+    float32."""
 
     def __init__(
         self,
@@ -61,10 +59,7 @@ class DeltaNet(nnx.Module):
         norm_eps: float = 1e-5,
     ):
         check_choice("eigenvalue_range", tuple(eigenvalue_range), ((0, 1), (-1, 1)))
-        dtypes: dict[str, Any] = {
-            "param_dtype": param_dtype,
-            "compute_dtype": compute_dtype,
-        }
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, init=XAVIER_SMALL, rngs=rngs, **dtypes)
         self.heads, self.compute_dtype = heads, compute_dtype
         self.beta_max = 1 - min(eigenvalue_range)  # the moving eigenvalue is 1 - beta
@@ -79,9 +74,7 @@ class DeltaNet(nnx.Module):
         self.conv_q = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
         self.conv_k = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
         self.conv_v = ShortConvolution(value_width, conv_width, rngs=rngs, **dtypes)
-        self.norm = rms_norm(
-            self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype
-        )
+        self.norm = rms_norm(self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
         self.output = dense(value_width, width, ("heads", "embed"))
 
     def __call__(
@@ -107,12 +100,7 @@ class DeltaNet(nnx.Module):
             segment_ids=segment_ids,
         )
         y_BTD = self.output(merge_heads(self.norm(o_BTHV)).astype(self.compute_dtype))
-        return y_BTD, {
-            "conv_q": conv_q,
-            "conv_k": conv_k,
-            "conv_v": conv_v,
-            "memory": memory,
-        }
+        return y_BTD, {"conv_q": conv_q, "conv_k": conv_k, "conv_v": conv_v, "memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
@@ -120,17 +108,13 @@ class DeltaNet(nnx.Module):
             "conv_q": self.conv_q.init_state(batch),
             "conv_k": self.conv_k.init_state(batch),
             "conv_v": self.conv_v.init_state(batch),
-            "memory": jnp.zeros(
-                (batch, self.heads, self.key_size, self.value_size), jnp.float32
-            ),
+            "memory": jnp.zeros((batch, self.heads, self.key_size, self.value_size), jnp.float32),
         }
 
     @property
     def state_bytes(self) -> int:
         """Bytes of state per sequence."""
-        convolutions = (
-            self.conv_q.state_bytes + self.conv_k.state_bytes + self.conv_v.state_bytes
-        )
+        convolutions = self.conv_q.state_bytes + self.conv_k.state_bytes + self.conv_v.state_bytes
         return convolutions + 4 * self.heads * self.key_size * self.value_size
 
 

@@ -1,5 +1,5 @@
-"""DiagAttention, the lower half of TransNormer. Qin, Han, Sun, Li, Kong, Barnes, Zhong, "The Devil in Linear
-Transformer", EMNLP 2022, arXiv 2210.10340. The upper half is `transnormer`.
+"""DiagAttention, the lower half of TransNormer. Qin, Han, Sun, Li, Kong, Barnes, Zhong, "The Devil
+in Linear Transformer", EMNLP 2022, arXiv 2210.10340. The upper half is `transnormer`.
 
     o_t = sum_s p_ts v_s,    p_t = softmax_s(q_t k_s / sqrt(K))    over s <= t in the block of t
     q_t, k_s = x W_{q,k} turned by position * theta,    y_t = o_t W_o
@@ -9,13 +9,14 @@ Transformer", EMNLP 2022, arXiv 2210.10340. The upper half is `transnormer`.
     block   positions block * n .. block * (n + 1) - 1 of a document
     theta   rotation.theta_K    [K/2], learned, starts at 10000^(-2i/K)
 
-Attention is on the diagonal blocks of the score matrix alone: near tokens are compared exactly, and no weight is spread
-thinly over a long past. A block is a segment of the window attention op. State: the keys and values of the block so
-far, at most 2 (block - 1) d numbers of the compute dtype. Cost per token: O(block d).
+Attention is on the diagonal blocks of the score matrix alone: near tokens are compared exactly, and
+no weight is spread thinly over a long past. A block is a segment of the window attention op. State:
+the keys and values of the block so far, at most 2 (block - 1) d numbers of the compute dtype. Cost
+per token: O(block d).
 
-Departures: this is T2 (softmax), the paper's choice for autoregressive models; T1 (ReLU of the scores), for
-bidirectional ones, is left out. The paper starts the projections of q, k and v Xavier-uniform with gain 2^-0.5; W_o
-starts as N(0, 0.02^2 / (2 depth)).
+Departures: this is T2 (softmax), the paper's choice for autoregressive models; T1 (ReLU of the
+scores), for bidirectional ones, is left out. The paper starts the projections of q, k and v
+Xavier-uniform with gain 2^-0.5; W_o starts as N(0, 0.02^2 / (2 depth)).
 
 Authors' code: https://github.com/OpenNLPLab/Transnormer
 """
@@ -28,8 +29,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.positions import count_positions, document_starts
-from models.projections import (
+from models.parts.positions import count_positions
+from models.parts.projections import (
     XAVIER_MEDIUM,
     head_size,
     merge_heads,
@@ -37,15 +38,17 @@ from models.projections import (
     residual_normal,
     split_heads,
 )
-from models.rotary import LearnedRotation
+from models.parts.rotary import LearnedRotation
+from ops.framework.segments import document_starts
 from ops.window_attention.api import init_window_state, window_attention
 
 
 class DiagAttention(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"window": WindowState of past keys and values, "position" [B] int32}.
+    """x_BTD -> y_BTD; the state is {"window": WindowState of past keys and values, "position" [B]
+    int32}.
 
-    "position" is where the next token stands when `positions` is not given; keys are stored rotated.
-    """
+    "position" is where the next token stands when `positions` is not given; keys are stored
+    rotated."""
 
     def __init__(
         self,
@@ -59,26 +62,18 @@ class DiagAttention(nnx.Module):
         block: int = 64,
     ):
         if block < 1:
-            raise ValueError(
-                f"block must be at least 1 (the token itself); got {block}"
-            )
+            raise ValueError(f"block must be at least 1 (the token itself); got {block}")
         dense = functools.partial(
             projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
         )
-        self.heads, self.block, self.compute_dtype = (
-            heads,
-            block,
-            jnp.dtype(compute_dtype),
-        )
+        self.heads, self.block, self.compute_dtype = (heads, block, jnp.dtype(compute_dtype))
         self.head_size = head_size(width, heads)
 
         self.query = dense(width, width, ("embed", "heads"), init=XAVIER_MEDIUM)
         self.key = dense(width, width, ("embed", "heads"), init=XAVIER_MEDIUM)
         self.value = dense(width, width, ("embed", "heads"), init=XAVIER_MEDIUM)
         self.rotation = LearnedRotation(self.head_size)
-        self.output = dense(
-            width, width, ("heads", "embed"), init=residual_normal(depth)
-        )
+        self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
 
     def __call__(
         self,
@@ -110,20 +105,12 @@ class DiagAttention(nnx.Module):
             segment_ids=jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32),
         )
         y_BTD = self.output(merge_heads(o_BTHV))
-        return y_BTD, {
-            "window": window,
-            "position": (positions_BT[:, -1] + 1).astype(jnp.int32),
-        }
+        return y_BTD, {"window": window, "position": (positions_BT[:, -1] + 1).astype(jnp.int32)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: an empty window at position 0."""
         window = init_window_state(
-            batch,
-            self.block,
-            self.heads,
-            self.head_size,
-            self.head_size,
-            self.compute_dtype,
+            batch, self.block, self.heads, self.head_size, self.head_size, self.compute_dtype
         )
         return {"window": window, "position": jnp.zeros((batch,), jnp.int32)}
 

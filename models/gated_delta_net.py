@@ -1,26 +1,30 @@
-"""Gated DeltaNet. Yang, Kautz, Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule", ICLR 2025,
-arXiv 2412.06464. With eigenvalue_range=(-1, 1): Grazzi et al., ICLR 2025, arXiv 2411.12537.
+"""Gated DeltaNet. Yang, Kautz, Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta
+Rule", ICLR 2025, arXiv 2412.06464. With eigenvalue_range=(-1, 1): Grazzi et al., ICLR 2025, arXiv
+2411.12537.
 
-    S_t = alpha_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t,    o_t = q_t S_t / sqrt(K)     (Eq. 10)
-    q, k = l2norm(silu(conv(x W_{q,k}))),    v = silu(conv(x W_v)),    beta = sigmoid(x W_beta)
-    log alpha_t = -exp(a_log) softplus(x_t W_a + b_dt)
+    S_t = alpha_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t,    o_t = q_t S_t / sqrt(K)
+    (Eq. 10) q, k = l2norm(silu(conv(x W_{q,k}))),    v = silu(conv(x W_v)),    beta = sigmoid(x
+    W_beta) log alpha_t = -exp(a_log) softplus(x_t W_a + b_dt)
     y_t = (norm(o_t) * silu(x_t W_g)) W_o,    norm per head
 
     q, k        q_BTHK, k_BTHK      unit norm per head; heads * K = expand_k d = 0.75 d
     v           v_BTHV              heads * V = expand_v d = 1.5 d
     beta        beta_BTH            in (0, 1), or in (0, 2) with eigenvalue_range=(-1, 1)
     log alpha   decay_log_BTH       float32, one per head
-    a_log, b_dt a_log_H, dt_bias_H  exp(a_log) from U(0, 16); softplus(b_dt) log-uniform on [dt_min, dt_max]
+    a_log, b_dt a_log_H, dt_bias_H  exp(a_log) from U(0, 16); softplus(b_dt) log-uniform on [dt_min,
+                                    dt_max]
     S           "memory" [B,H,K,V]  float32
 
-alpha forgets all of the state at once, beta edits one association in it. State: H K V floats, and (W - 1) 3 d for the
-convolutions. Cost per token: O(H K V). With the defaults the mixer has about 6 d^2 parameters.
+alpha forgets all of the state at once, beta edits one association in it. State: H K V floats, and
+(W - 1) 3 d for the convolutions. Cost per token: O(H K V). With the defaults the mixer has about 6
+d^2 parameters.
 
-Departures: the paper leaves the formula of alpha out; it is the one of the authors' code (that of Mamba-2).
+Departures: the paper leaves the formula of alpha out; it is the one of the authors' code (that of
+Mamba-2).
 Initialisation: Xavier-uniform with gain 2^-2.5.
 
-Authors' code: https://github.com/NVlabs/GatedDeltaNet, https://github.com/fla-org/flash-linear-attention
-"""
+Authors' code: https://github.com/NVlabs/GatedDeltaNet,
+https://github.com/fla-org/flash-linear-attention"""
 
 import functools
 from typing import Any
@@ -30,22 +34,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.norms import l2_normalise, rms_norm
-from models.options import check_choice
-from models.projections import (
-    XAVIER_SMALL,
-    head_size,
-    merge_heads,
-    projection,
-    split_heads,
-)
-from models.short_convolution import ShortConvolution
-from models.step_size import dt_bias
+from models.parts.norms import l2_normalise, rms_norm
+from models.parts.options import check_choice
+from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
+from models.parts.short_convolution import ShortConvolution
+from models.parts.step_size import dt_bias
 from ops.delta_rule.api import delta_rule
 
 
 class GatedDeltaNet(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V]}, all float32."""
+    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V]}, all
+    float32."""
 
     def __init__(
         self,
@@ -65,10 +64,7 @@ class GatedDeltaNet(nnx.Module):
         norm_eps: float = 1e-5,
     ):
         check_choice("eigenvalue_range", tuple(eigenvalue_range), ((0, 1), (-1, 1)))
-        dtypes: dict[str, Any] = {
-            "param_dtype": param_dtype,
-            "compute_dtype": compute_dtype,
-        }
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, init=XAVIER_SMALL, rngs=rngs, **dtypes)
         self.heads, self.compute_dtype = heads, compute_dtype
         # The moving eigenvalue is alpha (1 - beta).
@@ -85,16 +81,13 @@ class GatedDeltaNet(nnx.Module):
         self.conv_k = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
         self.conv_v = ShortConvolution(value_width, conv_width, rngs=rngs, **dtypes)
         self.dt = dense(width, heads, ("embed", "heads"))
-        # float32 whatever param_dtype is: they enter exponentials. 1 - u is in (0, 1]: no logarithm of 0.
-        a_log_H = jnp.log(
-            16 * (1 - jax.random.uniform(rngs.params(), (heads,), jnp.float32))
-        )
+        # float32 whatever param_dtype is: they enter exponentials. 1 - u is in (0, 1]: no logarithm
+        # of 0.
+        a_log_H = jnp.log(16 * (1 - jax.random.uniform(rngs.params(), (heads,), jnp.float32)))
         self.a_log_H = nnx.Param(a_log_H, group="no_decay", out_sharding=("heads",))
         dt_bias_H = dt_bias(rngs.params(), heads, dt_min, dt_max)
         self.dt_bias_H = nnx.Param(dt_bias_H, group="no_decay", out_sharding=("heads",))
-        self.norm = rms_norm(
-            self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype
-        )
+        self.norm = rms_norm(self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
         self.output_gate = dense(width, value_width, ("embed", "heads"))
         self.output = dense(value_width, width, ("heads", "embed"))
 
@@ -127,12 +120,7 @@ class GatedDeltaNet(nnx.Module):
         )
         o_BTD = merge_heads(self.norm(o_BTHV)).astype(self.compute_dtype)
         y_BTD = self.output(o_BTD * jax.nn.silu(self.output_gate(x_BTD)))
-        return y_BTD, {
-            "conv_q": conv_q,
-            "conv_k": conv_k,
-            "conv_v": conv_v,
-            "memory": memory,
-        }
+        return y_BTD, {"conv_q": conv_q, "conv_k": conv_k, "conv_v": conv_v, "memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
@@ -140,17 +128,13 @@ class GatedDeltaNet(nnx.Module):
             "conv_q": self.conv_q.init_state(batch),
             "conv_k": self.conv_k.init_state(batch),
             "conv_v": self.conv_v.init_state(batch),
-            "memory": jnp.zeros(
-                (batch, self.heads, self.key_size, self.value_size), jnp.float32
-            ),
+            "memory": jnp.zeros((batch, self.heads, self.key_size, self.value_size), jnp.float32),
         }
 
     @property
     def state_bytes(self) -> int:
         """Bytes of state per sequence."""
-        convolutions = (
-            self.conv_q.state_bytes + self.conv_k.state_bytes + self.conv_v.state_bytes
-        )
+        convolutions = self.conv_q.state_bytes + self.conv_k.state_bytes + self.conv_v.state_bytes
         return convolutions + 4 * self.heads * self.key_size * self.value_size
 
 

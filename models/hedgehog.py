@@ -1,26 +1,30 @@
-"""Hedgehog. Zhang, Bhatia, Kumbong, Re, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax
-Mimicry", ICLR 2024, arXiv 2402.04347.
+"""Hedgehog. Zhang, Bhatia, Kumbong, Re, "The Hedgehog & the Porcupine: Expressive Linear Attentions
+with Softmax Mimicry", ICLR 2024, arXiv 2402.04347.
 
-    o_t = sum_{s <= t} a_ts v_s,    a_ts = phi_q(q_t) phi_k(k_s) / sum_{r <= t} phi_q(q_t) phi_k(k_r)
+    o_t = sum_{s <= t} a_ts v_s,    a_ts = phi_q(q_t) phi_k(k_s) / sum_{r <= t} phi_q(q_t)
+                                    phi_k(k_r)
     phi(x) = softmax([y, -y])  or  exp([y, -y]),    y = tau (x W_phi + b)
     y_t = o_t W_o
 
     q, k        q_BTHK, k_BTHK          x W_q, x W_k, rotated (rope)
     v           v_BTHV
-    W_phi, b    weight_HKK, bias_HK     one map per head, one for queries and one for keys; start as I and 0
+    W_phi, b    weight_HKK, bias_HK     one map per head, one for queries and one for keys; start as
+    I and 0
     tau         temperature
     numerator,  "memory" [B,H,2K,V+1]   float32; the last column sums the key features
     denominator
 
-The map has one layer, so that it can be fitted to the weights of softmax attention; trained from scratch it learns with
-everything else. Over 2K features the softmax keeps each feature in (0, 1); the one of the queries cancels in a_ts, the
-one of the keys does not. feature_map="exp" is the paper's unnormalised map and overflows where |y| passes 88. The
-scores depend on each position by itself, not on differences: positions must start at 0 in every document.
+The map has one layer, so that it can be fitted to the weights of softmax attention; trained from
+scratch it learns with everything else. Over 2K features the softmax keeps each feature in (0, 1);
+the one of the queries cancels in a_ts, the one of the keys does not. feature_map="exp" is the
+paper's unnormalised map and overflows where |y| passes 88. The scores depend on each position by
+itself, not on differences: positions must start at 0 in every document.
 
 State: 2 d (V + 1) floats and the position. Cost per token: O(2 d V).
 
-Departures: none known for a layer trained from scratch; the paper's loss that fits the map to a softmax layer belongs
-to converting a trained model and is not part of the mixer. Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
+Departures: none known for a layer trained from scratch; the paper's loss that fits the map to a
+softmax layer belongs to converting a trained model and is not part of the mixer. Initialisation:
+N(0, 0.02^2); W_o divided by sqrt(2 depth).
 
 Authors' code: the feature map in https://github.com/HazyResearch/lolcats
 """
@@ -33,17 +37,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.normalised_attention import normalised_attention
-from models.options import check_choice
-from models.positions import count_positions
-from models.projections import (
+from models.parts.normalised_attention import normalised_attention
+from models.parts.options import check_choice
+from models.parts.positions import count_positions
+from models.parts.projections import (
     head_size,
     merge_heads,
     projection,
     residual_normal,
     split_heads,
 )
-from models.rotary import check_pairs, rotate
+from models.parts.rotary import check_pairs, rotate
 
 DENOMINATOR_EPS = 1e-10
 
@@ -52,13 +56,7 @@ class SoftmaxMimicry(nnx.Module):
     """phi: [B, T, H, K] -> [B, T, H, 2K], positive, float32."""
 
     def __init__(
-        self,
-        heads: int,
-        head_size: int,
-        *,
-        kind: str,
-        temperature: float,
-        param_dtype: DTypeLike,
+        self, heads: int, head_size: int, *, kind: str, temperature: float, param_dtype: DTypeLike
     ):
         check_choice("feature_map", kind, ("softmax", "exp"))
         self.kind, self.temperature = kind, temperature
@@ -67,9 +65,7 @@ class SoftmaxMimicry(nnx.Module):
         )
         self.weight_HKK = nnx.Param(weight_HKK, out_sharding=("heads", None, None))
         bias_HK = jnp.zeros((heads, head_size), param_dtype)
-        self.bias_HK = nnx.Param(
-            bias_HK, group="no_decay", out_sharding=("heads", None)
-        )
+        self.bias_HK = nnx.Param(bias_HK, group="no_decay", out_sharding=("heads", None))
 
     def __call__(self, x_BTHK: jax.Array) -> jax.Array:
         weight_HKK, bias_HK = (
@@ -81,11 +77,7 @@ class SoftmaxMimicry(nnx.Module):
             + bias_HK[None, None]
         )
         both_BTHK = self.temperature * jnp.concatenate((y_BTHK, -y_BTHK), axis=-1)
-        return (
-            jax.nn.softmax(both_BTHK, axis=-1)
-            if self.kind == "softmax"
-            else jnp.exp(both_BTHK)
-        )
+        return jax.nn.softmax(both_BTHK, axis=-1) if self.kind == "softmax" else jnp.exp(both_BTHK)
 
 
 class Hedgehog(nnx.Module):
@@ -133,9 +125,7 @@ class Hedgehog(nnx.Module):
             param_dtype=param_dtype,
         )
         self.query_map, self.key_map = phi(), phi()
-        self.output = dense(
-            width, width, ("heads", "embed"), init=residual_normal(depth)
-        )
+        self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
 
     def __call__(
         self,
@@ -168,16 +158,11 @@ class Hedgehog(nnx.Module):
             segment_ids=segment_ids,
         )
         y_BTD = self.output(merge_heads(o_BTHV.astype(self.compute_dtype)))
-        return y_BTD, {
-            "memory": memory,
-            "position": (positions_BT[:, -1] + 1).astype(jnp.int32),
-        }
+        return y_BTD, {"memory": memory, "position": (positions_BT[:, -1] + 1).astype(jnp.int32)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
-        memory = jnp.zeros(
-            (batch, self.heads, 2 * self.head_size, self.head_size + 1), jnp.float32
-        )
+        memory = jnp.zeros((batch, self.heads, 2 * self.head_size, self.head_size + 1), jnp.float32)
         return {"memory": memory, "position": jnp.zeros((batch,), jnp.int32)}
 
     @property

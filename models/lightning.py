@@ -1,6 +1,7 @@
-"""Lightning Attention and its language model TNL. Qin, Sun, Li, Shen, Sun, Zhong, "Various Lengths, Constant Speed:
-Efficient Language Modeling with Lightning Attention", ICML 2024, arXiv 2405.17381; Lightning Attention-2, 2024,
-arXiv 2401.04658; Lightning Attention 1 and TransNormerLLM, 2023, arXiv 2307.14995.
+"""Lightning Attention and its language model TNL. Qin, Sun, Li, Shen, Sun, Zhong, "Various Lengths,
+Constant Speed: Efficient Language Modeling with Lightning Attention", ICML 2024, arXiv 2405.17381;
+Lightning Attention-2, 2024, arXiv 2401.04658; Lightning Attention 1 and TransNormerLLM, 2023, arXiv
+2307.14995.
 
     S_t = lambda S_{t-1} + k_t^T v_t,    o_t = q_t S_t
     q = swish(x W_q),    k = swish(x W_k),    v = x W_v,    u = x W_u
@@ -13,20 +14,22 @@ arXiv 2401.04658; Lightning Attention 1 and TransNormerLLM, 2023, arXiv 2307.149
     theta       rotation.theta_K    [K/2], learned, starts at 10000^(-2i/K)
     S           "memory" [B,H,K,V]  float32
 
-decay: "paper", lambda = exp(-(8h/H) (1 - l/L)), head 0 never forgets; "alibi", the released models, slopes of ALiBi;
-"receptive", the authors' later choice, one over receptive lengths spaced evenly in log from 2 to 256.
+decay: "paper", lambda = exp(-(8h/H) (1 - l/L)), head 0 never forgets; "alibi", the released models,
+slopes of ALiBi; "receptive", the authors' later choice, one over receptive lengths spaced evenly in
+log from 2 to 256.
 
-Lightning Attention 1 (quadratic in time) and 2 (linear, a state between blocks) are one function; the op's chunked form
-has the block structure of 2. State: d^2 / H floats and the position; heads have 128 channels in the paper. Cost per
-token: O(d^2 / H).
+Lightning Attention 1 (quadratic in time) and 2 (linear, a state between blocks) are one function;
+the op's chunked form has the block structure of 2. State: d^2 / H floats and the position; heads
+have 128 channels in the paper. Cost per token: O(d^2 / H).
 
-Departures: the block around the mixer is the common one (norm with a learned scale, SwiGLU), where TNL has neither a
-scale nor an activation; the paper's ablations see no difference. `gate_rank` > 0 is the gate of the released models,
-u = sigmoid((x W_1) W_2), of rank K there. theta and the turn exist in every layer, which is what layers of one program
-cost; the angles are 0 where the paper has none. Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
+Departures: the block around the mixer is the common one (norm with a learned scale, SwiGLU), where
+TNL has neither a scale nor an activation; the paper's ablations see no difference. `gate_rank` > 0
+is the gate of the released models, u = sigmoid((x W_1) W_2), of rank K there. theta and the turn
+exist in every layer, which is what layers of one program cost; the angles are 0 where the paper has
+none. Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
 
-Authors' code: https://github.com/OpenNLPLab/lightning-attention, https://github.com/OpenNLPLab/TransnormerLLM
-"""
+Authors' code: https://github.com/OpenNLPLab/lightning-attention,
+https://github.com/OpenNLPLab/TransnormerLLM"""
 
 import functools
 from typing import Any
@@ -36,25 +39,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.layer_constant import LayerConstant
-from models.norms import simple_rms_norm
-from models.options import check_choice
-from models.positions import count_positions
-from models.projections import (
+from models.parts.layer_constant import LayerConstant
+from models.parts.norms import simple_rms_norm
+from models.parts.options import check_choice
+from models.parts.positions import count_positions
+from models.parts.projections import (
     head_size,
     merge_heads,
     projection,
     residual_normal,
     split_heads,
 )
-from models.rotary import LearnedRotation
+from models.parts.rotary import LearnedRotation
 from ops.gated_linear_attention.api import gated_linear_attention
 
 DECAYS = ("paper", "alibi", "receptive")
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """2^(-8h/H) for h = 1 .. H, H a power of two; else those of the power P below H, then every other one of 2 P."""
+    """2^(-8h/H) for h = 1 .. H, H a power of two; else those of the power P below H, then every
+    other one of 2 P."""
     if heads & (heads - 1) == 0:
         return [2 ** (-8 * h / heads) for h in range(1, heads + 1)]
     below = 1 << (heads.bit_length() - 1)
@@ -62,7 +66,8 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def decay_log(kind: str, heads: int, layer: jax.Array | int, depth: int) -> jax.Array:
-    """log lambda [H] of layer 0 <= `layer` < `depth`: -slope_h times a factor that falls with the layer."""
+    """log lambda [H] of layer 0 <= `layer` < `depth`: -slope_h times a factor that falls with the
+    layer."""
     if kind == "paper":
         slopes, factor = [8 * h / heads for h in range(heads)], 1 - layer / depth
     elif kind == "alibi":
@@ -109,12 +114,8 @@ class LightningAttention(nnx.Module):
         self.key = dense(width, width, ("embed", "heads"))
         self.value = dense(width, width, ("embed", "heads"))
         self.gate_in = dense(width, gate_rank, ("embed", None)) if gate_rank else None
-        self.gate = dense(
-            gate_rank or width, width, (None if gate_rank else "embed", "heads")
-        )
-        self.output = dense(
-            width, width, ("heads", "embed"), init=residual_normal(depth)
-        )
+        self.gate = dense(gate_rank or width, width, (None if gate_rank else "embed", "heads"))
+        self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
         self.decay_log_H = LayerConstant(decay_log(decay, heads, layer, depth))
         self.rotation = None if lrpe == "none" else LearnedRotation(self.head_size)
         self.turns = LayerConstant(
@@ -140,10 +141,7 @@ class LightningAttention(nnx.Module):
         k_BTHK = split_heads(jax.nn.silu(self.key(x_BTD)), self.heads)
         if self.rotation is not None:
             turned_BT = self.turns[...] * positions_BT.astype(jnp.float32)
-            q_BTHK, k_BTHK = (
-                self.rotation(q_BTHK, turned_BT),
-                self.rotation(k_BTHK, turned_BT),
-            )
+            q_BTHK, k_BTHK = (self.rotation(q_BTHK, turned_BT), self.rotation(k_BTHK, turned_BT))
         o_BTHV, memory = gated_linear_attention(
             q_BTHK,
             k_BTHK,
@@ -158,9 +156,7 @@ class LightningAttention(nnx.Module):
             if self.gate_in is None
             else jax.nn.sigmoid(self.gate(self.gate_in(x_BTD)))
         )
-        o_BTD = simple_rms_norm(merge_heads(o_BTHV), self.norm_eps).astype(
-            self.compute_dtype
-        )
+        o_BTD = simple_rms_norm(merge_heads(o_BTHV), self.norm_eps).astype(self.compute_dtype)
         return self.output(o_BTD * u_BTD), {
             "memory": memory,
             "position": (positions_BT[:, -1] + 1).astype(jnp.int32),
@@ -168,9 +164,7 @@ class LightningAttention(nnx.Module):
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
-        memory = jnp.zeros(
-            (batch, self.heads, self.head_size, self.head_size), jnp.float32
-        )
+        memory = jnp.zeros((batch, self.heads, self.head_size, self.head_size), jnp.float32)
         return {"memory": memory, "position": jnp.zeros((batch,), jnp.int32)}
 
     @property

@@ -1,9 +1,10 @@
-"""Linear attention. Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs: Fast Autoregressive Transformers with
-Linear Attention", ICML 2020, arXiv 2006.16236.
+"""Linear attention. Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs: Fast
+Autoregressive Transformers with Linear Attention", ICML 2020, arXiv 2006.16236.
 
     S_t = S_{t-1} + phi(k_t)^T v_t                                (Eq. 18)
     z_t = z_{t-1} + phi(k_t)                                      (Eq. 19)
-    o_t = phi(q_t) S_t / (phi(q_t) z_t)                           (Eq. 20),  phi(x) = elu(x) + 1   (Eq. 7)
+    o_t = phi(q_t) S_t / (phi(q_t) z_t)                           (Eq. 20),  phi(x) = elu(x) + 1
+    (Eq. 7)
 
     q, k    q_BTHK, k_BTHK      x W_q, x W_k
     v       v_BTHV              x W_v; with the denominator a column of ones is appended
@@ -13,10 +14,11 @@ Linear Attention", ICML 2020, arXiv 2006.16236.
 State: H K (V+1) floats. Cost per token: O(H K V).
 
 Departures: no biases (as in later linear-attention layers).
-`normaliser="rms_norm"` replaces the denominator by an RMSNorm of each head's output and scales queries by K^-1/2; a
-map that can be negative (identity) needs it, because a denominator of mixed signs passes through zero. `conv_width` >
-0 puts a causal depthwise convolution and SiLU after each of the three projections, as DeltaNet has it, for
-comparisons at equal surroundings; the paper has none.
+`normaliser="rms_norm"` replaces the denominator by an RMSNorm of each head's output and scales
+queries by K^-1/2; a map that can be negative (identity) needs it, because a denominator of mixed
+signs passes through zero. `conv_width` > 0 puts a causal depthwise convolution and SiLU after each
+of the three projections, as DeltaNet has it, for comparisons at equal surroundings; the paper has
+none.
 
 Authors' code: https://github.com/idiap/fast-transformers
 """
@@ -29,17 +31,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.normalised_attention import normalised_attention
-from models.norms import rms_norm
-from models.options import check_choice
-from models.projections import (
+from models.parts.normalised_attention import normalised_attention
+from models.parts.norms import rms_norm
+from models.parts.options import check_choice
+from models.parts.projections import (
     head_size,
     merge_heads,
     projection,
     residual_normal,
     split_heads,
 )
-from models.short_convolution import ShortConvolution
+from models.parts.short_convolution import ShortConvolution
 from ops.gated_linear_attention.api import gated_linear_attention
 
 FEATURE_MAPS = {"elu": lambda x: jax.nn.elu(x) + 1, "identity": lambda x: x}
@@ -47,7 +49,8 @@ DENOMINATOR_EPS = 1e-10
 
 
 class LinearAttention(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V or V+1]}, all float32."""
+    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V or V+1]}, all
+    float32."""
 
     def __init__(
         self,
@@ -72,16 +75,9 @@ class LinearAttention(nnx.Module):
                 'feature_map="identity" needs normaliser="rms_norm": a sum of signed'
                 " scores can be zero"
             )
-        dtypes: dict[str, Any] = {
-            "param_dtype": param_dtype,
-            "compute_dtype": compute_dtype,
-        }
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, rngs=rngs, **dtypes)
-        self.heads, self.feature_map, self.compute_dtype = (
-            heads,
-            feature_map,
-            compute_dtype,
-        )
+        self.heads, self.feature_map, self.compute_dtype = (heads, feature_map, compute_dtype)
         self.key_size = head_size(width, heads, expand_k)
         self.value_size = head_size(width, heads, expand_v)
         key_width, value_width = heads * self.key_size, heads * self.value_size
@@ -96,9 +92,7 @@ class LinearAttention(nnx.Module):
             rms_norm, self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype
         )
         self.norm = norm() if normaliser == "rms_norm" else None
-        self.output = dense(
-            value_width, width, ("heads", "embed"), init=residual_normal(depth)
-        )
+        self.output = dense(value_width, width, ("heads", "embed"), init=residual_normal(depth))
 
     def __call__(
         self,
@@ -114,19 +108,12 @@ class LinearAttention(nnx.Module):
         k_BTD, conv_k = self.conv_k(self.key(x_BTD), state.get("conv_k"), segment_ids)
         v_BTD, conv_v = self.conv_v(self.value(x_BTD), state.get("conv_v"), segment_ids)
         if self.conv_q.width:
-            q_BTD, k_BTD, v_BTD = (
-                jax.nn.silu(q_BTD),
-                jax.nn.silu(k_BTD),
-                jax.nn.silu(v_BTD),
-            )
+            q_BTD, k_BTD, v_BTD = (jax.nn.silu(q_BTD), jax.nn.silu(k_BTD), jax.nn.silu(v_BTD))
         q_BTHK = phi(split_heads(q_BTD, self.heads))
         k_BTHK = phi(split_heads(k_BTD, self.heads))
         v_BTHV = split_heads(v_BTD, self.heads)
 
-        past: dict[str, Any] = {
-            "initial_state": state.get("memory"),
-            "segment_ids": segment_ids,
-        }
+        past: dict[str, Any] = {"initial_state": state.get("memory"), "segment_ids": segment_ids}
         if self.norm is None:
             # Eq. 18 - 20
             o_BTHV, memory = normalised_attention(
@@ -136,12 +123,7 @@ class LinearAttention(nnx.Module):
             o_BTHV, memory = gated_linear_attention(q_BTHK, k_BTHK, v_BTHV, **past)
             o_BTHV = self.norm(o_BTHV)
         y_BTD = self.output(merge_heads(o_BTHV.astype(self.compute_dtype)))
-        return y_BTD, {
-            "conv_q": conv_q,
-            "conv_k": conv_k,
-            "conv_v": conv_v,
-            "memory": memory,
-        }
+        return y_BTD, {"conv_q": conv_q, "conv_k": conv_k, "conv_v": conv_v, "memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
@@ -150,17 +132,13 @@ class LinearAttention(nnx.Module):
             "conv_q": self.conv_q.init_state(batch),
             "conv_k": self.conv_k.init_state(batch),
             "conv_v": self.conv_v.init_state(batch),
-            "memory": jnp.zeros(
-                (batch, self.heads, self.key_size, columns), jnp.float32
-            ),
+            "memory": jnp.zeros((batch, self.heads, self.key_size, columns), jnp.float32),
         }
 
     @property
     def state_bytes(self) -> int:
         """Bytes of state per sequence."""
-        convolutions = (
-            self.conv_q.state_bytes + self.conv_k.state_bytes + self.conv_v.state_bytes
-        )
+        convolutions = self.conv_q.state_bytes + self.conv_k.state_bytes + self.conv_v.state_bytes
         return convolutions + 4 * self.heads * self.key_size * (
             self.value_size + (self.norm is None)
         )

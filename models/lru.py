@@ -1,8 +1,9 @@
-"""LRU, the linear recurrent unit. Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu, De, "Resurrecting Recurrent Neural
-Networks for Long Sequences", ICML 2023, arXiv 2303.06349.
+"""LRU, the linear recurrent unit. Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu, De,
+"Resurrecting Recurrent Neural Networks for Long Sequences", ICML 2023, arXiv 2303.06349.
 
     h_t = lambda h_{t-1} + exp(gamma) (B x_t),    lambda = exp(-exp(nu) + i exp(theta))
-    y_t = Re(C h_t) + D x_t                                     per state, complex; |lambda| < 1 for every nu
+    y_t = Re(C h_t) + D x_t                                     per state, complex; |lambda| < 1 for
+                                                                every nu
     out = (g W_1 + b_1) sigmoid(g W_2 + b_2),    g = gelu(y)    (the GLU of the paper's block)
 
     x                   x_BTD                   input, model width D
@@ -11,13 +12,14 @@ Networks for Long Sequences", ICML 2023, arXiv 2303.06349.
     B                   write_real, write_imaginary [D,N]
     C                   read_real, read_imaginary [N,D]
     D                   skip_D
-    h                   "memory", a pair of [B,N], float32: real and imaginary part; no conjugates are implied
+    h                   "memory", a pair of [B,N], float32: real and imaginary part; no conjugates
+                        are implied
 
 State: 2 N floats. Cost per token: O(D N + D^2). One homogeneous block: use it with mlp="none".
 
-Initialisation: |lambda|^2 uniform on [r_min^2, r_max^2], the angle uniform on [0, max_phase]; gamma = log sqrt(1 -
-|lambda|^2), so that white noise gives states of variance one; both parts of B ~ N(0, 1 / 2D), of C ~ N(0, 1 / N); D ~
-N(0, 1).
+Initialisation: |lambda|^2 uniform on [r_min^2, r_max^2], the angle uniform on [0, max_phase]; gamma
+= log sqrt(1 - |lambda|^2), so that white noise gives states of variance one; both parts of B ~ N(0,
+1 / 2D), of C ~ N(0, 1 / N); D ~ N(0, 1).
 
 Departures: RMSNorm of the backbone instead of batch or layer normalisation, no dropout.
 
@@ -33,7 +35,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.projections import projection
+from models.parts.projections import projection
 from ops.diagonal_scan.api import diagonal_scan
 
 LECUN_NORMAL = nnx.initializers.lecun_normal()
@@ -57,8 +59,7 @@ class LinearRecurrentUnit(nnx.Module):
     ):
         if not 0 <= r_min < r_max <= 1:
             raise ValueError(
-                f"r_min and r_max must satisfy 0 <= r_min < r_max <= 1; got {r_min} and"
-                f" {r_max}"
+                f"r_min and r_max must satisfy 0 <= r_min < r_max <= 1; got {r_min} and {r_max}"
             )
         if not 0 < max_phase <= 2 * math.pi:
             raise ValueError(f"max_phase must be in (0, 2 pi]; got {max_phase}")
@@ -67,36 +68,28 @@ class LinearRecurrentUnit(nnx.Module):
         )
         self.state_size, self.compute_dtype = state_size, compute_dtype
 
-        # float32 whatever param_dtype is: they enter exponentials. Uniform on (0, 1): neither end has a logarithm.
-        positive = functools.partial(
-            jax.random.uniform, shape=(state_size,), minval=1e-30
-        )
-        # 1 - |lambda|^2, summed from non-negative terms: where r_max is 1, |lambda|^2 itself would round to 1.
+        # float32 whatever param_dtype is: they enter exponentials. Uniform on (0, 1): neither end
+        # has a logarithm.
+        positive = functools.partial(jax.random.uniform, shape=(state_size,), minval=1e-30)
+        # 1 - |lambda|^2, summed from non-negative terms: where r_max is 1, |lambda|^2 itself would
+        # round to 1.
         gap_N = (1 - r_max**2) + (r_max**2 - r_min**2) * positive(rngs.params())
         ssm: dict[str, Any] = {"group": "ssm", "out_sharding": ("heads",)}
         self.decay_log_N = nnx.Param(jnp.log(-0.5 * jnp.log1p(-gap_N)), **ssm)
-        self.angle_log_N = nnx.Param(
-            jnp.log(max_phase * positive(rngs.params())), **ssm
-        )
+        self.angle_log_N = nnx.Param(jnp.log(max_phase * positive(rngs.params())), **ssm)
         self.scale_log_N = nnx.Param(0.5 * jnp.log(gap_N), **ssm)
         write = functools.partial(dense, width, state_size, ("embed", "heads"))
         read = functools.partial(dense, state_size, width, ("heads", "embed"))
         self.write_real, self.write_imaginary = (
-            write(init=nnx.initializers.normal(1 / math.sqrt(2 * width)))
-            for _ in range(2)
+            write(init=nnx.initializers.normal(1 / math.sqrt(2 * width))) for _ in range(2)
         )
         self.read_real, self.read_imaginary = (
-            read(init=nnx.initializers.normal(1 / math.sqrt(state_size)))
-            for _ in range(2)
+            read(init=nnx.initializers.normal(1 / math.sqrt(state_size))) for _ in range(2)
         )
         skip_D = jax.random.normal(rngs.params(), (width,), jnp.float32)
         self.skip_D = nnx.Param(skip_D, group="no_decay", out_sharding=("embed",))
-        self.output = dense(
-            width, width, ("heads", "embed"), init=LECUN_NORMAL, bias=True
-        )
-        self.output_gate = dense(
-            width, width, ("heads", "embed"), init=LECUN_NORMAL, bias=True
-        )
+        self.output = dense(width, width, ("heads", "embed"), init=LECUN_NORMAL, bias=True)
+        self.output_gate = dense(width, width, ("heads", "embed"), init=LECUN_NORMAL, bias=True)
 
     def factor(self) -> tuple[jax.Array, jax.Array]:
         """Real and imaginary part of lambda [N]."""
@@ -124,13 +117,9 @@ class LinearRecurrentUnit(nnx.Module):
         )
         real_BTN, imaginary_BTN = (part.astype(self.compute_dtype) for part in h_BTN)
         y_BTD = self.read_real(real_BTN) - self.read_imaginary(imaginary_BTN)  # Re(C h)
-        y_BTD = (
-            y_BTD + self.skip_D[...].astype(self.compute_dtype)[None, None, :] * x_BTD
-        )
+        y_BTD = y_BTD + self.skip_D[...].astype(self.compute_dtype)[None, None, :] * x_BTD
         g_BTD = jax.nn.gelu(y_BTD)
-        return self.output(g_BTD) * jax.nn.sigmoid(self.output_gate(g_BTD)), {
-            "memory": memory
-        }
+        return self.output(g_BTD) * jax.nn.sigmoid(self.output_gate(g_BTD)), {"memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

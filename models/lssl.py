@@ -1,12 +1,13 @@
-"""LSSL, linear state-space layers. Gu, Johnson, Goel, Saab, Dao, Rudra, Re, "Combining Recurrent, Convolutional, and
-Continuous-time Models with Linear State-Space Layers", NeurIPS 2021, arXiv 2110.13985.
+"""LSSL, linear state-space layers. Gu, Johnson, Goel, Saab, Dao, Rudra, Re, "Combining Recurrent,
+Convolutional, and Continuous-time Models with Linear State-Space Layers", NeurIPS 2021, arXiv
+2110.13985.
 
-    h' = A h + B x,   y = C h + D x                         per channel: one input, `channels` outputs (Eq. 1, 2)
-    h_t = Abar h_{t-1} + Bbar x_t,   y_t = C h_t + D x_t    as a recurrence (Section 3.1)
-    y = K * x + D x,   K_l = C Abar^l Bbar                  as a convolution (Section 3.1)
-    Abar = (I - Delta/2 A)^-1 (I + Delta/2 A),   Bbar = (I - Delta/2 A)^-1 Delta B     bilinear, Eq. 3, alpha = 1/2
-    -A = P (Diag(d) + T^-1) Q,   T tridiagonal,   B = P b   the trained family (Section 4.2)
-    out = gelu(y) W + w
+    h' = A h + B x,   y = C h + D x                         per channel: one input, `channels`
+    outputs (Eq. 1, 2) h_t = Abar h_{t-1} + Bbar x_t,   y_t = C h_t + D x_t    as a recurrence
+    (Section 3.1) y = K * x + D x,   K_l = C Abar^l Bbar                  as a convolution (Section
+    3.1) Abar = (I - Delta/2 A)^-1 (I + Delta/2 A),   Bbar = (I - Delta/2 A)^-1 Delta B
+    bilinear, Eq. 3, alpha = 1/2 -A = P (Diag(d) + T^-1) Q,   T tridiagonal,   B = P b   the trained
+    family (Section 4.2) out = gelu(y) W + w
 
     x               x_BTD                       input, model width D: D systems that share A and B
     Delta           step_D                      float32; one step size per channel
@@ -16,21 +17,23 @@ Continuous-time Models with Linear State-Space Layers", NeurIPS 2021, arXiv 2110
     D               skip_DM                     float32
     h               "memory" [B, D, N]          float32
 
-State: D N floats. Cost per token: O(D (N + M) + D^2 M), and O(D N^2 sqrt(T)) per sequence for the kernel; of a
-recurrent step O(D N^2). One homogeneous block: use it with mlp="none".
+State: D N floats. Cost per token: O(D (N + M) + D^2 M), and O(D N^2 sqrt(T)) per sequence for the
+kernel; of a recurrent step O(D N^2). One homogeneous block: use it with mlp="none".
 
-transition="fixed" is LSSL-f: A and B are HiPPO-LegS (models/hippo.py), Delta is spread evenly in the logarithm from
-dt_min to dt_max, and only C, D and W are trained. transition="learned" trains all: A starts as HiPPO-LegS, which is the
-member P = Q = Diag(sqrt(2n+1)), d_n = -n / (2n+1), T with 1 on and -1 below the diagonal, b = 1; Delta log-uniform. In
-both, C, D ~ N(0, 1). No inverse is dense: (I - Delta/2 A)^-1 is a tridiagonal system between diagonal and tridiagonal
-factors.
+transition="fixed" is LSSL-f: A and B are HiPPO-LegS (models/parts/hippo.py), Delta is spread evenly
+in the logarithm from dt_min to dt_max, and only C, D and W are trained. transition="learned" trains
+all: A starts as HiPPO-LegS, which is the member P = Q = Diag(sqrt(2n+1)), d_n = -n / (2n+1), T with
+1 on and -1 below the diagonal, b = 1; Delta log-uniform. In both, C, D ~ N(0, 1). No inverse is
+dense: (I - Delta/2 A)^-1 is a tridiagonal system between diagonal and tridiagonal factors.
 
-A call without state and segments is a convolution; any other is the recurrence in chunks (models/krylov.py). From the
-initialisation Abar is a contraction, so that its powers are harmless in float32.
+A call without state and segments is a convolution; any other is the recurrence in chunks
+(ops/dense_scan/xla.py). From the initialisation Abar is a contraction, so that its powers are
+harmless in float32.
 
-Departures: the kernel is made of about sqrt(T) powers of Abar from each side instead of all T, whose N T numbers per
-channel the paper caches for LSSL-f; it is exact for every length and nothing is cached. Causal, RMSNorm of the backbone
-in front of the mixer, no dropout. A and Delta share one learning rate (the authors' A learns ten times slower).
+Departures: the kernel is made of about sqrt(T) powers of Abar from each side instead of all T,
+whose N T numbers per channel the paper caches for LSSL-f; it is exact for every length and nothing
+is cached. Causal, RMSNorm of the backbone in front of the mixer, no dropout. A and Delta share one
+learning rate (the authors' A learns ten times slower).
 
 Authors' code: https://github.com/state-spaces/s4
 """
@@ -45,9 +48,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.krylov import dense_kernel, respond
-from models.options import check_choice
-from models.projections import projection
+from models.parts.options import check_choice
+from models.parts.projections import projection
+from ops.dense_scan.xla import dense_kernel, respond
 
 
 def legs_factors(size: int) -> dict[str, np.ndarray]:
@@ -88,35 +91,24 @@ class LSSL(nnx.Module):
                 "state_size must be at least 2 and channels at least 1; got"
                 f" state_size={state_size}, channels={channels}"
             )
-        self.width, self.state_size, self.compute_dtype = (
-            width,
-            state_size,
-            compute_dtype,
-        )
+        self.width, self.state_size, self.compute_dtype = (width, state_size, compute_dtype)
         low, high = math.log(dt_min), math.log(dt_max)
         self.log_steps = (low, high)
         self.learned = transition == "learned"
-        # float32 whatever param_dtype is: they enter an inverse, and products with the float32 state.
+        # float32 whatever param_dtype is: they enter an inverse, and products with the float32
+        # state.
         if self.learned:
-            step_log_D = jax.random.uniform(
-                rngs.params(), (width,), jnp.float32, low, high
-            )
-            self.step_log_D = nnx.Param(
-                step_log_D, group="ssm", out_sharding=("embed",)
-            )
+            step_log_D = jax.random.uniform(rngs.params(), (width,), jnp.float32, low, high)
+            self.step_log_D = nnx.Param(step_log_D, group="ssm", out_sharding=("embed",))
             for name, vector in legs_factors(state_size).items():
                 parameter = nnx.Param(
                     jnp.asarray(vector, jnp.float32), group="ssm", out_sharding=(None,)
                 )
                 setattr(self, name, parameter)
-        read_DMN = jax.random.normal(
-            rngs.params(), (width, channels, state_size), jnp.float32
-        )
+        read_DMN = jax.random.normal(rngs.params(), (width, channels, state_size), jnp.float32)
         self.read_DMN = nnx.Param(read_DMN, out_sharding=("embed", None, None))
         skip_DM = jax.random.normal(rngs.params(), (width, channels), jnp.float32)
-        self.skip_DM = nnx.Param(
-            skip_DM, group="no_decay", out_sharding=("embed", None)
-        )
+        self.skip_DM = nnx.Param(skip_DM, group="no_decay", out_sharding=("embed", None))
         self.output = projection(
             width * channels,
             width,
@@ -145,7 +137,8 @@ class LSSL(nnx.Module):
         step_D, v = self.factors()
         step_D1 = step_D[:, None]
         half_D1 = step_D1 / 2
-        # I + Delta/2 P (Diag(d) + T^-1) Q = P T^-1 W Q with the tridiagonal W = T Diag(e) + Delta/2 I.
+        # I + Delta/2 P (Diag(d) + T^-1) Q = P T^-1 W Q with the tridiagonal W = T Diag(e) + Delta/2
+        # I.
         e_DN = 1 / (v["left"] * v["right"])[None] + half_D1 * v["middle"][None]
         below_DN = jnp.pad(v["below"][None] * e_DN[:, :-1], ((0, 0), (1, 0)))
         above_DN = jnp.pad(v["above"][None] * e_DN[:, 1:], ((0, 0), (0, 1)))

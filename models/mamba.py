@@ -1,8 +1,9 @@
-"""Mamba. Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", COLM 2024, arXiv 2312.00752.
-With eigenvalue_range=(-1, 1): Grazzi et al., ICLR 2025, arXiv 2411.12537.
+"""Mamba. Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", COLM 2024,
+arXiv 2312.00752. With eigenvalue_range=(-1, 1): Grazzi et al., ICLR 2025, arXiv 2411.12537.
 
-    [x, z] = u W_in;    x <- silu(conv(x) + b_conv);    [delta, B, C] = x W_x;    Delta = softplus(delta W_dt + b_dt)
-    h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t              (Eq. 2a, per channel and state; Alg. 2)
+    [x, z] = u W_in;    x <- silu(conv(x) + b_conv);    [delta, B, C] = x W_x;    Delta =
+    softplus(delta W_dt + b_dt) h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t              (Eq. 2a,
+    per channel and state; Alg. 2)
     y_t = C_t h_t + D x_t                                       (Eq. 2b)
     out = (y silu(z)) W_out                                     (Section 3.4, Fig. 3)
 
@@ -14,14 +15,15 @@ With eigenvalue_range=(-1, 1): Grazzi et al., ICLR 2025, arXiv 2411.12537.
     D       skip_E              starts at 1
     h       "memory" [B,E,N]    float32
 
-State: E N floats, and (W - 1) E for the convolution. Cost per token: O(E N) beside the projections. One homogeneous
+State: E N floats, and (W - 1) E for the convolution. Cost per token: O(E N) beside the projections.
+One homogeneous
 block: use it with mlp="none".
 
 eigenvalue_range=(-1, 1) replaces the factor exp(Delta A) by 2 exp(Delta A) - 1, nothing else.
 
-Departures: the discretisation is the authors' code's: zero-order hold for A, Euler for B (the text of the paper has
-zero-order hold for both). W_in is stored as its two halves, W_x as its parts, so that each shards by itself; the
-distributions are the same.
+Departures: the discretisation is the authors' code's: zero-order hold for A, Euler for B (the text
+of the paper has zero-order hold for both). W_in is stored as its two halves, W_x as its parts, so
+that each shards by itself; the distributions are the same.
 
 Authors' code: https://github.com/state-spaces/mamba
 """
@@ -35,10 +37,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.options import check_choice
-from models.projections import FAN_IN_UNIFORM, projection
-from models.short_convolution import ShortConvolution
-from models.step_size import dt_bias
+from models.parts.options import check_choice
+from models.parts.projections import FAN_IN_UNIFORM, projection
+from models.parts.short_convolution import ShortConvolution
+from models.parts.step_size import dt_bias
 from ops.selective_scan.api import selective_scan
 
 
@@ -62,10 +64,7 @@ class Mamba(nnx.Module):
         eigenvalue_range: tuple[int, int] = (0, 1),
     ):
         check_choice("eigenvalue_range", tuple(eigenvalue_range), ((0, 1), (-1, 1)))
-        dtypes: dict[str, Any] = {
-            "param_dtype": param_dtype,
-            "compute_dtype": compute_dtype,
-        }
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, init=FAN_IN_UNIFORM, rngs=rngs, **dtypes)
         self.eigenvalue_range = eigenvalue_range
         self.inner, self.state_size, self.compute_dtype = (
@@ -77,35 +76,29 @@ class Mamba(nnx.Module):
 
         self.input = dense(width, self.inner, ("embed", "heads"))
         self.gate = dense(width, self.inner, ("embed", "heads"))
-        self.conv = ShortConvolution(
-            self.inner, conv_width, bias=True, rngs=rngs, **dtypes
-        )
+        self.conv = ShortConvolution(self.inner, conv_width, bias=True, rngs=rngs, **dtypes)
         self.dt_in = dense(self.inner, dt_rank, ("heads", None))
         self.write = dense(self.inner, state_size, ("heads", None))
         self.read = dense(self.inner, state_size, ("heads", None))
         self.dt_out = dense(dt_rank, self.inner, (None, "heads"))
-        # float32 whatever param_dtype is: they enter exponentials. No weight decay: zero is no neutral value for them.
+        # float32 whatever param_dtype is: they enter exponentials. No weight decay: zero is no
+        # neutral value for them.
         self.dt_bias_E = nnx.Param(
-            dt_bias(rngs.params(), self.inner, dt_min, dt_max),
-            group="ssm",
-            out_sharding=("heads",),
+            dt_bias(rngs.params(), self.inner, dt_min, dt_max), group="ssm", out_sharding=("heads",)
         )
         a_log_N = jnp.log(jnp.arange(1, state_size + 1, dtype=jnp.float32))
         a_log_EN = jnp.broadcast_to(a_log_N[None, :], (self.inner, state_size))
         self.a_log_EN = nnx.Param(a_log_EN, group="ssm", out_sharding=("heads", None))
         self.skip_E = nnx.Param(
-            jnp.ones((self.inner,), jnp.float32),
-            group="no_decay",
-            out_sharding=("heads",),
+            jnp.ones((self.inner,), jnp.float32), group="no_decay", out_sharding=("heads",)
         )
-        # Only W_out writes to the residual stream, once per block: its U(+-E^-1/2) is divided by sqrt(depth).
+        # Only W_out writes to the residual stream, once per block: its U(+-E^-1/2) is divided by
+        # sqrt(depth).
         self.output = dense(
             self.inner,
             width,
             ("heads", "embed"),
-            init=nnx.initializers.variance_scaling(
-                1 / (3 * depth), "fan_in", "uniform"
-            ),
+            init=nnx.initializers.variance_scaling(1 / (3 * depth), "fan_in", "uniform"),
         )
 
     def __call__(

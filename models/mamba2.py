@@ -1,24 +1,26 @@
-"""Mamba-2. Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State
-Space Duality", ICML 2024, arXiv 2405.21060.
+"""Mamba-2. Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
+Structured State Space Duality", ICML 2024, arXiv 2405.21060.
 
-    [z, x, B, C, dt] = u W_in;    [x, B, C] <- silu(conv([x, B, C]) + b_conv);    Delta = softplus(dt + b_dt)
-    h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t^T x_t,    y_t = C_t h_t + D x_t          per head (Section 2.1, Eq. 1)
-    out = norm(y silu(z)) W_out,    norm over all heads together                        (Section 7.1, Fig. 6)
+    [z, x, B, C, dt] = u W_in;    [x, B, C] <- silu(conv([x, B, C]) + b_conv);    Delta =
+    softplus(dt + b_dt) h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t^T x_t,    y_t = C_t h_t + D x_t
+    per head (Section 2.1, Eq. 1) out = norm(y silu(z)) W_out,    norm over all heads together
+    (Section 7.1, Fig. 6)
 
     u       x_BTD               input, model width d
     x, z    x_BTHP, z_BTE       E = expand * d inner channels in H heads of P
-    B, C    B_BTGN, C_BTGN      G groups, each shared by H / G heads: keys and queries of linear attention
-    Delta   dt_BTH              float32, one per head
+    B, C    B_BTGN, C_BTGN      G groups, each shared by H / G heads: keys and queries of linear
+    attention Delta   dt_BTH              float32, one per head
     A       -exp(a_log_H)       scalar per head; A starts as -U(1, 16)
     D       skip_H              starts at 1
     h       "memory" [B,H,N,P]  float32
 
-Structured state space duality: h is the matrix state of linear attention with a scalar decay per head, queries C, keys
-B and values Delta x, and is computed so. State: E N floats, and (W - 1) (E + 2 G N) for the convolutions. Cost per
+Structured state space duality: h is the matrix state of linear attention with a scalar decay per
+head, queries C, keys B and values Delta x, and is computed so. State: E N floats, and (W - 1) (E +
+2 G N) for the convolutions. Cost per
 token: O(E N). About 6 d^2 parameters per block, one homogeneous block: use it with mlp="none".
 
-Departures: W_in and the convolution are stored as their parts, so that each shards by itself; the distributions are
-the same. Zero-order hold for A, Euler for B, as in Mamba's code.
+Departures: W_in and the convolution are stored as their parts, so that each shards by itself; the
+distributions are the same. Zero-order hold for A, Euler for B, as in Mamba's code.
 
 Authors' code: https://github.com/state-spaces/mamba
 """
@@ -31,22 +33,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.norms import rms_norm
-from models.options import check_choice
-from models.projections import (
-    FAN_IN_UNIFORM,
-    head_size,
-    merge_heads,
-    projection,
-    split_heads,
-)
-from models.short_convolution import ShortConvolution
-from models.step_size import dt_bias
+from models.parts.norms import rms_norm
+from models.parts.options import check_choice
+from models.parts.projections import FAN_IN_UNIFORM, head_size, merge_heads, projection, split_heads
+from models.parts.short_convolution import ShortConvolution
+from models.parts.step_size import dt_bias
 from ops.gated_linear_attention.api import gated_linear_attention
 
 
 class Mamba2(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"conv_x", "conv_B", "conv_C", "memory" [B,H,N,P]}, all float32."""
+    """x_BTD -> y_BTD; the state is {"conv_x", "conv_B", "conv_C", "memory" [B,H,N,P]}, all
+    float32."""
 
     def __init__(
         self,
@@ -67,21 +64,14 @@ class Mamba2(nnx.Module):
         norm_eps: float = 1e-5,
     ):
         check_choice("norm", norm, ("after_gate", "before_gate"))
-        dtypes: dict[str, Any] = {
-            "param_dtype": param_dtype,
-            "compute_dtype": compute_dtype,
-        }
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, init=FAN_IN_UNIFORM, rngs=rngs, **dtypes)
         inner = round(expand * width)
         self.heads = heads or max(1, inner // 64)  # 0: the paper's heads of 64 channels
         self.head_size = head_size(width, self.heads, expand)
         if groups < 1 or self.heads % groups:
             raise ValueError(f"groups must divide the {self.heads} heads; got {groups}")
-        self.groups, self.state_size, self.compute_dtype = (
-            groups,
-            state_size,
-            compute_dtype,
-        )
+        self.groups, self.state_size, self.compute_dtype = (groups, state_size, compute_dtype)
         self.norm_after_gate = norm == "after_gate"
 
         self.input = dense(width, inner, ("embed", "heads"))
@@ -89,38 +79,30 @@ class Mamba2(nnx.Module):
         self.write = dense(width, groups * state_size, ("embed", None))
         self.read = dense(width, groups * state_size, ("embed", None))
         self.dt = dense(width, self.heads, ("embed", "heads"))
-        self.conv_x = ShortConvolution(
-            inner, conv_width, bias=True, rngs=rngs, **dtypes
-        )
+        self.conv_x = ShortConvolution(inner, conv_width, bias=True, rngs=rngs, **dtypes)
         self.conv_B = ShortConvolution(
             groups * state_size, conv_width, bias=True, rngs=rngs, **dtypes
         )
         self.conv_C = ShortConvolution(
             groups * state_size, conv_width, bias=True, rngs=rngs, **dtypes
         )
-        # float32 whatever param_dtype is: they enter exponentials. No weight decay: zero is no neutral value for them.
+        # float32 whatever param_dtype is: they enter exponentials. No weight decay: zero is no
+        # neutral value for them.
         dt_bias_H = dt_bias(rngs.params(), self.heads, dt_min, dt_max)
         self.dt_bias_H = nnx.Param(dt_bias_H, group="ssm", out_sharding=("heads",))
-        a_log_H = jnp.log(
-            jax.random.uniform(rngs.params(), (self.heads,), jnp.float32, 1, 16)
-        )
+        a_log_H = jnp.log(jax.random.uniform(rngs.params(), (self.heads,), jnp.float32, 1, 16))
         self.a_log_H = nnx.Param(a_log_H, group="ssm", out_sharding=("heads",))
         self.skip_H = nnx.Param(
-            jnp.ones((self.heads,), jnp.float32),
-            group="no_decay",
-            out_sharding=("heads",),
+            jnp.ones((self.heads,), jnp.float32), group="no_decay", out_sharding=("heads",)
         )
-        self.norm = rms_norm(
-            inner, eps=norm_eps, axis="heads", rngs=rngs, param_dtype=param_dtype
-        )
-        # Only W_out writes to the residual stream, once per block: its U(+-E^-1/2) is divided by sqrt(depth).
+        self.norm = rms_norm(inner, eps=norm_eps, axis="heads", rngs=rngs, param_dtype=param_dtype)
+        # Only W_out writes to the residual stream, once per block: its U(+-E^-1/2) is divided by
+        # sqrt(depth).
         self.output = dense(
             inner,
             width,
             ("heads", "embed"),
-            init=nnx.initializers.variance_scaling(
-                1 / (3 * depth), "fan_in", "uniform"
-            ),
+            init=nnx.initializers.variance_scaling(1 / (3 * depth), "fan_in", "uniform"),
         )
 
     def __call__(
@@ -150,18 +132,9 @@ class Mamba2(nnx.Module):
         )
         y_BTE = merge_heads(y_BTHP + self.skip_H[...][None, None, :, None] * x_BTHP)
         gate_BTE = jax.nn.silu(self.gate(x_BTD)).astype(jnp.float32)
-        y_BTE = (
-            self.norm(y_BTE * gate_BTE)
-            if self.norm_after_gate
-            else self.norm(y_BTE) * gate_BTE
-        )
+        y_BTE = self.norm(y_BTE * gate_BTE) if self.norm_after_gate else self.norm(y_BTE) * gate_BTE
         y_BTD = self.output(y_BTE.astype(self.compute_dtype))
-        return y_BTD, {
-            "conv_x": conv_x,
-            "conv_B": conv_B,
-            "conv_C": conv_C,
-            "memory": memory,
-        }
+        return y_BTD, {"conv_x": conv_x, "conv_B": conv_B, "conv_C": conv_C, "memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
@@ -169,17 +142,13 @@ class Mamba2(nnx.Module):
             "conv_x": self.conv_x.init_state(batch),
             "conv_B": self.conv_B.init_state(batch),
             "conv_C": self.conv_C.init_state(batch),
-            "memory": jnp.zeros(
-                (batch, self.heads, self.state_size, self.head_size), jnp.float32
-            ),
+            "memory": jnp.zeros((batch, self.heads, self.state_size, self.head_size), jnp.float32),
         }
 
     @property
     def state_bytes(self) -> int:
         """Bytes of state per sequence."""
-        convolutions = (
-            self.conv_x.state_bytes + self.conv_B.state_bytes + self.conv_C.state_bytes
-        )
+        convolutions = self.conv_x.state_bytes + self.conv_B.state_bytes + self.conv_C.state_bytes
         return convolutions + 4 * self.heads * self.state_size * self.head_size
 
 

@@ -1,23 +1,24 @@
-"""RetNet. Sun, Dong, Huang, Ma, Xia, Xue, Wang, Wei, "Retentive Network: A Successor to Transformer for Large Language
-Models", 2023, arXiv 2307.08621.
+"""RetNet. Sun, Dong, Huang, Ma, Xia, Xue, Wang, Wei, "Retentive Network: A Successor to Transformer
+for Large Language Models", 2023, arXiv 2307.08621.
 
     S_t = gamma_h S_{t-1} + k_t^T v_t,    o_t = q_t S_t / sqrt(K)                       (Eq. 6)
     q_t = rotate(x_t W_q, t),    k_t = rotate(x_t W_k, t),    v_t = x_t W_v             (Eq. 5)
     gamma_h = 1 - 2^(-5 - h),    h = 0 .. H - 1                                         (Eq. 8)
     y_t = (swish(x_t W_g) * norm(o_t)) W_o,    norm per head                            (Eq. 8)
 
-    q, k        q_BTHK, k_BTHK      heads * K = d; pairs of channels turned by position * 10000^(-2i/K)
+    q, k        q_BTHK, k_BTHK      heads * K = d; pairs of channels turned by position *
+    10000^(-2i/K)
     v           v_BTHV              heads * V = expand_v d = 2 d
     log gamma   decay_log_H         constant
     S           "memory" [B,H,K,V]  float32; holds rotated keys
 
-State: 2 d^2 / H floats and the position. Cost per token: O(d^2 / H). The mixer has 8 d^2 parameters: the paper pairs it
-with an MLP of 4 d^2 (mlp_ratio 2).
+State: 2 d^2 / H floats and the position. Cost per token: O(d^2 / H). The mixer has 8 d^2
+parameters: the paper pairs it with an MLP of 4 d^2 (mlp_ratio 2).
 
-Departures: the norm is the released code's RMSNorm without a learned scale, where the paper writes GroupNorm; the
-normalisations of scores in that code, which this norm cancels, are left out. Angles are those of RoPE; the
-released code spaces the same range slightly differently. Initialisation as there: Xavier-uniform, gain 2^-2.5, and gain
-1 for W_o.
+Departures: the norm is the released code's RMSNorm without a learned scale, where the paper writes
+GroupNorm; the normalisations of scores in that code, which this norm cancels, are left out. Angles
+are those of RoPE; the released code spaces the same range slightly differently. Initialisation as
+there: Xavier-uniform, gain 2^-2.5, and gain 1 for W_o.
 
 Authors' code: https://github.com/microsoft/torchscale
 """
@@ -30,16 +31,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.norms import simple_rms_norm
-from models.positions import count_positions
-from models.projections import (
-    XAVIER_SMALL,
-    head_size,
-    merge_heads,
-    projection,
-    split_heads,
-)
-from models.rotary import check_pairs, rotate
+from models.parts.norms import simple_rms_norm
+from models.parts.positions import count_positions
+from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
+from models.parts.rotary import check_pairs, rotate
 from ops.gated_linear_attention.api import gated_linear_attention
 
 
@@ -89,10 +84,7 @@ class Retention(nnx.Module):
         self.value = dense(width, value_width, ("embed", "heads"))
         self.output_gate = dense(width, value_width, ("embed", "heads"))
         self.output = dense(
-            value_width,
-            width,
-            ("heads", "embed"),
-            init=nnx.initializers.xavier_uniform(),
+            value_width, width, ("heads", "embed"), init=nnx.initializers.xavier_uniform()
         )
 
     def __call__(
@@ -111,13 +103,9 @@ class Retention(nnx.Module):
             else positions
         )
         q_BTHK = rotate(
-            split_heads(self.query(x_BTD), self.heads),
-            positions_BT,
-            base=self.rope_base,
+            split_heads(self.query(x_BTD), self.heads), positions_BT, base=self.rope_base
         )
-        k_BTHK = rotate(
-            split_heads(self.key(x_BTD), self.heads), positions_BT, base=self.rope_base
-        )
+        k_BTHK = rotate(split_heads(self.key(x_BTD), self.heads), positions_BT, base=self.rope_base)
         # Eq. 6
         o_BTHV, memory = gated_linear_attention(
             q_BTHK,
@@ -127,20 +115,13 @@ class Retention(nnx.Module):
             initial_state=state["memory"],
             segment_ids=segment_ids,
         )
-        o_BTD = merge_heads(simple_rms_norm(o_BTHV, self.norm_eps)).astype(
-            self.compute_dtype
-        )
+        o_BTD = merge_heads(simple_rms_norm(o_BTHV, self.norm_eps)).astype(self.compute_dtype)
         y_BTD = self.output(jax.nn.silu(self.output_gate(x_BTD)) * o_BTD)
-        return y_BTD, {
-            "memory": memory,
-            "position": (positions_BT[:, -1] + 1).astype(jnp.int32),
-        }
+        return y_BTD, {"memory": memory, "position": (positions_BT[:, -1] + 1).astype(jnp.int32)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
-        memory = jnp.zeros(
-            (batch, self.heads, self.key_size, self.value_size), jnp.float32
-        )
+        memory = jnp.zeros((batch, self.heads, self.key_size, self.value_size), jnp.float32)
         return {"memory": memory, "position": jnp.zeros((batch,), jnp.int32)}
 
     @property

@@ -1,38 +1,45 @@
-"""S4D. Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of Diagonal State Space Models", NeurIPS 2022,
-arXiv 2206.11893.
+"""S4D. Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of Diagonal State Space
+Models", NeurIPS 2022, arXiv 2206.11893.
 
-    h_t = Lbar h_{t-1} + f B x_t,    y_t = 2 Re(C h_t) + D x_t          per channel, N/2 complex modes each
-    y = K * x + D x,    K_l = 2 Re(C Lbar^l f B)                        the same as a convolution (Eq. 5)
-    zoh         Lbar = exp(z),                      f = (Lbar - 1) / Lambda,    z = Lambda Delta
+    h_t = Lbar h_{t-1} + f B x_t,    y_t = 2 Re(C h_t) + D x_t          per channel, N/2 complex
+    modes each y = K * x + D x,    K_l = 2 Re(C Lbar^l f B)                        the same as a
+    convolution (Eq. 5) zoh         Lbar = exp(z),                      f = (Lbar - 1) / Lambda,
+    z = Lambda Delta
     bilinear    Lbar = (1 + z / 2) / (1 - z / 2),   f = Delta / (1 - z / 2)
     out = (g W_1 + b_1) sigmoid(g W_2 + b_2),    g = gelu(y)
 
-    x           x_BTD                                   input, model width D: D systems of one input and one output
-    Lambda      -exp(decay_log_DM) + i angle_DM         float32; M = state_size / 2 modes; never unstable
-    Delta       exp(step_log_D)                         float32; one step size per channel
-    B           write_real_DM, write_imaginary_DM       float32
-    C           read_real_DM, read_imaginary_DM         float32
+    x           x_BTD                                   input, model width D: D systems of one input
+                                                        and one output
+    Lambda      -exp(decay_log_DM) + i angle_DM         float32; M = state_size / 2 modes; never
+    unstable Delta       exp(step_log_D)                         float32; one step size per channel
+    B           write_real_DM, write_imaginary_DM       float32 C           read_real_DM,
+    read_imaginary_DM         float32
     D           skip_D
-    h           "memory", a pair of [B, D M]            float32: real and imaginary part; a conjugate of each is implied
+    h           "memory", a pair of [B, D M]            float32: real and imaginary part; a
+                                                        conjugate of each is implied
 
-State: D state_size floats. Cost per token: O(D state_size + D^2). One homogeneous block: use it with mlp="none".
+State: D state_size floats. Cost per token: O(D state_size + D^2). One homogeneous block: use it
+with mlp="none".
 
-Initialisation of Lambda and B, by `init` (Section 4): "legs", the normal part of HiPPO-LegS and its input V* B; else
-B = 1 and Lambda_n = -1/2 + i times
-    "inv"   N / pi (N / (2n + 1) - 1)        "lin"   pi n        "quad"   (2n + 1)^2 / pi         n = 0 .. N/2 - 1
-    "random_imaginary"   e^g, g ~ N(0, 1)    "random_real"   pi n, with the real part ~ -U(0, 1)       ablations
-"real" is S4D-Real, Lambda_n = -(n + 1) for n = 0 .. N - 1: everything is real, M = state_size, y_t = C h_t + D x_t, and
-"memory" is one array. "ptd" is S4-PTD (Yu et al., ICLR 2024, arXiv 2310.01698): the modes of HiPPO-LegS after a small
-perturbation, with its input V^-1 B (models/hippo.py); nothing else changes.
-Delta log-uniform; both parts of C ~ N(0, 1/2), a real C ~ N(0, 1); D ~ N(0, 1).
+Initialisation of Lambda and B, by `init` (Section 4): "legs", the normal part of HiPPO-LegS and its
+input V* B; else B = 1 and Lambda_n = -1/2 + i times
+    "inv"   N / pi (N / (2n + 1) - 1)        "lin"   pi n        "quad"   (2n + 1)^2 / pi         n
+    = 0 .. N/2 - 1 "random_imaginary"   e^g, g ~ N(0, 1)    "random_real"   pi n, with the real part
+    ~ -U(0, 1)       ablations
+"real" is S4D-Real, Lambda_n = -(n + 1) for n = 0 .. N - 1: everything is real, M = state_size, y_t
+= C h_t + D x_t, and "memory" is one array. "ptd" is S4-PTD (Yu et al., ICLR 2024, arXiv
+2310.01698): the modes of HiPPO-LegS after a small perturbation, with its input V^-1 B
+(models/parts/hippo.py); nothing else changes. Delta log-uniform; both parts of C ~ N(0, 1/2), a
+real C ~ N(0, 1); D ~ N(0, 1).
 
-A call without state and segments is the convolution; any other is the recurrence, which holds T D state_size floats of
-states per sequence for the output map. parallel="recurrence" takes it always. Where a mesh cuts time each device
-convolves its part, and states pass between them.
+A call without state and segments is the convolution; any other is the recurrence, which holds T D
+state_size floats of states per sequence for the output map. parallel="recurrence" takes it always.
+Where a mesh cuts time each device convolves its part, and states pass between them.
 
-Departures: causal only, RMSNorm of the backbone, no dropout. V* B is not clipped: the authors' code clips its imaginary
-part to +-2, but that depends on the phases of the eigenvectors, which are arbitrary. Only the product of B and C
-matters; both are trained, as in the authors' code. Powers of Lbar are products, not exponentials of multiples.
+Departures: causal only, RMSNorm of the backbone, no dropout. V* B is not clipped: the authors' code
+clips its imaginary part to +-2, but that depends on the phases of the eigenvectors, which are
+arbitrary. Only the product of B and C matters; both are trained, as in the authors' code. Powers of
+Lbar are products, not exponentials of multiples.
 
 Authors' code: https://github.com/state-spaces/s4
 """
@@ -47,30 +54,23 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.discretisation import DISCRETISATIONS
-from models.hippo import legs, normal_legs, perturbed_legs
-from models.krylov import diagonal_powers, einsum
-from models.options import check_choice
-from models.projections import projection
-from models.time_parts import states_before, to_parts, to_whole
+from models.parts.discretisation import DISCRETISATIONS
+from models.parts.hippo import legs, normal_legs, perturbed_legs
+from models.parts.options import check_choice
+from models.parts.projections import projection
+from ops.dense_scan.xla import diagonal_powers, einsum
 from ops.diagonal_scan.api import diagonal_scan
+from ops.framework.sharding import parts_as_batch, time_parts
+from ops.framework.time_parts import to_parts, to_whole
 from ops.long_convolution.api import long_convolution
-from ops.sharding import parts_as_batch, time_parts
+from ops.state_passing.parts import states_before
 
-INITS = (
-    "legs",
-    "inv",
-    "lin",
-    "quad",
-    "ptd",
-    "real",
-    "random_real",
-    "random_imaginary",
-)
+INITS = ("legs", "inv", "lin", "quad", "ptd", "real", "random_real", "random_imaginary")
 
 
 def initial_system(init: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lambda and B in float64: complex [N/2], or for "real" real [N]. What an `init` draws at random is as in "lin".
+    """Lambda and B in float64: complex [N/2], or for "real" real [N]. What an `init` draws at
+    random is as in "lin".
 
     Raises ValueError for an unknown `init`, and for an odd or non-positive size.
     """
@@ -93,7 +93,8 @@ def initial_system(init: str, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class S4D(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"memory": (real [B, D M], imaginary [B, D M])}, float32; [B, D M] of "real"."""
+    """x_BTD -> y_BTD; the state is {"memory": (real [B, D M], imaginary [B, D M])}, float32; [B, D
+    M] of "real"."""
 
     def __init__(
         self,
@@ -124,15 +125,12 @@ class S4D(nnx.Module):
             compute_dtype=compute_dtype,
         )
         eigenvalue_M, write_M = initial_system(init, state_size)
-        self.width, self.modes, self.compute_dtype = (
-            width,
-            len(eigenvalue_M),
-            compute_dtype,
-        )
+        self.width, self.modes, self.compute_dtype = (width, len(eigenvalue_M), compute_dtype)
         self.discretisation, self.parallel = discretisation, parallel
         self.is_complex = init != "real"
 
-        # float32 whatever param_dtype is: they enter exponentials, and products with the float32 state.
+        # float32 whatever param_dtype is: they enter exponentials, and products with the float32
+        # state.
         def ssm(array_DM: jax.Array) -> nnx.Param:
             return nnx.Param(array_DM, group="ssm", out_sharding=("embed", None))
 
@@ -144,45 +142,33 @@ class S4D(nnx.Module):
 
         def read() -> nnx.Param:
             scale = math.sqrt(0.5) if self.is_complex else 1.0
-            return nnx.Param(
-                scale * normal(width, self.modes), out_sharding=("embed", None)
-            )
+            return nnx.Param(scale * normal(width, self.modes), out_sharding=("embed", None))
 
         decay_log_DM = per_channel(np.log(-np.real(eigenvalue_M)))
         angle_DM = per_channel(np.imag(eigenvalue_M))
         if init == "random_real":
-            decay_log_DM = jnp.log(
-                jax.random.uniform(rngs.params(), angle_DM.shape, minval=1e-3)
-            )
+            decay_log_DM = jnp.log(jax.random.uniform(rngs.params(), angle_DM.shape, minval=1e-3))
         if init == "random_imaginary":
             angle_DM = jnp.exp(normal(width, self.modes))
         self.decay_log_DM = ssm(decay_log_DM)
         self.angle_DM = ssm(angle_DM) if self.is_complex else None
         self.write_real_DM = ssm(per_channel(np.real(write_M)))
-        self.write_imaginary_DM = (
-            ssm(per_channel(np.imag(write_M))) if self.is_complex else None
-        )
+        self.write_imaginary_DM = ssm(per_channel(np.imag(write_M))) if self.is_complex else None
         step_log_D = jax.random.uniform(
             rngs.params(), (width,), jnp.float32, math.log(dt_min), math.log(dt_max)
         )
         self.step_log_D = nnx.Param(step_log_D, group="ssm", out_sharding=("embed",))
         self.read_real_DM = read()
         self.read_imaginary_DM = read() if self.is_complex else None
-        self.skip_D = nnx.Param(
-            normal(width), group="no_decay", out_sharding=("embed",)
-        )
+        self.skip_D = nnx.Param(normal(width), group="no_decay", out_sharding=("embed",))
         self.output, self.output_gate = dense(), dense()
 
     def system(self) -> tuple[jax.Array, jax.Array]:
         """Lbar and f B, complex64 [D, M], or float32 from "real"."""
         eigenvalue_DM = _number(-jnp.exp(self.decay_log_DM[...]), self.angle_DM)
         step_D1 = jnp.exp(self.step_log_D[...])[:, None]
-        factor_DM, input_DM = DISCRETISATIONS[self.discretisation](
-            eigenvalue_DM, step_D1
-        )
-        return factor_DM, input_DM * _number(
-            self.write_real_DM[...], self.write_imaginary_DM
-        )
+        factor_DM, input_DM = DISCRETISATIONS[self.discretisation](eigenvalue_DM, step_D1)
+        return factor_DM, input_DM * _number(self.write_real_DM[...], self.write_imaginary_DM)
 
     def __call__(
         self,
@@ -199,9 +185,7 @@ class S4D(nnx.Module):
             y_BTD, memory = self._recurrence(x_float_BTD, state, segment_ids)
         y_BTD = y_BTD + self.skip_D[...][None, None, :] * x_float_BTD
         g_BTD = jax.nn.gelu(y_BTD).astype(self.compute_dtype)
-        return self.output(g_BTD) * jax.nn.sigmoid(self.output_gate(g_BTD)), {
-            "memory": memory
-        }
+        return self.output(g_BTD) * jax.nn.sigmoid(self.output_gate(g_BTD)), {"memory": memory}
 
     def _read_parts(self) -> tuple[jax.Array, ...]:
         """What multiplies the parts of h in y: 2 Re C and -2 Im C, or a real C."""
@@ -219,8 +203,8 @@ class S4D(nnx.Module):
         return to_whole(y_PnD + free_PnD, parts), memory
 
     def _carried(self, written: Any, length: int, parts: int) -> tuple[jax.Array, Any]:
-        """y [P, n, D] of the state that comes into each of the parts of n = `length` tokens, and the state after the
-        last one; `written` is what each leaves from zero."""
+        """y [P, n, D] of the state that comes into each of the parts of n = `length` tokens, and
+        the state after the last one; `written` is what each leaves from zero."""
         factor_DM, _ = self.system()
         power_E = diagonal_powers(factor_DM, length + 1)[..., -1].reshape(-1)
         # The product with a number, on its parts.
@@ -252,18 +236,14 @@ class S4D(nnx.Module):
         # The powers, D M T numbers, are made anew in the backward pass.
         @jax.checkpoint
         def kernel_and_state(
-            system: tuple[jax.Array, jax.Array],
-            read: tuple[jax.Array, ...],
-            x_BTD: jax.Array,
+            system: tuple[jax.Array, jax.Array], read: tuple[jax.Array, ...], x_BTD: jax.Array
         ) -> tuple[jax.Array, Any]:
             factor_DM, input_DM = system
             powers_DMT = diagonal_powers(factor_DM, x_BTD.shape[1])
             response_DMT = jax.tree.leaves(_parts(input_DM[..., None] * powers_DMT))
             kernel_DT = einsum("pdm,pdmt->dt", jnp.stack(read), jnp.stack(response_DMT))
             memory = [
-                einsum("dmt,btd->bdm", part_DMT[..., ::-1], x_BTD).reshape(
-                    x_BTD.shape[0], -1
-                )
+                einsum("dmt,btd->bdm", part_DMT[..., ::-1], x_BTD).reshape(x_BTD.shape[0], -1)
                 for part_DMT in response_DMT
             ]
             return kernel_DT, tuple(memory) if self.is_complex else memory[0]
@@ -272,17 +252,12 @@ class S4D(nnx.Module):
         return long_convolution(x_BTD, kernel_DT), memory
 
     def _recurrence(
-        self,
-        x_BTD: jax.Array,
-        state: dict[str, Any] | None,
-        segment_ids: jax.Array | None,
+        self, x_BTD: jax.Array, state: dict[str, Any] | None, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, Any]:
         factor_DM, input_DM = self.system()
 
         def written(part_DM: jax.Array) -> jax.Array:
-            return (x_BTD[..., None] * part_DM[None, None]).reshape(
-                *x_BTD.shape[:2], -1
-            )
+            return (x_BTD[..., None] * part_DM[None, None]).reshape(*x_BTD.shape[:2], -1)
 
         h, memory = diagonal_scan(
             jax.tree.map(jnp.ravel, _parts(factor_DM)),

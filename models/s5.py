@@ -1,32 +1,40 @@
-"""S5. Smith, Warrington, Linderman, "Simplified State Space Layers for Sequence Modeling", ICLR 2023, arXiv 2208.04933.
+"""S5. Smith, Warrington, Linderman, "Simplified State Space Layers for Sequence Modeling", ICLR
+2023, arXiv 2208.04933.
 
     h_t = Lbar h_{t-1} + Bbar x_t,    y_t = 2 Re(C h_t) + D x_t                     (Section 3)
-    zoh         Lbar = exp(z),                      Bbar = ((Lbar - 1) / Lambda) B,     z = Lambda Delta
+    zoh         Lbar = exp(z),                      Bbar = ((Lbar - 1) / Lambda) B,     z = Lambda
+    Delta
     bilinear    Lbar = (1 + z / 2) / (1 - z / 2),   Bbar = Delta / (1 - z / 2) B
-    out = v sigmoid(g W + b),    g = gelu(y)                        v = g of gate="half_glu1", the authors' default
+    out = v sigmoid(g W + b),    g = gelu(y)                        v = g of gate="half_glu1", the
+    authors' default
                                                                     v = y of "half_glu2"
 
-    x           x_BTD                           input, model width D: one system with D inputs and D outputs
+    x           x_BTD                           input, model width D: one system with D inputs and D
+                                                outputs
     Lambda      eigenvalue_real_N, _imaginary_N float32; N = state_size / 2 stored modes
     Delta       exp(step_log_N)                 float32; one step size per mode
     B           write_real, write_imaginary     [D,N]
     C           read_real, read_imaginary       [N,D]
     D           skip_D
-    h           "memory", a pair of [B,N]       float32: real and imaginary part; a conjugate of each is implied
+    h           "memory", a pair of [B,N]       float32: real and imaginary part; a conjugate of
+                                                each is implied
 
-State: state_size floats. Cost per token: O(D state_size + D^2). One homogeneous block: use it with mlp="none".
+State: state_size floats. Cost per token: O(D state_size + D^2). One homogeneous block: use it with
+mlp="none".
 
-Initialisation: `blocks` copies of the normal part of HiPPO-LegS of size R = state_size / blocks, Lambda their
-eigenvalues; B = V* B' with a real B' ~ N(0, 1 / state_size), C = C' V with both parts of C' ~ N(0, 1 / state_size)
-("trunc_standard_normal" of the authors' code, without truncation); Delta log-uniform; D ~ N(0, 1). init="ptd" is
-S5-PTD (Yu et al., ICLR 2024, arXiv 2310.01698): Lambda and V of HiPPO-LegS after a small perturbation
-(models/hippo.py), whose V^-1 takes the place of V*; nothing else changes.
+Initialisation: `blocks` copies of the normal part of HiPPO-LegS of size R = state_size / blocks,
+Lambda their eigenvalues; B = V* B' with a real B' ~ N(0, 1 / state_size), C = C' V with both parts
+of C' ~ N(0, 1 / state_size) ("trunc_standard_normal" of the authors' code, without truncation);
+Delta log-uniform; D ~ N(0, 1). init="ptd" is S5-PTD (Yu et al., ICLR 2024, arXiv 2310.01698):
+Lambda and V of HiPPO-LegS after a small perturbation (models/parts/hippo.py), whose V^-1 takes the
+place of V*; nothing else changes.
 
-clip_eigenvalues keeps Re Lambda <= -1e-4, so that |Lbar| < 1; Lambda is free otherwise, as in the paper.
+clip_eigenvalues keeps Re Lambda <= -1e-4, so that |Lbar| < 1; Lambda is free otherwise, as in the
+paper.
 
-Departures: causal only, where the paper's models of the Long Range Arena are bidirectional; RMSNorm of the backbone
-instead of batch normalisation, no dropout. B learns at the full rate and decays (the authors' option
-"BfastandCdecay").
+Departures: causal only, where the paper's models of the Long Range Arena are bidirectional; RMSNorm
+of the backbone instead of batch normalisation, no dropout. B learns at the full rate and decays
+(the authors' option "BfastandCdecay").
 
 Authors' code: https://github.com/lindermanlab/S5
 """
@@ -41,10 +49,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.discretisation import DISCRETISATIONS
-from models.hippo import normal_legs, perturbed_legs
-from models.options import check_choice
-from models.projections import projection
+from models.parts.discretisation import DISCRETISATIONS
+from models.parts.hippo import normal_legs, perturbed_legs
+from models.parts.options import check_choice
+from models.parts.projections import projection
 from ops.diagonal_scan.api import diagonal_scan
 
 
@@ -73,8 +81,7 @@ class S5(nnx.Module):
         check_choice("gate", gate, ("half_glu1", "half_glu2"))
         if blocks < 1 or state_size % (2 * blocks):
             raise ValueError(
-                f"state_size must be a multiple of 2 * blocks = {2 * blocks}; got"
-                f" {state_size}"
+                f"state_size must be a multiple of 2 * blocks = {2 * blocks}; got {state_size}"
             )
         dense = functools.partial(
             projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
@@ -94,54 +101,40 @@ class S5(nnx.Module):
         )
         # float32 whatever param_dtype is: they enter exponentials.
         ssm: dict[str, Any] = {"group": "ssm", "out_sharding": ("heads",)}
-        self.eigenvalue_real_N = nnx.Param(
-            jnp.asarray(np.real(eigenvalue_N), jnp.float32), **ssm
-        )
+        self.eigenvalue_real_N = nnx.Param(jnp.asarray(np.real(eigenvalue_N), jnp.float32), **ssm)
         self.eigenvalue_imaginary_N = nnx.Param(
             jnp.asarray(np.imag(eigenvalue_N), jnp.float32), **ssm
         )
         low, high = math.log(dt_min), math.log(dt_max)
         self.step_log_N = nnx.Param(
-            jax.random.uniform(rngs.params(), (self.modes,), jnp.float32, low, high),
-            **ssm,
+            jax.random.uniform(rngs.params(), (self.modes,), jnp.float32, low, high), **ssm
         )
 
         def normal(*shape: int) -> jax.Array:
-            return jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(
-                state_size
-            )
+            return jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(state_size)
 
         def given(array: jax.Array) -> jax.nn.initializers.Initializer:
-            return lambda key, shape, dtype=jnp.float32, out_sharding=None: (
-                array.astype(dtype)
-            )
+            return lambda key, shape, dtype=jnp.float32, out_sharding=None: array.astype(dtype)
 
         V_real, V_imaginary = (
             jnp.asarray(part, jnp.float32) for part in (np.real(V_PN), np.imag(V_PN))
         )
         inverse_real, inverse_imaginary = (
-            jnp.asarray(part.T, jnp.float32)
-            for part in (np.real(inverse_NP), np.imag(inverse_NP))
+            jnp.asarray(part.T, jnp.float32) for part in (np.real(inverse_NP), np.imag(inverse_NP))
         )
         B_DP, C_real_DP, C_imaginary_DP = (normal(width, state_size) for _ in range(3))
         write = functools.partial(dense, width, self.modes, ("embed", "heads"))
         read = functools.partial(dense, self.modes, width, ("heads", "embed"))
         self.write_real = write(init=given(B_DP @ inverse_real))
         self.write_imaginary = write(init=given(B_DP @ inverse_imaginary))
-        self.read_real = read(
-            init=given((C_real_DP @ V_real - C_imaginary_DP @ V_imaginary).T)
-        )
+        self.read_real = read(init=given((C_real_DP @ V_real - C_imaginary_DP @ V_imaginary).T))
         self.read_imaginary = read(
             init=given((C_real_DP @ V_imaginary + C_imaginary_DP @ V_real).T)
         )
         skip_D = jax.random.normal(rngs.params(), (width,), jnp.float32)
         self.skip_D = nnx.Param(skip_D, group="no_decay", out_sharding=("embed",))
         self.output_gate = dense(
-            width,
-            width,
-            ("heads", "embed"),
-            init=nnx.initializers.lecun_normal(),
-            bias=True,
+            width, width, ("heads", "embed"), init=nnx.initializers.lecun_normal(), bias=True
         )
 
     def system(self) -> tuple[jax.Array, jax.Array]:
@@ -150,9 +143,7 @@ class S5(nnx.Module):
         if self.clip_eigenvalues:
             real_N = jnp.minimum(real_N, -1e-4)
         eigenvalue_N = jax.lax.complex(real_N, self.eigenvalue_imaginary_N[...])
-        return DISCRETISATIONS[self.discretisation](
-            eigenvalue_N, jnp.exp(self.step_log_N[...])
-        )
+        return DISCRETISATIONS[self.discretisation](eigenvalue_N, jnp.exp(self.step_log_N[...]))
 
     def __call__(
         self,
@@ -163,10 +154,7 @@ class S5(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         factor_N, input_N = self.system()
-        real_11N, imaginary_11N = (
-            input_N.real[None, None, :],
-            input_N.imag[None, None, :],
-        )
+        real_11N, imaginary_11N = (input_N.real[None, None, :], input_N.imag[None, None, :])
         u_real_BTN = self.write_real(x_BTD).astype(jnp.float32)
         u_imaginary_BTN = self.write_imaginary(x_BTD).astype(jnp.float32)
         h_BTN, memory = diagonal_scan(
@@ -181,9 +169,7 @@ class S5(nnx.Module):
         real_BTN, imaginary_BTN = (part.astype(self.compute_dtype) for part in h_BTN)
         # 2 Re(C h).
         y_BTD = 2 * (self.read_real(real_BTN) - self.read_imaginary(imaginary_BTN))
-        y_BTD = (
-            y_BTD + self.skip_D[...].astype(self.compute_dtype)[None, None, :] * x_BTD
-        )
+        y_BTD = y_BTD + self.skip_D[...].astype(self.compute_dtype)[None, None, :] * x_BTD
         g_BTD = jax.nn.gelu(y_BTD)
         value_BTD = g_BTD if self.gate == "half_glu1" else y_BTD
         return value_BTD * jax.nn.sigmoid(self.output_gate(g_BTD)), {"memory": memory}

@@ -1,29 +1,37 @@
-"""SeqBoat, sparse modular activation. Ren, Liu, Wang, Xu, Zhu, Zhai, "Sparse Modular Activation for Efficient Sequence
-Modeling", NeurIPS 2023, arXiv 2306.11197.
+"""SeqBoat, sparse modular activation. Ren, Liu, Wang, Xu, Zhu, Zhai, "Sparse Modular Activation for
+Efficient Sequence Modeling", NeurIPS 2023, arXiv 2306.11197.
 
-    h_t = a h_{t-1} + p b x_t,   a = 1 - sigmoid(delta) sigmoid(alpha),   p = sigmoid(delta)      (damped EMA, n = 1..N)
-    M_t = silu(sum_n gamma_n h_tn / sqrt(N) + omega x_t)                                                  (features)
-    [r_t, H_t] = M_t W_h + b_h,   pi_t = softmax(r_t / tau),   g_t = pi_t[1] where pi_t[1] > pi_t[0], else 0 (router)
-    M^c = the rows of M with g_t > 0, in order                                                            (compress)
+    h_t = a h_{t-1} + p b x_t,   a = 1 - sigmoid(delta) sigmoid(alpha),   p = sigmoid(delta)
+    (damped EMA, n = 1..N) M_t = silu(sum_n gamma_n h_tn / sqrt(N) + omega x_t)
+    (features)
+    [r_t, H_t] = M_t W_h + b_h,   pi_t = softmax(r_t / tau),   g_t = pi_t[1] where pi_t[1] >
+                                  pi_t[0], else 0 (router)
+    M^c = the rows of M with g_t > 0, in order
+    (compress)
     [z, rho, v] = silu(M^c W + b),   q = z gamma_0 + beta_0,   k = z gamma_1 + beta_1
-    Y^c = (attention(q, k, v) * rho) W_o                         over the w activated tokens before, and itself
+    Y^c = (attention(q, k, v) * rho) W_o                         over the w activated tokens before,
+                                                                 and itself
     attention   "softmax": softmax(q k / sqrt(Z)) v,   "squared_relu": max(q k / w, 0)^2 v
-    y_t = silu(H_t + g_t Y_t + x_t),   Y_t the row of t in Y^c where it is activated                       (extract)
+    y_t = silu(H_t + g_t Y_t + x_t),   Y_t the row of t in Y^c where it is activated
+    (extract)
 
-    a, p b, gamma       factor_DN, write_DN, read_DN    a in [0, 1] for every delta, alpha; all per channel
-    q, k, v             [B, T, 1, Z], [B, T, 1, V]      of the compressed sequence; V = expand_v D; positions are those
+    a, p b, gamma       factor_DN, write_DN, read_DN    a in [0, 1] for every delta, alpha; all per
+    channel q, k, v             [B, T, 1, Z], [B, T, 1, V]      of the compressed sequence; V =
+    expand_v D; positions are those
                                                         of the uncompressed one (rotary)
     h                   "memory" [B, D N]               float32
     tau                 exp(temperature_log)            starts at init_temperature sqrt(D)
 
-State: D N floats, and keys and values of the last w activated tokens: w (Z + V). The window reaches as far back as
-activations are sparse. The compressed sequence has the static length T, activated tokens first: the computation is
-exact whatever the router does, and costs what activating every token costs, O(T w (Z + V)). Gradients reach the router
-through g alone; it has no balancing loss. Reports `activation_density`, the share of activated tokens.
+State: D N floats, and keys and values of the last w activated tokens: w (Z + V). The window reaches
+as far back as activations are sparse. The compressed sequence has the static length T, activated
+tokens first: the computation is exact whatever the router does, and costs what activating every
+token costs, O(T w (Z + V)). Gradients reach the router through g alone; it has no balancing loss.
+Reports `activation_density`, the share of activated tokens.
 
-Departures: the backbone's residual and RMSNorm stand around the layer, so that x is the normalised input, where the
-paper's X inside the last silu is the residual stream and there is no other; causal; rotary positions with either
-attention, where the authors' recipes with squared ReLU have a learned relative bias; no dropout.
+Departures: the backbone's residual and RMSNorm stand around the layer, so that x is the normalised
+input, where the paper's X inside the last silu is the residual stream and there is no other;
+causal; rotary positions with either attention, where the authors' recipes with squared ReLU have a
+learned relative bias; no dropout.
 
 Authors' code: https://github.com/renll/SeqBoat
 """
@@ -37,22 +45,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.options import check_choice
-from models.positions import count_positions, document_starts
-from models.projections import projection
-from models.reports import report
-from models.rotary import check_pairs, rotate
+from models.parts.options import check_choice
+from models.parts.positions import count_positions
+from models.parts.projections import projection
+from models.parts.rotary import check_pairs, rotate
+from models.parts.variables import report
 from ops.diagonal_scan.api import diagonal_scan
-from ops.window_attention.api import (
-    ACTIVATIONS,
-    WindowState,
-    init_window_state,
-    window_attention,
-)
+from ops.framework.segments import document_starts
+from ops.window_attention.api import ACTIVATIONS, WindowState, init_window_state, window_attention
 
 
 class DampedEMA(nnx.Module):
-    """y_t = sum_n gamma_n h_tn / sqrt(N) + omega x_t per channel: the multi-dimensional damped average of Mega.
+    """y_t = sum_n gamma_n h_tn / sqrt(N) + omega x_t per channel: the multi-dimensional damped
+    average of Mega.
 
     Ma et al., "Mega: Moving Average Equipped Gated Attention", ICLR 2023, arXiv 2209.10655.
     """
@@ -132,7 +137,8 @@ def compress(active_BT: jax.Array, segment_ids: jax.Array | None) -> Compressed:
 def following_window(
     window: WindowState, k: jax.Array, v: jax.Array, plan: Compressed
 ) -> WindowState:
-    """The last w activated tokens, of those remembered and those of this call; only the last document's are valid."""
+    """The last w activated tokens, of those remembered and those of this call; only the last
+    document's are valid."""
     remembered = window.valid.shape[1]
     row_BW = plan.activated[:, None] + jnp.arange(remembered)[None]
 
@@ -150,7 +156,8 @@ def following_window(
 
 
 class SeqBoat(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"memory" [B, D N], "window": the last w activated tokens, "position" [B] int32}."""
+    """x_BTD -> y_BTD; the state is {"memory" [B, D N], "window": the last w activated tokens,
+    "position" [B] int32}."""
 
     def __init__(
         self,
@@ -197,12 +204,8 @@ class SeqBoat(nnx.Module):
         self.value = inner(width, self.value_size, ("embed", "heads"))
         self.output = inner(self.value_size, width, ("heads", "embed"), bias=False)
         temperature_log = jnp.full((1,), math.log(init_temperature * width**0.5))
-        self.temperature_log = nnx.Param(
-            temperature_log, group="no_decay", out_sharding=(None,)
-        )
-        scale_2Z = 0.02 * jax.random.truncated_normal(
-            rngs.params(), -2, 2, (2, key_size)
-        )
+        self.temperature_log = nnx.Param(temperature_log, group="no_decay", out_sharding=(None,))
+        scale_2Z = 0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, (2, key_size))
         affine: dict[str, Any] = {"group": "no_decay", "out_sharding": (None, "heads")}
         self.scale_2Z = nnx.Param(scale_2Z, **affine)
         self.shift_2Z = nnx.Param(jnp.zeros((2, key_size)), **affine)
@@ -224,9 +227,7 @@ class SeqBoat(nnx.Module):
         g_BT = self.route(m_BTD)
         report(self, activation_density=jnp.mean(g_BT > 0, dtype=jnp.float32))
         m_BTD = m_BTD.astype(self.compute_dtype)
-        y_BTD, window = self.attend(
-            m_BTD, g_BT, positions, state["window"], segment_ids
-        )
+        y_BTD, window = self.attend(m_BTD, g_BT, positions, state["window"], segment_ids)
         h_BTD = self.linear(m_BTD) + y_BTD + x_BTD
         return jax.nn.silu(h_BTD), {
             "memory": memory,
@@ -235,7 +236,8 @@ class SeqBoat(nnx.Module):
         }
 
     def route(self, m_BTD: jax.Array) -> jax.Array:
-        """g [B, T], float32: the probability of activation where it is the larger of the two, else 0."""
+        """g [B, T], float32: the probability of activation where it is the larger of the two, else
+        0."""
         logits_BT2 = self.router(m_BTD) / jnp.exp(self.temperature_log[...])[None, None]
         p_BT2 = jax.nn.softmax(logits_BT2, axis=-1)
         return jnp.where(p_BT2[..., 1] > p_BT2[..., 0], p_BT2[..., 1], 0.0)
@@ -256,8 +258,7 @@ class SeqBoat(nnx.Module):
             jax.nn.silu(part(m_BTD)) for part in (self.shared, self.gate, self.value)
         )
         scale_2Z, shift_2Z = (
-            x[...].astype(self.compute_dtype)[:, None, None]
-            for x in (self.scale_2Z, self.shift_2Z)
+            x[...].astype(self.compute_dtype)[:, None, None] for x in (self.scale_2Z, self.shift_2Z)
         )
         q, k = (
             rotate((z_BTZ * scale + shift)[:, :, None], positions, base=self.rope_base)
@@ -284,12 +285,7 @@ class SeqBoat(nnx.Module):
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros, and an empty window."""
         window = init_window_state(
-            batch,
-            self.window + 1,
-            1,
-            self.key_size,
-            self.value_size,
-            self.compute_dtype,
+            batch, self.window + 1, 1, self.key_size, self.value_size, self.compute_dtype
         )
         return {
             "memory": jnp.zeros((batch, self.width * self.state_size), jnp.float32),

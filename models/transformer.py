@@ -1,22 +1,23 @@
-"""Softmax attention, the baseline. Vaswani et al., "Attention Is All You Need", NeurIPS 2017, arXiv 1706.03762, in the
-pre-norm form with rotary positions of later language models.
+"""Softmax attention, the baseline. Vaswani et al., "Attention Is All You Need", NeurIPS 2017, arXiv
+1706.03762, in the pre-norm form with rotary positions of later language models.
 
     o_t = sum_{s <= t} softmax_s(q_t k_s / sqrt(K)) v_s        (Eq. 1, causal)
     y_t = o_t W_o
 
-    q, k    q_BTHK, k_BTHK      x W_q, x W_k, optionally normalised per head (qk_norm), then rotated (rope)
+    q, k    q_BTHK, k_BTHK      x W_q, x W_k, optionally normalised per head (qk_norm), then rotated
+    (rope)
     v       v_BTHV              x W_v
     T       context_length      tokens that a query sees at most, itself included
 
-Causal attention over at most `context_length` tokens *is* attention with a window of that many, so this is the mixer of
-`window_attention.py` under the baseline's name; up to `context_length` tokens it is full attention, and beyond, the
-oldest tokens slide out of the state.
+Causal attention over at most `context_length` tokens *is* attention with a window of that many, so
+this is the mixer of `window_attention.py` under the baseline's name; up to `context_length` tokens
+it is full attention, and beyond, the oldest tokens slide out of the state.
 
-State: the key/value cache, 2 (context_length - 1) key_value_heads K numbers of the compute dtype. Cost per token: O(T
-d).
+State: the key/value cache, 2 (context_length - 1) key_value_heads K numbers of the compute dtype.
+Cost per token: O(T d).
 
-Departures: rotary instead of sinusoidal positions, no biases. Initialisation: N(0, 0.02^2); W_o divided by sqrt(2
-depth).
+Departures: rotary instead of sinusoidal positions, no biases. Initialisation: N(0, 0.02^2); W_o
+divided by sqrt(2 depth).
 
 Authors' code: https://github.com/tensorflow/tensor2tensor
 """

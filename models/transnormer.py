@@ -1,21 +1,23 @@
-"""NormAttention, the upper half of TransNormer. Qin, Han, Sun, Li, Kong, Barnes, Zhong, "The Devil in Linear
-Transformer", EMNLP 2022, arXiv 2210.10340. The lower half is `diag_attention`.
+"""NormAttention, the upper half of TransNormer. Qin, Han, Sun, Li, Kong, Barnes, Zhong, "The Devil
+in Linear Transformer", EMNLP 2022, arXiv 2210.10340. The lower half is `diag_attention`.
 
-    o_t = norm(sum_{s <= t} (q_t k_s) v_s),    norm(x) = x / sqrt(mean(x^2) + eps) over all heads together
-    q_t = phi(x_t W_q) turned by t theta,    k_s = phi(x_s W_k) turned by s theta,    phi(x) = elu(x) + 1
-    y_t = o_t W_o
+    o_t = norm(sum_{s <= t} (q_t k_s) v_s),    norm(x) = x / sqrt(mean(x^2) + eps) over all heads
+                                               together
+    q_t = phi(x_t W_q) turned by t theta,    k_s = phi(x_s W_k) turned by s theta,    phi(x) =
+    elu(x) + 1 y_t = o_t W_o
 
     q, k    q_BTHK, k_BTHK      heads * K = d
     v       v_BTHV              heads * V = d
     theta   rotation.theta_K    [K/2], learned, starts at 10000^(-2i/K)
     sum     "memory" [B,H,K,V]  float32; sum of k_s^T v_s
 
-The norm takes the place of linear attention's denominator, through which gradients are unbounded. State: d^2 / H floats
-and the position. Cost per token: O(d^2 / H). The base model has 12 layers, 12 heads and width 768: six layers of
-DiagAttention, then six of this.
+The norm takes the place of linear attention's denominator, through which gradients are unbounded.
+State: d^2 / H floats and the position. Cost per token: O(d^2 / H). The base model has 12 layers, 12
+heads and width 768: six layers of DiagAttention, then six of this.
 
-Departures: this is T2, the paper's choice for autoregressive models; T1, for bidirectional ones, is left out. The paper
-starts the projections of q, k and v Xavier-uniform with gain 2^-0.5; W_o starts as N(0, 0.02^2 / (2 depth)).
+Departures: this is T2, the paper's choice for autoregressive models; T1, for bidirectional ones, is
+left out. The paper starts the projections of q, k and v Xavier-uniform with gain 2^-0.5; W_o starts
+as N(0, 0.02^2 / (2 depth)).
 
 Authors' code: https://github.com/OpenNLPLab/Transnormer
 """
@@ -28,9 +30,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.norms import simple_rms_norm
-from models.positions import count_positions
-from models.projections import (
+from models.parts.norms import simple_rms_norm
+from models.parts.positions import count_positions
+from models.parts.projections import (
     XAVIER_MEDIUM,
     head_size,
     merge_heads,
@@ -38,7 +40,7 @@ from models.projections import (
     residual_normal,
     split_heads,
 )
-from models.rotary import LearnedRotation
+from models.parts.rotary import LearnedRotation
 from ops.gated_linear_attention.api import gated_linear_attention
 
 
@@ -69,9 +71,7 @@ class NormAttention(nnx.Module):
         self.key = dense(width, width, ("embed", "heads"), init=XAVIER_MEDIUM)
         self.value = dense(width, width, ("embed", "heads"), init=XAVIER_MEDIUM)
         self.rotation = LearnedRotation(self.head_size)
-        self.output = dense(
-            width, width, ("heads", "embed"), init=residual_normal(depth)
-        )
+        self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
 
     def __call__(
         self,
@@ -99,20 +99,13 @@ class NormAttention(nnx.Module):
             segment_ids=segment_ids,
         )
         y_BTD = self.output(
-            simple_rms_norm(merge_heads(o_BTHV), self.norm_eps).astype(
-                self.compute_dtype
-            )
+            simple_rms_norm(merge_heads(o_BTHV), self.norm_eps).astype(self.compute_dtype)
         )
-        return y_BTD, {
-            "memory": memory,
-            "position": (positions_BT[:, -1] + 1).astype(jnp.int32),
-        }
+        return y_BTD, {"memory": memory, "position": (positions_BT[:, -1] + 1).astype(jnp.int32)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
-        memory = jnp.zeros(
-            (batch, self.heads, self.head_size, self.head_size), jnp.float32
-        )
+        memory = jnp.zeros((batch, self.heads, self.head_size, self.head_size), jnp.float32)
         return {"memory": memory, "position": jnp.zeros((batch,), jnp.int32)}
 
     @property

@@ -1,19 +1,24 @@
-"""Sliding-window softmax attention. Beltagy, Peters, Cohan, "Longformer: The Long-Document Transformer", 2020,
-arXiv 2004.05150; the mixer beside a recurrence in hybrids (Based, DeltaNet, Samba and others).
+"""Sliding-window softmax attention. Beltagy, Peters, Cohan, "Longformer: The Long-Document
+Transformer", 2020, arXiv 2004.05150; the mixer beside a recurrence in hybrids (Based, DeltaNet,
+Samba and others).
 
-    o_t = sum_{s in W_t} p_ts v_s,   p_t = softmax_{s in W_t}(q_t k_s / sqrt(K)),   W_t = {t - window + 1, ..., t}
+    o_t = sum_{s in W_t} p_ts v_s,   p_t = softmax_{s in W_t}(q_t k_s / sqrt(K)),   W_t = {t -
+                                     window + 1, ..., t}
     y_t = o_t W_o
 
-    q, k    q_BTHK, k_BTHK      x W_q, x W_k, optionally normalised per head (qk_norm), then rotated (rope)
+    q, k    q_BTHK, k_BTHK      x W_q, x W_k, optionally normalised per head (qk_norm), then rotated
+    (rope)
     v       v_BTHV              x W_v
     window  window              tokens that a query sees, itself included
 
-State: the keys and values of the last window - 1 tokens, 2 (window - 1) key_value_heads K numbers of the compute dtype.
+State: the keys and values of the last window - 1 tokens, 2 (window - 1) key_value_heads K numbers
+of the compute dtype.
 Cost per token: O(window d).
 
-Departures: causal and without dilation or global tokens, as language models use it. Rotary positions and grouped
-key/value heads are later additions (arXiv 2104.09864, 2305.13245), and so is qk_norm (arXiv 2010.04245; here RMSNorm
-with a learned scale). Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
+Departures: causal and without dilation or global tokens, as language models use it. Rotary
+positions and grouped key/value heads are later additions (arXiv 2104.09864, 2305.13245), and so is
+qk_norm (arXiv 2010.04245; here RMSNorm with a learned scale). Initialisation: N(0, 0.02^2); W_o
+divided by sqrt(2 depth).
 
 Authors' code: https://github.com/allenai/longformer
 """
@@ -26,24 +31,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.norms import rms_norm
-from models.positions import count_positions
-from models.projections import (
+from models.parts.norms import rms_norm
+from models.parts.positions import count_positions
+from models.parts.projections import (
     head_size,
     merge_heads,
     projection,
     residual_normal,
     split_heads,
 )
-from models.rotary import rotate
+from models.parts.rotary import rotate
 from ops.window_attention.api import init_window_state, window_attention
 
 
 class WindowAttention(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"window": WindowState of past keys and values, "position" [B] int32}.
+    """x_BTD -> y_BTD; the state is {"window": WindowState of past keys and values, "position" [B]
+    int32}.
 
-    "position" is where the next token stands when `positions` is not given; keys are stored rotated.
-    """
+    "position" is where the next token stands when `positions` is not given; keys are stored
+    rotated."""
 
     def __init__(
         self,
@@ -62,18 +68,11 @@ class WindowAttention(nnx.Module):
         norm_eps: float = 1e-5,
     ):
         if window < 1:
-            raise ValueError(
-                f"window must be at least 1 (the token itself); got {window}"
-            )
+            raise ValueError(f"window must be at least 1 (the token itself); got {window}")
         # 0: as many as query heads.
-        self.heads, self.key_value_heads = (
-            heads,
-            key_value_heads or heads,
-        )
+        self.heads, self.key_value_heads = (heads, key_value_heads or heads)
         if heads % self.key_value_heads:
-            raise ValueError(
-                f"key_value_heads must divide heads={heads}; got {key_value_heads}"
-            )
+            raise ValueError(f"key_value_heads must divide heads={heads}; got {key_value_heads}")
         self.head_size = head_size(width, heads)
         if rope and self.head_size % 2:
             raise ValueError(
@@ -91,20 +90,14 @@ class WindowAttention(nnx.Module):
         )
 
         self.query = dense(width, width, ("embed", "heads"))
-        self.key = dense(
-            width, self.key_value_heads * self.head_size, ("embed", "heads")
-        )
-        self.value = dense(
-            width, self.key_value_heads * self.head_size, ("embed", "heads")
-        )
+        self.key = dense(width, self.key_value_heads * self.head_size, ("embed", "heads"))
+        self.value = dense(width, self.key_value_heads * self.head_size, ("embed", "heads"))
         norm = functools.partial(
             rms_norm, self.head_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype
         )
         self.query_norm = norm() if qk_norm else None
         self.key_norm = norm() if qk_norm else None
-        self.output = dense(
-            width, width, ("heads", "embed"), init=residual_normal(depth)
-        )
+        self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
 
     def __call__(
         self,
@@ -121,9 +114,7 @@ class WindowAttention(nnx.Module):
             else (jnp.zeros((batch,), jnp.int32), None)
         )
         positions_BT = (
-            count_positions(start_B, length, segment_ids)
-            if positions is None
-            else positions
+            count_positions(start_B, length, segment_ids) if positions is None else positions
         )
 
         q_BTHK = split_heads(self.query(x_BTD), self.heads)
@@ -143,10 +134,7 @@ class WindowAttention(nnx.Module):
             segment_ids=segment_ids,
         )
         y_BTD = self.output(merge_heads(o_BTHV))
-        return y_BTD, {
-            "window": window,
-            "position": (positions_BT[:, -1] + 1).astype(jnp.int32),
-        }
+        return y_BTD, {"window": window, "position": (positions_BT[:, -1] + 1).astype(jnp.int32)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: an empty window at position 0."""
@@ -164,9 +152,7 @@ class WindowAttention(nnx.Module):
     def state_bytes(self) -> int:
         """Bytes of state per sequence."""
         # One byte: is it there?
-        token = (
-            2 * self.key_value_heads * self.head_size * self.compute_dtype.itemsize + 1
-        )
+        token = 2 * self.key_value_heads * self.head_size * self.compute_dtype.itemsize + 1
         return (self.window - 1) * token + 4
 
 

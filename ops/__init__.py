@@ -1,14 +1,14 @@
-"""Exact linear recurrences: one function per recurrence, a scan that defines it and faster forms that are held to
-it."""
+"""Exact linear recurrences: one function per recurrence, a scan that defines it and faster forms
+that are held to it."""
 
-from .arguments import checks
 from .delta_rule.api import delta_rule
 from .diagonal_scan.api import diagonal_scan
-from .dispatch import kernels
+from .framework.arguments import checks
+from .framework.platforms import kernels
+from .framework.sequence_parallel import sequence_method
 from .gated_linear_attention.api import gated_linear_attention
 from .long_convolution.api import long_convolution
 from .selective_scan.api import selective_scan
-from .sequence_parallel import sequence_method
 from .short_convolution.api import short_convolution
 from .state_passing.api import state_passing
 from .window_attention.api import WindowState, init_window_state, window_attention

@@ -1,4 +1,5 @@
-"""Strict numerics for every test (no silent rank promotion), and the parametrisation of the op contract."""
+"""Strict numerics for every test (no silent rank promotion), and the parametrisation of the op
+contract."""
 
 import gc
 from collections.abc import Iterator
@@ -7,13 +8,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.op_contract import pytest_generate_tests
+from tests.contracts.ops import pytest_generate_tests
 
 __all__ = ["pytest_generate_tests"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compiled programs hold mappings of memory, of which Linux grants a process 65,530; the next program is a crash.
+# Compiled programs hold mappings of memory, of which Linux grants a process 65,530; the next
+# program is a crash.
 MAPPINGS = Path("/proc/self/maps")
 MANY_MAPPINGS = 30_000
 

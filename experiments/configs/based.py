@@ -1,16 +1,17 @@
-"""Based (Arora et al., ICML 2024, arXiv 2402.18668): Taylor linear attention and sliding windows of 64 in turn.
+"""Based (Arora et al., ICML 2024, arXiv 2402.18668): Taylor linear attention and sliding windows of
+64 in turn.
 
     python -m experiments.train --config=experiments/configs/based.py:mqar,smoke --workdir=runs/based
 
-mqar,smoke: minutes on 2 CPU cores. The paper's ablation (362M parameters, 10B tokens of the Pile): perplexity 8.65, or
-8.91 without windows, 8.74 without the short convolutions, which are left out here.
-"""
+mqar,smoke: minutes on 2 CPU cores. The paper's ablation (362M parameters, 10B tokens of the Pile):
+perplexity 8.65, or 8.91 without windows, 8.74 without the short convolutions, which are left out
+here."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
 
 
 def get_config(task: str) -> ConfigDict:

@@ -3,15 +3,14 @@
     python -m experiments.train --config=experiments/configs/gla.py:text,smoke --workdir=runs/gla
 
 mqar,smoke: about a minute on 2 CPU cores, accuracy 0.99 (one seed). The paper's language
-models (340M parameters, 15B tokens of SlimPajama): WikiText perplexity 28.65, against 28.39 of a Transformer and
-32.33 of RetNet.
-"""
+models (340M parameters, 15B tokens of SlimPajama): WikiText perplexity 28.65, against 28.39 of a
+Transformer and 32.33 of RetNet."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
 
 
 def get_config(task: str) -> ConfigDict:

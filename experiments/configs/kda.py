@@ -2,15 +2,14 @@
 
     python -m experiments.train --config=experiments/configs/kda.py:mqar,smoke --workdir=runs/kda
 
-mqar,smoke: minutes on 2 CPU cores. The paper's ablation (16 layers, 16 heads): validation perplexity 5.65 with three
-layers of KDA to one of full attention, 5.77 of full attention alone.
-"""
+mqar,smoke: minutes on 2 CPU cores. The paper's ablation (16 layers, 16 heads): validation
+perplexity 5.65 with three layers of KDA to one of full attention, 5.77 of full attention alone."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
 
 
 def get_config(task: str) -> ConfigDict:

@@ -2,15 +2,14 @@
 
     python -m experiments.train --config=experiments/configs/lightnet.py:text,smoke --workdir=runs/lightnet
 
-text,smoke: a few minutes on 2 CPU cores. The report gives its results as on a level with Mamba in language modelling;
-no number is compared here.
-"""
+text,smoke: a few minutes on 2 CPU cores. The report gives its results as on a level with Mamba in
+language modelling; no number is compared here."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
 
 
 def get_config(task: str) -> ConfigDict:

@@ -3,15 +3,14 @@
     python -m experiments.train --config=experiments/configs/linear_attention.py:mqar,smoke
     --workdir=runs/linear_attention
 
-mqar,smoke: under a minute on 2 CPU cores, accuracy 0.78 (one seed), where the delta rule reaches 1.00: a positive
-feature map separates keys badly.
-"""
+mqar,smoke: under a minute on 2 CPU cores, accuracy 0.78 (one seed), where the delta rule reaches
+1.00: a positive feature map separates keys badly."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
 
 
 def get_config(task: str) -> ConfigDict:

@@ -2,16 +2,15 @@
 
     python -m experiments.train --config=experiments/configs/lssl.py:images,smoke --workdir=runs/lssl
 
-images,smoke: a minute on 2 CPU cores, to a test accuracy near 0.85. Published test accuracies, trained and
-fixed transition: sequential MNIST 99.53 and 99.50, permuted MNIST 98.76 and 98.60, sequential CIFAR in colour 84.65 and
-81.97.
-"""
+images,smoke: a minute on 2 CPU cores, to a test accuracy near 0.85. Published test accuracies,
+trained and fixed transition: sequential MNIST 99.53 and 99.50, permuted MNIST 98.76 and 98.60,
+sequential CIFAR in colour 84.65 and 81.97."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
 
 
 def get_config(task: str) -> ConfigDict:

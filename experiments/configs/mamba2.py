@@ -2,16 +2,15 @@
 
     python -m experiments.train --config=experiments/configs/mamba2.py:mqar,smoke --workdir=runs/mamba2
 
-mqar,smoke: minutes on 2 CPU cores. The paper's figure on associative recall: far above Mamba at equal width, growing
-with the state size. Gated DeltaNet's paper (arXiv 2412.06464) reports a WikiText perplexity of 16.56 at 1.3B parameters
-and 100B tokens, against 17.92 of Mamba.
-"""
+mqar,smoke: minutes on 2 CPU cores. The paper's figure on associative recall: far above Mamba at
+equal width, growing with the state size. Gated DeltaNet's paper (arXiv 2412.06464) reports a
+WikiText perplexity of 16.56 at 1.3B parameters and 100B tokens, against 17.92 of Mamba."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
 
 
 def get_config(task: str) -> ConfigDict:

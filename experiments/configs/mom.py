@@ -4,16 +4,15 @@
     python -m experiments.train --config=experiments/configs/mom.py:text --workdir=runs/mom_gla \
       --config.model.mixers.mom.rule=gla --config.model.mixers.mom.execution=gathered
 
-text,smoke: minutes on 2 CPU cores. The paper's language models (380M parameters, 15B tokens of SlimPajama): average
-over six recall-intensive tasks 28.16, against 24.78 of Gated DeltaNet and 31.70 of a Transformer; WikiText perplexity
-25.86, 26.47 and 26.88.
-"""
+text,smoke: minutes on 2 CPU cores. The paper's language models (380M parameters, 15B tokens of
+SlimPajama): average over six recall-intensive tasks 28.16, against 24.78 of Gated DeltaNet and
+31.70 of a Transformer; WikiText perplexity 25.86, 26.47 and 26.88. """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
 
 
 def get_config(task: str) -> ConfigDict:

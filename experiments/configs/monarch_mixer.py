@@ -2,16 +2,16 @@
 
     python -m experiments.train --config=experiments/configs/monarch_mixer.py:text,smoke --workdir=runs/monarch
 
-text,smoke: minutes on 2 CPU cores. The paper's numbers are for bidirectional models (GLUE average 79.9 at 80M
-parameters, as BERT-base with 110M); its causal ones match the perplexity of a Transformer at 360M parameters.
-"""
+text,smoke: minutes on 2 CPU cores. The paper's numbers are for bidirectional models (GLUE average
+79.9 at 80M parameters, as BERT-base with 110M); its causal ones match the perplexity of a
+Transformer at 360M parameters."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.long_range_arena import ARGUMENTS, sequence_length
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.long_range_arena import ARGUMENTS, sequence_length
 
 
 def get_config(task: str) -> ConfigDict:

@@ -2,27 +2,27 @@
 
     python -m experiments.train --config=experiments/configs/s4.py:images,smoke --workdir=runs/s4
 
-images,smoke: a minute on 2 CPU cores, to a test accuracy near 0.77. listops and lra_listops .. lra_pathx are the
-authors' later recipe, but causal, with RMSNorm and without dropout, and with step sizes that learn as slowly as Lambda;
-retrieval reads both papers as one sequence. Published accuracies on the Long Range Arena,
-bidirectional: ListOps 58.35, text 76.02, retrieval 87.09, image 87.26, Pathfinder 86.05, Path-X 88.10, mean
-80.48; with the later recipe (arXiv 2206.12037) 59.60, 86.82, 90.90, 88.65, 94.20, 96.35, mean 86.09; with init="fout"
-57.88, 86.34, 89.66, 89.07, 94.46, Path-X fails, mean 77.90; with init="legs_fout" 60.45, 86.78, 90.30, 89.00, 94.44,
-Path-X fails, mean 78.50.
-"""
+images,smoke: a minute on 2 CPU cores, to a test accuracy near 0.77. listops and lra_listops ..
+lra_pathx are the authors' later recipe, but causal, with RMSNorm and without dropout, and with step
+sizes that learn as slowly as Lambda; retrieval reads both papers as one sequence. Published
+accuracies on the Long Range Arena, bidirectional: ListOps 58.35, text 76.02, retrieval 87.09, image
+87.26, Pathfinder 86.05, Path-X 88.10, mean 80.48; with the later recipe (arXiv 2206.12037) 59.60,
+86.82, 90.90, 88.65, 94.20, 96.35, mean 86.09; with init="fout" 57.88, 86.34, 89.66, 89.07, 94.46,
+Path-X fails, mean 77.90; with init="legs_fout" 60.45, 86.78, 90.30, 89.00, 94.44, Path-X fails,
+mean 78.50."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.long_range_arena import (
+from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.long_range_arena import (
     ARGUMENTS,
     S4_LAYERS,
     for_mixer,
     sequence_length,
     set_as_published,
 )
-from experiments.configs.recipes import recipe
 
 
 def get_config(task: str) -> ConfigDict:

@@ -2,27 +2,23 @@
 
     python -m experiments.train --config=experiments/configs/s4d.py:images,smoke --workdir=runs/s4d
 
-images,smoke: less than a minute on 2 CPU cores, to a test accuracy near 0.75; listops,smoke: a minute, to about 0.25
-(guessing 0.1), as S4 and S5. listops and lra_listops .. lra_pathx are the recipe that the paper shares with S4, with
-the same departures. Published accuracies on the Long Range Arena, bidirectional, in the order ListOps, text, retrieval,
-image, Pathfinder, Path-X, mean: 60.47, 86.18, 89.46, 88.19, 93.06, 91.95, 84.89 from "legs"; 60.18, 87.34, 91.09,
-87.83, 93.78, 92.80, 85.50 from "inv"; 60.52, 86.97, 90.96, 87.93, 93.96, failure, 78.39 from "lin", which is why
+images,smoke: less than a minute on 2 CPU cores, to a test accuracy near 0.75; listops,smoke: a
+minute, to about 0.25 (guessing 0.1), as S4 and S5. listops and lra_listops .. lra_pathx are the
+recipe that the paper shares with S4, with the same departures. Published accuracies on the Long
+Range Arena, bidirectional, in the order ListOps, text, retrieval, image, Pathfinder, Path-X, mean:
+60.47, 86.18, 89.46, 88.19, 93.06, 91.95, 84.89 from "legs"; 60.18, 87.34, 91.09, 87.83, 93.78,
+92.80, 85.50 from "inv"; 60.52, 86.97, 90.96, 87.93, 93.96, failure, 78.39 from "lin", which is why
 lra_pathx starts from "inv"; the mean of S4 is 86.09.
 
---config.model.mixers.s4d.init=ptd makes it S4-PTD (Yu et al., ICLR 2024, arXiv 2310.01698): mean 86.58, Path-X 96.39.
-The settings of S4-PTD for each task are not known to us; these are S4D's.
-"""
+--config.model.mixers.s4d.init=ptd makes it S4-PTD (Yu et al., ICLR 2024, arXiv 2310.01698): mean
+86.58, Path-X 96.39. The settings of S4-PTD for each task are not known to us; these are S4D's."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.long_range_arena import (
-    S4_LAYERS,
-    for_mixer,
-    set_as_published,
-)
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.long_range_arena import S4_LAYERS, for_mixer, set_as_published
 
 
 def get_config(task: str) -> ConfigDict:

@@ -2,23 +2,24 @@
 
     python -m experiments.train --config=experiments/configs/s5.py:images,smoke --workdir=runs/s5
 
-images,smoke: half a minute on 2 CPU cores, to a test accuracy near 0.75. listops and lra_listops .. lra_pathx are the
-paper's recipe, but causal, with RMSNorm and without dropout (0.1 for text and image, 0.05 for Pathfinder), with one
-start of C for all tasks, B at the full rate also for Path-X, and Delta at that of Lambda also for text and retrieval,
-which reads both papers as one sequence. Published test accuracies on the Long Range Arena, bidirectional: ListOps
-62.15, text 89.31, retrieval 91.40, image 88.00, Pathfinder 95.33, Path-X 98.58, mean 87.46.
+images,smoke: half a minute on 2 CPU cores, to a test accuracy near 0.75. listops and lra_listops ..
+lra_pathx are the paper's recipe, but causal, with RMSNorm and without dropout (0.1 for text and
+image, 0.05 for Pathfinder), with one start of C for all tasks, B at the full rate also for Path-X,
+and Delta at that of Lambda also for text and retrieval, which reads both papers as one sequence.
+Published test accuracies on the Long Range Arena, bidirectional: ListOps 62.15, text 89.31,
+retrieval 91.40, image 88.00, Pathfinder 95.33, Path-X 98.58, mean 87.46.
 
---config.model.mixers.s5.init=ptd makes it S5-PTD (Yu et al., ICLR 2024, arXiv 2310.01698): image 87.92, Path-X 98.52,
-mean 87.61. The settings of S5-PTD for each task are not known to us; these are S5's, whose blocks for ListOps, of size
-2, cannot be perturbed: --config.model.mixers.s5.blocks=1 with it. Those for image, of 128, take a minute to compute.
-"""
+--config.model.mixers.s5.init=ptd makes it S5-PTD (Yu et al., ICLR 2024, arXiv 2310.01698): image
+87.92, Path-X 98.52, mean 87.61. The settings of S5-PTD for each task are not known to us; these are
+S5's, whose blocks for ListOps, of size 2, cannot be perturbed: --config.model.mixers.s5.blocks=1
+with it. Those for image, of 128, take a minute to compute."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.long_range_arena import for_mixer, set_as_published
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.long_range_arena import for_mixer, set_as_published
 
 ARENA = {
     "batch_size": (50, 50, 32, 50, 64, 32),

@@ -2,19 +2,19 @@
 
     python -m experiments.train --config=experiments/configs/seqboat.py:text,smoke --workdir=runs/seqboat
 
-text,smoke: minutes on 2 CPU cores; the log shows the share of activated tokens as activation_density. listops and
-lra_listops .. lra_pathx are the authors' recipe, but causal and without dropout, with RMSNorm and rotary positions;
-except for ListOps their batch, epochs and warm-up are not known to us and S4's; neither is the first temperature for
-retrieval, and that is the one for text. The paper's numbers are for bidirectional layers (Long Range Arena) and for
-enwik8 at 8,192 tokens with windows of 1,024: none compares with the other sizes.
-"""
+text,smoke: minutes on 2 CPU cores; the log shows the share of activated tokens as
+activation_density. listops and lra_listops .. lra_pathx are the authors' recipe, but causal and
+without dropout, with RMSNorm and rotary positions; except for ListOps their batch, epochs and
+warm-up are not known to us and S4's; neither is the first temperature for retrieval, and that is
+the one for text. The paper's numbers are for bidirectional layers (Long Range Arena) and for enwik8
+at 8,192 tokens with windows of 1,024: none compares with the other sizes."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.long_range_arena import for_mixer, set_as_published
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.long_range_arena import for_mixer, set_as_published
 
 NOT_KNOWN = (None,) * 5
 ARENA = {

@@ -1,21 +1,20 @@
-"""TransNormer T2 (Qin et al., EMNLP 2022, arXiv 2210.10340): DiagAttention in the lower half of the layers,
-NormAttention in the upper half.
+"""TransNormer T2 (Qin et al., EMNLP 2022, arXiv 2210.10340): DiagAttention in the lower half of the
+layers, NormAttention in the upper half.
 
     python -m experiments.train --config=experiments/configs/transnormer.py:text,smoke --workdir=runs/transnormer
 
-text,smoke: a few minutes on 2 CPU cores. The paper's autoregressive WikiText-103: test perplexity 31.01, as softmax
-attention. listops and lra_listops .. lra_pathx have the paper's sizes, batch and learning rate; epochs, warm-up and
-weight decay are not known to us and S4's. Accuracy on the Long Range Arena, bidirectional: mean 64.80 (softmax
-attention 57.37), Pathfinder 76.80 (65.26). Bidirectional, of 12 layers 0, 6 and 12 with DiagAttention: 4.23,
-3.82, 4.75.
-"""
+text,smoke: a few minutes on 2 CPU cores. The paper's autoregressive WikiText-103: test perplexity
+31.01, as softmax attention. listops and lra_listops .. lra_pathx have the paper's sizes, batch and
+learning rate; epochs, warm-up and weight decay are not known to us and S4's. Accuracy on the Long
+Range Arena, bidirectional: mean 64.80 (softmax attention 57.37), Pathfinder 76.80 (65.26).
+Bidirectional, of 12 layers 0, 6 and 12 with DiagAttention: 4.23, 3.82, 4.75."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.long_range_arena import for_mixer, set_as_published
-from experiments.configs.recipes import recipe
+from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.long_range_arena import for_mixer, set_as_published
 
 ARENA = {
     "batch_size": (128, 64, 64, 200, 128, 64),
@@ -30,10 +29,7 @@ HEADS = {"heads": (8, 8, 4, 4, 8, 8)}
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
     config.model.mixers = ConfigDict(
-        {
-            "diag_attention": {"heads": 4, "block": 64},
-            "transnormer": {"heads": 4, "norm_eps": 1e-6},
-        }
+        {"diag_attention": {"heads": 4, "block": 64}, "transnormer": {"heads": 4, "norm_eps": 1e-6}}
     )
     heads = for_mixer("diag_attention", HEADS) | for_mixer("transnormer", HEADS)
     set_as_published(config, task, ARENA | heads)

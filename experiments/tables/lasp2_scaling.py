@@ -1,8 +1,10 @@
-"""Ways to cut one long sequence over 64 chips, compiled and modelled: LASP-2's state gather, rings, heads.
+"""Ways to cut one long sequence over 64 chips, compiled and modelled: LASP-2's state gather, rings,
+heads.
 
-Sun et al., "LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid", 2025, arXiv 2502.07563. No
-TPU is needed and none is timed: experiments/compiled_step.py reads the program that the TPU's compiler makes of a whole
-train step (extra `aot`).
+Sun et al., "LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid", 2025,
+arXiv 2502.07563. No TPU is needed and none is timed:
+experiments/tables/computations/compiled_step.py reads the program that the TPU's compiler makes of
+a whole train step (extra `aot`).
 
     python -m experiments.reproduce --table=lasp2_scaling --scale=cpu
 """
@@ -10,8 +12,8 @@ train step (extra `aot`).
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.results import value_of
-from experiments.table import Cell, Computation
+from experiments.reporting.rows import value_of
+from experiments.reporting.table import Cell, Computation
 
 TITLE = "Sequence parallelism over 64 chips, compiled and modelled"
 SOURCE = (
@@ -32,7 +34,7 @@ SCALES = {
         "complete. Linear-Llama3-1B of the paper (16 layers of width 2,048, 16 heads of"
         " 128) with a vocabulary of bytes, one sequence, bfloat16 products, activations"
         " recomputed; some minutes of compilation for each row and length."
-    ),
+    )
 }
 LENGTHS = {"512K": 2**19, "2048K": 2**21}
 COLUMNS = {
@@ -44,10 +46,7 @@ COLUMNS = {
     "ms memory": "memory_ms",
     "tokens/s": "tokens_per_second",
 }
-PUBLISHED = {
-    ("LASP-2", "512K", "GB"): 40.2,
-    ("LASP-2", "512K", "tokens/s"): 245_353.0,
-}
+PUBLISHED = {("LASP-2", "512K", "GB"): 40.2, ("LASP-2", "512K", "tokens/s"): 245_353.0}
 LINEAR = {
     "model.mixers.linear_attention.heads": 16,
     "model.mixers.linear_attention.feature_map": "identity",
@@ -55,7 +54,8 @@ LINEAR = {
 }
 SOFTMAX = {"model.mixers.transformer.heads": 16}
 OVER_TIME = {"mesh.sequence": 64, "mesh.data": 1, "batch_size": 1}
-# row -> config, settings. Tensor parallelism takes a whole dimension of the slice, and eight sequences fill the other.
+# row -> config, settings. Tensor parallelism takes a whole dimension of the slice, and eight
+# sequences fill the other.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "LASP-2": ("linear_attention:text", {**OVER_TIME, **LINEAR}),
     "LASP, a ring": (
@@ -97,9 +97,7 @@ def cells(scale: str) -> list[Cell]:
                 "config": config,
                 "topology": "v6e:8x8",
                 "sequence_length": length,
-                "settings": tuple(
-                    f"{key}={value}" for key, value in (SHARED | settings).items()
-                ),
+                "settings": tuple(f"{key}={value}" for key, value in (SHARED | settings).items()),
             },
             published=PUBLISHED.get((row, label, column)),
             missing="does not fit",

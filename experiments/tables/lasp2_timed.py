@@ -1,7 +1,8 @@
-"""The ways of lasp2_scaling as far as time on virtual devices can tell them apart: how work grows with the length, and
-what exchanging costs where links cost nothing.
+"""The ways of lasp2_scaling as far as time on virtual devices can tell them apart: how work grows
+with the length, and what exchanging costs where links cost nothing.
 
-Sun et al., "LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid", 2025, arXiv 2502.07563.
+Sun et al., "LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid", 2025,
+arXiv 2502.07563.
 
     python -m experiments.reproduce --table=lasp2_timed --scale=cpu
 """
@@ -9,8 +10,8 @@ Sun et al., "LASP-2: Rethinking Sequence Parallelism for Linear Attention and It
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.sequence_timing import DEVICES, WAYS
-from experiments.table import Cell, Computation
+from experiments.reporting.table import Cell, Computation
+from experiments.tables.computations.sequence_timing import DEVICES, WAYS
 
 TITLE = "Sequence parallelism over eight virtual devices, timed"
 METRIC = (

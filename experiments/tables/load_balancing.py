@@ -1,14 +1,15 @@
-"""Balancing a router over a micro-batch or over the global batch: loss, and how evenly memories are used.
+"""Balancing a router over a micro-batch or over the global batch: loss, and how evenly memories are
+used.
 
-Qiu et al., "Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized Mixture-of-Expert
-Models", 2025, arXiv 2501.11873: balanced inside every micro-batch, each sequence has to use all experts; balanced over
-the global batch, experts may specialise, and perplexity falls. Here the same loss balances the memories of MoM.
-"""
+Qiu et al., "Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized
+Mixture-of-Expert Models", 2025, arXiv 2501.11873: balanced inside every micro-batch, each sequence
+has to use all experts; balanced over the global batch, experts may specialise, and perplexity
+falls. Here the same loss balances the memories of MoM."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.table import Cell
+from experiments.reporting.table import Cell
 
 TITLE = "Load balancing of memories: micro-batch or global batch"
 SOURCE = (
@@ -89,14 +90,9 @@ def draw(axes: Any, results: list[tuple[Cell, Mapping[str, Any]]]) -> None:
         if cell.column == "loss":
             validation = row["evaluations"]["validation"]
             axes.plot(
-                validation["routing_entropy"],
-                validation["loss"],
-                "o",
-                markersize=6,
-                label=cell.row,
+                validation["routing_entropy"], validation["loss"], "o", markersize=6, label=cell.row
             )
     axes.set(
-        xlabel="entropy of use of the memories (nats)",
-        ylabel="validation loss (nats per byte)",
+        xlabel="entropy of use of the memories (nats)", ylabel="validation loss (nats per byte)"
     )
     axes.legend(fontsize=8)

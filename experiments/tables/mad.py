@@ -1,14 +1,13 @@
 """The six synthetic tasks of MAD for the main mixers.
 
-Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures", ICML 2024, arXiv 2403.17844: means over all
-difficulties of a task, best of six learning rates and weight decays, at equal state size. The row of DeltaNet is that
-of Yang et al., NeurIPS 2024, arXiv 2406.06484.
-"""
+Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures", ICML 2024, arXiv 2403.17844:
+means over all difficulties of a task, best of six learning rates and weight decays, at equal state
+size. The row of DeltaNet is that of Yang et al., NeurIPS 2024, arXiv 2406.06484."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.table import Cell
+from experiments.reporting.table import Cell
 
 TITLE = "MAD: recall, memory, selection and compression"
 SOURCE = (

@@ -1,14 +1,14 @@
-"""Multi-query associative recall: accuracy of two-layer models, a gated short convolution under the mixer of the row.
+"""Multi-query associative recall: accuracy of two-layer models, a gated short convolution under the
+mixer of the row.
 
-The models of Based (Arora et al., ICML 2024, arXiv 2402.18668), the task of Zoology (Arora et al., ICLR 2024,
-arXiv 2312.04927). Both publish figures, no numbers: full attention recalls everything at every width, and recurrences
-the more, the larger their state.
-"""
+The models of Based (Arora et al., ICML 2024, arXiv 2402.18668), the task of Zoology (Arora et al.,
+ICLR 2024, arXiv 2312.04927). Both publish figures, no numbers: full attention recalls everything at
+every width, and recurrences the more, the larger their state."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.table import Cell
+from experiments.reporting.table import Cell
 
 TITLE = "Multi-query associative recall"
 SOURCE = "no numbers are published, only figures (arXiv 2312.04927, 2402.18668)"
@@ -67,8 +67,7 @@ def _cell(scale: str, row: str, width: int) -> Cell:
         row=row,
         column=f"width {width}",
         config=f"recall:{mixer},smoke" if scale == "cpu" else f"recall:{mixer}",
-        metric=("length_32_pairs_8" if scale == "cpu" else "length_256_pairs_16")
-        + "/accuracy",
+        metric=("length_32_pairs_8" if scale == "cpu" else "length_256_pairs_16") + "/accuracy",
         overrides=overrides,
         seeds=(0, 1) if scale == "cpu" else (0, 1, 2),
     )

@@ -1,14 +1,15 @@
-"""Perturb then diagonalise: what replaces HiPPO-LegS in a diagonal model, and what a tone in the input does to it.
+"""Perturb then diagonalise: what replaces HiPPO-LegS in a diagonal model, and what a tone in the
+input does to it.
 
-Yu, Nigmetov, Morozov, Mahoney, Erichson, "Robustifying State-space Models for Long Sequences via Approximate
-Diagonalization", ICLR 2024, arXiv 2310.01698. Nothing is trained: experiments/ptd_numerics.py computes every number
-from the initial systems of models/s4.py, models/s4d.py and models/hippo.py.
-"""
+Yu, Nigmetov, Morozov, Mahoney, Erichson, "Robustifying State-space Models for Long Sequences via
+Approximate Diagonalization", ICLR 2024, arXiv 2310.01698. Nothing is trained:
+experiments/tables/computations/ptd_numerics.py computes every number from the initial systems of
+models/s4.py, models/s4d.py and models/hippo.py."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.table import Cell, Computation
+from experiments.reporting.table import Cell, Computation
 
 TITLE = "Approximate diagonalisations of HiPPO-LegS"
 SOURCE = (
@@ -31,7 +32,7 @@ SCALES = {
         "complete, half a minute. A Gaussian E is drawn four times, as are the signals"
         " to delay. Read-outs are least squares with a ridge of 1e-6 of the states'"
         " energy, so their errors measure that choice too."
-    ),
+    )
 }
 # gamma: the weight of the perturbation's size against the condition.
 SYSTEMS: dict[str, dict[str, Any]] = {

@@ -1,14 +1,14 @@
-"""Which initial modes a diagonal state-space layer needs: memory of a delay, and pixels one after another.
+"""Which initial modes a diagonal state-space layer needs: memory of a delay, and pixels one after
+another.
 
-Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of Diagonal State Space Models", NeurIPS 2022, arXiv
-2206.11893, which compares the first four rows on the Long Range Arena; S4-PTD from Yu et al., ICLR 2024, arXiv
-2310.01698.
-"""
+Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of Diagonal State Space Models",
+NeurIPS 2022, arXiv 2206.11893, which compares the first four rows on the Long Range Arena; S4-PTD
+from Yu et al., ICLR 2024, arXiv 2310.01698."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.table import Cell
+from experiments.reporting.table import Cell
 
 TITLE = "Initialisations of diagonal state-space models"
 SOURCE = (
@@ -39,12 +39,7 @@ TASKS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     DELAY: ("delay", {}, 256, 300),
     DIGITS: ("images", {}, 64, 400),
     MNIST: ("images", {"task.dataset": "mnist_subset"}, 784, 400),
-    FASHION: (
-        "images",
-        {"task.dataset": "/usr/share/datasets/fashion-mnist"},
-        784,
-        400,
-    ),
+    FASHION: ("images", {"task.dataset": "/usr/share/datasets/fashion-mnist"}, 784, 400),
 }
 
 # row -> (config file, overrides, published accuracies)
@@ -78,9 +73,7 @@ def cells(scale: str) -> list[Cell]:
 def _trained(scale: str, row: str, column: str) -> Cell:
     config, options, _ = MODELS[row]
     task, settings, length, steps = TASKS[column]
-    overrides = settings | {
-        f"model.mixers.{config}.{key}": value for key, value in options.items()
-    }
+    overrides = settings | {f"model.mixers.{config}.{key}": value for key, value in options.items()}
     if config == "s4":
         overrides["model.mixers.s4.kernel_length"] = length
     if scale == "cpu":
@@ -130,13 +123,8 @@ def draw(axes: Any, results: list[tuple[Cell, Mapping[str, Any]]]) -> None:
         if not points:
             continue
         axes.plot(
-            [value for value, _ in points],
-            [place for _, place in points],
-            marker,
-            label=column,
+            [value for value, _ in points], [place for _, place in points], marker, label=column
         )
-    axes.set(
-        yticks=range(len(rows)), yticklabels=rows, xlabel="accuracy", xlim=(0, 1.02)
-    )
+    axes.set(yticks=range(len(rows)), yticklabels=rows, xlabel="accuracy", xlim=(0, 1.02))
     axes.invert_yaxis()
     axes.legend(fontsize=8)

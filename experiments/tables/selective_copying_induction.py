@@ -1,23 +1,21 @@
-"""Mamba's synthetic tasks: selective copying, and induction heads far beyond the length in training.
+"""Mamba's synthetic tasks: selective copying, and induction heads far beyond the length in
+training.
 
-Gu and Dao, "Mamba", COLM 2024, arXiv 2312.00752, tables 1 and 2: S6 in the Mamba block copies 99.8 %, S4 in its own
-block 18.3 %; induction heads trained at 256 tokens hold up to 2^20 tokens in Mamba, and attention (absolute positions)
-falls to 58.6 % at 512 and 26.6 % at 1,024.
-"""
+Gu and Dao, "Mamba", COLM 2024, arXiv 2312.00752, tables 1 and 2: S6 in the Mamba block copies 99.8
+%, S4 in its own block 18.3 %; induction heads trained at 256 tokens hold up to 2^20 tokens in
+Mamba, and attention (absolute positions) falls to 58.6 % at 512 and 26.6 % at 1,024."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.table import Cell
+from experiments.reporting.table import Cell
 
 TITLE = "Selective copying and induction heads"
 SOURCE = (
     "arXiv 2312.00752, tables 1 and 2 (S4: without a gated block; Transformer: absolute"
     " positions where ours are rotary)"
 )
-METRIC = (
-    "Accuracy; induction heads at one, two, four and eight times the length trained on"
-)
+METRIC = "Accuracy; induction heads at one, two, four and eight times the length trained on"
 SIZES = True
 
 SCALES = {
@@ -39,19 +37,14 @@ FACTORS = (1, 2, 4, 8)
 MODELS: dict[str, tuple[str, dict[str, float]]] = {
     "Transformer": ("transformer", {"induction, 2x": 0.586, "induction, 4x": 0.266}),
     "S4": ("s4", {COPYING: 0.183}),
-    "Mamba": (
-        "mamba",
-        {COPYING: 0.998, **{f"induction, {factor}x": 1.0 for factor in FACTORS}},
-    ),
+    "Mamba": ("mamba", {COPYING: 0.998, **{f"induction, {factor}x": 1.0 for factor in FACTORS}}),
     "GLA": ("gla", {}),
     "DeltaNet": ("delta_net", {}),
 }
 
 
 def cells(scale: str) -> list[Cell]:
-    return [
-        cell for row in MODELS for cell in (_copying(scale, row), *_heads(scale, row))
-    ]
+    return [cell for row in MODELS for cell in (_copying(scale, row), *_heads(scale, row))]
 
 
 def _seeds(scale: str) -> tuple[int, ...]:

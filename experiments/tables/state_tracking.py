@@ -1,14 +1,14 @@
-"""Negative eigenvalues and state tracking: which linear recurrences track parity and arithmetic beyond training
-lengths.
+"""Negative eigenvalues and state tracking: which linear recurrences track parity and arithmetic
+beyond training lengths.
 
-Grazzi, Siems, Zela, Franke, Hutter, Pontil, "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues",
-ICLR 2025, arXiv 2411.12537, tables 2 and 3: trained on lengths up to 40, tested on 40 to 256, best of three seeds.
-"""
+Grazzi, Siems, Zela, Franke, Hutter, Pontil, "Unlocking State-Tracking in Linear RNNs Through
+Negative Eigenvalues", ICLR 2025, arXiv 2411.12537, tables 2 and 3: trained on lengths up to 40,
+tested on 40 to 256, best of three seeds."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.table import Cell
+from experiments.reporting.table import Cell
 
 TITLE = "State tracking and negative eigenvalues"
 SOURCE = (
@@ -38,11 +38,7 @@ SCALES = {
     "paper": "three seeds, released settings in full.",
 }
 
-PARITY, ARITHMETIC, BRACKETS = (
-    "parity",
-    "modular arithmetic",
-    "modular arithmetic, brackets",
-)
+PARITY, ARITHMETIC, BRACKETS = ("parity", "modular arithmetic", "modular arithmetic, brackets")
 TASKS = {
     PARITY: "parity",
     ARITHMETIC: "modular_arithmetic",
@@ -51,11 +47,7 @@ TASKS = {
 
 # row -> (config file, overrides, published numbers by column)
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
-    "Transformer": (
-        "transformer",
-        {},
-        {PARITY: 0.022, ARITHMETIC: 0.031, BRACKETS: 0.067},
-    ),
+    "Transformer": ("transformer", {}, {PARITY: 0.022, ARITHMETIC: 0.031, BRACKETS: 0.067}),
     "Mamba [0, 1]": (
         "mamba",
         {"model.mixers.mamba.eigenvalue_range": (0, 1)},
@@ -96,11 +88,7 @@ def _cell(scale: str, row: str, column: str) -> Cell:
         argument += ",smoke"
         # The smoke recipe shortens arithmetic; the table keeps the paper's lengths.
         if column != PARITY:
-            overrides |= {
-                "task.train_max_length": 40,
-                "task.test_max_length": 256,
-                "steps": 300,
-            }
+            overrides |= {"task.train_max_length": 40, "task.test_max_length": 256, "steps": 300}
             overrides |= {
                 "optimizer.warmup_steps": 30,
                 "eval.every_steps": 300,
@@ -110,10 +98,7 @@ def _cell(scale: str, row: str, column: str) -> Cell:
             steps = 400 if scale == "demo" else 800
             if config == "mamba":
                 steps = steps * 3 // 2
-                overrides |= {
-                    "model.mixers.mamba.expand": 1.0,
-                    "model.mixers.mamba.state_size": 8,
-                }
+                overrides |= {"model.mixers.mamba.expand": 1.0, "model.mixers.mamba.state_size": 8}
             overrides |= {"steps": steps, "optimizer.warmup_steps": steps // 10}
             overrides |= {"eval.every_steps": steps, "checkpoint.every_steps": 200}
     elif scale == "gpu" and column != PARITY:
@@ -138,16 +123,9 @@ def draw(axes: Any, results: list[tuple[Cell, Mapping[str, Any]]]) -> None:
         values = [evaluations[f"length_{length}"]["scaled_accuracy"] for length in GRID]
         style = "-" if "-1" in cell.row else "--"
         axes.plot(
-            GRID,
-            [sum(v) / len(v) for v in values],
-            style,
-            marker="o",
-            markersize=3,
-            label=cell.row,
+            GRID, [sum(v) / len(v) for v in values], style, marker="o", markersize=3, label=cell.row
         )
-        axes.fill_between(
-            GRID, [min(v) for v in values], [max(v) for v in values], alpha=0.15
-        )
+        axes.fill_between(GRID, [min(v) for v in values], [max(v) for v in values], alpha=0.15)
     axes.axvspan(0, 40, color="0.92", zorder=0)
     axes.text(3, 1.02, "lengths in training", fontsize=8, color="0.4")
     axes.set(

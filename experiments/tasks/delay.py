@@ -1,29 +1,28 @@
-"""The delay task: what was the signal `delay` tokens ago? The memory of a state-space layer, measured.
+"""The delay task: what was the signal `delay` tokens ago? The memory of a state-space layer,
+measured.
 
-Gu, Johnson, Timalsina, Rudra, Re, "How to Train Your HiPPO", ICLR 2023, arXiv 2206.12037, where the signal is real and
-the model one linear layer. Here the signal is cut into levels, tokens like any others, so that every model reads it:
+Gu, Johnson, Timalsina, Rudra, Re, "How to Train Your HiPPO", ICLR 2023, arXiv 2206.12037, where the
+signal is real and the model one linear layer. Here the signal is cut into levels, tokens like any
+others, so that every model reads it:
 
-    x_t = sum_k a_k cos(pi k t / T) + b_k sin(pi k t / T),   k = 1 .. bandwidth T,    a_k, b_k ~ N(0, 1 / K)
+    x_t = sum_k a_k cos(pi k t / T) + b_k sin(pi k t / T),   k = 1 .. bandwidth T,    a_k, b_k ~
+    N(0, 1 / K)
     token_t = floor(levels Phi(x_t)),    target_t = token_{t - delay}  (t >= delay)
 
-Phi, the normal distribution function, makes all levels equally frequent. The signal is band limited: about
-2 bandwidth delay numbers must be held to answer.
-"""
+Phi, the normal distribution function, makes all levels equally frequent. The signal is band
+limited: about 2 bandwidth delay numbers must be held to answer."""
 
 import math
 
 import numpy as np
 from scipy.special import ndtr
 
-from experiments.task import Batch, Examples, Task
-from experiments.tasks.random_streams import normals, uniforms
+from experiments.tasks.sources.random_streams import normals, uniforms
+from experiments.training.task import Batch, Examples, Task
 
 
 def make(
-    sequence_length: int = 256,
-    delay: int = 64,
-    levels: int = 8,
-    bandwidth: float = 0.1,
+    sequence_length: int = 256, delay: int = 64, levels: int = 8, bandwidth: float = 0.1
 ) -> Task:
     """Fresh signals for training; one evaluation, "test".
 
@@ -47,9 +46,7 @@ def make(
         )
     k = np.arange(1, frequencies + 1)
     angle_KT = np.pi * np.outer(k, np.arange(sequence_length)) / sequence_length
-    waves_RT = np.concatenate([np.cos(angle_KT), np.sin(angle_KT)]) / math.sqrt(
-        frequencies
-    )
+    waves_RT = np.concatenate([np.cos(angle_KT), np.sin(angle_KT)]) / math.sqrt(frequencies)
 
     def stream(name: str) -> Examples:
         def fetch(indices: np.ndarray) -> Batch:

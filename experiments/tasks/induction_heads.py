@@ -1,29 +1,26 @@
-"""Induction heads. Olsson et al., "In-context Learning and Induction Heads", 2022, arXiv 2209.11895, in the form of Gu
-and Dao, "Mamba", COLM 2024, arXiv 2312.00752, section 4.1.2:
+"""Induction heads. Olsson et al., "In-context Learning and Induction Heads", 2022, arXiv
+2209.11895, in the form of Gu and Dao, "Mamba", COLM 2024, arXiv 2312.00752, section 4.1.2:
 
     random tokens .. SPECIAL v .. random tokens SPECIAL        the model answers v
 
-SPECIAL, the last token of the vocabulary, occurs once before the end, anywhere; every sequence is fresh. Trained at one
-length and tested at others, it shows what a model can still find.
-"""
+SPECIAL, the last token of the vocabulary, occurs once before the end, anywhere; every sequence is
+fresh. Trained at one length and tested at others, it shows what a model can still find."""
 
 import functools
 
 import numpy as np
 
-from experiments.task import Batch, Examples, Task
-from experiments.tasks.random_streams import integers, uniforms
+from experiments.tasks.sources.random_streams import integers, uniforms
+from experiments.training.task import Batch, Examples, Task
 
 
-def make(
-    length: int = 256, vocabulary_size: int = 16, test_lengths: tuple[int, ...] = ()
-) -> Task:
-    """Evaluations "test" (sequences of `length` tokens) and "length_<L>" for every L of test_lengths."""
+def make(length: int = 256, vocabulary_size: int = 16, test_lengths: tuple[int, ...] = ()) -> Task:
+    """Evaluations "test" (sequences of `length` tokens) and "length_<L>" for every L of
+    test_lengths."""
     for size in (length, *test_lengths):
         if size < 3 or vocabulary_size < 3:
             raise ValueError(
-                "lengths and vocabulary_size must be at least 3; got"
-                f" {size} and {vocabulary_size}"
+                f"lengths and vocabulary_size must be at least 3; got {size} and {vocabulary_size}"
             )
 
     def draw(stream: str, size: int, indices: np.ndarray) -> Batch:

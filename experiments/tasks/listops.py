@@ -2,18 +2,17 @@
 
     [MAX 4 [SM 7 8 2 ] [MIN 3 9 ] 0 ]  is  7
 
-Operators are MAX, MIN, MED (the median, rounded down) and SM (the sum modulo 10) over two or more arguments, digits or
-lists. (Nangia and Bowman, NAACL 2018, arXiv 1804.06028; lengths and depths from Tay et al., "Long Range Arena", ICLR
-2021, arXiv 2011.04006.)
+Operators are MAX, MIN, MED (the median, rounded down) and SM (the sum modulo 10) over two or more
+arguments, digits or lists. (Nangia and Bowman, NAACL 2018, arXiv 1804.06028; lengths and depths
+from Tay et al., "Long Range Arena", ICLR 2021, arXiv 2011.04006.)
 
-Digits are tokens 0 .. 9, then the four opening brackets with their operators, the closing bracket, and padding; the
-answer d is token 16 + d, asked after the last bracket.
+Digits are tokens 0 .. 9, then the four opening brackets with their operators, the closing bracket,
+and padding; the answer d is token 16 + d, asked after the last bracket.
 
-With `data_dir` the expressions are the released ones; their parentheses, which say nothing more, are left out. Without
-it they are our own, drawn by the same rule. A tree grows from its root: an argument is a list with probability 1/4 down
-to the greatest depth, with 2 to `arguments` arguments, all numbers equally likely; trees of other lengths than asked
-for are thrown away.
-"""
+With `data_dir` the expressions are the released ones; their parentheses, which say nothing more,
+are left out. Without it they are our own, drawn by the same rule. A tree grows from its root: an
+argument is a list with probability 1/4 down to the greatest depth, with 2 to `arguments` arguments,
+all numbers equally likely; trees of other lengths than asked for are thrown away."""
 
 import random
 import statistics
@@ -21,8 +20,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from experiments.task import Batch, Examples, Task
-from experiments.tasks.lra_release import Table, open_table, released
+from experiments.tasks.sources.lra_release import Table, open_table, released
+from experiments.training.task import Batch, Examples, Task
 
 OPERATORS: tuple[Callable[[Sequence[int]], int], ...] = (
     max,
@@ -34,11 +33,7 @@ DIGITS = 10
 OPEN, CLOSE, PADDING, ANSWER = DIGITS, 14, 15, 16
 WORDS = (*map(str, range(DIGITS)), "[MAX", "[MIN", "[MED", "[SM", "]")
 TOKENS = {word.encode(): token for token, word in enumerate(WORDS)}
-FILES = {
-    "train": "basic_train.tsv",
-    "validation": "basic_val.tsv",
-    "test": "basic_test.tsv",
-}
+FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
 LISTS = 0.25  # of the arguments, as long as they may be lists
 TRIES = 1_000_000
 
@@ -58,13 +53,12 @@ def make(
     depth               of lists in lists, at most; 1: no list in a list
     arguments           of a list, at most
     train_examples      a finite training set; 0: without end
-    data_dir            a directory with basic_train.tsv, basic_val.tsv and basic_test.tsv of the release
-                        (lra_release.py), of 96,000, 2,000 and 2,000 expressions: those, and of the other options only
-                        `longest` counts
+    data_dir            a directory with basic_train.tsv, basic_val.tsv and basic_test.tsv of the
+                        release (lra_release.py), of 96,000, 2,000 and 2,000 expressions: those, and
+                        of the other options only `longest` counts
 
-    Metrics: token_metrics; guessing has accuracy 0.1. Raises ValueError for options that allow no expression, and for
-    files that are missing or damaged.
-    """
+    Metrics: token_metrics; guessing has accuracy 0.1. Raises ValueError for options that allow no
+    expression, and for files that are missing or damaged."""
     if data_dir:
         return _released(data_dir, longest)
     fewest = 4  # the brackets and two digits
@@ -108,9 +102,7 @@ def make(
         vocabulary_size=ANSWER + DIGITS,
         sequence_length=longest,
         train=lambda seed: examples(f"train/{seed}", train_examples or None),
-        evaluations={
-            name: examples(name, test_examples) for name in ("validation", "test")
-        },
+        evaluations={name: examples(name, test_examples) for name in ("validation", "test")},
     )
 
 
@@ -155,9 +147,7 @@ def _released(data_dir: str, longest: int) -> Task:
     )
 
 
-def _read(
-    table: Table, indices: np.ndarray, longest: int
-) -> list[tuple[list[int], int]]:
+def _read(table: Table, indices: np.ndarray, longest: int) -> list[tuple[list[int], int]]:
     """Tokens and values of released expressions."""
     expressions = []
     for index, (source, _) in zip(indices.tolist(), table.rows(indices), strict=True):
@@ -181,7 +171,8 @@ def _read(
 def draw(
     rng: random.Random, shortest: int, longest: int, depth: int, arguments: int
 ) -> tuple[list[int], int]:
-    """Tokens and value of an expression. Raises ValueError if none of a million trees had such a length."""
+    """Tokens and value of an expression. Raises ValueError if none of a million trees had such a
+    length."""
     for _ in range(TRIES):
         tokens: list[int] = []
         value = _grow(rng, tokens, longest, depth, arguments, first=True)
@@ -201,7 +192,8 @@ def _grow(
     arguments: int,
     first: bool = False,
 ) -> int | None:
-    """Appends an argument, a list if it is the `first`, and returns its value; None once there are too many tokens."""
+    """Appends an argument, a list if it is the `first`, and returns its value; None once there are
+    too many tokens."""
     if not first and (depth == 0 or rng.random() > LISTS):
         value = int(rng.random() * DIGITS)
         tokens.append(value)

@@ -1,20 +1,22 @@
-"""The six synthetic tasks of MAD. Poli, Thomas, Nguyen, Ponnusamy, Deiseroth, Kersting, Suzuki, Hie, Ermon, Ré, Zhang,
-Massaroli, "Mechanistic Design and Scaling of Hybrid Architectures", ICML 2024, arXiv 2403.17844.
+"""The six synthetic tasks of MAD. Poli, Thomas, Nguyen, Ponnusamy, Deiseroth, Kersting, Suzuki,
+Hie, Ermon, Ré, Zhang, Massaroli, "Mechanistic Design and Scaling of Hybrid Architectures", ICML
+2024, arXiv 2403.17844.
 
     kind                a sequence (V vocabulary, L length)                              asked for
-    recall              k v k v ... k v, a key has one value, the last key occurred      values of keys seen before
-    noisy_recall        the same with pairs of noise tokens in between                   values of keys seen before
-    fuzzy_recall        keys and values of 1 to 3 tokens, padded at the left             values of keys seen before
-    memorisation        k INSERT k INSERT ..., one map from keys to values for all       the value at every INSERT
-    selective_copying   n data tokens among BLANKs, COPY, n BLANKs                       the data in order, at the end
-    compression         L - 1 random tokens, COMPRESS                                    all tokens, from the last state
+    recall              k v k v ... k v, a key has one value, the last key occurred      values of
+    keys seen before noisy_recall        the same with pairs of noise tokens in between
+    values of keys seen before fuzzy_recall        keys and values of 1 to 3 tokens, padded at the
+    left             values of keys seen before memorisation        k INSERT k INSERT ..., one map
+    from keys to values for all       the value at every INSERT selective_copying   n data tokens
+    among BLANKs, COPY, n BLANKs                       the data in order, at the end compression
+    L - 1 random tokens, COMPRESS                                    all tokens, from the last state
 
-The recall tasks are trained on every next token, predictable or not, as published (`targets_only` asks for the values
-alone). The last of them, compression, needs a model that reads one state: models/compressor.py.
+The recall tasks are trained on every next token, predictable or not, as published (`targets_only`
+asks for the values alone). The last of them, compression, needs a model that reads one state:
+models/networks/compressor.py.
 
-Departure: accuracy is over all targets, where the authors average it over target classes; values are drawn uniformly,
-so that the two differ by sampling only.
-"""
+Departure: accuracy is over all targets, where the authors average it over target classes; values
+are drawn uniformly, so that the two differ by sampling only."""
 
 import functools
 from collections.abc import Callable
@@ -22,8 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.task import Batch, Examples, Task, from_arrays
-from experiments.tasks.random_streams import integers, uniforms
+from experiments.tasks.sources.random_streams import integers, uniforms
+from experiments.training.task import Batch, Examples, Task, from_arrays
 
 BLOCK = 1024  # examples drawn together
 MOTIF = 3  # tokens of the longest fuzzy key or value
@@ -39,12 +41,15 @@ def make(
     targets_only: bool = False,
     test_lengths: tuple[int, ...] = (),
 ) -> Task:
-    """Evaluation "test" has fresh sequences like those of training, "length_<L>" others of length L.
+    """Evaluation "test" has fresh sequences like those of training, "length_<L>" others of length
+    L.
 
     kind                see the top of the file
-    length              L; 0: as published (128; memorisation and compression 32, selective_copying 256)
+    length              L; 0: as published (128; memorisation and compression 32, selective_copying
+                        256)
     vocabulary_size     V; 0: as published (16; noisy_recall 32, half of it noise; memorisation 256)
-    train_examples      a finite training set; 0: as published (12,800; memorisation 256), -1: without end
+    train_examples      a finite training set; 0: as published (12,800; memorisation 256), -1:
+                        without end
     noise               noisy_recall: share of pairs that are noise
     copied              selective_copying: n
     targets_only        the recall tasks: train on what is tested instead of on every token
@@ -62,9 +67,7 @@ def make(
     if not 0.0 <= noise < 1.0:
         raise ValueError(f"noise must be in [0, 1); got {noise}")
     if targets_only and kind not in RECALL:
-        raise ValueError(
-            f"targets_only belongs to {', '.join(RECALL)}; got kind={kind!r}"
-        )
+        raise ValueError(f"targets_only belongs to {', '.join(RECALL)}; got kind={kind!r}")
     for size in (length, *test_lengths):
         of.check(size, vocabulary_size, copied)
     options = f"mad/{kind}/{vocabulary_size}/{noise}/{copied}"
@@ -72,9 +75,7 @@ def make(
     def draw(stream: str, size: int, testing: bool, indices: np.ndarray) -> Batch:
         count = of.numbers(size, vocabulary_size, copied)
         numbers = uniforms(f"{options}/{size}/{stream}", indices, count)
-        tokens, targets, asked = of.generate(
-            numbers, size, vocabulary_size, copied, noise, testing
-        )
+        tokens, targets, asked = of.generate(numbers, size, vocabulary_size, copied, noise, testing)
         if kind in RECALL and not testing and not targets_only:
             asked = targets != of.padding(vocabulary_size)
         return {
@@ -122,7 +123,8 @@ def noisy_recall(u, length, vocabulary_size, copied, noise, testing) -> Sequence
 
 
 def _pairs(u, length, keys, noise_tokens, noise) -> Sequences:
-    """Keys 0 .. keys - 1, values the next `keys` tokens, then noise; L/2 pairs, the last a key that occurred."""
+    """Keys 0 .. keys - 1, values the next `keys` tokens, then noise; L/2 pairs, the last a key that
+    occurred."""
     pairs, rows = length // 2, np.arange(len(u))
     u_map, u_keys, u_noise, u_probe, u_tokens = np.split(
         u[:, : keys + 5 * pairs], np.cumsum([keys, pairs, pairs, pairs]), axis=1
@@ -131,7 +133,8 @@ def _pairs(u, length, keys, noise_tokens, noise) -> Sequences:
     key_nP = integers(u_keys, 0, keys - 1)
     noisy_nP = u_noise < noise
     noisy_nP[:, -1] = False
-    # At least one pair before the probe is real, whatever the noise; the probe repeats the key of a random one.
+    # At least one pair before the probe is real, whatever the noise; the probe repeats the key of a
+    # random one.
     noisy_nP[rows, np.argmax(u_noise[:, :-1], axis=1)] = False
     order = np.where(noisy_nP, 2.0, u_probe)[:, :-1]
     key_nP[:, -1] = key_nP[rows, np.argmin(order, axis=1)]
@@ -155,9 +158,7 @@ def fuzzy_recall(u, length, vocabulary_size, copied, noise, testing) -> Sequence
     tokens = np.full((len(u), length + 1), vocabulary_size - 1)
     asked = np.zeros(tokens.shape, bool)
     for row, numbers in enumerate(u):
-        motifs, pairs = _fuzzy_pairs(
-            iter(numbers), length + 1, vocabulary_size, testing
-        )
+        motifs, pairs = _fuzzy_pairs(iter(numbers), length + 1, vocabulary_size, testing)
         start = length + 1 - len(motifs)
         tokens[row, start:] = motifs
         seen = set()
@@ -170,7 +171,8 @@ def fuzzy_recall(u, length, vocabulary_size, copied, noise, testing) -> Sequence
 
 
 def _fuzzy_pairs(draw, room, vocabulary_size, testing):
-    """All tokens, at most `room`, and the (key, value) pairs they are; the last key is that of a random other pair."""
+    """All tokens, at most `room`, and the (key, value) pairs they are; the last key is that of a
+    random other pair."""
     half = (vocabulary_size - 1) // 2
     values = vocabulary_size - 1 - half
     value_of: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -238,7 +240,8 @@ def compression(u, length, vocabulary_size, copied, noise, testing) -> Sequences
 
 @dataclass(frozen=True)
 class Kind:
-    """generate: uniform numbers [n, numbers(L, V, n)] to sequences; check raises ValueError for impossible sizes."""
+    """generate: uniform numbers [n, numbers(L, V, n)] to sequences; check raises ValueError for
+    impossible sizes."""
 
     generate: Callable[..., Sequences]
     check: Callable[[int, int, int], None]
@@ -299,9 +302,7 @@ KINDS = {
     "recall": Kind(recall, _check_even, _pair_numbers),
     "noisy_recall": Kind(noisy_recall, _check_even, _pair_numbers, vocabulary=32),
     # Two numbers per token at most, and a first and a last pair that do not count.
-    "fuzzy_recall": Kind(
-        fuzzy_recall, _check_fuzzy, lambda length, v, n: 2 * length + 32
-    ),
+    "fuzzy_recall": Kind(fuzzy_recall, _check_fuzzy, lambda length, v, n: 2 * length + 32),
     "memorisation": Kind(
         memorisation,
         _check_even,
@@ -313,7 +314,5 @@ KINDS = {
     "selective_copying": Kind(
         selective_copying, _check_copying, lambda length, v, n: length, length=256
     ),
-    "compression": Kind(
-        compression, _check_compression, lambda length, v, n: length, length=32
-    ),
+    "compression": Kind(compression, _check_compression, lambda length, v, n: length, length=32),
 }

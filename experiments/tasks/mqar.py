@@ -1,19 +1,18 @@
-"""Multi-query associative recall (MQAR). Arora, Eyuboglu, Timalsina, Johnson, Poli, Zou, Rudra, Ré, "Zoology: Measuring
-and Improving Recall in Efficient Language Models", ICLR 2024, arXiv 2312.04927; settings of unequal length after
-"Based", ICML 2024, arXiv 2402.18668.
+"""Multi-query associative recall (MQAR). Arora, Eyuboglu, Timalsina, Johnson, Poli, Zou, Rudra, Ré,
+"Zoology: Measuring and Improving Recall in Efficient Language Models", ICLR 2024, arXiv 2312.04927;
+settings of unequal length after "Based", ICML 2024, arXiv 2402.18668.
 
     k_1 v_1 k_2 v_2 ... k_N v_N   . k_j . . k_i . ...         the model answers k_j with v_j
 
-Each key returns once, at a gap drawn with a power law; its value is the target at the key's own place and never an
-input.
-"""
+Each key returns once, at a gap drawn with a power law; its value is the target at the key's own
+place and never an input."""
 
 import functools
 
 import numpy as np
 
-from experiments.task import Batch, Examples, Task, from_arrays
-from experiments.tasks.random_streams import integers, uniforms
+from experiments.tasks.sources.random_streams import integers, uniforms
+from experiments.training.task import Batch, Examples, Task, from_arrays
 
 BLOCK = 1024  # examples drawn together
 
@@ -25,21 +24,21 @@ def make(
     power: float = 0.01,
     random_non_queries: bool = False,
 ) -> Task:
-    """A finite training set, the same in every epoch; evaluations "length_<L>_pairs_<N>", 4 N <= L, drawn without end.
+    """A finite training set, the same in every epoch; evaluations "length_<L>_pairs_<N>", 4 N <= L,
+    drawn without end.
 
     train                   (L, N, examples) per setting; a batch never mixes settings
     test                    (L, N) per evaluation; (): the settings of `train`
     vocabulary_size         keys are 1 .. vocabulary_size/2 - 1, values the upper half
-    power                   a: gap i has weight a i^(a - 1), so that with a = .01 short gaps prevail, nearly as 1/i
+    power                   a: gap i has weight a i^(a - 1), so that with a = .01 short gaps
+                            prevail, nearly as 1/i
     random_non_queries      the places that hold no pair and no query are random tokens, not 0
 
-    Logits are computed at the N queries alone (readout_positions). All sequences of an evaluation have N targets, so
-    `accuracy` is also the mean over sequences of their accuracies, the published metric.
-    """
+    Logits are computed at the N queries alone (readout_positions). All sequences of an evaluation
+    have N targets, so `accuracy` is also the mean over sequences of their accuracies, the published
+    metric."""
     if not train:
-        raise ValueError(
-            "train must list at least one setting (length, pairs, examples); got ()"
-        )
+        raise ValueError("train must list at least one setting (length, pairs, examples); got ()")
     test = test or tuple((length, pairs) for length, pairs, _ in train)
     for length, pairs in (*(setting[:2] for setting in train), *test):
         if length % 2 or not 1 <= pairs <= length // 4:
@@ -65,26 +64,17 @@ def make(
             indices,
             2 * pairs + (length - 2 * pairs) // 2 + length,
         )
-        return recall_sequences(
-            numbers, length, pairs, vocabulary_size, power, random_non_queries
-        )
+        return recall_sequences(numbers, length, pairs, vocabulary_size, power, random_non_queries)
 
     def training_set(seed: int, length: int, pairs: int, count: int) -> Examples:
-        """Drawn once, in blocks: rows in random order are much faster to look up than to draw again."""
+        """Drawn once, in blocks: rows in random order are much faster to look up than to draw
+        again."""
         blocks = [
-            draw(
-                f"train/{seed}",
-                length,
-                pairs,
-                np.arange(start, min(start + BLOCK, count)),
-            )
+            draw(f"train/{seed}", length, pairs, np.arange(start, min(start + BLOCK, count)))
             for start in range(0, count, BLOCK)
         ]
         return from_arrays(
-            {
-                name: np.concatenate([block[name] for block in blocks])
-                for name in blocks[0]
-            }
+            {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
         )
 
     return Task(
@@ -108,14 +98,14 @@ def recall_sequences(
     power: float,
     random_non_queries: bool,
 ) -> Batch:
-    """Sequences from uniform numbers [n, 2 pairs + gaps + length], gaps = (length - 2 pairs) / 2."""
+    """Sequences from uniform numbers [n, 2 pairs + gaps + length], gaps = (length - 2 pairs) /
+    2."""
     gaps, context = (length - 2 * pairs) // 2, 2 * pairs
-    u_keys, u_values, u_gaps, u_tokens = np.split(
-        uniform, np.cumsum([pairs, pairs, gaps]), axis=1
-    )
+    u_keys, u_values, u_gaps, u_tokens = np.split(uniform, np.cumsum([pairs, pairs, gaps]), axis=1)
     keys_nN = draw_distinct(u_keys, 1, vocabulary_size // 2 - 1)
     values_nN = draw_distinct(u_values, vocabulary_size // 2, vocabulary_size - 1)
-    # Drawing N gaps one after another without replacement is a race of exponential clocks with the weights as rates.
+    # Drawing N gaps one after another without replacement is a race of exponential clocks with the
+    # weights as rates.
     weights = power * np.arange(1, gaps + 1) ** (power - 1)
     gap_nN = np.argsort(-np.log1p(-u_gaps) / weights, axis=1)[:, :pairs]
     query_nN = context + 2 * gap_nN
@@ -136,7 +126,8 @@ def recall_sequences(
 
 
 def draw_distinct(uniform: np.ndarray, low: int, high: int) -> np.ndarray:
-    """N distinct integers of low..high in random order for each row of [n, N] uniform ones (a shuffle stopped at N)."""
+    """N distinct integers of low..high in random order for each row of [n, N] uniform ones (a
+    shuffle stopped at N)."""
     rows, count = uniform.shape
     pool = np.tile(np.arange(low, high + 1, dtype=np.int32), (rows, 1))
     row = np.arange(rows)

@@ -1,51 +1,45 @@
 """Pathfinder and Path-X of the Long Range Arena: are the two discs joined by a dashed path?
 
-Linsley et al., NeurIPS 2018; images and settings from Tay et al., "Long Range Arena", ICLR 2021, arXiv 2011.04006: 32 x
-32 pixels (Pathfinder) or 128 x 128 (Path-X), paths of length 14, 200,000 images each. Pixels in reading order are
-tokens 0 .. 255, their grey level; answer 256 is no, 257 yes, asked after the last pixel.
+Linsley et al., NeurIPS 2018; images and settings from Tay et al., "Long Range Arena", ICLR 2021,
+arXiv 2011.04006: 32 x 32 pixels (Pathfinder) or 128 x 128 (Path-X), paths of length 14, 200,000
+images each. Pixels in reading order are tokens 0 .. 255, their grey level; answer 256 is no, 257
+yes, asked after the last pixel.
 
-Departure: the release has one set without splits, which papers cut at random, 80 % train, 10 % validation, 10 % test.
-So do we, always alike, but not into the same images.
-"""
+Departure: the release has one set without splits, which papers cut at random, 80 % train, 10 %
+validation, 10 % test. So do we, always alike, but not into the same images."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from experiments.task import Batch, Examples, Task
-from experiments.tasks.lra_release import released
-from experiments.tasks.random_streams import uniforms
+from experiments.tasks.sources.lra_release import released
+from experiments.tasks.sources.random_streams import uniforms
+from experiments.training.task import Batch, Examples, Task
 
 DIFFICULTY = "curv_contour_length_14"
 LEVELS = 256
 
 
-def make(
-    data_dir: str = "~/lra_release/lra_release/pathfinder32", size: int = 32
-) -> Task:
+def make(data_dir: str = "~/lra_release/lra_release/pathfinder32", size: int = 32) -> Task:
     """Evaluations "validation" and "test".
 
-    data_dir    the directory pathfinder32 or pathfinder128 of the release (lra_release.py), with the folder
-                curv_contour_length_14 of imgs/<n>/sample_<m>.png and metadata/<n>.npy, which names them
+    data_dir    the directory pathfinder32 or pathfinder128 of the release (lra_release.py), with
+                the folder curv_contour_length_14 of imgs/<n>/sample_<m>.png and metadata/<n>.npy,
+                which names them
     size        of the images: 32 or 128; T is its square
 
-    Images are read one by one, when they are needed. Metrics: token_metrics; guessing has accuracy 0.5. Raises
-    ValueError for files that are missing or damaged and for images of another size.
-    """
+    Images are read one by one, when they are needed. Metrics: token_metrics; guessing has accuracy
+    0.5. Raises ValueError for files that are missing or damaged and for images of another size."""
     directory = released(
-        data_dir,
-        "pathfinder32 (128 for Path-X)",
-        (f"{DIFFICULTY}/metadata", f"{DIFFICULTY}/imgs"),
+        data_dir, "pathfinder32 (128 for Path-X)", (f"{DIFFICULTY}/metadata", f"{DIFFICULTY}/imgs")
     )
     folder = directory / DIFFICULTY
     names, labels = _read_metadata(folder)
     _read_image(folder / names[0], size)
 
     # Hashed numbers, not every tenth image: the order of the files may have to do with the class.
-    order = np.argsort(
-        uniforms("pathfinder/splits", np.arange(len(names)), 1)[:, 0], kind="stable"
-    )
+    order = np.argsort(uniforms("pathfinder/splits", np.arange(len(names)), 1)[:, 0], kind="stable")
     tenth = len(names) // 10
     splits = {
         "validation": order[:tenth],
@@ -58,9 +52,7 @@ def make(
 
         def fetch(indices: np.ndarray) -> Batch:
             chosen, n = numbers[indices], len(indices)
-            pixels = np.stack(
-                [_read_image(folder / names[number], size) for number in chosen]
-            )
+            pixels = np.stack([_read_image(folder / names[number], size) for number in chosen])
             return {
                 "tokens": pixels.reshape(n, size * size).astype(np.int32),
                 "targets": LEVELS + labels[chosen].reshape(n, 1),
@@ -75,15 +67,13 @@ def make(
         sequence_length=size * size,
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
-        provenance={
-            "images": f"files of {directory.name}",
-            "train_images": len(splits["train"]),
-        },
+        provenance={"images": f"files of {directory.name}", "train_images": len(splits["train"])},
     )
 
 
 def _read_metadata(folder: Path) -> tuple[list[str], np.ndarray]:
-    """Paths of all images within `folder` and their labels [n]; a line begins: folder, file, number, label."""
+    """Paths of all images within `folder` and their labels [n]; a line begins: folder, file,
+    number, label."""
     # Text, in spite of the name.
     files = sorted((folder / "metadata").glob("*.npy"), key=lambda file: file.name)
     names, labels = [], []

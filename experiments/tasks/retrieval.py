@@ -1,19 +1,21 @@
 """Retrieval of the Long Range Arena: are two papers linked by a citation?
 
-Tay et al., "Long Range Arena", ICLR 2021, arXiv 2011.04006; the papers are those of the ACL Anthology Network (Radev et
-al., 2013), two to an example, read byte by byte. Tokens are those of byte_documents.py:
+Tay et al., "Long Range Arena", ICLR 2021, arXiv 2011.04006; the papers are those of the ACL
+Anthology Network (Radev et al., 2013), two to an example, read byte by byte. Tokens are those of
+byte_documents.py:
 
-    first paper, mark, second paper, mark, padding          at most `length` tokens each, with its mark
+    first paper, mark, second paper, mark, padding          at most `length` tokens each, with its
+    mark
 
-Departure: one sequence, of which the answer is asked at the end, so that a causal model compares while it reads the
-second paper. The benchmark encodes both apart, by the same weights, and compares two vectors.
-"""
+Departure: one sequence, of which the answer is asked at the end, so that a causal model compares
+while it reads the second paper. The benchmark encodes both apart, by the same weights, and compares
+two vectors."""
 
 import numpy as np
 
-from experiments.task import Batch, Examples, Task
-from experiments.tasks.byte_documents import ANSWER, ask
-from experiments.tasks.lra_release import open_table, released
+from experiments.tasks.sources.byte_documents import ANSWER, ask
+from experiments.tasks.sources.lra_release import open_table, released
+from experiments.training.task import Batch, Examples, Task
 
 FILES = {
     "train": "new_aan_pairs.train.tsv",
@@ -23,25 +25,21 @@ FILES = {
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
 
 
-def make(
-    data_dir: str = "~/lra_release/lra_release/tsv_data", length: int = 4000
-) -> Task:
+def make(data_dir: str = "~/lra_release/lra_release/tsv_data", length: int = 4000) -> Task:
     """Evaluations "validation" and "test", as released; T is twice the length.
 
-    data_dir    the directory with new_aan_pairs.train.tsv, .eval.tsv and .test.tsv of the release (lra_release.py),
-                of 147,086, 18,090 and 17,437 pairs
+    data_dir    the directory with new_aan_pairs.train.tsv, .eval.tsv and .test.tsv of the release
+                (lra_release.py), of 147,086, 18,090 and 17,437 pairs
     length      of a document with its mark; longer ones are cut
 
-    The files are read through once at the start, which takes a minute or so, and then line by line. Metrics:
-    token_metrics; guessing has accuracy 0.5. Raises ValueError for files that are missing or damaged.
-    """
+    The files are read through once at the start, which takes a minute or so, and then line by line.
+    Metrics: token_metrics; guessing has accuracy 0.5. Raises ValueError for files that are missing
+    or damaged."""
     if length < 2:
         raise ValueError(f"length must be at least 2, a byte and a mark; got {length}")
     directory = released(data_dir, "tsv_data", tuple(FILES.values()))
     tables = {
-        split: open_table(
-            directory / name, COLUMNS, label="label", classes=2, header=False
-        )
+        split: open_table(directory / name, COLUMNS, label="label", classes=2, header=False)
         for split, name in FILES.items()
     }
 

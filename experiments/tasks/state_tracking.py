@@ -1,18 +1,21 @@
-"""State tracking: parity, arithmetic mod 5, and products in a finite group, at lengths beyond those trained on.
+"""State tracking: parity, arithmetic mod 5, and products in a finite group, at lengths beyond those
+trained on.
 
-Grazzi, Siems, Zela, Franke, Hutter, Pontil, "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues",
-ICLR 2025, arXiv 2411.12537, section 5; the arithmetic tasks after Delétang et al., ICLR 2023, arXiv 2207.02098, the
-group products after Merrill, Petty, Sabharwal, ICML 2024, arXiv 2404.08819.
+Grazzi, Siems, Zela, Franke, Hutter, Pontil, "Unlocking State-Tracking in Linear RNNs Through
+Negative Eigenvalues", ICLR 2025, arXiv 2411.12537, section 5; the arithmetic tasks after Delétang
+et al., ICLR 2023, arXiv 2207.02098, the group products after Merrill, Petty, Sabharwal, ICML 2024,
+arXiv 2404.08819.
 
     kind                            a sequence of total length L                      answer
-    parity                          L - 1 bits                                        number of ones mod 2
-    modular_arithmetic              digit (operator digit)* =       (L odd)           value mod 5, product before sum
-    modular_arithmetic_brackets     nested expression of L - 3 tokens, then =         value mod 5
-    s5, z60                         L group elements                                  product of all elements so far
+    parity                          L - 1 bits                                        number of ones
+    mod 2 modular_arithmetic              digit (operator digit)* =       (L odd)           value
+    mod 5, product before sum modular_arithmetic_brackets     nested expression of L - 3 tokens,
+    then =         value mod 5 s5, z60                         L group elements
+    product of all elements so far
 
-Of the first three the last token is the answer: it is absent from the input, and the token before it is asked for it.
-The group tasks ask for the running product at every token. Sequences are padded to the longest.
-"""
+Of the first three the last token is the answer: it is absent from the input, and the token before
+it is asked for it. The group tasks ask for the running product at every token. Sequences are padded
+to the longest."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,21 +23,20 @@ from itertools import permutations
 
 import numpy as np
 
-from experiments.losses import token_metrics
-from experiments.task import Batch, Examples, Task
-from experiments.tasks.random_streams import integers, uniforms
+from experiments.objectives.objective import token_metrics
+from experiments.tasks.sources.random_streams import integers, uniforms
+from experiments.training.task import Batch, Examples, Task
 
 MODULUS = 5
 # modular_arithmetic: pad 0, + 1, - 2, * 3, = 4, digit d at 5 + d.
 PLUS, MINUS, TIMES, EQUALS, DIGITS = 1, 2, 3, 4, 5
 # modular_arithmetic_brackets: digit d at d, and these.
-BRACKET_PLUS, BRACKET_MINUS, BRACKET_TIMES, OPEN, CLOSE, BRACKET_EQUALS, BRACKET_PAD = (
-    range(5, 12)
-)
+BRACKET_PLUS, BRACKET_MINUS, BRACKET_TIMES, OPEN, CLOSE, BRACKET_EQUALS, BRACKET_PAD = range(5, 12)
 # Element e maps point i to S5[e, i]; element 0 is the identity.
 S5 = np.array(list(permutations(range(5))))
-# As numbers in base 5 the elements are sorted, so products are found by bisection. S5_PRODUCT[a, b] is a after b; its
-# last row is the filler between two elements of "every_fourth", which leaves b as it is.
+# As numbers in base 5 the elements are sorted, so products are found by bisection. S5_PRODUCT[a, b]
+# is a after b; its last row is the filler between two elements of "every_fourth", which leaves b as
+# it is.
 _CODE = 5 ** np.arange(4, -1, -1)
 S5_FILLER = len(S5)
 S5_PRODUCT = np.concatenate(
@@ -43,14 +45,15 @@ S5_PRODUCT = np.concatenate(
 
 S5_INPUTS = ("all", "swaps", "three", "every_fourth")
 
-# Tokens, answers and asked, all [n, T]: the answer is asked for at token t where asked_nT[., t], and then is
-# answers_nT[., t].
+# Tokens, answers and asked, all [n, T]: the answer is asked for at token t where asked_nT[., t],
+# and then is answers_nT[., t].
 Sequences = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`generate` maps uniform numbers [n, T] and total lengths [n] to sequences; `shortest` is the least length."""
+    """`generate` maps uniform numbers [n, T] and total lengths [n] to sequences; `shortest` is the
+    least length."""
 
     generate: Callable[..., Sequences]
     vocabulary_size: int
@@ -71,20 +74,24 @@ def make(
     """Sequences drawn afresh; evaluations "in_distribution" (lengths as in training) and "long".
 
     kind                parity, modular_arithmetic, modular_arithmetic_brackets, s5 or z60
-    supervision         of training: "last" asks for the answer alone, "every" for the running answer at every token.
-                        "": as published, "last", and "every" for groups. Evaluations always ask as published.
+    supervision         of training: "last" asks for the answer alone, "every" for the running
+                        answer at every token. "": as published, "last", and "every" for groups.
+                        Evaluations always ask as published.
     multiplication      with brackets: operators + - *, or + - alone
-    inputs              s5: "all" elements; "swaps" (transpositions and the identity); "three" (elements that move at
-                        most three points); "every_fourth": an element every four tokens, filler between, asked at the
-                        fourth
-    train_max_length    0 stands for 40: L uniform in 3..40 (with brackets from 5, the shortest there is; arithmetic
-                        without: odd L only); groups: 32, every sequence of this length
-    test_max_length     0 stands for 256: L uniform in train_max_length..256 for "long"; groups: 500, this length
-    test_length_grid    adds an evaluation "length_<n>" for every n, all sequences of exactly that length
+    inputs              s5: "all" elements; "swaps" (transpositions and the identity); "three"
+                        (elements that move at most three points); "every_fourth": an element every
+                        four tokens, filler between, asked at the fourth
+    train_max_length    0 stands for 40: L uniform in 3..40 (with brackets from 5, the shortest
+                        there is; arithmetic without: odd L only); groups: 32, every sequence of
+                        this length
+    test_max_length     0 stands for 256: L uniform in train_max_length..256 for "long"; groups:
+                        500, this length
+    test_length_grid    adds an evaluation "length_<n>" for every n, all sequences of exactly that
+                        length
 
-    Metrics: token_metrics and scaled_accuracy = (accuracy - chance) / (1 - chance). Chance is that of a uniform answer;
-    with brackets and products 0 is likelier, and answering 0 always scores .09 in_distribution and .13 on long.
-    """
+    Metrics: token_metrics and scaled_accuracy = (accuracy - chance) / (1 - chance). Chance is that
+    of a uniform answer; with brackets and products 0 is likelier, and answering 0 always scores .09
+    in_distribution and .13 on long."""
     _check("kind", kind, tuple(KINDS))
     of = KINDS[kind]
     published = "every" if of.group else "last"
@@ -98,8 +105,7 @@ def make(
         )
     if not multiplication and kind != "modular_arithmetic_brackets":
         raise ValueError(
-            "multiplication=False belongs to modular_arithmetic_brackets; got"
-            f" kind={kind!r}"
+            f"multiplication=False belongs to modular_arithmetic_brackets; got kind={kind!r}"
         )
     train_max = train_max_length or (32 if of.group else 40)
     test_max = test_max_length or (500 if of.group else 256)
@@ -118,17 +124,14 @@ def make(
 
     def examples(stream: str, lengths: tuple[int, int], supervision: str) -> Examples:
         def fetch(indices: np.ndarray) -> Batch:
-            u_nT = uniforms(
-                f"{kind}/{multiplication}/{inputs}/{stream}", indices, 1 + lengths[1]
-            )
+            u_nT = uniforms(f"{kind}/{multiplication}/{inputs}/{stream}", indices, 1 + lengths[1])
             length_n = _draw_lengths(kind, u_nT[:, 0], *lengths)
             tokens_nT, answers_nT, asked_nT = of.generate(
                 u_nT[:, 1:], length_n, multiplication=multiplication, inputs=inputs
             )
             if supervision == "last":  # the last of the places that are asked
                 asked_nT = asked_nT & (
-                    np.cumsum(asked_nT, axis=1)
-                    == np.sum(asked_nT, axis=1, keepdims=True)
+                    np.cumsum(asked_nT, axis=1) == np.sum(asked_nT, axis=1, keepdims=True)
                 )
             return {
                 "tokens": tokens_nT.astype(np.int32),
@@ -140,19 +143,13 @@ def make(
 
     def derive(sums: Mapping[str, float]) -> dict[str, float]:
         metrics = token_metrics(sums)
-        return metrics | {
-            "scaled_accuracy": (metrics["accuracy"] - of.chance) / (1 - of.chance)
-        }
+        return metrics | {"scaled_accuracy": (metrics["accuracy"] - of.chance) / (1 - of.chance)}
 
     return Task(
         vocabulary_size=of.vocabulary_size + (inputs == "every_fourth"),
         sequence_length=train_max,
-        train=lambda seed: examples(
-            f"train/{seed}", ranges["in_distribution"], supervision
-        ),
-        evaluations={
-            name: examples(name, lengths, published) for name, lengths in ranges.items()
-        },
+        train=lambda seed: examples(f"train/{seed}", ranges["in_distribution"], supervision),
+        evaluations={name: examples(name, lengths, published) for name, lengths in ranges.items()},
         derive=derive,
     )
 
@@ -165,18 +162,15 @@ def parity(u_nT: np.ndarray, length_n: np.ndarray, **_) -> Sequences:
 
 
 def modular_arithmetic(u_nT: np.ndarray, length_n: np.ndarray, **_) -> Sequences:
-    """Digits at even places, operators at odd ones, `=` at place L - 2, where the answer is asked."""
+    """Digits at even places, operators at odd ones, `=` at place L - 2, where the answer is
+    asked."""
     place_T = np.arange(u_nT.shape[1])
     equals_n1 = length_n[:, None] - 2
-    digits_nT, operators_nT = (
-        integers(u_nT, 0, MODULUS - 1),
-        integers(u_nT, PLUS, TIMES),
-    )
-    tokens_nT = np.where(place_T % 2 == 0, DIGITS + digits_nT, operators_nT) * (
-        place_T < equals_n1
-    )
+    digits_nT, operators_nT = (integers(u_nT, 0, MODULUS - 1), integers(u_nT, PLUS, TIMES))
+    tokens_nT = np.where(place_T % 2 == 0, DIGITS + digits_nT, operators_nT) * (place_T < equals_n1)
     tokens_nT = np.where(place_T == equals_n1, EQUALS, tokens_nT)
-    # Left to right with the current product kept apart from the sum of the finished ones: * binds closer.
+    # Left to right with the current product kept apart from the sum of the finished ones: * binds
+    # closer.
     total_n, product_n = np.zeros_like(length_n), digits_nT[:, 0]
     for place in range(2, u_nT.shape[1], 2):
         operator_n, digit_n = operators_nT[:, place - 1], digits_nT[:, place]
@@ -184,16 +178,10 @@ def modular_arithmetic(u_nT: np.ndarray, length_n: np.ndarray, **_) -> Sequences
         total_n = np.where(inside_n & ~times_n, total_n + product_n, total_n)
         signed_n = np.where(operator_n == MINUS, -digit_n, digit_n)
         product_n = np.where(
-            inside_n,
-            np.where(times_n, product_n * digit_n % MODULUS, signed_n),
-            product_n,
+            inside_n, np.where(times_n, product_n * digit_n % MODULUS, signed_n), product_n
         )
     answer_n = DIGITS + (total_n + product_n) % MODULUS
-    return (
-        tokens_nT,
-        np.broadcast_to(answer_n[:, None], tokens_nT.shape),
-        place_T == equals_n1,
-    )
+    return (tokens_nT, np.broadcast_to(answer_n[:, None], tokens_nT.shape), place_T == equals_n1)
 
 
 def modular_arithmetic_brackets(
@@ -201,14 +189,11 @@ def modular_arithmetic_brackets(
 ) -> Sequences:
     """An expression E(m) of m = L - 3 tokens, `=` at place L - 3, where the answer is asked.
 
-    E(1..4) = d, -d, (d), (-d); E(m) = (E(l) op E(m - 3 - l)) with l uniform in 1..m-4. All expressions of the batch are
-    expanded together, one nesting level at a time, and evaluated from the innermost level out. The number at a place
-    decides what is written there, and at an opening bracket where the expression inside is split.
-    """
-    tokens_nT, value_nT = (
-        np.full(u_nT.shape, BRACKET_PAD),
-        np.zeros(u_nT.shape, np.int64),
-    )
+    E(1..4) = d, -d, (d), (-d); E(m) = (E(l) op E(m - 3 - l)) with l uniform in 1..m-4. All
+    expressions of the batch are expanded together, one nesting level at a time, and evaluated from
+    the innermost level out. The number at a place decides what is written there, and at an opening
+    bracket where the expression inside is split."""
+    tokens_nT, value_nT = (np.full(u_nT.shape, BRACKET_PAD), np.zeros(u_nT.shape, np.int64))
     size_n, row_n = length_n - 3, np.arange(len(length_n))
     tokens_nT[row_n, size_n] = BRACKET_EQUALS
     row, start, size = row_n, np.zeros_like(size_n), size_n
@@ -220,15 +205,9 @@ def modular_arithmetic_brackets(
         left = integers(u_nT[row, start], 1, size - 4)
         middle = start + 1 + left  # the operator's place
         operator = integers(
-            u_nT[row, middle],
-            BRACKET_PLUS,
-            BRACKET_TIMES if multiplication else BRACKET_MINUS,
+            u_nT[row, middle], BRACKET_PLUS, BRACKET_TIMES if multiplication else BRACKET_MINUS
         )
-        (
-            tokens_nT[row, start],
-            tokens_nT[row, middle],
-            tokens_nT[row, start + size - 1],
-        ) = (
+        (tokens_nT[row, start], tokens_nT[row, middle], tokens_nT[row, start + size - 1]) = (
             OPEN,
             operator,
             CLOSE,
@@ -270,10 +249,11 @@ def _write_leaves(
 
 
 def s5(u_nT: np.ndarray, length_n: np.ndarray, *, inputs: str, **_) -> Sequences:
-    """Permutations of five points, answered by the product x_t ... x_2 x_1: the first element acts first.
+    """Permutations of five points, answered by the product x_t ... x_2 x_1: the first element acts
+    first.
 
-    With "every_fourth" the fourth token of a group is asked, so that a layer has four steps of its own for one element.
-    """
+    With "every_fourth" the fourth token of a group is asked, so that a layer has four steps of its
+    own for one element."""
     moved = np.count_nonzero(S5 - np.arange(5), axis=1)
     choices = np.flatnonzero(moved <= {"swaps": 2, "three": 3}.get(inputs, 5))
     tokens_nT = choices[integers(u_nT, 0, len(choices) - 1)]
@@ -295,9 +275,7 @@ def z60(u_nT: np.ndarray, length_n: np.ndarray, **_) -> Sequences:
 
 KINDS = {
     "parity": Kind(parity, vocabulary_size=3, chance=1 / 2, shortest=3),
-    "modular_arithmetic": Kind(
-        modular_arithmetic, vocabulary_size=10, chance=1 / 5, shortest=3
-    ),
+    "modular_arithmetic": Kind(modular_arithmetic, vocabulary_size=10, chance=1 / 5, shortest=3),
     "modular_arithmetic_brackets": Kind(
         modular_arithmetic_brackets, vocabulary_size=12, chance=1 / 5, shortest=5
     ),
@@ -314,9 +292,7 @@ def _draw_lengths(kind: str, u_n: np.ndarray, low: int, high: int) -> np.ndarray
 
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}"
-        )
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 def _check_lengths(kind: str, shortest: int, low: int, high: int) -> None:

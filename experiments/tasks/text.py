@@ -1,9 +1,10 @@
-"""Language modelling: bytes or byte-level BPE, on the running Python's standard library or any text files.
+"""Language modelling: bytes or byte-level BPE, on the running Python's standard library or any text
+files.
 
-A split's documents stand one after another and are cut into windows of T tokens. With packing="documents" the tokens of
-one file share a segment id, the recurrent states start afresh at its first token, and no token of one file is predicted
-from another; with packing="stream" the text is one stream.
-"""
+A split's documents stand one after another and are cut into windows of T tokens. With
+packing="documents" the tokens of one file share a segment id, the recurrent states start afresh at
+its first token, and no token of one file is predicted from another; with packing="stream" the text
+is one stream."""
 
 import hashlib
 import json
@@ -16,15 +17,15 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from experiments.losses import token_metrics
-from experiments.task import Batch, Examples, Task
-from experiments.tasks.text_builder import (
+from experiments.objectives.objective import token_metrics
+from experiments.tasks.sources.text_builder import (
     WindowsConfig,
     prepare_windows,
     publish,
     read_windows,
 )
-from experiments.tasks.text_corpus import Corpus, Document, standard_library, text_files
+from experiments.tasks.sources.text_corpus import Corpus, Document, standard_library, text_files
+from experiments.training.task import Batch, Examples, Task
 
 DEFAULT_DATA_DIR = "~/.cache/scanax"
 
@@ -39,18 +40,18 @@ def make(
 ) -> Task:
     """Windows of text; evaluations "validation" and "test", which are files of their own.
 
-    path                a text file (its last tenth is validation and test) or a directory (files are split by their
-                        names); "": the sources and documentation of the running Python's standard library, about 10 MB
-    tokenizer           "bytes" (vocabulary 256), "bpe" (byte-level BPE, trained on the training split once), or a file
-                        tokenizer.json with byte-level tokens
+    path                a text file (its last tenth is validation and test) or a directory (files
+                        are split by their names); "": the sources and documentation of the running
+                        Python's standard library, about 10 MB
+    tokenizer           "bytes" (vocabulary 256), "bpe" (byte-level BPE, trained on the training
+                        split once), or a file tokenizer.json with byte-level tokens
     vocabulary_size     of "bpe"; the others have their own
     sequence_length     T
     packing             "documents" or "stream"
     data_dir            where the prepared windows and the trained tokenizer are kept
 
-    Metrics: token_metrics and bits_per_byte. Provenance: source, number of files, size and sha256 of the text,
-    tokenizer.
-    """
+    Metrics: token_metrics and bits_per_byte. Provenance: source, number of files, size and sha256
+    of the text, tokenizer."""
     if packing not in ("documents", "stream"):
         raise ValueError(f"packing must be 'documents' or 'stream'; got {packing!r}")
     if sequence_length < 1:
@@ -99,7 +100,8 @@ def make(
 
 
 def text_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """token_metrics, and bits_per_byte: the loss in bits over the bytes that the targets stand for."""
+    """token_metrics, and bits_per_byte: the loss in bits over the bytes that the targets stand
+    for."""
     return token_metrics(sums) | {
         "bits_per_byte": float(sums["loss_sum"] / np.log(2) / sums["bytes_sum"])
     }
@@ -107,17 +109,17 @@ def text_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Coder:
-    """`encode` maps a document to token numbers; token_bytes [vocabulary] is how many bytes each token stands for."""
+    """`encode` maps a document to token numbers; token_bytes [vocabulary] is how many bytes each
+    token stands for."""
 
     name: str
     encode: Callable[[Document], np.ndarray]
     token_bytes: np.ndarray
 
 
-def find_coder(
-    tokenizer: str, vocabulary_size: int, corpus: Corpus, directory: Path
-) -> Coder:
-    """The coder of a `tokenizer` option; "bpe" is trained on the corpus unless `directory` has it."""
+def find_coder(tokenizer: str, vocabulary_size: int, corpus: Corpus, directory: Path) -> Coder:
+    """The coder of a `tokenizer` option; "bpe" is trained on the corpus unless `directory` has
+    it."""
     if tokenizer == "bytes":
         encode = lambda document: np.frombuffer(document.content, np.uint8)  # noqa: E731
         return Coder("bytes", encode, np.ones(256, np.int64))
@@ -129,26 +131,21 @@ def find_coder(
     file = Path(tokenizer).expanduser()
     if not file.is_file():
         raise ValueError(
-            "tokenizer must be 'bytes', 'bpe' or the path of a tokenizer.json; got"
-            f" {tokenizer!r}"
+            f"tokenizer must be 'bytes', 'bpe' or the path of a tokenizer.json; got {tokenizer!r}"
         )
-    return _file_coder(
-        file, f"tokenizer-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
-    )
+    return _file_coder(file, f"tokenizer-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}")
 
 
 def _file_coder(file: Path, name: str) -> Coder:
-    """The coder of a byte-level tokenizer: it writes each byte as one character, so a token's length is its bytes."""
+    """The coder of a byte-level tokenizer: it writes each byte as one character, so a token's
+    length is its bytes."""
     tokenizer = Tokenizer.from_file(str(file))
     if (json.loads(tokenizer.to_str()).get("decoder") or {}).get("type") != "ByteLevel":
         raise ValueError(
             f"tokenizer {file} must be byte-level (a ByteLevel decoder), so that bits"
             " per byte can be computed"
         )
-    tokens = [
-        tokenizer.id_to_token(number) or ""
-        for number in range(tokenizer.get_vocab_size())
-    ]
+    tokens = [tokenizer.id_to_token(number) or "" for number in range(tokenizer.get_vocab_size())]
     token_bytes = np.array([len(token) for token in tokens])
 
     def encode(document: Document) -> np.ndarray:
@@ -167,9 +164,7 @@ def _file_coder(file: Path, name: str) -> Coder:
 
 def _train_bpe(file: Path, documents: Sequence[Document], vocabulary_size: int) -> None:
     if vocabulary_size < 256:
-        raise ValueError(
-            f"vocabulary_size must be at least 256, the bytes; got {vocabulary_size}"
-        )
+        raise ValueError(f"vocabulary_size must be at least 256, the bytes; got {vocabulary_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -177,9 +172,7 @@ def _train_bpe(file: Path, documents: Sequence[Document], vocabulary_size: int) 
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(
-        (_decode(document) for document in documents), trainer
-    )
+    tokenizer.train_from_iterator((_decode(document) for document in documents), trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(dir=file.parent)
     os.close(handle)
@@ -192,14 +185,11 @@ def _decode(document: Document) -> str:
         return document.content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{document.name} is not UTF-8 ({error}); use tokenizer='bytes' for such"
-            " files"
+            f"{document.name} is not UTF-8 ({error}); use tokenizer='bytes' for such files"
         ) from error
 
 
-def _prepare(
-    directory: Path, corpus: Corpus, coder: Coder, sequence_length: int
-) -> None:
+def _prepare(directory: Path, corpus: Corpus, coder: Coder, sequence_length: int) -> None:
     documents = {
         split: [coder.encode(document) for document in corpus.splits[split]]
         for split in corpus.splits
@@ -222,7 +212,5 @@ def _prepare(
     name = f"{coder.name}-{sequence_length}"
     prepare_windows(
         directory,
-        WindowsConfig(
-            name=name, documents=documents, length=sequence_length, token_dtype=dtype
-        ),
+        WindowsConfig(name=name, documents=documents, length=sequence_length, token_dtype=dtype),
     )

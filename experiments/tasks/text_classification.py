@@ -1,8 +1,9 @@
 """Text of the Long Range Arena: is a film review, read byte by byte, positive?
 
-Tay et al., "Long Range Arena", ICLR 2021, arXiv 2011.04006; the reviews of IMDB are those of Maas et al., ACL 2011, as
-TFDS has them (imdb_reviews). Tokens are those of byte_documents.py, at most 4,095 bytes and the mark: the length of the
-state-space papers, some of which read characters instead, without the rare ones.
+Tay et al., "Long Range Arena", ICLR 2021, arXiv 2011.04006; the reviews of IMDB are those of Maas
+et al., ACL 2011, as TFDS has them (imdb_reviews). Tokens are those of byte_documents.py, at most
+4,095 bytes and the mark: the length of the state-space papers, some of which read characters
+instead, without the rare ones.
 
 Departure: a tenth of the 25,000 training reviews is for validation, where the papers have none.
 """
@@ -10,9 +11,9 @@ Departure: a tenth of the 25,000 training reviews is for validation, where the p
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.task import Batch, Examples, Task
-from experiments.tasks.byte_documents import ANSWER, ask
-from experiments.tasks.tfds_source import prepared
+from experiments.tasks.sources.byte_documents import ANSWER, ask
+from experiments.tasks.sources.tfds_source import prepared
+from experiments.training.task import Batch, Examples, Task
 
 
 def make(
@@ -26,14 +27,13 @@ def make(
 
     dataset     a TFDS data set with a text and a label each and the splits "train" and "test"
     length      T; longer texts are cut
-    validation  every tenth training text is validation. False: all are for training, and "test" is the only evaluation,
-                by which the papers choose
+    validation  every tenth training text is validation. False: all are for training, and "test" is
+                the only evaluation, by which the papers choose
     data_dir    where TFDS data sets are
     download    lets TFDS download and prepare a data set that is not there yet
 
-    Metrics: token_metrics; accuracy is that of the label. Raises ValueError for a data set that is not known, not there
-    or without texts and labels.
-    """
+    Metrics: token_metrics; accuracy is that of the label. Raises ValueError for a data set that is
+    not known, not there or without texts and labels."""
     if length < 2:
         raise ValueError(f"length must be at least 2, a byte and a mark; got {length}")
     builder = prepared(dataset, data_dir, download, choices="")
@@ -51,15 +51,12 @@ def make(
 
         def fetch(indices: np.ndarray) -> Batch:
             rows = source.__getitems__(numbers[indices].tolist())
-            return ask(
-                [[row["text"]] for row in rows], [row["label"] for row in rows], length
-            )
+            return ask([[row["text"]] for row in rows], [row["label"] for row in rows], length)
 
         return Examples(fetch, len(numbers))
 
     train, test = (
-        np.arange(builder.info.splits[split].num_examples)
-        for split in ("train", "test")
+        np.arange(builder.info.splits[split].num_examples) for split in ("train", "test")
     )
     evaluations = {"test": examples("test", test)}
     if validation:

@@ -3,22 +3,20 @@
 import jax
 import jax.numpy as jnp
 
-from .. import dispatch
-from ..arguments import check_float, check_matrix_state, check_shape, check_values
-from ..op import Op, run
-from ..sharding import decay_layout
-from . import chunked, over_time, pallas_gpu, pallas_tpu, reference
+from ..framework import platforms
+from ..framework.arguments import check_float, check_matrix_state, check_shape, check_values
+from ..framework.op import Op, run
+from ..framework.sharding import decay_layout
+from . import pallas_gpu, pallas_tpu, reference, sequence_parallel, xla
 
 NAME = "delta_rule"
 ONE_STATE = Op(
     NAME,
-    {"chunked": chunked, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu},
-    over_time.OVER_TIME,
+    {"xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu},
+    sequence_parallel.OVER_TIME,
 )
 # The kernels keep one state per sequence.
-SEGMENT_STATES = Op(
-    f"{NAME} with num_segments", {"chunked": chunked}, over_time.SEGMENTS_OVER_TIME
-)
+SEGMENT_STATES = Op(f"{NAME} with num_segments", {"xla": xla}, sequence_parallel.SEGMENTS_OVER_TIME)
 
 
 def delta_rule(
@@ -40,49 +38,50 @@ def delta_rule(
         S_t = D_t + beta_t k_t^T (v_t - k_t D_t) = (I - beta_t k_t^T k_t) D_t + beta_t k_t^T v_t
         o_t = scale q_t S_t
 
-    DeltaNet (Yang et al., 2024) has no decay, Gated DeltaNet (Yang et al., 2025) one per token, KDA (Kimi Linear, 2025)
-    one per token and channel. The transition has the eigenvalue 1 - beta_t |k_t|^2 along k_t: `beta` up to 2 makes it
-    negative for keys of unit length (Grazzi et al., 2025). Keys are not normalised here; beta_t |k_t|^2 > 2 makes the
-    state grow.
+    DeltaNet (Yang et al., 2024) has no decay, Gated DeltaNet (Yang et al., 2025) one per token, KDA
+    (Kimi Linear, 2025) one per token and channel. The transition has the eigenvalue 1 - beta_t
+    |k_t|^2 along k_t: `beta` up to 2 makes it negative for keys of unit length (Grazzi et al.,
+    2025). Keys are not normalised here; beta_t |k_t|^2 > 2 makes the state grow.
 
     Args:
       q, k: [B, T, HK, K], any T >= 1. HK divides H; value head h reads key head h // (H / HK).
       v: [B, T, H, V].
       beta: [B, T, H], in [0, 2].
-      decay_log: natural log of the decay, finite and <= 0. None: no decay. [H]: constant per head. [B, T, H]: per
-        token. [B, T, H, K]: per token and key channel.
+      decay_log: natural log of the decay, finite and <= 0. None: no decay. [H]: constant per head.
+        [B, T, H]: per token. [B, T, H, K]: per token and key channel.
       scale: factor on q; None means K**-0.5.
-      initial_state: [B, H, K, V], the state before the first token; None means zeros. It belongs to the first token's
-        segment.
-      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
-        starts from zero. None means one segment.
-      num_segments: static S, for one state per segment instead of one per sequence. `segment_ids` must then be in
-        0..S-1 and non-decreasing along time (of each device, where a mesh cuts time); a segment may be empty.
-        `initial_state` is [B, S, H, K, V]: each segment starts from its own state, and an empty one returns it
-        unchanged.
-      implementation: "reference" (a scan over tokens), "chunked" (plain JAX), "pallas_tpu" and "pallas_gpu" (kernels;
-        interpreted when lowered for a CPU; without num_segments), or None for the best of the platform that the program
-        is lowered for: the kernels on TPU and, where they can, on GPU, else "chunked". A named implementation runs or
-        raises.
+      initial_state: [B, H, K, V], the state before the first token; None means zeros. It belongs to
+        the first token's segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
+        id changes the state starts from zero. None means one segment.
+      num_segments: static S, for one state per segment instead of one per sequence. `segment_ids`
+        must then be in 0..S-1 and non-decreasing along time (of each device, where a mesh cuts
+        time); a segment may be empty. `initial_state` is [B, S, H, K, V]: each segment starts from
+        its own state, and an empty one returns it unchanged.
+      implementation: "reference" (a scan over tokens), "xla" (plain JAX), "pallas_tpu" and
+        "pallas_gpu" (kernels; interpreted when lowered for a CPU; without num_segments), or None
+        for the best of the platform that the program is lowered for: the kernels on TPU and, where
+        they can, on GPU, else "xla". A named implementation runs or raises.
 
     Returns:
-      o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32, with num_segments those
-      after the last token of each segment [B, S, H, K, V]. The state and all sums are float32 whatever the inputs are,
-      no exponent is positive and none is clipped; where q, k and v are bfloat16, the kernels round the factors of
-      matmuls to bfloat16 too. Differentiable in every float input, and through both outputs; memory beyond inputs and
+      o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32, with
+      num_segments those after the last token of each segment [B, S, H, K, V]. The state and all
+      sums are float32 whatever the inputs are, no exponent is positive and none is clipped; where
+      q, k and v are bfloat16, the kernels round the factors of matmuls to bfloat16 too.
+      Differentiable in every float input, and through both outputs; memory beyond inputs and
       outputs grows with T / 64 states, not with T states.
 
     Raises:
-      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a positive or non-finite `decay_log`,
-        a `beta` outside [0, 2] or, with num_segments, impossible `segment_ids` where values can be seen (an eager call,
-        or under `ops.checks`).
+      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a positive or
+        non-finite `decay_log`, a `beta` outside [0, 2] or, with num_segments, impossible
+        `segment_ids` where values can be seen (an eager call, or under `ops.checks`).
     """
     check_matrix_state(q, k, v, decay_log, initial_state, segment_ids, num_segments)
     check_float(beta=beta)
     check_shape("beta", beta, "[B, T, H]", v.shape[:3])
     check_values("beta", beta, "in [0, 2]", lambda x: (x >= 0) & (x <= 2))
     op = ONE_STATE if num_segments is None else SEGMENT_STATES
-    dispatch.check_implementation(op.name, implementation, op.implementations)
+    platforms.check_implementation(op.name, implementation, op.implementations)
 
     (batch, _, heads, value_size), key_size = v.shape, k.shape[-1]
     scale = key_size**-0.5 if scale is None else float(scale)
@@ -108,15 +107,7 @@ def delta_rule(
             decay_log,
             initial_state,
             segment_ids,
-            layouts=(
-                "BTGK",
-                "BTGK",
-                "BTHV",
-                "BTH",
-                decay_layout(decay_log),
-                states,
-                "BT",
-            ),
+            layouts=("BTGK", "BTGK", "BTHV", "BTH", decay_layout(decay_log), states, "BT"),
             outputs=("BTHV", states),
             dtypes=(v.dtype, jnp.dtype(jnp.float32)),
             scale=scale,

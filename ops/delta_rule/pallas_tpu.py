@@ -1,29 +1,30 @@
 """The (gated) delta rule on TPU: chunks in order, the state of a step's heads in fast memory.
 
-With the products of `pallas_tpu_decay.py`, once of queries and keys (P, Q0 = q_start, K1 = k_end) and once of keys and
-keys (KK strictly below the diagonal, K0 = q_start), and the state kept transposed, Z = S^T [V, K]:
+With the products of `pallas_tpu_decay.py`, once of queries and keys (P, Q0 = q_start, K1 = k_end)
+and once of keys and keys (KK strictly below the diagonal, K0 = q_start), and the state kept
+transposed, Z = S^T [V, K]:
 
     M = (I + beta . KK)^-1             U = M (beta . V)           W = M (beta . K0)
     N = U - W Z^T                      O = Q0 Z^T + P N           Z' = Z . total + N^T K1
 
-N are the corrected values that the chunk's tokens write (Yang et al., 2024, arXiv 2406.06484, section 3, with
-decays). Backward runs over the chunks from last to first, with dZ' the gradient of the state at a chunk's end:
+N are the corrected values that the chunk's tokens write (Yang et al., 2024, arXiv 2406.06484,
+section 3, with decays). Backward runs over the chunks from last to first, with dZ' the gradient of
+the state at a chunk's end:
 
     dN = P^T dO + K1 dZ'^T             D = M^T dN                 dV = beta . D
-    dP = dO N^T                        dA = -D N^T (i > j)        dbeta = (D . (V - K0 Z^T)) 1 + (dA . KK) 1
-    dQ0 = dO Z                         dK0 = -(beta . D) Z        dK1 = N dZ'
+    dP = dO N^T                        dA = -D N^T (i > j)        dbeta = (D . (V - K0 Z^T)) 1 + (dA
+    . KK) 1 dQ0 = dO Z                         dK0 = -(beta . D) Z        dK1 = N dZ'
     dtotal = sum_v Z . dZ'             dZ = dZ' . total + dO^T Q0 - dN^T W
 
-dM never appears: N solves N + A N = beta . (V - K0 Z^T) with A = beta . KK, so D is the gradient of the right side, and
-dA that of A. The products' adjoints take dP, dQ0, dK1 and dtotal to q, k and log a, and dKK = beta . dA and dK0 to k
-(on both sides) and log a. The states at the starts of chunks come from a first kernel; between forward and backward
-nothing is kept.
+dM never appears: N solves N + A N = beta . (V - K0 Z^T) with A = beta . KK, so D is the gradient of
+the right side, and dA that of A. The products' adjoints take dP, dQ0, dK1 and dtotal to q, k and
+log a, and dKK = beta . dA and dK0 to k (on both sides) and log a. The states at the starts of
+chunks come from a first kernel; between forward and backward nothing is kept.
 
-**Precision.** With equal keys and beta near 2 the state is reflected, not forgotten: the rows of M alternate in sign,
-and what is left of their sums is smaller than the rounding of 128 terms to 8 bits. So what is multiplied by M or summed
-into a state keeps 16 bits (`Matmul.finer`), and M meets V and K0 before it meets the state, whose large part cancels
-in V - K0 Z^T.
-"""
+**Precision.** With equal keys and beta near 2 the state is reflected, not forgotten: the rows of M
+alternate in sign, and what is left of their sums is smaller than the rounding of 128 terms to 8
+bits. So what is multiplied by M or summed into a state keeps 16 bits (`Matmul.finer`), and M meets
+V and K0 before it meets the state, whose large part cancels in V - K0 Z^T."""
 
 import functools
 from typing import Any, NamedTuple
@@ -33,10 +34,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import pallas_tpu as tpu
-from .. import pallas_tpu_gradients as gradients
-from ..pallas_tpu_decay import Products, decay
-from ..pallas_tpu_inverse import unit_lower_inverse
+from ..tpu import blocks as tpu
+from ..tpu import gradients
+from ..tpu.decay import Products, decay
+from ..tpu.inverse import unit_lower_inverse
 
 TUNING = tpu.Tuning()
 
@@ -51,18 +52,13 @@ def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
         functools.partial(_delta_forward, kind=kind, scale=scale),
         blocks,
         [*_tokens(blocks, (q, k), (v,), beta), *decays, (initial_state, state)],
-        [
-            (_like(tpu.flat(v), v.dtype), blocks.tokens(blocks.value)),
-            (_like(initial_state), state),
-        ],
+        [(_like(tpu.flat(v), v.dtype), blocks.tokens(blocks.value)), (_like(initial_state), state)],
         [_states(blocks)],
     )
     return o.reshape(v.shape), final_state
 
 
-def backward(
-    q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale
-):
+def backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale):
     """Cotangents of q, k, v, beta, decay_log and initial_state."""
     blocks = tpu.cut(q, v, TUNING)
     matmul = tpu.Matmul(tpu.matmul_dtype(q, k, v))
@@ -75,12 +71,7 @@ def backward(
         functools.partial(_delta_states, kind=kind),
         blocks,
         [*_tokens(blocks, (k,), (v,), beta), *decays, (initial_state, state)],
-        [
-            (
-                jax.ShapeDtypeStruct(starts_shape, jnp.float32),
-                blocks.chunk_states(*transposed),
-            )
-        ],
+        [(jax.ShapeDtypeStruct(starts_shape, jnp.float32), blocks.chunk_states(*transposed))],
         [_states(blocks)],
     )
 
@@ -140,7 +131,8 @@ def _decayed(Z: jax.Array, total: jax.Array | None) -> jax.Array:
 
 
 class _Writes(NamedTuple):
-    """What a chunk writes, as a function of the state: N = U - W Z^T. overlaps: products of keys and keys."""
+    """What a chunk writes, as a function of the state: N = U - W Z^T. overlaps: products of keys
+    and keys."""
 
     overlaps: Products
     KK: jax.Array
@@ -201,9 +193,7 @@ def _delta_forward(q_ref, k_ref, v_ref, beta_ref, *refs, kind, scale):
         o_chunk, written = fine.nn(chunk.scores, N), fine.tn(N, chunk.k_end)
         yield
         Z_ref[h] = _decayed(Z, chunk.total) + written
-        o_ref[0, :, h * V : (h + 1) * V] = (scale * (o_state + o_chunk)).astype(
-            o_ref.dtype
-        )
+        o_ref[0, :, h * V : (h + 1) * V] = (scale * (o_state + o_chunk)).astype(o_ref.dtype)
 
     tpu.interleave(head(h) for h in range(blocks.heads))
     _store_states(final_ref, Z_ref, blocks)
@@ -274,9 +264,7 @@ def _delta_backward(*refs, kind, scale, inputs):
         )
         dv_ref[0, :, h * V : (h + 1) * V] = dv.astype(dv_ref.dtype)
         dZ_ref[h] = _decayed(dZ, chunk.total) + read
-        of_reads = yield from chunk_decay.adjoint(
-            h, chunk, q, k, dscores, dq_start, dk_end, dtotal
-        )
+        of_reads = yield from chunk_decay.adjoint(h, chunk, q, k, dscores, dq_start, dk_end, dtotal)
         counted = jnp.zeros_like(dk_end), jnp.zeros_like(dtotal)  # by the adjoint above
         of_overlaps = yield from chunk_decay.adjoint(
             h, overlaps, k, k, beta * dA, dk_start, *counted

@@ -5,16 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import dispatch
-from ..arguments import (
-    check_float,
-    check_segment_ids,
-    check_shape,
-    check_values,
-    finite,
-)
-from ..op import Op, run
-from . import chunked, over_time, pallas_gpu, pallas_tpu, reference
+from ..framework import platforms
+from ..framework.arguments import check_float, check_segment_ids, check_shape, check_values, finite
+from ..framework.op import Op, run
+from . import pallas_gpu, pallas_tpu, reference, sequence_parallel, xla
 
 Number = jax.Array | tuple[jax.Array, jax.Array]
 
@@ -27,8 +21,8 @@ def _states_for_inputs(inputs: Any, outputs: Any) -> Any:
 
 OP = Op(
     "diagonal_scan",
-    {"chunked": chunked, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu},
-    over_time.OVER_TIME,
+    {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu},
+    sequence_parallel.OVER_TIME,
     _states_for_inputs,
 )
 
@@ -45,35 +39,38 @@ def diagonal_scan(
 
         h_t = a_t h_{t-1} + b_t
 
-    the discretised state equation of diagonal state-space models: S4D (Gu et al., 2022), S5 (Smith et al., 2023) and
-    the linear recurrent unit (Orvieto et al., 2023).
+    the discretised state equation of diagonal state-space models: S4D (Gu et al., 2022), S5 (Smith
+    et al., 2023) and the linear recurrent unit (Orvieto et al., 2023).
 
-    A complex number is a pair of real arrays (real part, imaginary part), of one shape. Not a complex dtype: kernels
-    have none, a pair can be in bfloat16, states go through checkpoints as they are, and gradients are those of the two
-    real arrays, with no convention about conjugation. `a`, `b` and `initial_state` are all arrays or all pairs.
+    A complex number is a pair of real arrays (real part, imaginary part), of one shape. Not a
+    complex dtype: kernels have none, a pair can be in bfloat16, states go through checkpoints as
+    they are, and gradients are those of the two real arrays, with no convention about conjugation.
+    `a`, `b` and `initial_state` are all arrays or all pairs.
 
     Args:
-      a: [N], the same for all tokens, or [B, T, N]; finite. It may be 0, negative or, where the state may grow, larger
-        than 1: it is never divided by or taken to a logarithm.
+      a: [N], the same for all tokens, or [B, T, N]; finite. It may be 0, negative or, where the
+        state may grow, larger than 1: it is never divided by or taken to a logarithm.
       b: [B, T, N], any T >= 1.
-      initial_state: [B, N], the state before the first token; None means zeros. It belongs to the first token's
-        segment.
-      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
-        starts from zero. None means one segment.
-      implementation: "reference" (a scan over tokens), "chunked" (plain JAX with a hand-written backward pass),
-        "pallas_tpu" and "pallas_gpu" (kernels; interpreted when lowered for a CPU), or None for the best of the
-        platform that the program is lowered for: the kernels on TPU and, where they support the sizes, on NVIDIA GPUs,
-        else "chunked". A named implementation runs or raises.
+      initial_state: [B, N], the state before the first token; None means zeros. It belongs to the
+        first token's segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
+        id changes the state starts from zero. None means one segment.
+      implementation: "reference" (a scan over tokens), "xla" (plain JAX with a hand-written
+        backward pass), "pallas_tpu" and "pallas_gpu" (kernels; interpreted when lowered for a CPU),
+        or None for the best of the platform that the program is lowered for: the kernels on TPU
+        and, where they support the sizes, on NVIDIA GPUs, else "xla". A named implementation runs
+        or raises.
 
     Returns:
-      h [B, T, N] in b's dtype and the state after the last token [B, N] in float32, arrays or pairs as b is. The state
-      is float32 whatever the inputs are. Differentiable in every float input, and through both outputs. The backward
-      pass takes h, which is kept in float32, and not b: of float32 inputs it keeps no more than they and the output. A
-      bfloat16 b halves what the kernels read of it, not what they write or keep.
+      h [B, T, N] in b's dtype and the state after the last token [B, N] in float32, arrays or pairs
+      as b is. The state is float32 whatever the inputs are. Differentiable in every float input,
+      and through both outputs. The backward pass takes h, which is kept in float32, and not b: of
+      float32 inputs it keeps no more than they and the output. A bfloat16 b halves what the kernels
+      read of it, not what they write or keep.
 
     Raises:
-      ValueError: for wrong forms, ranks, shapes, dtypes and names while tracing, and for a non-finite `a` where values
-        can be seen (an eager call, or under `ops.checks`).
+      ValueError: for wrong forms, ranks, shapes, dtypes and names while tracing, and for a
+        non-finite `a` where values can be seen (an eager call, or under `ops.checks`).
     """
     b_parts = _parts("b", b, None)
     a_parts = _parts("a", a, len(b_parts))
@@ -84,9 +81,7 @@ def diagonal_scan(
     if jnp.ndim(a_parts[0]) == 1:
         check_shape("a", a_parts[0], "[N] with N of b", (channels,))
     else:
-        check_shape(
-            "a", a_parts[0], "[N] or [B, T, N] like b", (batch, length, channels)
-        )
+        check_shape("a", a_parts[0], "[N] or [B, T, N] like b", (batch, length, channels))
     if initial_state is None:
         state_parts = tuple(jnp.zeros((batch, channels), jnp.float32) for _ in b_parts)
     else:
@@ -95,7 +90,7 @@ def diagonal_scan(
     check_segment_ids(segment_ids, batch, length)
     for part in a_parts:
         check_values("a", part, "finite", finite)
-    dispatch.check_implementation(OP.name, implementation, OP.implementations)
+    platforms.check_implementation(OP.name, implementation, OP.implementations)
 
     if implementation == "reference":
         h, state = reference.diagonal_scan(a_parts, b_parts, state_parts, segment_ids)
@@ -115,7 +110,8 @@ def diagonal_scan(
 
 
 def _parts(name: str, number: Any, count: int | None) -> tuple[jax.Array, ...]:
-    """(array,) or (real, imaginary); raises unless there are `count` of them, of one shape and real dtypes."""
+    """(array,) or (real, imaginary); raises unless there are `count` of them, of one shape and real
+    dtypes."""
     parts = number if isinstance(number, tuple) else (number,)
     if len(parts) not in ((1, 2) if count is None else (count,)):
         wanted = {
@@ -129,7 +125,5 @@ def _parts(name: str, number: Any, count: int | None) -> tuple[jax.Array, ...]:
     for part in parts:
         check_float(**{name: part})
     if shapes[0] != shapes[-1]:
-        raise ValueError(
-            f"{name} must have parts of one shape; got {shapes[0]} and {shapes[-1]}"
-        )
+        raise ValueError(f"{name} must have parts of one shape; got {shapes[0]} and {shapes[-1]}")
     return tuple(jnp.asarray(part) for part in parts)

@@ -2,21 +2,25 @@
 
     h_t = a_t h_{t-1} + b_t
 
-Backward, with dh_t the cotangent of h_t (of the last token: plus that of the final state), g_t its gradient and h_{t-1}
-zero where a segment starts:
+Backward, with dh_t the cotangent of h_t (of the last token: plus that of the final state), g_t its
+gradient and h_{t-1} zero where a segment starts:
 
-    g_t = dh_t + conj(a_{t+1}) g_{t+1}        da_t = g_t conj(h_{t-1})        db_t = g_t        dh_{-1} = conj(a_0) g_0
+    g_t = dh_t + conj(a_{t+1}) g_{t+1}        da_t = g_t conj(h_{t-1})        db_t = g_t
+    dh_{-1} = conj(a_0) g_0
 
-where the gradient of a pair of reals is written as the complex number of its two parts. The states h are the op's own
-output; a program takes turns of 16 tokens from the last to the first, loading each when it takes it (three numbers a
-token; whether to load ahead, as forward does, is not measured). Gradients of a constant factor are summed over time in
-registers, over parts and the batch in plain JAX, in float32.
+where the gradient of a pair of reals is written as the complex number of its two parts. The states
+h are the op's own output; a program takes turns of 16 tokens from the last to the first, loading
+each when it takes it (three numbers a token; whether to load ahead, as forward does, is not
+measured). Gradients of a constant factor are summed over time in registers, over parts and the
+batch in plain JAX, in float32.
 
-Memory binds: 2 operations for each number that is read or written. One thread has one channel and takes its tokens one
-after another; a scan over tokens inside a block would form products of factors of many tokens and gain nothing, because
-what hides the way to memory is how many loads are under way, and a turn is loaded at once. Few channels leave too few
-of them. Then time is cut (`pallas_gpu_scan.py`): b, or backward dh, is read once more. The product of the factors of a
-part is formed for that, which may overflow where a state that grows does not; where time is whole no product is.
+Memory binds: 2 operations for each number that is read or written. One thread has one channel and
+takes its tokens one after another; a scan over tokens inside a block would form products of factors
+of many tokens and gain nothing, because what hides the way to memory is how many loads are under
+way, and a turn is loaded at once. Few channels leave too few of them. Then time is cut
+(`pallas_gpu_scan.py`): b, or backward dh, is read once more. The product of the factors of a part
+is formed for that, which may overflow where a state that grows does not; where time is whole no
+product is.
 
 Not measured: how many warps saturate the memory, and so where to cut.
 
@@ -31,17 +35,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .. import pallas_gpu as gpu
-from ..pallas_gpu_scan import (
-    CHUNK,
-    MAX_BATCH,
-    keep_states,
-    kept,
-    pad_last,
-    parts,
-    round_up,
-)
-from .over_time import multiply, multiply_or_zero
+from ..gpu import tiles as gpu
+from ..gpu.channels import CHUNK, MAX_BATCH, keep_states, kept, pad_last, parts, round_up
+from .sequence_parallel import multiply, multiply_or_zero
 
 LANES = 32  # channels of a program, one for each thread
 TURN = 16  # tokens that are loaded at once
@@ -62,8 +58,8 @@ def supports(a, b, initial_state, segment_ids, *_) -> bool:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is static in a call. width: channels, padded to whole programs; numbers: 1, or 2 for complex ones; parts: of
-    time; constant: the factor is that of all tokens."""
+    """What is static in a call. width: channels, padded to whole programs; numbers: 1, or 2 for
+    complex ones; parts: of time; constant: the factor is that of all tokens."""
 
     batch: int
     length: int
@@ -101,8 +97,8 @@ class Sizes:
 
 
 class Inputs(NamedTuple):
-    """Numbers, or refs inside: a [width] or [B, T, width]; x, which enters states, b or backward dh [B, T, width]; keep
-    [B, T] or None."""
+    """Numbers, or refs inside: a [width] or [B, T, width]; x, which enters states, b or backward dh
+    [B, T, width]; keep [B, T] or None."""
 
     a: Number
     x: Number
@@ -149,9 +145,7 @@ class Walk:
         self.last = jnp.minimum(self.first + per_part, sizes.turns)
 
     def read(self, refs: Number, *index: Any) -> Number:
-        return tuple(
-            gpu.load(ref, *index, self.channels).astype(jnp.float32) for ref in refs
-        )
+        return tuple(gpu.load(ref, *index, self.channels).astype(jnp.float32) for ref in refs)
 
     def write(self, refs: Number, values: Number, *index: Any) -> None:
         for ref, value in zip(refs, values, strict=True):
@@ -159,9 +153,7 @@ class Walk:
 
     def valid(self, t: Any, value: Any, otherwise: float) -> Any:
         """What a token that does not exist has instead."""
-        return (
-            value if self.whole else jnp.where(t < self.sizes.length, value, otherwise)
-        )
+        return value if self.whole else jnp.where(t < self.sizes.length, value, otherwise)
 
     def turn(self, refs: Number, i: Any, shift: int = 0) -> list[Number]:
         """The numbers of the tokens of a turn, or of those `shift` tokens away."""
@@ -182,10 +174,7 @@ class Walk:
             keep = self.valid(t, gpu.load(keep, self.b, self._token(t)), 1)
         return (
             t,
-            tuple(
-                self.valid(t, part, 1.0 if n == 0 else 0.0)
-                for n, part in enumerate(factor)
-            ),
+            tuple(self.valid(t, part, 1.0 if n == 0 else 0.0) for n, part in enumerate(factor)),
             tuple(self.valid(t, part, 0.0) for part in x[k]),
             keep,
         )
@@ -199,7 +188,8 @@ def _kept(x: Number, keep: Any) -> Number:
 
 
 def forward(a, b, initial_state, segment_ids):
-    """Shapes as in `api.py`, each number a tuple of its parts; returns h and the final state in float32."""
+    """Shapes as in `api.py`, each number a tuple of its parts; returns h and the final state in
+    float32."""
     sizes, inputs = _inputs(a, b, segment_ids)
     starts = _state(initial_state, sizes)
     if sizes.parts > 1:
@@ -242,7 +232,8 @@ def forward(a, b, initial_state, segment_ids):
 
 
 def _walk(sizes: Sizes, inputs: Inputs, reverse: bool = False) -> tuple[Number, Number]:
-    """What each part adds to a state, or reverse to the gradient conj(a_t) g_t, and the product of its factors."""
+    """What each part adds to a state, or reverse to the gradient conj(a_t) g_t, and the product of
+    its factors."""
     of_parts = sizes.number(sizes.parts)
 
     def kernel(inputs, *outputs):
@@ -282,7 +273,8 @@ def _walk(sizes: Sizes, inputs: Inputs, reverse: bool = False) -> tuple[Number, 
 
 
 def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
-    """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the states."""
+    """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the
+    states."""
     sizes, inputs = _inputs(a, dh, segment_ids)
     ends = _state(dfinal_state, sizes)
     if sizes.parts > 1:
@@ -337,14 +329,10 @@ def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
     channels = h[0].shape[2]
 
     def of_tokens(x: Number) -> Number:
-        return tuple(
-            part[:, : sizes.length, :channels].astype(jnp.float32) for part in x
-        )
+        return tuple(part[:, : sizes.length, :channels].astype(jnp.float32) for part in x)
 
     return (
-        tuple(part.sum((0, 1))[:channels] for part in da)
-        if sizes.constant
-        else of_tokens(da),
+        tuple(part.sum((0, 1))[:channels] for part in da) if sizes.constant else of_tokens(da),
         of_tokens(db),
         tuple(part[:, 0, :channels] for part in dinitial),
     )

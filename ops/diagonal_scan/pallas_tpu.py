@@ -1,18 +1,22 @@
-"""Diagonal scan on TPU: chunks in order, the state of a block of channels in registers, token after token.
+"""Diagonal scan on TPU: chunks in order, the state of a block of channels in registers, token after
+token.
 
     h_t = a_t h_{t-1} + b_t
 
-Backward runs from the last chunk to the first and takes the states h, the op's own output. With dh_t the cotangent of
-h_t (of the last token: plus that of the final state), g_t its gradient and h_{t-1} zero where a segment starts:
+Backward runs from the last chunk to the first and takes the states h, the op's own output. With
+dh_t the cotangent of h_t (of the last token: plus that of the final state), g_t its gradient and
+h_{t-1} zero where a segment starts:
 
-    g_t = dh_t + conj(a_{t+1}) g_{t+1}        da_t = g_t conj(h_{t-1})        db_t = g_t        dh_{-1} = conj(a_0) g_0
+    g_t = dh_t + conj(a_{t+1}) g_{t+1}        da_t = g_t conj(h_{t-1})        db_t = g_t
+    dh_{-1} = conj(a_0) g_0
 
-where the gradient of a pair of reals is written as the complex number of its two parts. That of a constant factor is
-summed over a sequence in fast memory, in float32, and over the batch by XLA.
+where the gradient of a pair of reals is written as the complex number of its two parts. That of a
+constant factor is summed over a sequence in fast memory, in float32, and over the batch by XLA.
 
-A token is a row of registers of which one in eight sublanes works: no product of factors is formed, as a scan inside a
-register would need, so that the kernel is exact wherever the definition is. Memory binds with 1024 channels; with fewer
-than 512 or so the chain of one product after another does, whose length no number of channels changes.
+A token is a row of registers of which one in eight sublanes works: no product of factors is formed,
+as a scan inside a register would need, so that the kernel is exact wherever the definition is.
+Memory binds with 1024 channels; with fewer than 512 or so the chain of one product after another
+does, whose length no number of channels changes.
 
 A number is a tuple of one real array, or of two, real and imaginary part.
 """
@@ -26,12 +30,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..pallas_tpu_scan import SUBLANES, Blocks, call, cut, keep_scalars, pad_channels
+from ..tpu.channels import SUBLANES, Blocks, call, cut, keep_scalars, pad_channels
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What one grid step takes. lanes: channels at most; values: channels times tokens, what fast memory holds."""
+    """What one grid step takes. lanes: channels at most; values: channels times tokens, what fast
+    memory holds."""
 
     lanes: int = 1024
     values: int = 1 << 17
@@ -44,7 +49,8 @@ Rows = tuple[Any, ...]  # a number of each channel, or references to such rows
 
 @dataclass(frozen=True)
 class _Scan:
-    """What is static. parts: 1 or 2; masked: there are segments or tokens past T, before which the state is zero."""
+    """What is static. parts: 1 or 2; masked: there are segments or tokens past T, before which the
+    state is zero."""
 
     blocks: Blocks
     parts: int
@@ -61,7 +67,8 @@ class _Scan:
 
 
 def forward(a, b, initial_state, segment_ids):
-    """Shapes as in `api.py`, each number a tuple of its parts; returns h and the final state in float32."""
+    """Shapes as in `api.py`, each number a tuple of its parts; returns h and the final state in
+    float32."""
     scan = _scan(a, b, segment_ids)
     blocks, channels = scan.blocks, b[0].shape[2]
     row = _rows(blocks)
@@ -88,7 +95,8 @@ def forward(a, b, initial_state, segment_ids):
 
 
 def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
-    """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the states."""
+    """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the
+    states."""
     scan = _scan(a, h, segment_ids)
     blocks, channels = scan.blocks, h[0].shape[2]
     row, tokens = _rows(blocks), blocks.tokens(reverse=True)
@@ -108,10 +116,7 @@ def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
         ],
         [
             *[(_states(blocks), tokens)] * scan.parts,
-            *(
-                (one_state, row) if scan.constant else (_like(part, blocks), tokens)
-                for part in a
-            ),
+            *((one_state, row) if scan.constant else (_like(part, blocks), tokens) for part in a),
             *[(one_state, row)] * scan.parts,
         ],
         [
@@ -177,9 +182,7 @@ def _factors(a, scan: _Scan, reverse: bool = False) -> list[Any]:
 
 
 def _masks(segment_ids, scan: _Scan, reverse: bool = False) -> list[Any]:
-    return (
-        [keep_scalars(segment_ids, scan.blocks, reverse, past=0)] if scan.masked else []
-    )
+    return [keep_scalars(segment_ids, scan.blocks, reverse, past=0)] if scan.masked else []
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -282,9 +285,7 @@ def _diagonal_forward(*refs, scan, compiled):
 
     def token(g, row, h):
         now = _row(g, row)
-        h = _add(
-            _times(chunk.factor(g, row), chunk.kept(h, g, row)), _read(b_rows, now)
-        )
+        h = _add(_times(chunk.factor(g, row), chunk.kept(h, g, row)), _read(b_rows, now))
         _write(h_rows, now, h)
         return h
 

@@ -1,4 +1,5 @@
-"""Diagonal scan, one token after another in float32: the definition that every other implementation is held to."""
+"""Diagonal scan, one token after another in float32: the definition that every other implementation
+is held to."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ from jax import lax
 def diagonal_scan(a, b, initial_state, segment_ids):
     """h_t = a_t h_{t-1} + b_t, in complex64 where the tuples a, b and initial_state hold two parts.
 
-    Shapes as in `api.py`, each argument a tuple of its parts. Returns h [B, T, N] and the final state as such tuples.
-    """
+    Shapes as in `api.py`, each argument a tuple of its parts. Returns h [B, T, N] and the final
+    state as such tuples."""
     a, b_BTN, h_BN = (_number(parts) for parts in (a, b, initial_state))
     a_BTN = jnp.broadcast_to(a[None, None, :], b_BTN.shape) if a.ndim == 1 else a
     if segment_ids is None:
@@ -23,9 +24,7 @@ def diagonal_scan(a, b, initial_state, segment_ids):
         h_BN = a_BN * jnp.where(keep_B[:, None], h_BN, 0) + b_BN
         return h_BN, h_BN
 
-    tokens = jax.tree.map(
-        lambda array: jnp.moveaxis(array, 1, 0), (a_BTN, b_BTN, keep_BT)
-    )
+    tokens = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (a_BTN, b_BTN, keep_BT))
     final_BN, h_TBN = lax.scan(step, h_BN, tokens)
     return _parts(jnp.moveaxis(h_TBN, 0, 1)), _parts(final_BN)
 

@@ -1,19 +1,20 @@
 """Gated linear attention on TPU: chunks in order, the state of a step's heads in fast memory.
 
-With the products of `pallas_tpu_decay.py` (P: scores with their decays, q_start: queries that read the state at the
-chunk's start, k_end: keys that write the one at its end) and the state kept transposed, Z = S^T [V, K], so that its
-decay is a row:
+With the products of `pallas_tpu_decay.py` (P: scores with their decays, q_start: queries that read
+the state at the chunk's start, k_end: keys that write the one at its end) and the state kept
+transposed, Z = S^T [V, K], so that its decay is a row:
 
     O = q_start Z^T + P V          Z' = Z . total + V^T k_end
 
-Backward runs over the chunks from last to first, with dZ' the gradient of the state at a chunk's end:
+Backward runs over the chunks from last to first, with dZ' the gradient of the state at a chunk's
+end:
 
     dQ_start = dO Z      dK_end = V dZ'      dP = dO V^T      dV = k_end dZ'^T + P^T dO
     dtotal = sum_v Z . dZ'                   dZ = dZ' . total + dO^T q_start
 
-and needs the states at the starts of the chunks, which a first kernel recomputes from the inputs: between forward and
-backward nothing is kept, and the states make one round trip through memory, K V float32 values per C tokens.
-"""
+and needs the states at the starts of the chunks, which a first kernel recomputes from the inputs:
+between forward and backward nothing is kept, and the states make one round trip through memory, K V
+float32 values per C tokens."""
 
 import functools
 from typing import Any
@@ -23,8 +24,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import pallas_tpu as tpu
-from ..pallas_tpu_decay import decay
+from ..tpu import blocks as tpu
+from ..tpu.decay import decay
 
 TUNING = tpu.Tuning()
 
@@ -56,9 +57,7 @@ def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
     return o.reshape(v.shape), final_state
 
 
-def backward(
-    q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale
-):
+def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale):
     """Cotangents of q, k, v, decay_log and initial_state."""
     blocks = tpu.cut(q, v, TUNING)
     matmul = tpu.Matmul(tpu.matmul_dtype(q, k, v))
@@ -78,9 +77,7 @@ def backward(
         ],
         [
             (
-                jax.ShapeDtypeStruct(
-                    (batch, blocks.chunks, heads, value, key), jnp.float32
-                ),
+                jax.ShapeDtypeStruct((batch, blocks.chunks, heads, value, key), jnp.float32),
                 blocks.chunk_states(value, key),
             )
         ],
@@ -106,9 +103,7 @@ def backward(
         for x in (q, k)
     ]
     outputs.append((jax.ShapeDtypeStruct(vf.shape, v.dtype), of_values))
-    outputs.append(
-        (jax.ShapeDtypeStruct((batch, heads, key, value), jnp.float32), state)
-    )
+    outputs.append((jax.ShapeDtypeStruct((batch, heads, key, value), jnp.float32), state))
     if decay_log is not None and decay_log.ndim == 4:
         shape = jax.ShapeDtypeStruct((batch, length, heads * key), decay_log.dtype)
         outputs.append((shape, blocks.tokens(key, reverse=True)))
@@ -119,12 +114,11 @@ def backward(
         )
         outputs.append((shape, blocks.rows(shape, reverse=True)))
     dq, dk, dv, dinitial_state, *dlog = tpu.call(
-        functools.partial(
-            _gla_backward, kind=kind, scale=scale, inputs=len(decays) + 6
-        ),
+        functools.partial(_gla_backward, kind=kind, scale=scale, inputs=len(decays) + 6),
         blocks,
-        # What is loaded least comes first: short of scalar registers, the compiler moves the first inputs' addresses to
-        # memory, and libtpu 0.0.42.1 lets every load through such an address wait for the stores before it.
+        # What is loaded least comes first: short of scalar registers, the compiler moves the first
+        # inputs' addresses to memory, and libtpu 0.0.42.1 lets every load through such an address
+        # wait for the stores before it.
         [
             (vf, of_values),
             (dof, of_values),
@@ -138,20 +132,10 @@ def backward(
         [_states(blocks)],
     )
     dq, dk = (
-        (
-            x.reshape(batch, length, -1, parts, key).sum(3)
-            if parts > 1
-            else x.reshape(q.shape)
-        )
+        (x.reshape(batch, length, -1, parts, key).sum(3) if parts > 1 else x.reshape(q.shape))
         for x in (dq, dk)
     )
-    return (
-        dq,
-        dk,
-        dv.reshape(v.shape),
-        _decay_cotangent(dlog, decay_log, length),
-        dinitial_state,
-    )
+    return (dq, dk, dv.reshape(v.shape), _decay_cotangent(dlog, decay_log, length), dinitial_state)
 
 
 def _decay_cotangent(
@@ -198,9 +182,7 @@ def _gla_forward(q_ref, k_ref, v_ref, *refs, kind, scale):
         o_chunk = matmul.nn(chunk.scores, v)
         Z_ref[h] = _decayed(Z, chunk.total) + written
         yield
-        o_ref[0, :, h * V : (h + 1) * V] = (scale * (o_state + o_chunk)).astype(
-            o_ref.dtype
-        )
+        o_ref[0, :, h * V : (h + 1) * V] = (scale * (o_state + o_chunk)).astype(o_ref.dtype)
 
     tpu.interleave(head(h) for h in range(blocks.heads))
 
@@ -257,9 +239,7 @@ def _gla_backward(*refs, kind, scale, inputs):
     def head(h):
         q, k = (tpu.read(ref, h // blocks.group, K, valid) for ref in (q_ref, k_ref))
         v = tpu.read(v_ref, h, V, valid)
-        do = (scale * tpu.read(do_ref, h, V, valid).astype(jnp.float32)).astype(
-            matmul.dtype
-        )
+        do = (scale * tpu.read(do_ref, h, V, valid).astype(jnp.float32)).astype(matmul.dtype)
         Z, dZ = starts_ref[0, 0, h], dZ_ref[h]
         dscores, dq_start, dk_end = matmul.nt(do, v), matmul.nn(do, Z), matmul.nn(v, dZ)
         chunk = yield from chunk_decay.products(h, q, k)
@@ -275,14 +255,9 @@ def _gla_backward(*refs, kind, scale, inputs):
         if dlog_refs and gradients.log.shape[0] == 1:
             dlog_refs[0][0, 0, 0, h : h + 1] = gradients.log
         elif dlog_refs:
-            dlog_refs[0][0, :, h * K : (h + 1) * K] = gradients.log.astype(
-                dlog_refs[0].dtype
-            )
+            dlog_refs[0][0, :, h * K : (h + 1) * K] = gradients.log.astype(dlog_refs[0].dtype)
         at, last = h // blocks.group, h % blocks.group == blocks.group - 1
-        for ref, sums, gradient in (
-            (dq_ref, dqs, gradients.q),
-            (dk_ref, dks, gradients.k),
-        ):
+        for ref, sums, gradient in ((dq_ref, dqs, gradients.q), (dk_ref, dks, gradients.k)):
             sums[at] = sums[at] + gradient if at in sums else gradient
             if last:
                 ref[0, :, at * K : (at + 1) * K] = sums[at].astype(ref.dtype)

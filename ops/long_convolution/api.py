@@ -1,13 +1,14 @@
-"""Long convolution, the parallel form of linear time-invariant state-space models: the public function."""
+"""Long convolution, the parallel form of linear time-invariant state-space models: the public
+function."""
 
 import jax
 
-from .. import dispatch
-from ..arguments import check_float, check_shape
-from ..op import Op, run
-from . import fft, reference
+from ..framework import platforms
+from ..framework.arguments import check_float, check_shape
+from ..framework.op import Op, run
+from . import reference, xla
 
-OP = Op("long_convolution", {"fft": fft})
+OP = Op("long_convolution", {"xla": xla})
 
 
 def long_convolution(
@@ -17,18 +18,20 @@ def long_convolution(
 
         y_t = sum_{l=0}^{t} kernel_l u_{t-l}
 
-    the output of h_t = A h_{t-1} + B u_t, y_t = C h_t from h_{-1} = 0 where kernel_l = C A^l B: LSSL (Gu et al., 2021),
-    S4 (Gu et al., 2022), S4D (Gu et al., 2022). It has neither a state nor segments: a recurrence serves those.
+    the output of h_t = A h_{t-1} + B u_t, y_t = C h_t from h_{-1} = 0 where kernel_l = C A^l B:
+    LSSL (Gu et al., 2021), S4 (Gu et al., 2022), S4D (Gu et al., 2022). It has neither a state nor
+    segments: a recurrence serves those.
 
     Args:
       u: [B, T, D], any T >= 1.
       kernel: [D, T], kernel[:, l] on the token l steps back.
-      implementation: "reference" (the sum as it stands, O(T^2)), "fft" (O(T log T), plain JAX on every backend), or
-        None for "fft". A named implementation runs or raises.
+      implementation: "reference" (the sum as it stands, O(T^2)), "xla" (O(T log T), plain JAX on
+        every backend), or None for "xla". A named implementation runs or raises.
 
     Returns:
-      y [B, T, D] in u's dtype, computed in float32. The error of "fft" is relative to the largest output of a channel,
-      not to each output. Differentiable in both arguments; only they are kept for the backward pass.
+      y [B, T, D] in u's dtype, computed in float32. The error of "xla" is relative to the largest
+      output of a channel, not to each output. Differentiable in both arguments; only they are kept
+      for the backward pass.
 
     Raises:
       ValueError: for wrong ranks, shapes, dtypes and names while tracing.
@@ -39,17 +42,11 @@ def long_convolution(
     if length == 0 or channels == 0:
         raise ValueError(f"u must have T >= 1 and D >= 1; got {u.shape}")
     check_shape("kernel", kernel, "[D, T] with T and D of u", (channels, length))
-    dispatch.check_implementation(OP.name, implementation, OP.implementations)
+    platforms.check_implementation(OP.name, implementation, OP.implementations)
     if implementation == "reference":
         y = reference.long_convolution(u, kernel)
     else:
-        # All of time for some of the channels: where a mesh cuts time, the devices exchange one for the other.
-        (y,) = run(
-            OP,
-            implementation or "fft",
-            u,
-            kernel,
-            layouts=("BLC", "CL"),
-            outputs=("BLC",),
-        )
+        # All of time for some of the channels: where a mesh cuts time, the devices exchange one for
+        # the other.
+        (y,) = run(OP, implementation or "xla", u, kernel, layouts=("BLC", "CL"), outputs=("BLC",))
     return y.astype(u.dtype)

@@ -1,12 +1,13 @@
-"""Long convolution as a sum over all earlier tokens in float32: the definition that every other implementation is held
-to."""
+"""Long convolution as a sum over all earlier tokens in float32: the definition that every other
+implementation is held to."""
 
 import jax.numpy as jnp
 from jax import lax
 
 
 def long_convolution(u, kernel):
-    """y_t = sum_{s <= t} kernel_{t-s} u_s, by the lower-triangular Toeplitz matrix of every channel.
+    """y_t = sum_{s <= t} kernel_{t-s} u_s, by the lower-triangular Toeplitz matrix of every
+    channel.
 
     Shapes as in `api.py`; returns y [B, T, D] in float32.
     """
@@ -15,8 +16,5 @@ def long_convolution(u, kernel):
         (lag_TT >= 0)[None], kernel.astype(jnp.float32)[:, jnp.abs(lag_TT)], 0.0
     )
     return jnp.einsum(
-        "dts,bsd->btd",
-        toeplitz_DTT,
-        u.astype(jnp.float32),
-        precision=lax.Precision.HIGHEST,
+        "dts,bsd->btd", toeplitz_DTT, u.astype(jnp.float32), precision=lax.Precision.HIGHEST
     )

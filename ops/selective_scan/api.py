@@ -3,21 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from .. import dispatch
-from ..arguments import (
-    check_float,
-    check_segment_ids,
-    check_shape,
-    check_values,
-    finite,
-)
-from ..op import Op, run
-from . import chunked, over_time, pallas_gpu, pallas_tpu, reference
+from ..framework import platforms
+from ..framework.arguments import check_float, check_segment_ids, check_shape, check_values, finite
+from ..framework.op import Op, run
+from . import pallas_gpu, pallas_tpu, reference, sequence_parallel, xla
 
 OP = Op(
     "selective_scan",
-    {"chunked": chunked, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu},
-    over_time.OVER_TIME,
+    {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu},
+    sequence_parallel.OVER_TIME,
     starts=True,
 )
 EIGENVALUE_RANGES = ((0, 1), (-1, 1))
@@ -39,14 +33,15 @@ def selective_scan(
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A diagonal state-space model per channel whose step size, input and output maps depend on the token.
+    """A diagonal state-space model per channel whose step size, input and output maps depend on the
+    token.
 
         h_t = abar_t h_{t-1} + delta_t x_t B_t        y_t = (h_t C_t + D x_t) silu(z_t)
 
-    per channel d and state n; the gate silu(z) only where z is given. abar_t[d, n] = exp(delta_t[d] A[d, n]) (Mamba, Gu
-    and Dao, 2023, eq. 2 and algorithm 2; zero-order hold for A and Euler's rule for B, as in the authors' code), or
-    2 exp(delta_t[d] A[d, n]) - 1 with `eigenvalue_range=(-1, 1)` (Grazzi et al., 2025), which can change the sign of
-    the state.
+    per channel d and state n; the gate silu(z) only where z is given. abar_t[d, n] = exp(delta_t[d]
+    A[d, n]) (Mamba, Gu and Dao, 2023, eq. 2 and algorithm 2; zero-order hold for A and Euler's rule
+    for B, as in the authors' code), or 2 exp(delta_t[d] A[d, n]) - 1 with `eigenvalue_range=(-1,
+    1)` (Grazzi et al., 2025), which can change the sign of the state.
 
     Args:
       x: [B, T, D], any T >= 1.
@@ -56,26 +51,29 @@ def selective_scan(
       D: [D], a factor on x added to the output; None means none.
       z: [B, T, D], the gate before its activation; None means no gate.
       delta_bias: [D], added to `delta`; None means none.
-      delta_softplus: whether softplus(delta + delta_bias), computed in float32, are the step sizes, rather than
-        delta + delta_bias.
+      delta_softplus: whether softplus(delta + delta_bias), computed in float32, are the step sizes,
+        rather than delta + delta_bias.
       eigenvalue_range: (0, 1) or (-1, 1), see above.
-      initial_state: [B, D, N], the state before the first token; None means zeros. It belongs to the first token's
-        segment.
-      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes the state
-        starts from zero. None means one segment.
-      implementation: "reference" (a scan over tokens), "chunked" (plain JAX with a hand-written backward pass),
-        "pallas_tpu" and "pallas_gpu" (kernels; interpreted when lowered for a CPU), or None for the best of the
-        platform that the program is lowered for: the kernels on TPU and, where they support the sizes, on NVIDIA GPUs,
-        else "chunked". A named implementation runs or raises.
+      initial_state: [B, D, N], the state before the first token; None means zeros. It belongs to
+        the first token's segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
+        id changes the state starts from zero. None means one segment.
+      implementation: "reference" (a scan over tokens), "xla" (plain JAX with a hand-written
+        backward pass), "pallas_tpu" and "pallas_gpu" (kernels; interpreted when lowered for a CPU),
+        or None for the best of the platform that the program is lowered for: the kernels on TPU
+        and, where they support the sizes, on NVIDIA GPUs, else "xla". A named implementation runs
+        or raises.
 
     Returns:
-      y [B, T, D] in x's dtype, and the state after the last token [B, D, N] in float32. The state and all sums are
-      float32 whatever the inputs are, no exponent is positive and none is clipped. Differentiable in every float input,
-      and through both outputs; memory beyond inputs and outputs grows with T / 64 states, not with T states.
+      y [B, T, D] in x's dtype, and the state after the last token [B, D, N] in float32. The state
+      and all sums are float32 whatever the inputs are, no exponent is positive and none is clipped.
+      Differentiable in every float input, and through both outputs; memory beyond inputs and
+      outputs grows with T / 64 states, not with T states.
 
     Raises:
-      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a negative or non-finite step or a
-        positive or non-finite `A` where values can be seen (an eager call, or under `ops.checks`).
+      ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a negative or
+        non-finite step or a positive or non-finite `A` where values can be seen (an eager call, or
+        under `ops.checks`).
     """
     check_float(x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     check_float(initial_state=initial_state)
@@ -97,18 +95,12 @@ def selective_scan(
     if delta_bias is not None:
         check_shape("delta_bias", delta_bias, "[D]", (channels,))
     if not isinstance(delta_softplus, bool):
-        raise ValueError(
-            f"delta_softplus must be True or False; got {delta_softplus!r}"
-        )
+        raise ValueError(f"delta_softplus must be True or False; got {delta_softplus!r}")
     if initial_state is not None:
-        check_shape(
-            "initial_state", initial_state, "[B, D, N]", (batch, channels, states)
-        )
+        check_shape("initial_state", initial_state, "[B, D, N]", (batch, channels, states))
     check_segment_ids(segment_ids, batch, length)
     if tuple(eigenvalue_range) not in EIGENVALUE_RANGES:
-        raise ValueError(
-            f"eigenvalue_range must be (0, 1) or (-1, 1); got {eigenvalue_range!r}"
-        )
+        raise ValueError(f"eigenvalue_range must be (0, 1) or (-1, 1); got {eigenvalue_range!r}")
     if delta_softplus:
         check_values("delta", delta, "finite", finite)
         check_values("delta_bias", delta_bias, "finite", finite)
@@ -119,10 +111,8 @@ def selective_scan(
             "finite and >= 0",
             lambda values: (values >= 0) & finite(values),
         )
-    check_values(
-        "A", A, "finite and <= 0", lambda values: (values <= 0) & finite(values)
-    )
-    dispatch.check_implementation(OP.name, implementation, OP.implementations)
+    check_values("A", A, "finite and <= 0", lambda values: (values <= 0) & finite(values))
+    platforms.check_implementation(OP.name, implementation, OP.implementations)
 
     eigenvalue_range = (int(eigenvalue_range[0]), int(eigenvalue_range[1]))
     if initial_state is None:
@@ -157,10 +147,7 @@ def selective_scan(
             delta_bias,
             initial_state,
             segment_ids,
-            layouts=(
-                *("BTH", "BTH", "HN", "BTN", "BTN", "H", "BTH", "H"),
-                *("BHN", "BT"),
-            ),
+            layouts=(*("BTH", "BTH", "HN", "BTN", "BTN", "H", "BTH", "H"), *("BHN", "BT")),
             outputs=("BTH", "BHN"),
             dtypes=(x.dtype, jnp.dtype(jnp.float32)),
             delta_softplus=delta_softplus,

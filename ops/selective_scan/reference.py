@@ -1,4 +1,5 @@
-"""Selective scan, one token after another in float32: the definition that every other implementation is held to."""
+"""Selective scan, one token after another in float32: the definition that every other
+implementation is held to."""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,8 @@ def selective_scan(
 
     abar = exp(delta A) or 2 exp(delta A) - 1, delta after its bias and softplus.
 
-    Shapes as in `api.py`, `initial_state` [B, D, N] given. Returns y [B, T, D] and the final state, both float32.
-    """
+    Shapes as in `api.py`, `initial_state` [B, D, N] given. Returns y [B, T, D] and the final state,
+    both float32."""
     x_BTD, delta_BTD, A_DN, B_BTN, C_BTN = (
         array.astype(jnp.float32) for array in (x, delta, A, B, C)
     )
@@ -36,9 +37,9 @@ def selective_scan(
         keep_BT = jnp.ones(x.shape[:2], jnp.float32)
     else:  # the first token continues the initial state
         same = segment_ids[:, 1:] == segment_ids[:, :-1]
-        keep_BT = jnp.concatenate(
-            [jnp.ones((x.shape[0], 1), bool), same], axis=1
-        ).astype(jnp.float32)
+        keep_BT = jnp.concatenate([jnp.ones((x.shape[0], 1), bool), same], axis=1).astype(
+            jnp.float32
+        )
 
     def step(h_BDN, token):
         x_BD, delta_BD, B_BN, C_BN, keep_B = token
@@ -47,13 +48,10 @@ def selective_scan(
             abar_BDN = 2 * abar_BDN - 1
         write_BDN = (delta_BD * x_BD)[:, :, None] * B_BN[:, None, :]
         h_BDN = keep_B[:, None, None] * abar_BDN * h_BDN + write_BDN
-        return h_BDN, jnp.einsum(
-            "bdn,bn->bd", h_BDN, C_BN, precision=lax.Precision.HIGHEST
-        )
+        return h_BDN, jnp.einsum("bdn,bn->bd", h_BDN, C_BN, precision=lax.Precision.HIGHEST)
 
     tokens = jax.tree.map(
-        lambda array: jnp.moveaxis(array, 1, 0),
-        (x_BTD, delta_BTD, B_BTN, C_BTN, keep_BT),
+        lambda array: jnp.moveaxis(array, 1, 0), (x_BTD, delta_BTD, B_BTN, C_BTN, keep_BT)
     )
     state, y_TBD = lax.scan(step, initial_state.astype(jnp.float32), tokens)
     y_BTD = jnp.moveaxis(y_TBD, 0, 1)

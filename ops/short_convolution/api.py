@@ -1,18 +1,15 @@
-"""Short convolution, the depthwise causal convolution in front of many recurrences: the public function."""
+"""Short convolution, the depthwise causal convolution in front of many recurrences: the public
+function."""
 
 import jax
 import jax.numpy as jnp
 
-from .. import dispatch
-from ..arguments import check_float, check_segment_ids, check_shape
-from ..op import Op, run
-from . import chunked, over_time, pallas_tpu, reference
+from ..framework import platforms
+from ..framework.arguments import check_float, check_segment_ids, check_shape
+from ..framework.op import Op, run
+from . import pallas_tpu, reference, sequence_parallel, xla
 
-OP = Op(
-    "short_convolution",
-    {"chunked": chunked, "pallas_tpu": pallas_tpu},
-    over_time.OVER_TIME,
-)
+OP = Op("short_convolution", {"xla": xla, "pallas_tpu": pallas_tpu}, sequence_parallel.OVER_TIME)
 
 
 def short_convolution(
@@ -23,27 +20,31 @@ def short_convolution(
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Causal convolution of each channel over W tokens of its segment; the last tap multiplies the current token.
+    """Causal convolution of each channel over W tokens of its segment; the last tap multiplies the
+    current token.
 
         y_t = sum_{i=0}^{W-1} w_{W-1-i} x_{t-i}
 
-    with x zero before the segment. Mamba (Gu and Dao, 2023), GLA and DeltaNet use W = 4; no bias, no activation.
+    with x zero before the segment. Mamba (Gu and Dao, 2023), GLA and DeltaNet use W = 4; no bias,
+    no activation.
 
     Args:
       x: [B, T, D], any T >= 1.
       w: [W, D], any W >= 1.
-      initial_state: [B, W - 1, D], the W - 1 inputs before the first token, oldest first; None means zeros. It belongs
-        to the first token's segment.
-      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the id changes a segment
-        starts. None means one segment.
-      implementation: "reference" (a scan over tokens), "chunked" (shifted multiply-adds in plain JAX), "pallas_tpu"
-        (kernels; interpreted when lowered for a CPU), or None for the best of the platform that the program is lowered
-        for: the kernels on TPU, else "chunked". A named implementation runs or raises.
+      initial_state: [B, W - 1, D], the W - 1 inputs before the first token, oldest first; None
+        means zeros. It belongs to the first token's segment.
+      segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
+        id changes a segment starts. None means one segment.
+      implementation: "reference" (a scan over tokens), "xla" (shifted multiply-adds in plain JAX),
+        "pallas_tpu" (kernels; interpreted when lowered for a CPU), or None for the best of the
+        platform that the program is lowered for: the kernels on TPU, else "xla". A named
+        implementation runs or raises.
 
     Returns:
-      y [B, T, D] in x's dtype, summed in float32, and the state after the last token [B, W - 1, D] in float32: the last
-      W - 1 inputs unchanged, zeros where the last token's segment had not begun. Differentiable in every float input,
-      and through both outputs; only the inputs are kept for the backward pass.
+      y [B, T, D] in x's dtype, summed in float32, and the state after the last token [B, W - 1, D]
+      in float32: the last W - 1 inputs unchanged, zeros where the last token's segment had not
+      begun. Differentiable in every float input, and through both outputs; only the inputs are kept
+      for the backward pass.
 
     Raises:
       ValueError: for wrong ranks, shapes, dtypes and names while tracing.
@@ -58,11 +59,9 @@ def short_convolution(
     if taps == 0:
         raise ValueError(f"w must have W >= 1; got {w.shape}")
     if initial_state is not None:
-        check_shape(
-            "initial_state", initial_state, "[B, W - 1, D]", (batch, taps - 1, channels)
-        )
+        check_shape("initial_state", initial_state, "[B, W - 1, D]", (batch, taps - 1, channels))
     check_segment_ids(segment_ids, batch, length)
-    dispatch.check_implementation(OP.name, implementation, OP.implementations)
+    platforms.check_implementation(OP.name, implementation, OP.implementations)
 
     if initial_state is None:
         initial_state = jnp.zeros((batch, taps - 1, channels), jnp.float32)

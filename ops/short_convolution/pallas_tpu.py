@@ -1,18 +1,20 @@
 """Short convolution on TPU: inputs are read once and outputs written once, chunk by chunk.
 
-With lags l = 0 .. W - 1 and m_{t,l} = 1 where token t has l tokens of its segment before it, else 0:
+With lags l = 0 .. W - 1 and m_{t,l} = 1 where token t has l tokens of its segment before it, else
+0:
 
     y_t = sum_l w_{W-1-l} x_{t-l} m_{t,l}
     dx_s = sum_l w_{W-1-l} dy_{s+l} m_{s+l,l}        dw_{W-1-l} = sum_bs x_s dy_{s+l} m_{s+l,l}
 
-Forward runs from the first chunk to the last and keeps the last inputs of the one before, backward from the last to the
-first and keeps the first cotangents of the one after. A shift by l tokens is a load from fast memory at another row.
-What the W - 1 inputs before the first token give and get, and the final state, concern a few rows and are left to XLA.
+Forward runs from the first chunk to the last and keeps the last inputs of the one before, backward
+from the last to the first and keeps the first cotangents of the one after. A shift by l tokens is a
+load from fast memory at another row. What the W - 1 inputs before the first token give and get, and
+the final state, concern a few rows and are left to XLA.
 
-Why a kernel: for a v6e, at (B, T, D, W) = (8, 2048, 1536, 4), XLA's form of `chunked.py` moves 3.0 times the bytes of
-inputs and outputs forward and 14 times backward in bfloat16 (it writes float32 copies and shifted ones), 1.0 and 4.0
-times in float32, by the cost analysis of the programs compiled ahead of time with libtpu 0.0.42.1; the kernels 1.0.
-"""
+Why a kernel: for a v6e, at (B, T, D, W) = (8, 2048, 1536, 4), XLA's form of `chunked.py` moves 3.0
+times the bytes of inputs and outputs forward and 14 times backward in bfloat16 (it writes float32
+copies and shifted ones), 1.0 and 4.0 times in float32, by the cost analysis of the programs
+compiled ahead of time with libtpu 0.0.42.1; the kernels 1.0."""
 
 import functools
 from dataclasses import dataclass
@@ -23,14 +25,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..pallas_tpu import LANES
-from ..pallas_tpu_scan import SUBLANES, Blocks, call, cut, keep_states, pad_channels
-from . import chunked
+from ..tpu.blocks import LANES
+from ..tpu.channels import SUBLANES, Blocks, call, cut, keep_states, pad_channels
+from . import xla
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What one grid step takes. chunk: tokens; lanes: channels at most; rows: tokens whose sums stay in registers."""
+    """What one grid step takes. chunk: tokens; lanes: channels at most; rows: tokens whose sums
+    stay in registers."""
 
     chunk: int = 256
     lanes: int = 512
@@ -42,7 +45,8 @@ TUNING = Tuning()
 
 @dataclass(frozen=True)
 class _Convolution:
-    """What is static. beside: W - 1, up to a multiple of 8: the rows that a chunk needs from the one beside it."""
+    """What is static. beside: W - 1, up to a multiple of 8: the rows that a chunk needs from the
+    one beside it."""
 
     blocks: Blocks
     taps: int
@@ -127,7 +131,7 @@ def backward(x, w, initial_state, segment_ids, dy, dfinal_state):
         return dx.astype(jnp.float32), dw, jnp.zeros_like(initial_state, jnp.float32)
 
     first = min(taps - 1, length)  # tokens that read the initial state
-    _, dw_initial, dinitial = chunked.backward(
+    _, dw_initial, dinitial = xla.backward(
         jnp.zeros_like(x[:, :first]),
         w,
         initial_state,
@@ -144,7 +148,8 @@ def backward(x, w, initial_state, segment_ids, dy, dfinal_state):
 
 
 def _convolution(x, w, segment_ids) -> tuple[_Convolution, jax.Array | None]:
-    """And how many tokens of its segment, W - 1 at most, are before each [B, T]; those before the first token count."""
+    """And how many tokens of its segment, W - 1 at most, are before each [B, T]; those before the
+    first token count."""
     blocks = cut(x, TUNING.chunk, TUNING.lanes)
     conv = _Convolution(blocks, w.shape[0], segment_ids is not None)
     if segment_ids is None:
@@ -158,7 +163,8 @@ def _convolution(x, w, segment_ids) -> tuple[_Convolution, jax.Array | None]:
 
 
 def _of_last_segment(x_BWD: jax.Array, depth_BT: jax.Array | None) -> jax.Array:
-    """The last W - 1 inputs, or their cotangents; zero where they lie before the last token's segment."""
+    """The last W - 1 inputs, or their cotangents; zero where they lie before the last token's
+    segment."""
     if depth_BT is None:
         return x_BWD
     lag = jnp.arange(x_BWD.shape[1] - 1, -1, -1)

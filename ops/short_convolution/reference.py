@@ -1,4 +1,5 @@
-"""Short convolution, one token after another in float32: the definition that every other implementation is held to."""
+"""Short convolution, one token after another in float32: the definition that every other
+implementation is held to."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +7,11 @@ from jax import lax
 
 
 def short_convolution(x, w, initial_state, segment_ids):
-    """y_t = w_{W-1} x_t + sum_j w_j buffer_j; the buffer holds the W - 1 inputs before x_t, oldest first.
+    """y_t = w_{W-1} x_t + sum_j w_j buffer_j; the buffer holds the W - 1 inputs before x_t, oldest
+    first.
 
-    Shapes as in `api.py`, `initial_state` [B, W - 1, D] given. Returns y [B, T, D] and the final buffer, both float32.
-    """
+    Shapes as in `api.py`, `initial_state` [B, W - 1, D] given. Returns y [B, T, D] and the final
+    buffer, both float32."""
     x_BTD, w_WD = x.astype(jnp.float32), w.astype(jnp.float32)
     if segment_ids is None:
         starts_BT = jnp.zeros(x.shape[:2], bool)

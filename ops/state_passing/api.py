@@ -1,14 +1,15 @@
-"""State passing of linear time-invariant systems: what a sequence that is cut into parts hands from part to part."""
+"""State passing of linear time-invariant systems: what a sequence that is cut into parts hands from
+part to part."""
 
 import jax
 import jax.numpy as jnp
 
-from .. import dispatch
-from ..arguments import check_float, check_shape
-from ..op import Op, run
-from . import over_time, reference, scan
+from ..framework import platforms
+from ..framework.arguments import check_float, check_shape
+from ..framework.op import Op, run
+from . import reference, sequence_parallel, xla
 
-OP = Op("state_passing", {"scan": scan}, over_time.OVER_TIME)
+OP = Op("state_passing", {"xla": xla}, sequence_parallel.OVER_TIME)
 
 
 def state_passing(
@@ -23,21 +24,25 @@ def state_passing(
 
         S_{t+1} = keep_t A S_t + M_t        out: S_t for every part t, and the last one
 
-    for D systems with dense state matrices: the middle one of the three steps of a chunked recurrence (states of
-    chunks, state passing, outputs of chunks; Dao and Gu, 2024, arXiv 2405.21060, Section 6), with A the transition over
-    a whole part. Where a mesh cuts time its devices hold consecutive parts, and the states travel as those of every
-    recurrence do (`ops/sequence_parallel.py`); A, which all of them know, does not.
+    for D systems with dense state matrices: the middle one of the three steps of a chunked
+    recurrence (states of chunks, state passing, outputs of chunks; Dao and Gu, 2024, arXiv
+    2405.21060, Section 6), with A the transition over a whole part. Where a mesh cuts time its
+    devices hold consecutive parts, and the states travel as those of every recurrence do
+    (`ops/framework/sequence_parallel.py`); A, which all of them know, does not.
 
     Args:
       A: [D, N, N], the transition over one part.
-      written: [B, T, D, N], M: the state that each of T >= 1 parts leaves where it begins with zeros.
-      keeps: [B, T] bool, false where a part does not hand on what came in: a document starts in it. None: all do.
+      written: [B, T, D, N], M: the state that each of T >= 1 parts leaves where it begins with
+      zeros.
+      keeps: [B, T] bool, false where a part does not hand on what came in: a document starts in it.
+      None: all do.
       initial_state: [B, D, N], before the first part; None means zeros.
-      implementation: "reference" (differentiated by JAX), "scan" (with a backward pass of its own), or None for "scan".
+      implementation: "reference" (differentiated by JAX), "xla" (with a backward pass of its own),
+      or None for "xla".
 
     Returns:
-      The states before the parts [B, T, D, N] and the one after the last [B, D, N], float32. Differentiable in A,
-      written and initial_state.
+      The states before the parts [B, T, D, N] and the one after the last [B, D, N], float32.
+      Differentiable in A, written and initial_state.
 
     Raises:
       ValueError: for wrong ranks, shapes, dtypes and names while tracing.
@@ -55,19 +60,14 @@ def state_passing(
     if initial_state is None:
         initial_state = jnp.zeros((batch, systems, size), jnp.float32)
     check_float(initial_state=initial_state)
-    check_shape(
-        "initial_state",
-        initial_state,
-        "[B, D, N] of written",
-        (batch, systems, size),
-    )
-    dispatch.check_implementation(OP.name, implementation, OP.implementations)
+    check_shape("initial_state", initial_state, "[B, D, N] of written", (batch, systems, size))
+    platforms.check_implementation(OP.name, implementation, OP.implementations)
     inputs = A, written, keeps, initial_state
     if implementation == "reference":
         return reference.state_passing(*inputs)
     return run(
         OP,
-        implementation or "scan",
+        implementation or "xla",
         *inputs,
         layouts=("Hnn", "BTHn", "BT", "BHn"),
         outputs=("BTHn", "BHn"),

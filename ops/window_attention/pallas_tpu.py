@@ -1,10 +1,10 @@
-"""Window attention on TPU by JAX's own kernel, splash attention: blocks of keys that no query of a block sees are never
-fetched, and logits stay in fast memory.
+"""Window attention on TPU by JAX's own kernel, splash attention: blocks of keys that no query of a
+block sees are never fetched, and logits stay in fast memory.
 
-The kernel wants a multiple of 128 tokens and scaled queries, which are rounded again where the scale is no power of
-two; padded keys are in no segment, and what padded queries find is cut off. Its backward pass runs from the inputs: the
-forward kernel is run again for the sums of the softmax. (Dao, FlashAttention-2, 2023, arXiv 2307.08691;
-`jax.experimental.pallas.ops.tpu.splash_attention`.)
+The kernel wants a multiple of 128 tokens and scaled queries, which are rounded again where the
+scale is no power of two; padded keys are in no segment, and what padded queries find is cut off.
+Its backward pass runs from the inputs: the forward kernel is run again for the sums of the softmax.
+(Dao, FlashAttention-2, 2023, arXiv 2307.08691; `jax.experimental.pallas.ops.tpu.splash_attention`.)
 """
 
 import functools
@@ -12,25 +12,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as splash,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as masks,
-)
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from ..by_platform import by_platform
-from .chunked import join, last_state
+from ..framework.by_platform import by_platform
+from .xla import join, last_state
 
 LANES = 128
-# Tokens per block of queries and of keys; wide blocks fetch less, narrow ones waste less of a narrow window.
+# Tokens per block of queries and of keys; wide blocks fetch less, narrow ones waste less of a
+# narrow window.
 LARGEST_BLOCK = 512
 SUPPORTED = "softmax, and bfloat16 q, k and v of at least 128 tokens, on a TPU"
 
 
 def supports(q, k, v, *_, activation, **__) -> bool:
-    """The kernel rounds the factors of its products to bfloat16, which float32 inputs do not ask for; few queries do
-    not fill it."""
+    """The kernel rounds the factors of its products to bfloat16, which float32 inputs do not ask
+    for; few queries do not fill it."""
     return (
         activation == "softmax"
         and q.shape[1] >= LANES
@@ -39,7 +36,8 @@ def supports(q, k, v, *_, activation, **__) -> bool:
 
 
 def _block(tokens: int, window: int) -> int:
-    """The largest power of two from 128 that divides `tokens` and is no wider than the window asks."""
+    """The largest power of two from 128 that divides `tokens` and is no wider than the window
+    asks."""
     block = LARGEST_BLOCK
     while block > LANES and (tokens % block or block >= 2 * window):
         block //= 2
@@ -83,15 +81,11 @@ def _attend(q, k, v, q_runs, k_runs, *, window, scale, interpret):
     return o.transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, -1)[:, :length]
 
 
-def _outputs(
-    q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale, interpret
-):
+def _outputs(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale, interpret):
     joined = join(k, v, k_past, v_past, valid_past, segment_ids, window)
     k, v, k_runs = (x[:, joined.first :] for x in joined[:3])
     q_runs = joined.runs[:, window - 1 :]
-    o = _attend(
-        q, k, v, q_runs, k_runs, window=window, scale=scale, interpret=interpret
-    )
+    o = _attend(q, k, v, q_runs, k_runs, window=window, scale=scale, interpret=interpret)
     return o, *last_state(joined, q.shape[1])
 
 
@@ -115,22 +109,11 @@ def _on_platform(function, *args, **options):
     return by_platform(forms, *args)
 
 
-def forward(
-    q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale, activation
-):
-    """Shapes as in `api.py`, the initial state by its parts or three times None; o in v's dtype, and the final state's
-    parts."""
+def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale, activation):
+    """Shapes as in `api.py`, the initial state by its parts or three times None; o in v's dtype,
+    and the final state's parts."""
     return _on_platform(
-        _outputs,
-        q,
-        k,
-        v,
-        k_past,
-        v_past,
-        valid_past,
-        segment_ids,
-        window=window,
-        scale=scale,
+        _outputs, q, k, v, k_past, v_past, valid_past, segment_ids, window=window, scale=scale
     )
 
 
@@ -150,7 +133,8 @@ def backward(
     scale,
     activation,
 ):
-    """Cotangents of q, k, v, k_past and v_past (None without initial state), and None for valid_past."""
+    """Cotangents of q, k, v, k_past and v_past (None without initial state), and None for
+    valid_past."""
     inputs = (q, k, v, k_past, v_past, valid_past, segment_ids)
     cotangents = (do.astype(q.dtype), dk_last, dv_last)
     gradients = _on_platform(_gradients, inputs, cotangents, window=window, scale=scale)

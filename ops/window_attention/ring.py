@@ -1,14 +1,16 @@
-"""Ring attention: queries stay on their device, keys and values visit all devices one after another.
+"""Ring attention: queries stay on their device, keys and values visit all devices one after
+another.
 
-    m' = max(m, max_s x_ts)     l' = l e^(m - m') + sum_s e^(x_ts - m')     o' = o e^(m - m') + sum_s e^(x_ts - m') v_s
+    m' = max(m, max_s x_ts)     l' = l e^(m - m') + sum_s e^(x_ts - m')     o' = o e^(m - m') +
+    sum_s e^(x_ts - m') v_s
 
-over the logits x of the tokens s that are there, from the device's own tokens to those of the first device; then o / l,
-and m + log l is kept for the backward pass, in which the gradients of keys and values travel with them and end where
-they belong. (Liu, Zaharia, Abbeel, Ring Attention with Blockwise Transformers, ICLR 2024, arXiv 2310.01889.)
+over the logits x of the tokens s that are there, from the device's own tokens to those of the first
+device; then o / l, and m + log l is kept for the backward pass, in which the gradients of keys and
+values travel with them and end where they belong. (Liu, Zaharia, Abbeel, Ring Attention with
+Blockwise Transformers, ICLR 2024, arXiv 2310.01889.)
 
-Blocks of queries take turns, so that the logits of one block with one device's keys are all there is. Letters as in
-`chunked.py`, R = H / M query heads per key head; n tokens per device.
-"""
+Blocks of queries take turns, so that the logits of one block with one device's keys are all there
+is. Letters as in `chunked.py`, R = H / M query heads per key head; n tokens per device."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,16 +19,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..chunking import einsum
-from ..sequence_parallel import Line
-from ..sharding import SEQUENCE
+from ..chunks.chunking import einsum
+from ..framework.sequence_parallel import Line
+from ..framework.sharding import SEQUENCE
 
 QUERIES = 512  # per block
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class _Keys(NamedTuple):
-    """What travels: keys and values [B, n, M, K | V], the run of each token [B, n], and the number of its device."""
+    """What travels: keys and values [B, n, M, K | V], the run of each token [B, n], and the number
+    of its device."""
 
     k: jax.Array
     v: jax.Array
@@ -43,9 +46,8 @@ def _onward(values: Any, line: Line) -> Any:
 def _held_together(q, k, v, runs, line: Line):
     """q, and what travels.
 
-    Tied to q, so that no part of the masks is known without it: differentiation would compute the known part on its
-    own, the masks of all blocks and all devices at once.
-    """
+    Tied to q, so that no part of the masks is known without it: differentiation would compute the
+    known part on its own, the masks of all blocks and all devices at once."""
     return lax.optimization_barrier((q, _Keys(k, v, runs, line.rank)))
 
 
@@ -80,16 +82,15 @@ def _joined(x: jax.Array) -> jax.Array:
 
 
 def _round(line: Line, visit: Callable[[Any, Any], Any], mine: Any, travelling: Any):
-    """visit(mine, travelling) -> both, with what each device holds in turn; one step from home at the end."""
+    """visit(mine, travelling) -> both, with what each device holds in turn; one step from home at
+    the end."""
     mine, travelling = visit(mine, travelling)
 
     def step(carry, _):
         mine, travelling = carry
         return visit(mine, _onward(travelling, line)), None
 
-    (mine, travelling), _ = lax.scan(
-        step, (mine, travelling), None, length=line.size - 1
-    )
+    (mine, travelling), _ = lax.scan(step, (mine, travelling), None, length=line.size - 1)
     return mine, travelling
 
 
@@ -104,7 +105,8 @@ def _block(length: int) -> int:
 
 
 def forward(line: Line, q, k, v, runs, *, window, scale):
-    """o [B, n, H, V] and the log sums of exponentials [B, n, M, R], float32; runs [B, n] count over all devices."""
+    """o [B, n, H, V] and the log sums of exponentials [B, n, M, R], float32; runs [B, n] count over
+    all devices."""
     batch, length, heads, _ = q.shape
     key_heads, block = k.shape[2], _block(length)
     q, own = _held_together(q, k, v, runs, line)
@@ -131,11 +133,7 @@ def forward(line: Line, q, k, v, runs, *, window, scale):
         return lax.cond(visible, update, lambda s: s, sums), keys
 
     shape = (length // block, batch, key_heads, heads // key_heads, block)
-    nothing = (
-        jnp.full(shape, LOWEST),
-        jnp.zeros(shape),
-        jnp.zeros((*shape, v.shape[-1])),
-    )
+    nothing = (jnp.full(shape, LOWEST), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1])))
     (m, l, o), _ = _round(line, visit, nothing, own)
     o, log_sum = o / l[..., None], m + jnp.log(l)
     # [G, B, M, R, C, ...] -> [B, n, M, R, ...]
@@ -152,10 +150,7 @@ def backward(line: Line, q, k, v, runs, o, log_sum, do, *, window, scale):
     correction = jnp.sum(do * _grouped(o, key_heads), axis=-1)
     blocks = (
         jnp.arange(length // block),
-        *(
-            _cut(x, block)
-            for x in (_grouped(q, key_heads), own.runs, log_sum, do, correction)
-        ),
+        *(_cut(x, block) for x in (_grouped(q, key_heads), own.runs, log_sum, do, correction)),
     )
 
     def visit(dq, travelling):
@@ -163,10 +158,7 @@ def backward(line: Line, q, k, v, runs, o, log_sum, do, *, window, scale):
 
         def update(dq, dk, dv):
             def one(sums, inputs):
-                (dk, dv), (number, q, q_runs, log_sum, do, correction, dq) = (
-                    sums,
-                    inputs,
-                )
+                (dk, dv), (number, q, q_runs, log_sum, do, correction, dq) = (sums, inputs)
                 x, sees = _logits(q, number, q_runs, own.device, keys, window, scale)
                 # [B, C, M, R] -> [B, M, R, C, 1]
                 log_sum, correction = (
@@ -184,10 +176,7 @@ def backward(line: Line, q, k, v, runs, o, log_sum, do, *, window, scale):
             return dq, dk, dv
 
         dq, dk, dv = lax.cond(
-            _visible(own.device, keys, window),
-            update,
-            lambda *unchanged: unchanged,
-            *(dq, dk, dv),
+            _visible(own.device, keys, window), update, lambda *unchanged: unchanged, *(dq, dk, dv)
         )
         return dq, (keys, dk, dv)
 

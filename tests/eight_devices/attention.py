@@ -9,8 +9,8 @@ import pytest
 from jax import P
 
 import ops
+from tests.contracts.ops import assert_close
 from tests.eight_devices.mesh import collectives, mesh_of
-from tests.op_contract import assert_close
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,7 @@ def test_ring_attention(window, shape, packed):
 def test_window_attention_by_squares(window, method):
     """A ring is for softmax: squares take all keys and values in either case."""
     with ops.sequence_method(method):
-        check_window_attention(
-            window, (1, 1, 4, 1), True, state=False, activation="squared_relu"
-        )
+        check_window_attention(window, (1, 1, 4, 1), True, state=False, activation="squared_relu")
 
 
 def check_window_attention(window, shape, packed, state, activation="softmax"):
@@ -78,11 +76,7 @@ def check_window_attention(window, shape, packed, state, activation="softmax"):
     def outputs(q, k, v, k_past, v_past):
         first = ops.WindowState(k_past, v_past, valid) if state else None
         o, last = ops.window_attention(
-            *(q, k, v),
-            window=window,
-            activation=activation,
-            initial_state=first,
-            segment_ids=ids,
+            *(q, k, v), window=window, activation=activation, initial_state=first, segment_ids=ids
         )
         return (o, last.k, last.v), last.valid
 
@@ -116,9 +110,7 @@ def test_ring_attention_gathers_nothing():
 def test_ring_attention_in_a_scan_over_layers_holds_the_logits_of_one_block():
     mesh, length, heads = mesh_of(1, 1, 8, 1), 8 * 1024, 2
     x = jax.ShapeDtypeStruct(
-        (1, length, heads, 8),
-        jnp.float32,
-        sharding=jax.NamedSharding(mesh, P(None, "sequence")),
+        (1, length, heads, 8), jnp.float32, sharding=jax.NamedSharding(mesh, P(None, "sequence"))
     )
 
     def loss(x):

@@ -1,4 +1,5 @@
-"""What models compute on eight devices, cut along batch, time and heads, is what they compute on one; what travels."""
+"""What models compute on eight devices, cut along batch, time and heads, is what they compute on
+one; what travels."""
 
 import importlib
 import math
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 from jax import P
 
-from tests import model_contract_test
+from tests.contracts import mixers_test
 from tests.eight_devices.mesh import collectives, mesh_of
 
 EXACT = 1e-5  # of the largest value: sums in another order
@@ -21,9 +22,9 @@ EXACT = 1e-5  # of the largest value: sums in another order
 def assert_same_on_a_mesh(shape, run, params, *given):
     """All that `run(params, *given)` returns is on a mesh what it is on one device.
 
-    To EXACT; or, where the last bits of the parameters decide about more than that (the gradients of models with a
-    delta rule at random weights), no further than it goes when each of them is changed.
-    """
+    To EXACT; or, where the last bits of the parameters decide about more than that (the gradients
+    of models with a delta rule at random weights), no further than it goes when each of them is
+    changed."""
     expected = jax.jit(run)(params, *given)
     with jax.set_mesh(mesh_of(*shape)):
         got = jax.jit(lambda *given: run(*given))(params, *given)
@@ -92,9 +93,7 @@ def test_convolutions_of_time_invariant_layers(name, options, shape):
     """What models are tested with below, documents and a state, takes the recurrence."""
     graphdef, params = nnx.split(layer_of(name, **options))
     rng = np.random.default_rng(0)
-    x, do = (
-        jnp.asarray(rng.standard_normal((2, 64, WIDTH)), jnp.float32) for _ in "xo"
-    )
+    x, do = (jnp.asarray(rng.standard_normal((2, 64, WIDTH)), jnp.float32) for _ in "xo")
 
     def loss(params, x):
         y, state = nnx.merge(graphdef, params)(x)
@@ -105,7 +104,7 @@ def test_convolutions_of_time_invariant_layers(name, options, shape):
     assert_same_on_a_mesh(shape, run, params, x)
 
 
-ROWS = model_contract_test.ALL
+ROWS = mixers_test.ALL
 MODELS_IN_MAKE_TEST = {"delta_net", "mamba"}
 # One or three heads or channels, which two devices cannot share.
 INDIVISIBLE = {
@@ -119,9 +118,7 @@ INDIVISIBLE = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name, marks=() if name in MODELS_IN_MAKE_TEST else pytest.mark.full
-        )
+        pytest.param(name, marks=() if name in MODELS_IN_MAKE_TEST else pytest.mark.full)
         for name in ROWS
     ],
 )
@@ -130,14 +127,12 @@ INDIVISIBLE = {
 )
 def test_loss_state_and_gradients_of_models(name, shape):
     if shape[3] > 1 and name in INDIVISIBLE:
-        pytest.skip(
-            "a number of heads or channels that the tensor axis does not divide"
-        )
-    rng, vocabulary = np.random.default_rng(0), model_contract_test.VOCABULARY
-    lm = model_contract_test.make(name)
+        pytest.skip("a number of heads or channels that the tensor axis does not divide")
+    rng, vocabulary = np.random.default_rng(0), mixers_test.VOCABULARY
+    lm = mixers_test.make(name)
     tokens = jnp.asarray(rng.integers(0, vocabulary, (2, 32)), jnp.int32)
-    # Documents that start anywhere, and in one sequence on the last token of each device: a memory that this token is
-    # not routed to still holds the document before when the next device begins.
+    # Documents that start anywhere, and in one sequence on the last token of each device: a memory
+    # that this token is not routed to still holds the document before when the next device begins.
     starts = rng.random((2, 32)) < 0.08
     starts[0, 32 // shape[2] - 1 :: 32 // shape[2]] = True
     ids = jnp.cumsum(jnp.asarray(starts), axis=1)
@@ -153,7 +148,8 @@ def test_loss_state_and_gradients_of_models(name, shape):
     assert_same_on_a_mesh(shape, run, params, tokens, ids, lm.init_state(2))
 
 
-# --- What travels -----------------------------------------------------------------------------------------------------
+# --- What travels
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,26 +173,20 @@ def test_time_invariant_layers_gather_states_alone(name):
         cut = jax.NamedSharding(mesh, P(None, "sequence"))
         for length in (64, 512):
             x = jax.ShapeDtypeStruct((2, length, WIDTH), jnp.float32, sharding=cut)
-            programs.append(
-                [collectives(loss, params, x), collectives(jax.grad(loss), params, x)]
-            )
+            programs.append([collectives(loss, params, x), collectives(jax.grad(loss), params, x)])
     short, long = programs
     # The sums are the loss, and gradients of parameters.
     for forward, both in programs:
         assert len(forward["all-gather"]) == 1 and len(both["all-gather"]) == 2
         assert set(forward) == set(both) == {"all-gather", "all-reduce"}
-    assert [found["all-gather"] for found in short] == [
-        found["all-gather"] for found in long
-    ]
+    assert [found["all-gather"] for found in short] == [found["all-gather"] for found in long]
 
 
 def test_mixture_of_memories_sends_states_and_no_tokens():
-    """Between devices go the memories, the last inputs of their convolutions, gradients of parameters, and the indices
-    of documents; tokens are sorted where they are."""
+    """Between devices go the memories, the last inputs of their convolutions, gradients of
+    parameters, and the indices of documents; tokens are sorted where they are."""
     mesh, sizes = mesh_of(1, 1, 8, 1), []
-    graphdef, params, variables = nnx.split(
-        model_contract_test.make("mom"), nnx.Param, ...
-    )
+    graphdef, params, variables = nnx.split(mixers_test.make("mom"), nnx.Param, ...)
 
     def loss(params, tokens):
         return jnp.sum(jnp.sin(nnx.merge(graphdef, params, variables)(tokens)[0]))
@@ -208,7 +198,5 @@ def test_mixture_of_memories_sends_states_and_no_tokens():
             found = collectives(jax.grad(loss), params, tokens)
             assert set(found) <= {"all-gather", "all-reduce"}
             shapes = re.findall(r"f32\[([\d,]*)\]", str(found))
-            sizes.append(
-                [math.prod(map(int, s.split(","))) if s else 1 for s in shapes]
-            )
+            sizes.append([math.prod(map(int, s.split(","))) if s else 1 for s in shapes])
     assert sizes[0] == sizes[1]

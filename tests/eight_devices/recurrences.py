@@ -1,5 +1,5 @@
-"""What recurrences compute on eight devices, cut along batch, time and heads, is what they compute on one; what travels
-between devices is states."""
+"""What recurrences compute on eight devices, cut along batch, time and heads, is what they compute
+on one; what travels between devices is states."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from jax import P
 from jax.sharding import AxisType, Mesh
 
 import ops
-from ops.selective_scan import around as selective_around
-from ops.sequence_parallel import CARRIED
-from tests import (
+from ops.framework.sequence_parallel import CARRIED
+from ops.selective_scan import gating
+from tests.contracts.ops import assert_close
+from tests.eight_devices.mesh import AXES, collectives, mesh_of
+from tests.ops import (
     delta_rule_test,
     diagonal_scan_test,
     gated_linear_attention_test,
     selective_scan_test,
     short_convolution_test,
 )
-from tests.eight_devices.mesh import AXES, collectives, mesh_of
-from tests.op_contract import assert_close
 
 CONTRACTS = {
     "gated_linear_attention": gated_linear_attention_test.TestGatedLinearAttention,
@@ -36,7 +36,7 @@ LENGTH = 64
 @pytest.fixture(autouse=True)
 def several_chunks_on_a_device(monkeypatch):
     # So that states are kept on the way as they are of long sequences.
-    monkeypatch.setattr(selective_around, "CHUNK", 8)
+    monkeypatch.setattr(gating, "CHUNK", 8)
 
 
 def variants(contract: Any) -> list[str]:
@@ -73,10 +73,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("op", "variant", "method", "shape"),
-    [
-        pytest.param(*case, marks=() if case in IN_MAKE_TEST else pytest.mark.full)
-        for case in CASES
-    ],
+    [pytest.param(*case, marks=() if case in IN_MAKE_TEST else pytest.mark.full) for case in CASES],
 )
 @pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_values_states_and_gradients_of_ops(op, variant, method, shape, packed):
@@ -84,14 +81,10 @@ def test_values_states_and_gradients_of_ops(op, variant, method, shape, packed):
     inputs, state, ids = contract.data(variant, LENGTH)
     # A document that ends where a device's tokens end, beside those that do not.
     ids = ids.at[0, LENGTH // 2 :].add(5) if packed else None
-    expected = contract.values_and_gradients("chunked", inputs, state, ids)
+    expected = contract.values_and_gradients("xla", inputs, state, ids)
     with jax.set_mesh(mesh_of(*shape)), ops.sequence_method(method):
         # The program is a function of the method too, which jax's cache of traces does not know.
-        run = jax.jit(
-            lambda inputs, state, ids: values_and_gradients(
-                contract, inputs, state, ids
-            )
-        )
+        run = jax.jit(lambda inputs, state, ids: values_and_gradients(contract, inputs, state, ids))
         got = run(inputs, state, ids)
     for name, value in expected.items():
         assert_close(name, got[name], value)
@@ -146,11 +139,7 @@ def test_state_passing(method, shape, packed):
     def run(implementation):
         def call(A, written, state):
             return ops.state_passing(
-                A,
-                written,
-                keeps=keeps,
-                initial_state=state,
-                implementation=implementation,
+                A, written, keeps=keeps, initial_state=state, implementation=implementation
             )
 
         values, pullback = jax.vjp(call, A, written, state)
@@ -165,23 +154,16 @@ def test_state_passing(method, shape, packed):
         assert_close(jax.tree_util.keystr(path), value, wanted)
 
 
-def values_and_gradients(
-    contract, inputs, state, ids, implementation="chunked", **options
-):
+def values_and_gradients(contract, inputs, state, ids, implementation="xla", **options):
     """As `OpContract.values_and_gradients`, untraced so far."""
     key_o, key_state = jax.random.split(jax.random.key(7))
     (o, final), pullback = jax.vjp(
-        lambda inputs, state: contract.call(
-            inputs, state, ids, implementation, **options
-        ),
+        lambda inputs, state: contract.call(inputs, state, ids, implementation, **options),
         inputs,
         state,
     )
     gradients, gradient_state = pullback(
-        (
-            jax.random.normal(key_o, o.shape, o.dtype),
-            jax.random.normal(key_state, final.shape),
-        )
+        (jax.random.normal(key_o, o.shape, o.dtype), jax.random.normal(key_state, final.shape))
     )
     return {
         "o": o,
@@ -196,16 +178,13 @@ def values_and_gradients(
     [
         ("delta_rule", "scalar", "all_gather"),
         pytest.param("delta_rule", "vector", "ring", marks=pytest.mark.full),
-        pytest.param(
-            "gated_linear_attention", "vector", "all_gather", marks=pytest.mark.full
-        ),
-        pytest.param(
-            "gated_linear_attention", "constant", "ring", marks=pytest.mark.full
-        ),
+        pytest.param("gated_linear_attention", "vector", "all_gather", marks=pytest.mark.full),
+        pytest.param("gated_linear_attention", "constant", "ring", marks=pytest.mark.full),
     ],
 )
 def test_a_state_per_segment_goes_on_from_device_to_device(op, variant, method):
-    """Each device has its tokens sorted by segment; on one device, all of a segment follow each other."""
+    """Each device has its tokens sorted by segment; on one device, all of a segment follow each
+    other."""
     contract, segments, devices = CONTRACTS[op](), 3, 4
     inputs, state, _ = contract.data(variant, LENGTH)
     batch = len(state)
@@ -262,7 +241,8 @@ def test_a_state_that_has_overflowed_ends_where_another_starts(method):
 
 
 def test_gradients_of_shared_inputs_are_added_up_in_float32():
-    # Devices contribute 257, seven times, and 265: 2064 in bfloat16, but 2048 if each is rounded first.
+    # Devices contribute 257, seven times, and 265: 2064 in bfloat16, but 2048 if each is rounded
+    # first.
     x = jnp.arange(8 * 265) % 265 < jnp.where(jnp.arange(8 * 265) < 7 * 265, 257, 265)
     x = x.astype(jnp.bfloat16)[None, :, None]
 
@@ -275,7 +255,8 @@ def test_gradients_of_shared_inputs_are_added_up_in_float32():
     assert gradient.dtype == jnp.bfloat16 and float(gradient[0, 0]) == 2064
 
 
-# --- What travels -----------------------------------------------------------------------------------------------------
+# --- What travels
+# -----------------------------------------------------------------------------------------------------
 
 
 def loss_of(op: str) -> Any:
@@ -308,9 +289,7 @@ def test_one_gather_forward_and_one_backward_whose_size_is_not_that_of_time(op):
         for length in (64, 512):
             given = arguments(mesh, length, packed=False)
             gradient = jax.grad(loss_of(op), argnums=(0, 1, 2, 3))
-            programs.append(
-                [collectives(loss_of(op), *given), collectives(gradient, *given)]
-            )
+            programs.append([collectives(loss_of(op), *given), collectives(gradient, *given)])
     short, long = programs
     assert short == long
     forward, both = short
@@ -329,7 +308,8 @@ def test_rematerialisation_that_keeps_what_came_in_gathers_it_once():
             jax.grad(jax.checkpoint(loss, policy=keep), argnums=(0, 1, 2, 3)), *given
         )
     assert len(found["all-gather"]) == 2
-    # Whether a segment goes on from the device before: asked once, and once more where the forward pass is repeated.
+    # Whether a segment goes on from the device before: asked once, and once more where the forward
+    # pass is repeated.
     assert 1 <= len(found["collective-permute"]) <= 2
 
 
@@ -342,7 +322,8 @@ def test_ring_sends_a_state_from_device_to_device():
     assert len(found["collective-permute"]) == 2 * 7 and "all-gather" not in found
 
 
-# --- Bad input --------------------------------------------------------------------------------------------------------
+# --- Bad input
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_a_size_that_does_not_divide_names_the_axes():

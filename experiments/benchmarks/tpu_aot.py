@@ -1,0 +1,261 @@
+"""TPU kernels compiled by the TPU's own compiler, with no TPU at hand: do they compile, and what
+does it estimate?
+
+    python -m experiments.benchmarks.ops --tpu_aot                       every program, to experiments/results/tpu_aot.{json,md}
+    python -m experiments.benchmarks.ops --tpu_aot --tpu_aot_only=delta  programs with this in their name; other rows stay
+    python -m experiments.benchmarks.ops --tpu_aot --tpu_aot_ratchet     and records its cycles as those not to exceed
+
+Needs libtpu (`pip install "scanax[aot]"`, Linux x86-64). Each program is compiled in a process of
+its own, because the compiler's flags are read once per process and its analysis can abort. The page
+has all rows of the oldest compiler that is recorded, and the cycles of newer ones. With
+deltanet-tpu (`pip install deltanet-tpu==0.3.0`, Python 3.12) its kernels are compiled beside ours
+(experiments/benchmarks/peers/tpu.py), in programs named `peers_...`.
+
+**What the cycles are.** libtpu's static model walks the final instruction bundles through the grid.
+The slope between two sequence lengths, per head and 64 tokens, leaves the prologue out. The model
+knows no contention, and its memory is faster than the real one: read the larger of estimate and
+bandwidth bound (bytes the kernels move over the chip's rate), and never as a measured time.
+**Bytes** are those of the blocks that the kernels fetch and write, counted over the grid, against
+inputs once, outputs once, and for a backward pass states at chunk starts written and read once.
+**Spills and busy units** are counted in the final bundles (experiments/benchmarks/tpu_bundles.py),
+for every generation."""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.extend
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments.benchmarks import tpu_aot_page, tpu_bundles
+from experiments.benchmarks.peers import tpu as tpu_peers
+from experiments.benchmarks.programs import (
+    delta_rule,
+    diagonal_scan,
+    gated_linear_attention,
+    selective_scan,
+    short_convolution,
+)
+from experiments.benchmarks.programs.program import TOKENS, Program
+from experiments.compiled.kernels import kernel_calls
+from experiments.training.checkout import CHECKOUT, RESULTS
+
+RATCHET = RESULTS / "tpu_aot_ratchet.json"
+RATCHET_KEYS = ("cycles", "vmem_bytes", "spills")
+GROWTH = 1.02
+
+TOPOLOGIES = {
+    "v6e": "v6e:2x2",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v4": "v4:2x2x1",
+    "tpu7x": "tpu7x:2x2x1",
+}
+# Bytes of high-bandwidth memory and bfloat16 matmul flops per cycle (published rates over the
+# clock).
+RATES = {"v5e": (819e9 / 1.5e9, 4 * 128 * 128 * 2), "v6e": (1640e9 / 1.75e9, 2 * 256 * 256 * 4)}
+
+
+def programs() -> Iterator[Program]:
+    """All that the report and `make test-all` compile."""
+    yield from gated_linear_attention.programs()
+    yield from delta_rule.programs()
+    yield from diagonal_scan.programs()
+    yield from selective_scan.programs()
+    yield from short_convolution.programs()
+
+
+def compile_for(program: Program, length: int) -> tuple[Any, float]:
+    """The compiled program and the seconds that lowering and compiling took."""
+    topology = topologies.get_topology_desc(
+        topology_name=TOPOLOGIES[program.generation], platform="tpu"
+    )
+    mesh = Mesh(np.array(topology.devices[:1]), ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    function, shapes = program.function_and_shapes(length)
+    with jax.set_mesh(mesh):
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+        )
+        began = time.perf_counter()
+        compiled = jax.jit(function).lower(*arguments).compile()
+    return compiled, time.perf_counter() - began
+
+
+def moved_bytes(call: Any) -> int:
+    """Bytes of the blocks that a kernel call fetches and writes: a block stays while its index does
+    not change."""
+    mapping = call.params["grid_mapping"]
+    steps = list(np.ndindex(*mapping.grid))
+    total = 0
+    for block in mapping.block_mappings:
+        index_of = jax.extend.core.jaxpr_as_fun(block.index_map_jaxpr)
+        indices = [tuple(map(int, index_of(*step))) for step in steps]
+        fetches = 1 + sum(before != now for before, now in itertools.pairwise(indices))
+        sizes = [
+            x if isinstance(x, int) else getattr(x, "block_size", 1) for x in block.block_shape
+        ]
+        total += fetches * int(np.prod(sizes)) * block.array_aval.dtype.itemsize
+    return total
+
+
+def minimum_bytes(program: Program, length: int) -> int:
+    """Inputs and outputs once, and what is kept between kernels written and read."""
+    function, shapes = program.function_and_shapes(length)
+    outputs = jax.eval_shape(function, *shapes)
+    arrays = jax.tree.leaves([shapes, outputs])
+    total = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in arrays)
+    return total + 2 * program.kept_bytes(length)
+
+
+def work(program: Program, folder: str) -> dict[str, Any]:
+    """The row of one program; runs in a process of its own, whose compiler dumps into `folder`."""
+    row: dict[str, Any] = {
+        "name": program.name,
+        "generation": program.generation,
+        "direction": program.direction,
+    }
+    lengths = list(program.lengths if program.analyse else program.lengths[:1])
+    cycles, glue, moved, minimum, text = [], [], [], [], ""
+    for length in lengths:
+        compiled, seconds = compile_for(program, length)
+        text = compiled.as_text()
+        function, shapes = program.function_and_shapes(length)
+        lines = text.splitlines()
+        kernels = [line for line in lines if "tpu_custom_call" in line]
+        others = [line for line in lines if "tpu_custom_call" not in line]
+        cycles.append([sum(_estimates(line)) for line in kernels])
+        glue.append(sum(sum(_estimates(line)) for line in others))
+        calls = kernel_calls(jax.make_jaxpr(function)(*shapes))
+        moved.append(sum(moved_bytes(call) for call in calls))
+        minimum.append(minimum_bytes(program, length))
+        row |= {"compile_s": round(seconds, 1), "kernels": len(kernels)}
+    scoped = r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"\d+","size":"(\d+)"'
+    row["vmem_bytes"] = max(map(int, re.findall(scoped, text)), default=None)
+    row |= tpu_bundles.use(folder, tpu_bundles.kernel_names(text))
+    if program.analyse:
+        if not all(all(parts) for parts in cycles):
+            raise RuntimeError(f"the cycle analysis of {program.name} gave {cycles}")
+        units = program.units * (lengths[1] - lengths[0]) / TOKENS
+        bytes_per_cycle, flops_per_cycle = RATES[program.generation]
+        slopes = [(b - a) / units for a, b in zip(*cycles, strict=True)]
+        row["cycles"] = round(sum(slopes), 1)
+        row["cycles_by_kernel"] = [round(x, 1) for x in slopes]
+        row["xla_cycles"] = round((glue[1] - glue[0]) / units, 1)
+        row["bytes"] = (moved[1] - moved[0]) / units
+        row["minimum_bytes"] = (minimum[1] - minimum[0]) / units
+        row["bandwidth_bound"] = round(row["bytes"] / bytes_per_cycle, 1)
+        if program.matmul_flops is not None:
+            row["matmul_bound"] = round(program.matmul_flops / flops_per_cycle, 1)
+    return row
+
+
+def _estimates(line: str) -> list[int]:
+    return [int(x) for x in re.findall(r'estimated_cycles":"(\d+)"', line)]
+
+
+def measure(program: Program, timeout_s: float = 900) -> dict[str, Any]:
+    """The row of `program`. Raises RuntimeError with the compiler's last lines if it does not
+    compile."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "experiments.benchmarks.tpu_aot", program.name, folder]
+        command += [] if program.analyse else ["compile_only"]
+        flags = tpu_bundles.flags(folder)
+        if program.analyse:
+            flags += f" --xla_jf_dump_static_llo_profile_to={folder}"
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "LIBTPU_INIT_ARGS": flags,
+        }
+        done = subprocess.run(
+            command,
+            cwd=CHECKOUT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines or not lines[-1].startswith("{"):
+        last = "\n".join(done.stderr.strip().splitlines()[-30:])
+        raise RuntimeError(f"{program.name} did not compile:\n{last[-3000:]}")
+    return json.loads(lines[-1])
+
+
+def report(record_ratchet: bool, only: str = "") -> None:
+    """Measures all programs whose name contains `only`; prints and records their rows.
+
+    Recorded rows of other programs, and of other versions of the compiler, stay.
+    """
+    versions = installed_versions()
+    for program in (*programs(), *tpu_peers.programs()):
+        if only not in program.name:
+            continue
+        try:
+            row = measure(program)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            if not program.analyse:
+                raise
+            # The analysis gave up: what remains is that the program compiles.
+            row = measure(replace(program, analyse=False))
+            row |= {"analysis": str(error).splitlines()[0][:200]}
+        row |= {"versions": versions}
+        print(json.dumps(row), flush=True)
+        record(row)
+        if record_ratchet and program.name not in tpu_peers.names():
+            ratchet = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
+            best = ratchet.setdefault(versions["libtpu"], {})
+            best[row["name"]] = {x: row[x] for x in RATCHET_KEYS if x in row}
+            RATCHET.write_text(json.dumps(ratchet, indent=1, sort_keys=True) + "\n")
+
+
+def record(row: dict[str, Any]) -> None:
+    """Puts a row in the place of the one of its name and versions; rows of programs that are no
+    more go."""
+    path = RESULTS / "tpu_aot.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = {(x["name"], x["versions"]["libtpu"]): x for x in [*rows, row]}
+    libtpus = sorted({libtpu for _, libtpu in kept})
+    names = [*(x.name for x in programs()), *tpu_peers.names()]
+    keys = [(name, libtpu) for libtpu in libtpus for name in names]
+    rows = [kept[key] for key in keys if key in kept]
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    (RESULTS / "tpu_aot.md").write_text(tpu_aot_page.page(rows) + "\n")
+
+
+def installed_versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "libtpu")
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def grown(row: dict[str, Any], libtpu: str) -> list[str]:
+    """What of a row exceeds the ratchet by more than 2%, in words; nothing for an unknown version
+    or program."""
+    ratchet = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
+    recorded = ratchet.get(libtpu, {}).get(row["name"], {})
+    return [
+        f"{key} of {row['name']}: {row[key]}, recorded {recorded[key]}"
+        for key in RATCHET_KEYS
+        if None not in (recorded.get(key), row.get(key)) and row[key] > GROWTH * recorded[key]
+    ]
+
+
+if __name__ == "__main__":
+    name, into, *compile_only = sys.argv[1:]
+    (chosen,) = (x for x in (*programs(), *tpu_peers.programs()) if x.name == name)
+    chosen = replace(chosen, analyse=chosen.analyse and not compile_only)
+    print(json.dumps(work(chosen, into)))

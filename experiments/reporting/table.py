@@ -1,0 +1,170 @@
+"""A table of a paper as data: which runs fill it, and what was published.
+
+A file experiments/tables/<name>.py defines
+
+    TITLE, SOURCE      what the table is and where the published numbers stand
+    SCALES             {scale: what was changed to fit it}
+    METRIC             heading of the numbers
+    cells(scale)       the cells, each one training run of one or more seeds, or a computation
+    draw(axes, results)   the figure, from (cell, row) pairs; without it there is none
+    SIZES              optional: True for a second grid of parameters and bytes of state
+
+and imports no jax, so that a launcher can read it anywhere.
+"""
+
+import hashlib
+import importlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.training.checkout import CHECKOUT
+from experiments.training.config import to_json
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: a config with overrides, trained with `seeds`.
+
+    config          "<model config>:<task>", as for --config without folder and .py
+    overrides       dotted keys of the config -> values
+    metric          "<evaluation>/<metric>" of the run's summary
+    published       the number beside which ours is printed, or None
+    gap             why the cell is not run at this scale; "" if it is
+    missing         what is said of a number that is not finite
+    """
+
+    row: str
+    column: str
+    config: str
+    metric: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    published: float | None = None
+    gap: str = ""
+    missing: str = "not finite"
+
+    def make_config(self) -> ConfigDict:
+        """The full config. Raises ValueError for a key that the config does not have."""
+        name, _, argument = self.config.partition(":")
+        config = importlib.import_module(f"experiments.configs.{name}").get_config(argument)
+        for key, value in (*self.overrides.items(), ("seeds", self.seeds)):
+            section: Any = config
+            *path, last = key.split(".")
+            for part in (*path, last):
+                if part not in section:
+                    raise ValueError(
+                        f"cell {self.row} / {self.column}: the config has no entry {key!r}"
+                    )
+                section = section[part] if part is not last else section
+            section[last] = value
+        return config
+
+
+@dataclass(frozen=True)
+class Computation(Cell):
+    """One number that is computed, not trained.
+
+    config          "<module>:<function>" of experiments; the function takes `seed` and the
+                    overrides as keywords and returns {evaluation: {metric: number}}
+    overrides       its keyword arguments
+    """
+
+    def make_config(self) -> ConfigDict:
+        """What the numbers follow from."""
+        return ConfigDict(
+            {"function": self.config, "arguments": dict(self.overrides), "seeds": self.seeds}
+        )
+
+    def evaluate(self) -> dict[str, dict[str, list[float]]]:
+        """{evaluation: {metric: [per seed]}}, as training runs have it."""
+        module, _, name = self.config.partition(":")
+        function = getattr(
+            importlib.import_module(f"experiments.tables.computations.{module}"), name
+        )
+        per_seed = [function(seed=seed, **self.overrides) for seed in self.seeds]
+        return {
+            evaluation: {
+                metric: [values[evaluation][metric] for values in per_seed] for metric in metrics
+            }
+            for evaluation, metrics in per_seed[0].items()
+        }
+
+
+def config_hash(config: ConfigDict) -> str:
+    """Twelve hexadecimal digits of everything that a run computes from."""
+    return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def workdir_name(cell: Cell) -> str:
+    """A name that a reader recognises, and that only cells of one config share."""
+    slug = re.sub(r"[^a-z0-9]+", "_", cell.row.lower()).strip("_")
+    return f"{slug}_{config_hash(cell.make_config())}"
+
+
+def command(cell: Cell, workdir: Path) -> list[str]:
+    """The command that trains a cell, to be run from the checkout."""
+    overrides = {**cell.overrides, "seeds": cell.seeds}
+    return [
+        "python",
+        "-m",
+        "experiments.train",
+        f"--config=experiments/configs/{cell.config.replace(':', '.py:', 1)}",
+        f"--workdir={workdir}",
+        *(f"--config.{key}={value}" for key, value in overrides.items()),
+    ]
+
+
+def grid(
+    config: str,
+    metric: str,
+    options: Mapping[str, Sequence[Any]],
+    *,
+    row: str = "",
+    seeds: tuple[int, ...] = (0,),
+    overrides: Mapping[str, Any] | None = None,
+) -> list[Cell]:
+    """A cell for every combination of `options` {key: values}; the last key's values are the
+    columns.
+
+    row: heading of the rows, followed by the values of the other keys. overrides: what all cells
+    share; a cell's own values win."""
+    *outer, last = options
+    cells = []
+    for values in itertools.product(*options.values()):
+        chosen = dict(zip(options, values, strict=True))
+        parts = [row, *(f"{key.split('.')[-1]} {chosen[key]}" for key in outer)]
+        heading = ", ".join(part for part in parts if part)
+        column = f"{last.split('.')[-1]} {chosen[last]}"
+        merged = {**(overrides or {}), **chosen}
+        cells.append(Cell(heading or config, column, config, metric, merged, seeds=seeds))
+    return cells
+
+
+def available_tables() -> tuple[str, ...]:
+    return tuple(sorted(file.stem for file in (CHECKOUT / "experiments/tables").glob("*.py")))
+
+
+def find_table(name: str) -> ModuleType:
+    """The module of a table. Raises ValueError for a name that does not exist, with those that
+    do."""
+    if name not in available_tables():
+        raise ValueError(
+            f"--table must be one of {', '.join(available_tables())} (files in"
+            f" experiments/tables); got {name!r}"
+        )
+    return importlib.import_module(f"experiments.tables.{name}")
+
+
+def find_cells(table: ModuleType, scale: str) -> list[Cell]:
+    """The cells of a table at a scale. Raises ValueError for a scale that it does not have."""
+    if scale not in table.SCALES:
+        raise ValueError(f"--scale must be one of {', '.join(table.SCALES)}; got {scale!r}")
+    return table.cells(scale)

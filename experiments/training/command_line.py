@@ -1,0 +1,86 @@
+"""Runs a binary so that a user's mistake costs one line, not a traceback.
+
+Mistakes are ValueError (a config that cannot work), OSError (a file that is not there) and
+FloatingPointError (a run that diverged); each message says what is wrong and how to mend it. They
+end the process with status 1. --verbosity=1 shows where they were raised. Anything else is our own
+bug and keeps its traceback."""
+
+import difflib
+import logging as stdlib_logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+MISTAKES = (ValueError, OSError, FloatingPointError)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Parses the flags, calls `main()` and exits. Libraries' own log lines appear from
+    --verbosity=0 on."""
+    app.run(lambda _: _guarded(main), flags_parser=parse)
+
+
+def _guarded(main: Callable[[], Any]) -> None:
+    try:
+        main()
+    except MISTAKES as error:
+        _exit(str(error) or type(error).__name__)
+
+
+def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parses the flags into `values`; a mistake ends the process like one in `main`."""
+    try:
+        rest = values(argv)
+    except (AttributeError, KeyError) as error:
+        _exit(_unknown_key(argv, values, str(error)))
+    except (flags.Error, *MISTAKES, TypeError) as error:
+        # A config file that raises arrives with its traceback as text, the message in the last
+        # line.
+        _exit(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
+    if len(rest) > 1:
+        _exit(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+    if "verbosity" in values and values["verbosity"].using_default_value:
+        # absl would raise its default to INFO after this; a run's own output would drown in its
+        # libraries'.
+        values.verbosity = logging.ERROR
+        # Reads of a damaged checkpoint leave failed tasks behind, and asyncio tells of each; we
+        # tell of the checkpoint.
+        stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
+    return rest
+
+
+def _unknown_key(argv: Sequence[str], values: flags.FlagValues, problem: str) -> str:
+    """The message for an override --config.a.b=value of which a part does not exist."""
+    arguments = [argument.lstrip("-").partition("=") for argument in argv[1:]]
+    file = next((value for name, _, value in arguments if name == "config"), "")
+    config = values["config"].parser.parse(file) if file else None
+    for path, _, _ in arguments:
+        section = config
+        for name in path.split(".")[1:] if path.startswith("config.") else ():
+            if not isinstance(section, ConfigDict):
+                break
+            if name not in section:
+                close = difflib.get_close_matches(name, list(section), 1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                return (
+                    f"--{path}: unknown key {name!r}; {hint}known keys there: {', '.join(section)}"
+                )
+            section = section[name]
+    return problem
+
+
+def _exit(message: str) -> NoReturn:
+    """Prints one line and ends the process with status 1; with --verbosity=1 or higher, the
+    traceback before it."""
+    if any(
+        argument.lstrip("-") in [f"verbosity={level}" for level in range(1, 10)]
+        for argument in sys.argv
+    ):
+        traceback.print_exc()
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(1)

@@ -1,0 +1,189 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, and a figure.
+
+One line of metrics.jsonl is one step: {"step": 200, "train/loss": [2.31, 2.29], ...,
+"validation/accuracy": [...]}, with one number per seed in every list, null where it is not finite.
+"train/" numbers are means over the steps since the line before; other names are
+"<evaluation>/<metric>". Names under "speed/" are scalars and depend on the machine; all others are
+functions of config and seed."""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+
+from experiments.objectives.objective import report_metrics
+from experiments.training.checkpoints import Best
+from experiments.training.speed import SpeedMeter, Work
+
+FILE = "metrics.jsonl"
+Row = Mapping[str, Any]
+
+
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    """The rows so far; a last line that was cut off in writing is left out."""
+    file = workdir / FILE
+    rows = []
+    for line in file.read_text("utf-8").splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class MetricsLog:
+    """Appends rows after `step`; what an interrupted run wrote beyond that step is cut off first,
+    so that no step appears twice."""
+
+    def __init__(self, workdir: Path, *, step: int, seeds: Sequence[int], active: bool = True):
+        """With active=False nothing is written: of several processes one keeps the log."""
+        self._seeds, self._active = seeds, active
+        if not active:
+            return
+        kept = [row for row in read_rows(workdir) if row["step"] <= step]
+        partial = workdir / f"{FILE}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(workdir / FILE)
+        self._file = (workdir / FILE).open("a", encoding="utf-8")
+        # TensorBoard drops events at and after purge_step that were written before this one.
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: Row) -> None:
+        """`row`: "step", and numbers or lists of one number per seed."""
+        if not self._active:
+            return
+        self._file.write(json.dumps(finite(dict(row))) + "\n")
+        for name, value in row.items():
+            if isinstance(value, list):
+                tags = (
+                    [name]
+                    if len(self._seeds) == 1
+                    else [f"{name}/seed_{seed}" for seed in self._seeds]
+                )
+                for tag, number in zip(tags, value, strict=True):
+                    self._board.add_scalar(tag, number, row["step"])
+            elif name != "step":
+                self._board.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        """Returns when every row is on disk. Before a checkpoint, so that its step's rows are never
+        missing."""
+        if not self._active:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            self.flush()
+            self._file.close()
+            self._board.close()
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def training_row(
+    step: int, window: Any, work: Work, schedule: Callable[[float], Any], meter: SpeedMeter
+) -> dict[str, Any]:
+    """The row of a window of training steps that ended with `step`; waits until that step is
+    done."""
+    window = jax.tree.map(lambda leaf: np.atleast_1d(np.asarray(leaf)), jax.device_get(window))
+    sums, accepted = window["sums"], np.maximum(window["accepted_steps"], 1)
+    row: dict[str, Any] = {"step": step}
+    with np.errstate(
+        divide="ignore", invalid="ignore"
+    ):  # a window of rejected steps alone has no loss
+        row["train/loss"] = (sums["loss_sum"] / sums["weight_sum"]).tolist()
+        if "correct_sum" in sums:
+            row["train/accuracy"] = (sums["correct_sum"] / sums["weight_sum"]).tolist()
+        for name, values in report_metrics(sums).items():
+            row[f"train/{name}"] = values.tolist()
+    row["train/gradient_norm"] = (window["gradient_norm"] / accepted).tolist()
+    # Rejected steps do not advance the schedule; step n is the update with the rate after n - 1 of
+    # them.
+    updates = np.maximum(step - window["rejected_in_all"] - 1, 0)
+    row["train/learning_rate"] = [float(schedule(float(count))) for count in updates]
+    row["train/rejected_steps"] = window["rejected_steps"].tolist()
+    row["train/longest_rejected_run"] = window["longest_rejected_run"].tolist()
+    return row | meter.speeds(work)
+
+
+def run_summary(rows: Sequence[Row], best: Best) -> dict[str, Any]:
+    """What the rows of a whole run say: the last training window, the best evaluation, rejected
+    steps, median speed."""
+    train = [row for row in rows if "train/loss" in row]
+    scored = [
+        (best.score({best.metric: mean(row[best.metric])}), row)
+        for row in rows
+        if best.metric in row
+    ]
+    top = max(scored, key=lambda pair: pair[0], default=None)
+    speeds = [row["speed/steps_per_second"] for row in train if "speed/steps_per_second" in row]
+    return {
+        "train": {
+            name.removeprefix("train/"): value
+            for name, value in train[-1].items()
+            if name.startswith("train/")
+        },
+        "best": (
+            None if top is None else {"step": top[1]["step"], "value": mean(top[1][best.metric])}
+        ),
+        "rejected_steps": (np.sum([row["train/rejected_steps"] for row in train], axis=0).tolist()),
+        "steps_per_second": statistics.median(speeds) if speeds else None,
+    }
+
+
+def mean(values: Sequence[float | None]) -> float:
+    """The mean over seeds; NaN if one of them has no finite value."""
+    return math.nan if None in values else float(np.mean(np.asarray(values, np.float64)))
+
+
+def draw_loss(workdir: Path, seeds: Sequence[int]) -> Path:
+    """loss.png: training loss per seed, and the mean over seeds of every evaluation's loss."""
+    rows = read_rows(workdir)
+    figure = Figure(figsize=(6.4, 4.0))
+    axes = figure.subplots()
+    train = [row for row in rows if "train/loss" in row]
+    for place, seed in enumerate(seeds):
+        losses = [mean([row["train/loss"][place]]) for row in train]
+        axes.plot([row["step"] for row in train], losses, linewidth=1, label=f"train, seed {seed}")
+    names = {
+        name for row in rows for name in row if name.endswith("/loss") and name != "train/loss"
+    }
+    for name in sorted(names):
+        points = [(row["step"], mean(row[name])) for row in rows if name in row]
+        axes.plot(
+            [step for step, _ in points],
+            [loss for _, loss in points],
+            "o--",
+            markersize=4,
+            label=name,
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend(fontsize="small")
+    path = workdir / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,150 @@
+"""The optimizer of a run: clipping, an optax optimizer with a warmup schedule, parameter groups,
+and the guard that rejects non-finite steps."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
+
+from experiments.training.config import OPTIMIZERS, REFINED, SCHEDULES
+from experiments.training.refined_schedule import refined_schedule
+
+# "matrix": a linear map between hidden vectors, which decays, and is what Muon is for. "decay": all
+# else that decays.
+GROUPS = ("matrix", "decay", "no_decay", "ssm")
+
+WSD_DECAY = 0.2  # the last fifth of the run
+
+# Momentum of Muon (Jordan et al., 2024) and the root mean square to which it scales its updates,
+# that of AdamW's in practice (Liu et al., 2025, arXiv 2502.16982): lr and weight_decay mean the
+# same for both.
+MUON_MOMENTUM = 0.95
+MUON_RMS = 0.2
+
+# optax accepts a non-finite update after this many in a row. Here it never should: the run stops
+# instead.
+NEVER = 2**31 - 2
+
+
+def parameter_groups(params: nnx.State) -> dict[str, Any]:
+    """The group of every (abstract) parameter, as a tree of names.
+
+    A parameter's `group` metadata wins. Otherwise vectors (norms, biases, gates) do not decay,
+    where the leading axis that the scan over layers adds does not count, and all else does: as a
+    matrix if its last two axes have logical names, none of them the vocabulary. Embeddings, heads
+    and convolutions are no such matrices."""
+
+    def group(path: tuple[Any, ...], param: Any) -> str:
+        metadata = param.get_metadata()
+        axes = metadata.get("out_sharding") or ()
+        if len(param.shape) - ("layers" in axes) < 2:
+            default = "no_decay"
+        elif None in axes[-2:] or "vocabulary" in axes or not axes:
+            default = "decay"
+        else:
+            default = "matrix"
+        name = metadata.get("group", default)
+        if name not in GROUPS:
+            raise ValueError(
+                f"parameter {'/'.join(map(str, path))}: group must be one of {GROUPS}; got {name!r}"
+            )
+        return name
+
+    flat = [(path, group(path, param)) for path, param in nnx.to_flat_state(params)]
+    return nnx.to_pure_dict(nnx.from_flat_state(flat))
+
+
+def make_schedule(options: Mapping[str, Any], steps: int) -> optax.Schedule:
+    """Learning rate after n updates: linear warmup from 0 to lr, then one of
+
+    cosine, linear      to end_lr at `steps`
+    constant            lr
+    wsd                 lr, then linear to end_lr over the last fifth (Hu et al., 2024, arXiv
+                        2404.06395)
+    refined:<workdir>   no warmup; by the gradient norms of the run in <workdir>, between end_lr and
+                        lr
+
+    Raises ValueError for another name, and for a <workdir> without the norms of a finished run.
+    """
+    name, lr, end_lr, warmup = (
+        options["schedule"],
+        options["lr"],
+        options["end_lr"],
+        options["warmup_steps"],
+    )
+    if name.startswith(REFINED):
+        workdir = Path(name.removeprefix(REFINED)).expanduser()
+        return refined_schedule(workdir, lr=lr, end_lr=end_lr, steps=steps)
+    decay_steps = max(steps - warmup, 1)
+    if name == "cosine":
+        decay = optax.cosine_decay_schedule(lr, decay_steps, alpha=end_lr / lr)
+    elif name == "linear":
+        decay = optax.linear_schedule(lr, end_lr, decay_steps)
+    elif name == "constant":
+        decay = optax.constant_schedule(lr)
+    elif name == "wsd":
+        last = max(min(round(WSD_DECAY * steps), decay_steps), 1)
+        decay = optax.linear_schedule(lr, end_lr, last, decay_steps - last)
+    else:
+        raise ValueError(
+            f"config.optimizer.schedule must be one of {', '.join(SCHEDULES)}"
+            f" or {REFINED}<workdir>; got {name!r}"
+        )
+    return (
+        optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), decay], [warmup])
+        if warmup
+        else decay
+    )
+
+
+def make_optimizer(
+    options: Mapping[str, Any], schedule: optax.Schedule, groups: dict[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    """The gradient transformation of config.optimizer.
+
+    Only the groups "matrix" and "decay" have weight decay. Muon trains the group "matrix", leading
+    axes (layers, experts) being batches of matrices, and AdamW everything else beside it. The
+    learning rate of the group "ssm" follows the same schedule, scaled to the peak ssm_lr (0: lr).
+    clip_norm bounds the global norm of all gradients together (0: off). A step with a non-finite
+    gradient changes nothing and is counted in the state (ApplyIfFiniteState). Raises ValueError for
+    an unknown name."""
+    decaying = jax.tree.map(lambda group: group in ("matrix", "decay"), groups)
+    moments = {"b1": options["b1"], "b2": options["b2"]}
+    common = {"weight_decay": options["weight_decay"], "mask": decaying}
+    if options["name"] == "adamw":
+        core = optax.adamw(schedule, eps=options["eps"], **moments, **common)
+    elif options["name"] == "lion":
+        core = optax.lion(schedule, **moments, **common)
+    elif options["name"] == "lamb":
+        core = optax.lamb(schedule, eps=options["eps"], **moments, **common)
+    elif options["name"] == "muon":
+        matrices = muon(
+            schedule,
+            beta=MUON_MOMENTUM,
+            consistent_rms=MUON_RMS,
+            weight_decay=options["weight_decay"],
+            muon_weight_dimension_numbers=lambda params: jax.tree.map(
+                lambda _: MuonDimensionNumbers(-2, -1), params
+            ),
+        )
+        others = optax.adamw(schedule, eps=options["eps"], **moments, **common)
+        labels = jax.tree.map(lambda group: group == "matrix", groups)
+        core = optax.partition({True: matrices, False: others}, labels)
+    else:
+        raise ValueError(
+            f"config.optimizer.name must be one of {', '.join(OPTIMIZERS)}; got {options['name']!r}"
+        )
+    clip = (
+        optax.clip_by_global_norm(options["clip_norm"])
+        if options["clip_norm"]
+        else optax.identity()
+    )
+    chain = [clip, core]
+    if options["ssm_lr"]:
+        in_ssm = jax.tree.map(lambda group: group == "ssm", groups)
+        chain.append(optax.masked(optax.scale(options["ssm_lr"] / options["lr"]), in_ssm))
+    return optax.with_extra_args_support(optax.apply_if_finite(optax.chain(*chain), NEVER))

@@ -1,0 +1,179 @@
+"""run.json: what a run is, written before its first step, so that no number exists without its
+origin."""
+
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from experiments.training import config as configs
+from experiments.training.checkout import CHECKOUT, DOCUMENTS, RESULTS
+from experiments.training.config import Config
+
+FILE = "run.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# Recorded rows, and the tables made of them.
+
+
+def environment() -> dict[str, Any]:
+    """Commit and whether files differ from it (None outside a git checkout), versions, devices.
+
+    Recorded results and the documents they are shown in do not count: nothing is computed from
+    them, and each new row changes them."""
+    devices, commit = jax.devices(), _git("rev-parse", "HEAD")
+    generated = [f":(exclude){path.relative_to(CHECKOUT)}" for path in (RESULTS, *DOCUMENTS)]
+    return {
+        "commit": commit,
+        "dirty": (None if commit is None else bool(_git("status", "--porcelain", ".", *generated))),
+        "versions": (
+            {"python": platform.python_version()}
+            | {package: importlib.metadata.version(package) for package in PACKAGES}
+        ),
+        "device": devices[0].device_kind,
+        "platform": devices[0].platform,
+        "device_count": len(devices),
+        "process_count": jax.process_count(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def read(workdir: Path) -> dict[str, Any] | None:
+    """The record of the run in `workdir`, or None if there is none."""
+    return read_json(workdir / FILE)
+
+
+def read_config(workdir: Path) -> Config:
+    """The config of the run in `workdir`. Raises ValueError if there is no run."""
+    record = read(workdir)
+    if record is None:
+        raise ValueError(
+            f"{workdir} holds no run ({FILE} is missing); give the --workdir of a run"
+            " of experiments.train"
+        )
+    return configs.from_json(record["config"])
+
+
+def check_continues(workdir: Path, config: Config) -> None:
+    """Raises ValueError if `workdir` holds a run with another config, with what differs."""
+    record = read(workdir)
+    if record is None:
+        return
+    changed = configs.differences(record["config"], configs.to_json(config))
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run with another config ({'; '.join(changed)}); "
+            "use another --workdir, or the same config to continue that run"
+        )
+
+
+def check_same_everywhere(workdir: Path, config: Config) -> None:
+    """Raises ValueError, in every process, unless all of them have the same workdir, commit and
+    config; says which entries differ. Otherwise processes would wait for each other in different
+    programs."""
+    if not jax.distributed.is_initialized():
+        return
+    own = {
+        "--workdir": str(workdir),
+        "commit": _git("rev-parse", "HEAD"),
+        **{f"config.{key}": value for key, value in configs.flatten(config)},
+    }
+    text = json.dumps(own, sort_keys=True).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
+    if np.all(digests == digest):
+        return
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    padded = np.frombuffer(text.ljust(longest), np.uint8)
+    texts = multihost_utils.process_allgather(padded)
+    everywhere = [json.loads(bytes(row)) for row in texts]
+    differences = []
+    for key in sorted(set().union(*everywhere)):
+        # The first process with each value: of thousands, these are the few that tell.
+        places: dict[str, int] = {}
+        for place, values in enumerate(everywhere):
+            places.setdefault(json.dumps(values.get(key, "(absent)")), place)
+        if len(places) > 1:
+            found = (f"{value} in process {place}" for value, place in places.items())
+            differences.append(f"{key}: {', '.join(found)}")
+    raise ValueError(f"all processes of a run must be started alike; got {'; '.join(differences)}")
+
+
+def write(workdir: Path, config: Config, facts: Mapping[str, Any], *, step: int) -> None:
+    """Records a run that starts, or appends to "continued" of one that goes on from `step`."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = read(workdir)
+    if record is None:
+        record = {
+            "started": now,
+            "config": configs.to_json(config),
+            **facts,
+            **environment(),
+            "continued": [],
+        }
+    else:
+        record["continued"].append({"started": now, "step": step, **environment()})
+    write_json(workdir / FILE, record)
+
+
+def read_json(path: Path) -> Any:
+    """The value in `path`, or None if there is no such file. Raises ValueError for a file that is
+    not JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}); restore it, or use another --workdir"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` in one move, so that a reader sees the old file or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+@contextmanager
+def exclusive(workdir: Path) -> Iterator[None]:
+    """Holds `workdir` for this process (of several, the first); the system lets go when the process
+    ends in any way.
+
+    Raises ValueError if another process holds it.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
+    descriptor = os.open(workdir / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {workdir}; wait for it, or use another --workdir"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)

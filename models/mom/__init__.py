@@ -1,0 +1,254 @@
+"""MoM, mixture of memories. Du, Sun, Lan, Hu, Cheng, "MoM: Linear Sequence Modeling with
+Mixture-of-Memories", ICLR 2026, arXiv 2502.13685.
+
+    p_t = softmax(x_t W_r),   I_t = the k largest,   w_t^m = p_t^m / sum_{j in I_t} p_t^j
+    (router) S_t^m = rule(S_{t-1}^m; k_t^m, v_t^m, gates_t^m)  for m in I_t,   S_t^m = S_{t-1}^m
+    otherwise    (memories) o_t = sum_{m in I_t} w_t^m q_t^m S_t^m + q_t^s S_t^s,    y_t =
+    (norm(o_t) * silu(x_t W_g)) W_o
+
+with s a shared memory that every token writes to and reads, with weight 1. Rules: "gated_delta_net"
+and "gla", as in models/gated_delta_net.py and models/gla.py; a memory that a token is not routed to
+does not even decay.
+
+    k^m, v^m, gates^m   kernel_EDX            projections of each memory's own, E = M + shared of
+    them q^m                 x W_q                 one projection; convolved, like k and v, over the
+    tokens of its memory I, w                memory_BTJ, weight_BTJ    J = k + shared; see
+    models/mom/router.py for the load-balancing loss
+    S                   "memory" [B,E,H,K,V]  float32
+
+State: E H K V floats, and E (W - 1) (2 H K + H V) for the convolutions. The recurrence costs J H K
+V per token with execution="gathered": the J copies of every token, sorted by memory, are one stream
+whose segments keep a state each (models/mom/dispatch.py). execution="padded" runs a whole sequence
+per memory: E H K V. Both are exact and drop nothing.
+
+Departures: convolutions respect the boundaries of memories, sequences and documents (the released
+training code runs one over the concatenated stream, so that three tokens of a memory see
+another's); projections are computed for all E memories, also where a token is routed to k; the
+load-balancing loss is averaged over layers, not pooled. With k = 1 every weight is 1, and only the
+load-balancing loss trains the router. Initialisation: Xavier-uniform with gain 2^-2.5.
+
+Authors' code: https://github.com/OpenSparseLLMs/MoM
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from models.mom.dispatch import Dispatch, copies, dispatch, remembered, sorted_entries
+from models.mom.router import Router
+from models.mom.rules import RULES, MemoryProjection
+from models.parts.norms import rms_norm
+from models.parts.options import check_choice
+from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
+from models.parts.short_convolution import ShortConvolution
+from ops.framework.sharding import parts_as_batch, time_parts
+from ops.framework.time_parts import documents, to_parts, to_whole
+
+# A decay of exp(-1e4) is 0 in float32, and the ops multiply decays: exactly nothing passes from
+# document to document.
+FORGET_LOG = -1e4
+
+
+class MixtureOfMemories(nnx.Module):
+    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v" [B,E,W-1,X], "memory"
+    [B,E,H,K,V]}, all float32."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        depth: int,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
+        memories: int = 4,
+        top_k: int = 2,
+        shared_memory: bool = True,
+        rule: str = "gated_delta_net",
+        execution: str = "padded",
+        load_balancing: str = "global_batch",
+        micro_batch_size: int = 1,
+        balance_weight: float = 0.01,
+        heads: int = 4,
+        expand_k: float = 1.0,
+        expand_v: float = 1.0,
+        conv_width: int = 4,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        gate_rank: int = 16,
+        gate_temperature: float = 16.0,
+        norm_eps: float = 1e-5,
+    ):
+        check_choice("rule", rule, tuple(RULES))
+        check_choice("execution", execution, ("padded", "gathered"))
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        dense = functools.partial(projection, init=XAVIER_SMALL, rngs=rngs, **dtypes)
+        self.heads, self.compute_dtype = heads, compute_dtype
+        self.key_size = head_size(width, heads, expand_k)
+        self.value_size = head_size(width, heads, expand_v)
+        key_width, value_width = heads * self.key_size, heads * self.value_size
+        self.shared_memory, self.one_stream = shared_memory, execution == "gathered"
+        self.memories = memories + shared_memory
+
+        self.router = Router(
+            width,
+            memories=memories,
+            top_k=top_k,
+            load_balancing=load_balancing,
+            micro_batch_size=micro_batch_size,
+            balance_weight=balance_weight,
+            rngs=rngs,
+            param_dtype=param_dtype,
+        )
+        own = functools.partial(MemoryProjection, self.memories, width, rngs=rngs, **dtypes)
+        self.query = dense(width, key_width, ("embed", "heads"))
+        self.key, self.value = own(key_width), own(value_width)
+        gates = {
+            "dt_min": dt_min,
+            "dt_max": dt_max,
+            "gate_rank": gate_rank,
+            "gate_temperature": gate_temperature,
+        }
+        self.rule = RULES[rule](
+            width, self.memories, heads, self.key_size, options=gates, rngs=rngs, **dtypes
+        )
+        self.conv_q = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
+        self.conv_k = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
+        self.conv_v = ShortConvolution(value_width, conv_width, rngs=rngs, **dtypes)
+        self.norm = rms_norm(self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
+        self.output_gate = dense(width, value_width, ("embed", "heads"))
+        self.output = dense(value_width, width, ("heads", "embed"))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        state: dict[str, Any] | None = None,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        batch, length, _ = x_BTD.shape
+        state = self.init_state(batch) if state is None else state
+        memory_BTJ, weight_BTJ = self.route(x_BTD)
+        # Letters from here on: B counts parts of sequences, T their tokens.
+        parts = time_parts()
+        own = functools.partial(to_parts, parts=parts)
+        plan = dispatch(
+            own(memory_BTJ),
+            documents(segment_ids, batch, length, parts),
+            memories=self.memories,
+            history=max(self.conv_q.width - 1, 0),
+            one_stream=self.one_stream,
+            parts=parts,
+        )
+        q_BTX = own(self.query(x_BTD))[:, :, None]
+        q_BTEX = jnp.broadcast_to(q_BTX, (*q_BTX.shape[:2], self.memories, q_BTX.shape[-1]))
+        key, value = own(self.key(x_BTD)), own(self.value(x_BTD))
+        q, conv_q = self.convolved(self.conv_q, q_BTEX, state["conv_q"], plan, parts)
+        k, conv_k = self.convolved(self.conv_k, key, state["conv_k"], plan, parts)
+        v, conv_v = self.convolved(self.conv_v, value, state["conv_v"], plan, parts)
+        gates = {
+            name: sorted_entries(own(gate_BTEX), None, plan)
+            for name, gate_BTEX in self.rule.gates(x_BTD).items()
+        }
+        o, memory = self.recurrence(q, k, v, gates, state["memory"], plan, parts)
+        o_BTJX = to_whole(copies(merge_heads(o), plan), parts).astype(jnp.float32)
+        o_BTX = jnp.einsum("btj,btjx->btx", weight_BTJ, o_BTJX)
+        o_BTX = merge_heads(self.norm(split_heads(o_BTX, self.heads)))
+        gate_BTX = jax.nn.silu(self.output_gate(x_BTD))
+        return self.output(o_BTX.astype(self.compute_dtype) * gate_BTX), {
+            "conv_q": conv_q,
+            "conv_k": conv_k,
+            "conv_v": conv_v,
+            "memory": memory,
+        }
+
+    def convolved(
+        self,
+        convolution: ShortConvolution,
+        x_BTEX: jax.Array,
+        tail_BEWX: jax.Array | None,
+        plan: Dispatch,
+        parts: int,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """silu(conv(x)) over the tokens of each memory [B R, N, H, K], and what each memory
+        remembers next."""
+        before, last = tail_BEWX, tail_BEWX
+        if tail_BEWX is not None:
+            before, last = remembered(x_BTEX, tail_BEWX, plan, parts)
+        x_RNX = sorted_entries(x_BTEX, before, plan)
+        with parts_as_batch():
+            y_RNX, _ = convolution(x_RNX, None, plan.segment)
+        return split_heads(jax.nn.silu(y_RNX), self.heads), last
+
+    def recurrence(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: dict[str, jax.Array],
+        memory: jax.Array,
+        plan: Dispatch,
+        parts: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The outputs of all entries [B R, N, H, V] and the memories [B, E, H, K, V]."""
+        decay_log = jnp.where(plan.writes[..., None], gates["decay_log"], 0.0)
+        decay_log = jnp.where(plan.resets[..., None], FORGET_LOG, decay_log)
+        # A stream of a part goes on in the next part.
+        whole = functools.partial(to_whole, parts=parts)
+        q, k, v, gates, writes = jax.tree.map(
+            whole, (q, k, v, {**gates, "decay_log": decay_log}, plan.writes)
+        )
+        rule = functools.partial(self.rule, q, k, v, gates, writes)
+        if self.one_stream:
+            o, after = rule(
+                initial_state=memory, segment_ids=whole(plan.memory), num_segments=self.memories
+            )
+        else:
+            o, after = rule(initial_state=memory.reshape(-1, *memory.shape[2:]))
+            after = after.reshape(memory.shape)
+        return to_parts(o, parts), jnp.where(plan.keeps[..., None, None, None], after, 0.0)
+
+    def route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Memories and weights of each token's copies [B, T, J]; the shared memory comes last, with
+        weight 1."""
+        memory_BTJ, weight_BTJ = self.router(x_BTD)
+        if not self.shared_memory:
+            return memory_BTJ, weight_BTJ
+        last = ((0, 0), (0, 0), (0, 1))
+        return (
+            jnp.pad(memory_BTJ, last, constant_values=self.memories - 1),
+            jnp.pad(weight_BTJ, last, constant_values=1.0),
+        )
+
+    def init_state(self, batch: int) -> dict[str, Any]:
+        """The state before the first token: zeros."""
+
+        def tails(conv: ShortConvolution) -> jax.Array | None:
+            tail_BWX = conv.init_state(batch)
+            if tail_BWX is None:
+                return None
+            return jnp.zeros((batch, self.memories, *tail_BWX.shape[1:]), jnp.float32)
+
+        return {
+            "conv_q": tails(self.conv_q),
+            "conv_k": tails(self.conv_k),
+            "conv_v": tails(self.conv_v),
+            "memory": jnp.zeros(
+                (batch, self.memories, self.heads, self.key_size, self.value_size), jnp.float32
+            ),
+        }
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state per sequence."""
+        convolutions = self.conv_q.state_bytes + self.conv_k.state_bytes + self.conv_v.state_bytes
+        matrix = 4 * self.heads * self.key_size * self.value_size
+        return self.memories * (convolutions + matrix)
+
+
+Mixer = MixtureOfMemories

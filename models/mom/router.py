@@ -1,0 +1,97 @@
+"""A router with a load-balancing loss: top-k of a softmax over memories.
+
+    p_t = softmax(x_t W_r),    I_t = the k largest,    w_t^m = p_t^m / sum_{j in I_t} p_t^j  for m
+    in I_t
+
+    f_m = (selections of m) / tokens,  P_m = mean_t p_t^m,    loss = M sum_m f_m P_m
+
+over the tokens of a group: the whole batch ("global_batch"; Qiu et al., "Demons in the Detail",
+2025, arXiv 2501.11873) or every `micro_batch_size` sequences, averaged ("micro_batch"; what
+gradient accumulation and data-parallel replicas compute when each balances its own share). Balanced
+routing has the loss k. The gradient flows
+through P alone: selections have none.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from models.parts.options import check_choice
+from models.parts.projections import XAVIER_SMALL, projection
+from models.parts.variables import report
+
+
+class Router(nnx.Module):
+    """x_BTD -> the selected memories [B, T, k], int32, and their weights, float32, which sum to 1.
+
+    Reports `auxiliary_loss`, the load-balancing loss times `balance_weight`, and `routing_entropy`,
+    the entropy in nats of how often each memory is selected in the batch: log M where all are used
+    alike, 0 where k = 1 is used alone."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        memories: int,
+        top_k: int,
+        load_balancing: str,
+        micro_batch_size: int,
+        balance_weight: float,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+    ):
+        check_choice("load_balancing", load_balancing, ("micro_batch", "global_batch"))
+        if not 1 <= top_k <= memories:
+            raise ValueError(f"top_k must be in 1..memories={memories}; got top_k={top_k}")
+        if micro_batch_size < 1 or balance_weight < 0:
+            raise ValueError(
+                "micro_batch_size must be at least 1 and balance_weight at least 0; got"
+                f" {micro_batch_size} and {balance_weight}"
+            )
+        self.memories, self.top_k = memories, top_k
+        self.load_balancing, self.micro_batch_size = load_balancing, micro_batch_size
+        self.balance_weight = balance_weight
+        # Probabilities that are rounded to eight bits tie, and ties go to the first memory: float32
+        # throughout.
+        self.logits = projection(
+            width,
+            memories,
+            ("embed", None),
+            init=XAVIER_SMALL,
+            rngs=rngs,
+            param_dtype=param_dtype,
+            compute_dtype=jnp.float32,
+        )
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        p_BTM = jax.nn.softmax(self.logits(x_BTD), axis=-1)
+        # Not lax.top_k: the compiler gathers its operand from all devices, also where the axis it
+        # sorts is not cut.
+        memory_BTJ = jnp.argsort(-p_BTM, axis=-1, stable=True)[..., : self.top_k]
+        p_BTJ = jnp.take_along_axis(p_BTM, memory_BTJ, axis=-1)
+        weight_BTJ = p_BTJ / jnp.sum(p_BTJ, axis=-1, keepdims=True)
+        selected_BTM = jax.nn.one_hot(memory_BTJ, self.memories).sum(axis=2)
+        usage_M = jnp.mean(selected_BTM, axis=(0, 1)) / self.top_k
+        report(
+            self,
+            auxiliary_loss=self.balance_weight * self.balance(selected_BTM, p_BTM),
+            routing_entropy=jnp.sum(jax.scipy.special.entr(usage_M)),
+        )
+        return memory_BTJ, weight_BTJ
+
+    def balance(self, selected_BTM: jax.Array, p_BTM: jax.Array) -> jax.Array:
+        """M sum_m f_m P_m, averaged over the groups."""
+        batch = p_BTM.shape[0]
+        size = self.micro_batch_size if self.load_balancing == "micro_batch" else batch
+        # A batch smaller than a micro-batch, such as a last one, is one group.
+        size = min(size, batch)
+        if batch % size:
+            raise ValueError(
+                f"micro_batch_size must divide the batch of {batch} sequences; got"
+                f" {self.micro_batch_size}"
+            )
+        f_GM, P_GM = (
+            x.reshape(batch // size, -1, self.memories).mean(axis=1) for x in (selected_BTM, p_BTM)
+        )
+        return self.memories * jnp.mean(jnp.sum(f_GM * P_GM, axis=-1))

@@ -1,0 +1,45 @@
+"""The gated MLP of the blocks (SwiGLU; Shazeer 2020, arXiv 2002.05202)."""
+
+import functools
+import math
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from models.parts.projections import projection, residual_normal
+
+
+def inner_width(width: int, ratio: float) -> int:
+    """2/3 * ratio * width, rounded up: three matrices then cost as much as the two of an ungated
+    MLP of `ratio`.
+
+    To a multiple of 256 from width 1024 on, where the published models are, and of 8 below, where
+    256 would be most of it."""
+    multiple = 256 if width >= 1024 else 8
+    return multiple * math.ceil(2 * ratio * width / 3 / multiple)
+
+
+class SwiGLU(nnx.Module):
+    """y = (silu(x W_gate) * (x W_up)) W_down, no biases."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        ratio: float,
+        depth: int,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
+    ):
+        dense = functools.partial(
+            projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
+        )
+        inner = inner_width(width, ratio)
+        self.gate = dense(width, inner, ("embed", "mlp"))
+        self.up = dense(width, inner, ("embed", "mlp"))
+        self.down = dense(inner, width, ("mlp", "embed"), init=residual_normal(depth))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))

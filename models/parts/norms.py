@@ -1,0 +1,34 @@
+"""Normalisations that models share; all computed in float32."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+
+def rms_norm(
+    features: int, *, eps: float, axis: str | None = None, rngs: nnx.Rngs, param_dtype: DTypeLike
+) -> nnx.RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension; returns float32 whatever x is."""
+    return nnx.RMSNorm(
+        features,
+        epsilon=eps,
+        # nnx casts the input to this before it takes the mean square.
+        dtype=jnp.float32,
+        param_dtype=param_dtype,
+        scale_metadata={"out_sharding": (axis,)},
+        rngs=rngs,
+    )
+
+
+def simple_rms_norm(x: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, without a learned scale; float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def l2_normalise(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / sqrt(sum(x^2) + eps) over the last dimension, in float32; eps inside the root: finite
+    gradients at 0."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + eps)

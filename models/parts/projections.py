@@ -1,0 +1,70 @@
+"""Linear maps, initialisers and head sizes that the mixers share."""
+
+import math
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+NORMAL = nnx.initializers.normal(0.02)
+# The authors' code of GLA and DeltaNet: Xavier-uniform with gain 2^-2.5; a gain enters the variance
+# squared.
+XAVIER_SMALL = nnx.initializers.variance_scaling((2**-2.5) ** 2, "fan_avg", "uniform")
+# The authors' code of TransNormer: Xavier-uniform with gain 2^-0.5.
+XAVIER_MEDIUM = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+# U(-fan_in^-1/2, fan_in^-1/2): the uniform distribution on +-b has variance b^2 / 3.
+FAN_IN_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def residual_normal(depth: int) -> jax.nn.initializers.Initializer:
+    """N(0, 0.02^2 / (2 depth)), for the 2 * depth maps that write to the residual stream (GPT-2,
+    section 2.3)."""
+    return nnx.initializers.normal(0.02 / math.sqrt(2 * depth))
+
+
+def projection(
+    inputs: int,
+    outputs: int,
+    axes: tuple[str | None, str | None],
+    *,
+    init: jax.nn.initializers.Initializer = NORMAL,
+    bias: bool = False,
+    rngs: nnx.Rngs,
+    param_dtype: DTypeLike,
+    compute_dtype: DTypeLike,
+) -> nnx.Linear:
+    """x W (+ b), W [inputs, outputs] with logical axis names `axes`, b from zero; computed in
+    `compute_dtype`."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        kernel_init=init,
+        kernel_metadata={"out_sharding": axes},
+        bias_metadata={"out_sharding": axes[1:]},
+        dtype=compute_dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def head_size(width: int, heads: int, expand: float = 1.0) -> int:
+    """Size of one of `heads` heads that split `expand * width` channels; raises ValueError if they
+    do not divide."""
+    channels = round(expand * width)
+    if heads < 1 or channels < heads or channels % heads:
+        raise ValueError(
+            f"heads must divide the {channels} channels (width {width} times expansion"
+            f" {expand:g}); got heads={heads}"
+        )
+    return channels // heads
+
+
+def split_heads(x_BTD: jax.Array, heads: int) -> jax.Array:
+    """[B, T, heads * K] -> [B, T, heads, K]."""
+    return x_BTD.reshape(*x_BTD.shape[:-1], heads, -1)
+
+
+def merge_heads(x_BTHK: jax.Array) -> jax.Array:
+    """[B, T, H, K] -> [B, T, H * K]."""
+    return x_BTHK.reshape(*x_BTHK.shape[:-2], -1)

@@ -1,0 +1,36 @@
+"""What a layer tells its trainer besides its output: auxiliary losses and statistics.
+
+A layer calls `report`; the trainer wraps the model's call in `nnx.capture(..., Report)` and gets
+what was reported, stacked over scanned layers. Without such a trainer (decoding, a model called by
+hand) nothing is kept."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# The report that is added to the loss, by name; all others are only logged.
+AUXILIARY_LOSS = "auxiliary_loss"
+
+
+class Report(nnx.Variable):
+    """A scalar that a layer reported."""
+
+
+def report(module: nnx.Module, **values: jax.Array) -> None:
+    """Reports scalars by name from inside a module's call; the last call of a module counts."""
+    # Outside nnx.capture, sow would add attributes to the module, which a loop over tokens cannot
+    # carry.
+    if not hasattr(module, "__captures__"):
+        return
+    for name, value in values.items():
+        module.sow(Report, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: 0)
+
+
+def mean_over_layers(reports: Any) -> dict[str, jax.Array]:
+    """{name: mean over all layers that reported it} of what `nnx.capture(..., Report)` returned."""
+    layers: dict[str, list[jax.Array]] = {}
+    for path, variable in nnx.to_flat_state(reports):
+        layers.setdefault(str(path[-1]), []).append(jnp.ravel(variable[...]))
+    return {name: jnp.mean(jnp.concatenate(v)) for name, v in sorted(layers.items())}

@@ -1,0 +1,268 @@
+"""S4. Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State Spaces", ICLR 2022,
+arXiv 2111.00396.
+
+    h' = A h + B x,   y = C h + D x,   A = Lambda - p p*                    per channel, p of rank
+    R; Theorem 1
+    h_t = Abar h_{t-1} + Bbar x_t                                           (Eq. 3)
+    Abar = (I - Delta/2 A)^-1 (I + Delta/2 A),   Bbar = (I - Delta/2 A)^-1 Delta B
+    Ctil = C (I - Abar^L)                                                   cuts the kernel off at L
+                                                                            (Section 3.2)
+    Khat(z) = 2/(1+z) Ctil (g(z) - A)^-1 B,   g(z) = 2/Delta (1-z)/(1+z),   z the L roots of unity
+                                                                            (Algorithm 1, Lemma C.3;
+                                                                            models/s4/cauchy.py)
+    K = F^-1 Khat,   y = K * x + D x
+    out = (g W_1 + b_1) sigmoid(g W_2 + b_2),    g = gelu(y)
+
+    x           x_BTD                                   input, model width D: D systems of one input
+                                                        and one output
+    Lambda      -exp(decay_log_DM) + i angle_DM         float32; M = state_size / 2 modes,
+    conjugates implied p           low_rank_real_DRM, _imaginary_DRM       float32; the minus sign
+    keeps A stable whatever p is
+    B           write_real_DM, _imaginary_DM            float32
+    Ctil        read_real_DM, _imaginary_DM             float32; the parameter in place of C, as in
+    the paper Delta       exp(step_log_D)                         float32
+    D           skip_D
+    h           "memory" [B, D, N]                      float32; N = state_size: real parts, then
+                                                        imaginary parts
+
+State: D N floats. Cost per token: O(D N + D^2) in a convolution, which has O(D N L) for the kernel
+besides. One
+homogeneous block: use it with mlp="none".
+
+Two forms, chosen by what a call is given, so that each is static. Without state and segments, and
+up to kernel_length L tokens: the convolution. Otherwise the recurrence with dense real Abar
+(ops/dense_scan/xla.py), which recovers C from Ctil by solving with I - Abar^L, O(N^3 log L) per
+channel and call: it is exact for packed documents, carried states and decoding, not fast. Where a
+mesh cuts time each device runs its part in that form, and states pass between them. Both hold h in
+the real coordinates (Re h, Im h), where A is Re- and Im-blocks of Lambda minus 2 q q^T, q = (Re p,
+Im p): Abar is a contraction there. I - Abar^L is made of powers of Abar - I, so that a mode which
+hardly decays has digits.
+
+Initialisation: a HiPPO matrix in its diagonal form, Lambda - p p* = V* A V with p = V* P, B = V*
+B_HiPPO (models/parts/hippo.py), by `init`: "legs"; "legt", of rank 2; "lagt"; "fout"; "legs_fout",
+in turns from channel to channel (the last two: Gu, Johnson, Timalsina, Rudra, Re, ICLR 2023, arXiv
+2206.12037). Re Lambda is 0 of all but "legs", and starts at -1e-4, as in the authors' code. Delta
+log-uniform; both parts of C ~ N(0, 1/2); D ~ N(0, 1).
+
+Departures: causal only, RMSNorm of the backbone, no dropout. Im B is not clipped (models/s4d.py
+says why).
+
+Authors' code: https://github.com/state-spaces/s4
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from models.parts.hippo import diagonal_plus_low_rank
+from models.parts.options import check_choice
+from models.parts.projections import projection
+from models.s4.cauchy import transfer, transfer_at_zero
+from ops.dense_scan.xla import einsum, power_less_one, respond
+
+# init -> the HiPPO matrices that channels have in turns
+INITS = {
+    "legs": ("legs",),
+    "legt": ("legt",),
+    "lagt": ("lagt",),
+    "fout": ("fout",),
+    "legs_fout": ("legs", "fout"),
+}
+SLOWEST = 1e-4  # the least initial -Re Lambda, whose logarithm is the parameter
+
+
+class S4(nnx.Module):
+    """x_BTD -> y_BTD; the state is {"memory" [B, D, N]}, float32."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        depth: int,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
+        state_size: int = 64,
+        init: str = "legs",
+        kernel_length: int = 1024,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+    ):
+        check_choice("init", init, tuple(INITS))
+        if kernel_length < 1:
+            raise ValueError(f"kernel_length must be at least 1; got {kernel_length}")
+        dense = functools.partial(
+            projection,
+            width,
+            width,
+            ("heads", "embed"),
+            init=nnx.initializers.lecun_normal(),
+            bias=True,
+            rngs=rngs,
+            param_dtype=param_dtype,
+            compute_dtype=compute_dtype,
+        )
+        self.width, self.state_size, self.compute_dtype = (width, state_size, compute_dtype)
+        self.kernel_length = kernel_length
+
+        # float32 whatever param_dtype is: they enter quotients, and products with the float32
+        # state.
+        def ssm(array: jax.Array) -> nnx.Param:
+            axes = ("embed", *(None,) * (array.ndim - 1))
+            return nnx.Param(array, group="ssm", out_sharding=axes)
+
+        forms = [diagonal_plus_low_rank(name, state_size) for name in INITS[init]]
+
+        def in_turns(arrays: list[np.ndarray]) -> nnx.Param:
+            array = jnp.asarray(np.stack(arrays), jnp.float32)
+            return ssm(array[np.arange(width) % len(forms)])
+
+        self.decay_log_DM = in_turns(
+            [np.log(np.maximum(-np.real(form.eigenvalue), SLOWEST)) for form in forms]
+        )
+        self.angle_DM = in_turns([np.imag(form.eigenvalue) for form in forms])
+        self.low_rank_real_DRM = in_turns([np.real(form.low_rank) for form in forms])
+        self.low_rank_imaginary_DRM = in_turns([np.imag(form.low_rank) for form in forms])
+        self.write_real_DM = in_turns([np.real(form.write) for form in forms])
+        self.write_imaginary_DM = in_turns([np.imag(form.write) for form in forms])
+        step_log_D = jax.random.uniform(
+            rngs.params(), (width,), jnp.float32, math.log(dt_min), math.log(dt_max)
+        )
+        self.step_log_D = ssm(step_log_D)
+        skip_D = jax.random.normal(rngs.params(), (width,), jnp.float32)
+        self.skip_D = nnx.Param(skip_D, group="no_decay", out_sharding=("embed",))
+        self.output, self.output_gate = dense(), dense()
+
+        # y = 2 Re(C h), as a row on (Re h, Im h).
+        c_DN = math.sqrt(2) * jax.random.normal(rngs.params(), (width, state_size), jnp.float32)
+        c_DN = einsum("dn,dnk->dk", c_DN, self.truncation(self.increment()[0]))
+        read_real_DM, read_imaginary_DM = jnp.split(c_DN / 2, 2, axis=1)
+        self.read_real_DM = nnx.Param(read_real_DM, out_sharding=("embed", None))
+        self.read_imaginary_DM = nnx.Param(-read_imaginary_DM, out_sharding=("embed", None))
+
+    def modes(self) -> tuple[jax.Array, ...]:
+        """Lambda Delta / 2 [D, M], p sqrt(Delta / 2) [D, R, M] and B Delta [D, M], complex64: the
+        system in units of half a step."""
+        half_D1 = jnp.exp(self.step_log_D[...])[:, None] / 2
+        eigenvalue_DM = jax.lax.complex(-jnp.exp(self.decay_log_DM[...]), self.angle_DM[...])
+        low_rank_DRM = jax.lax.complex(
+            self.low_rank_real_DRM[...], self.low_rank_imaginary_DRM[...]
+        )
+        write_DM = jax.lax.complex(self.write_real_DM[...], self.write_imaginary_DM[...])
+        return (
+            half_D1 * eigenvalue_DM,
+            jnp.sqrt(half_D1)[..., None] * low_rank_DRM,
+            2 * half_D1 * write_DM,
+        )
+
+    def increment(self) -> tuple[jax.Array, jax.Array]:
+        """Abar - I [D, N, N] and Bbar [D, N] in the real coordinates (Re h, Im h), float32."""
+        half_DM, p_DRM, write_DM = self.modes()
+        half_DM1 = half_DM[..., None]
+        columns = [p_DM[..., None] for p_DM in jnp.unstack(p_DRM, axis=1)]
+
+        def onto(p_DM1: jax.Array, x_DMX: jax.Array) -> jax.Array:
+            """p* x, conjugates included."""
+            return 2 * (p_DM1.conj() * x_DMX).sum(1, keepdims=True).real
+
+        # (I - Delta/2 A)^-1 v by Sherman and Morrison, one column of p after another.
+        inverse_DM1 = 1 / (1 - half_DM1)
+        corrections: list[tuple[jax.Array, ...]] = []
+
+        def solve(v_DMX: jax.Array) -> jax.Array:
+            x_DMX = inverse_DM1 * v_DMX
+            for p_DM1, solved_DM1, rho_D11 in corrections:
+                x_DMX = x_DMX - solved_DM1 * (rho_D11 * onto(p_DM1, x_DMX))
+            return x_DMX
+
+        for p_DM1 in columns:
+            solved_DM1 = solve(p_DM1)
+            rho_D11 = 1 / (1 + onto(p_DM1, solved_DM1))
+            corrections.append((p_DM1, solved_DM1, rho_D11))
+
+        # Abar - I = (I - Delta/2 A)^-1 Delta A
+        identity_MM = jnp.eye(self.state_size // 2)
+        unit_1MN = jnp.concatenate([identity_MM, 1j * identity_MM], axis=1)[None]
+        A_DMN = half_DM1 * unit_1MN
+        for p_DM1 in columns:
+            A_DMN = A_DMN - p_DM1 * onto(p_DM1, unit_1MN)
+        E_DMN, b_DM = solve(2 * A_DMN), solve(write_DM[..., None])[..., 0]
+        return (
+            jnp.concatenate([E_DMN.real, E_DMN.imag], axis=1),
+            jnp.concatenate([b_DM.real, b_DM.imag], axis=1),
+        )
+
+    def truncation(self, E_DNN: jax.Array) -> jax.Array:
+        """I - Abar^L, given E = Abar - I."""
+        return -power_less_one(E_DNN, self.kernel_length)
+
+    def kernel(self) -> jax.Array:
+        """K [D, L] float32, by the Cauchy sums of Alg. 1 at the L / 2 + 1 roots of unity of the
+        upper half circle."""
+        # z = exp(-2 i angle): with 1 - z = 2 i sin(angle) e^(-i angle) and 1 + z = 2 cos(angle)
+        # e^(-i angle), all that remains of g(z) - Lambda Delta / 2 is i sin - cos Lambda Delta / 2.
+        angle_F = np.pi * np.arange(self.kernel_length // 2 + 1) / self.kernel_length
+        sine_F, cosine_F = jnp.float32(np.sin(angle_F)), jnp.float32(np.cos(angle_F))
+        read_DM = jax.lax.complex(self.read_real_DM[...], self.read_imaginary_DM[...])
+        half_DM, p_DRM, write_DM = self.modes()
+        # The unit of half a step is in p and B; c and B have half of it each, hence the factor 1/2.
+        system = half_DM, p_DRM, write_DM / 2, read_DM
+        spectrum_DF = jnp.concatenate(
+            [transfer_at_zero(*system)[:, None], transfer(*system, sine_F[1:], cosine_F[1:])],
+            axis=1,
+        )
+        phase_1F = jnp.asarray(np.exp(1j * angle_F), jnp.complex64)[None]
+        return jnp.fft.irfft(phase_1F * spectrum_DF, self.kernel_length)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        state: dict[str, Any] | None = None,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        x_float_BTD, length = x_BTD.astype(jnp.float32), x_BTD.shape[1]
+        E_DNN, b_DN = self.increment()
+
+        def kernel(length: int) -> jax.Array:
+            return self.kernel()[:, None, :length]
+
+        y_BTD1, memory_BDN = respond(
+            E_DNN + jnp.eye(self.state_size)[None],
+            b_DN,
+            lambda: self.untruncated_read(E_DNN)[:, None],
+            x_float_BTD,
+            kernel=kernel if length <= self.kernel_length else None,
+            initial_state=None if state is None else state["memory"],
+            segment_ids=segment_ids,
+        )
+        y_BTD = y_BTD1[..., 0] + self.skip_D[...][None, None, :] * x_float_BTD
+        g_BTD = jax.nn.gelu(y_BTD).astype(self.compute_dtype)
+        return self.output(g_BTD) * jax.nn.sigmoid(self.output_gate(g_BTD)), {"memory": memory_BDN}
+
+    def untruncated_read(self, E_DNN: jax.Array) -> jax.Array:
+        """C [D, N] of y = C (Re h, Im h): Ctil (I - Abar^L)^-1."""
+        c_DN = 2 * jnp.concatenate([self.read_real_DM[...], -self.read_imaginary_DM[...]], axis=1)
+        with jax.default_matmul_precision("highest"):
+            transposed_DNN = jnp.swapaxes(self.truncation(E_DNN), 1, 2)
+            return jnp.linalg.solve(transposed_DNN, c_DN[..., None])[..., 0]
+
+    def init_state(self, batch: int) -> dict[str, Any]:
+        """The state before the first token: zeros."""
+        shape = (batch, self.width, self.state_size)
+        return {"memory": jnp.zeros(shape, jnp.float32)}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state per sequence."""
+        return 4 * self.width * self.state_size
+
+
+Mixer = S4

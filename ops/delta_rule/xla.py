@@ -1,0 +1,194 @@
+"""The (gated) delta rule by chunks, in plain JAX on every backend.
+
+With S the state at the start of a chunk and the interval products of `ops/chunks/chunking.py` (W_ij
+of tokens j+1..i; all <= 1):
+
+    Q0 = Q . prefix    K0 = K . prefix    K1 = K . suffix
+    P_ij = sum_c q_ic k_jc W_ijc (i >= j)           A_ij = beta_i sum_c k_ic k_jc W_ijc (i > j)
+    N  = M (beta . (V - K0 S)),  M = (I + A)^-1     the corrected values that the chunk's tokens
+    write
+    O  = Q0 S + P N                                 S' = Diag(total) S + K1^T N
+
+One scan over the chunks does all of it, so that what a chunk needs is made and used while it is in
+cache. M is computed by forward substitution in diagonal blocks and merging of blocks, never by
+squaring A: with identical keys the powers of A overflow float32 while M itself stays below 2.
+
+Backward, with dS' the gradient of the state at a chunk's end; D is the gradient of beta . (V - K0
+S):
+
+    D  = M^T (P^T dO + K1 dS')                      dS = Diag(total) dS' + Q0^T dO - K0^T (beta . D)
+    dP = dO N^T (i >= j)    dA = -D N^T (i > j)     dV = beta . D
+
+and the rest follows from the definitions of P, A, Q0, K0, K1. Only the inputs are kept; a first
+scan recomputes the states, M and N. (Yang et al., Parallelizing Linear Transformers with the Delta
+Rule, arXiv 2406.06484, section 3; with decay: Gated Delta Networks, arXiv 2412.06464.)
+
+With num_segments each segment starts a chunk, and the scan over chunks keeps one state per segment.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..chunks import chunking
+from ..chunks.chunking import einsum, flip
+from ..chunks.segment_states import chunk_owners, scan_segments
+
+SUBSTITUTION = 8  # rows solved one after another; larger blocks are merged by products
+
+
+def unit_lower_inverse(A: jax.Array) -> jax.Array:
+    """(I + A)^-1 for strictly lower-triangular A [..., C, C], C a power of two."""
+    *_, chunk, _ = A.shape
+    rows = min(SUBSTITUTION, chunk)
+    diagonal = jnp.stack(
+        [A[..., i : i + rows, i : i + rows] for i in range(0, chunk, rows)], axis=-3
+    )
+    eye = jnp.broadcast_to(
+        jnp.eye(rows, dtype=A.dtype).reshape((1,) * (A.ndim - 1) + (rows, rows)), diagonal.shape
+    )
+    solved = eye[..., :1, :]
+    for r in range(1, rows):
+        known = jnp.sum(diagonal[..., r, :r, None] * solved, axis=-2, keepdims=True)
+        solved = jnp.concatenate([solved, eye[..., r : r + 1, :] - known], axis=-2)
+    for below in chunking.below_blocks(A)[rows.bit_length() - 1 :]:
+        first, second = chunking.halves(solved)
+        solved = chunking.join(
+            solved,
+            -einsum("...ij,...jl->...il", second, einsum("...ij,...jl->...il", below, first)),
+        )
+    return solved[..., 0, :, :]
+
+
+class _Chunk(NamedTuple):
+    """Inputs [..., C, size] in float32, q scaled, heads repeated; of one chunk or, with a leading
+    axis, of all."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    beta: jax.Array
+    a: jax.Array | None
+
+
+def _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments):
+    """All chunks, and the cut by segments with `num_segments`."""
+    length, heads = v.shape[1:3]
+    size = max(k.shape[-1], v.shape[-1])
+    chunk, segment_ids, segments = chunking.cut(length, size, segment_ids, num_segments)
+    q, k = (chunking.repeat_heads(x, heads) for x in (q, k))
+    q, k, v, beta = (
+        chunking.to_chunks(x, chunk, segments=segments) for x in (q, k, v, beta[..., None])
+    )
+    a = chunking.decay_factors(decay_log, segment_ids, chunk, length, segments)
+    return _Chunk(q * scale, k, v, beta, a), segments
+
+
+def _intervals(chunk: _Chunk):
+    """The decay tree, q0, k0 and k1."""
+    if chunk.a is None:
+        return None, chunk.q, chunk.k, chunk.k
+    tree = chunking.decay_tree(chunk.a)
+    return tree, chunk.q * tree.prefix, chunk.k * tree.prefix, chunk.k * tree.suffix
+
+
+def _advance(S, chunk: _Chunk, tree, k0, k1):
+    """S [..., V, K] at the chunk's end; K K^T with its decays, M, (V - K0 S)^T and N^T."""
+    KK = chunking.lower(chunking.decay_scores(chunk.k, chunk.k, tree), strict=True)
+    M = unit_lower_inverse(chunk.beta * KK)
+    missingT = flip(chunk.v) - einsum("...vk,...ck->...vc", S, k0)
+    NT = einsum("...vj,...ij->...vi", missingT, M * flip(chunk.beta))
+    after = (S if tree is None else tree.total * S) + einsum("...vc,...ck->...vk", NT, k1)
+    return after, (KK, M, missingT, NT)
+
+
+def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, num_segments=None):
+    """Shapes as in `api.py`; returns o in float32 and the final state."""
+    chunks, segments = _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments)
+
+    def step(S, chunk):
+        tree, q0, k0, k1 = _intervals(chunk)
+        after, (*_, NT) = _advance(S, chunk, tree, k0, k1)
+        P = chunking.decay_scores(chunk.q, chunk.k, tree)
+        return after, flip(
+            einsum("...vk,...ck->...vc", S, q0) + einsum("...vj,...ij->...vi", NT, P)
+        )
+
+    final, o = scan_segments(step, flip(initial_state), chunks, chunk_owners(segments))
+    return chunking.from_chunks(o, v.shape[1], segments), flip(final)
+
+
+def backward(
+    q,
+    k,
+    v,
+    beta,
+    decay_log,
+    initial_state,
+    segment_ids,
+    do,
+    dfinal_state,
+    *,
+    scale,
+    num_segments=None,
+):
+    """Cotangents of q, k, v, beta, decay_log and initial_state, in float32."""
+    length, key_heads = k.shape[1:3]
+    chunks, segments = _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments)
+    owners = chunk_owners(segments)
+
+    def first(S, chunk):
+        tree, _, k0, k1 = _intervals(chunk)
+        after, made = _advance(S, chunk, tree, k0, k1)
+        return after, (S, *made)
+
+    def step(dS, inputs):
+        chunk, (S, KK, M, missingT, NT), do = inputs
+        q, k, _, beta, a = chunk
+        tree, q0, k0, k1 = _intervals(chunk)
+        P = chunking.decay_scores(q, k, tree)
+        doT = chunking.flipped_copy(do)
+
+        DT = einsum("...vi,...ij->...vj", doT, P) + einsum("...vk,...ck->...vc", dS, k1)
+        DT = einsum("...vi,...ij->...vj", DT, M)
+        D, N = chunking.flipped_copy(DT), chunking.flipped_copy(NT)
+        before = einsum("...vc,...ck->...vk", doT, q0) - einsum(
+            "...vc,...ck->...vk", DT * flip(beta), k0
+        )
+        before += dS if tree is None else tree.total * dS
+
+        dP = einsum("...iv,...vj->...ij", do, NT)
+        dA = -chunking.lower(einsum("...iv,...vj->...ij", D, NT), strict=True)
+        dq, dk, scores_P = chunking.decay_scores_gradient(dP, P, q, k, tree)
+        dk_row, dk_column, scores_KK = chunking.decay_scores_gradient(beta * dA, KK, k, k, tree)
+        dk += dk_row + dk_column
+        dq0 = einsum("...cv,...vk->...ck", do, S)
+        dk0 = -beta * einsum("...cv,...vk->...ck", D, S)
+        dk1 = einsum("...cv,...vk->...ck", N, dS)
+        dbeta = (D * flip(missingT)).sum(-1, keepdims=True) + (dA * KK).sum(-1, keepdims=True)
+        dg = None
+        if a is None or tree is None:
+            dq, dk = dq + dq0, dk + dk0 + dk1
+        else:
+            dq, dk = dq + dq0 * tree.prefix, dk + dk0 * tree.prefix + dk1 * tree.suffix
+            if decay_log is not None:
+                dtotal = (tree.total * S * dS).sum(-2, keepdims=True)
+                dg = chunking.decay_log_gradient(
+                    q0 * dq0 + k0 * dk0, k1 * dk1, dtotal, scores_P, scores_KK, like=a
+                )
+        return before, (dq * scale, dk, beta * D, dbeta, dg)
+
+    do = chunking.to_chunks(do, chunks.q.shape[-2], segments=segments)
+    _, made = scan_segments(first, flip(initial_state), chunks, owners)
+    dinitial_state, (*gradients, dg) = scan_segments(
+        step, flip(dfinal_state), (chunks, made, do), owners, reverse=True
+    )
+    dq, dk, dv, dbeta = (chunking.from_chunks(x, length, segments) for x in gradients)
+    dq, dk = (chunking.sum_heads(x, key_heads) for x in (dq, dk))
+    ddecay_log = (
+        None
+        if decay_log is None or dg is None
+        else chunking.decay_cotangent(dg, decay_log, length, segments)
+    )
+    return dq, dk, dv, dbeta[..., 0], ddecay_log, flip(dinitial_state)

@@ -1,0 +1,61 @@
+"""The diagonal scan with time cut over devices: what `ops/framework/sequence_parallel.py` asks of
+an op.
+
+What a token holds of the state before the device is the product E_t of the factors up to t, which
+the op itself computes from ones without input; the last one is the transition A. For complex
+numbers transposition is that of a pair of reals: a product with the conjugate."""
+
+import jax
+import jax.numpy as jnp
+
+from ..framework.sequence_parallel import Affine
+
+
+def multiply(a, h):
+    """Product of two numbers, each a tuple of one real array or of real and imaginary part."""
+    if len(a) == 1:
+        return (a[0] * h[0],)
+    (a_re, a_im), (h_re, h_im) = a, h
+    return a_re * h_re - a_im * h_im, a_re * h_im + a_im * h_re
+
+
+def multiply_or_zero(a, h):
+    """a h, zero where one of them is: a state that has overflowed counts for nothing once another
+    has started."""
+    zero = [jnp.all(jnp.stack([part == 0 for part in z]), 0) for z in (a, h)]
+    return tuple(jnp.where(zero[0] | zero[1], 0.0, part) for part in multiply(a, h))
+
+
+def multiply_conjugate(a, h):
+    return multiply_or_zero((a[0], *(-part for part in a[1:])), h)
+
+
+def _response(local, a, like, segment_ids):
+    """E [B, T, N] and A [B, N]; like: a number of each token."""
+    (batch, _, channels), parts = like[0].shape, len(like)
+    nothing = tuple(jnp.zeros(part.shape, jnp.float32) for part in like)
+    one = jnp.ones((batch, channels), jnp.float32)
+    ones = (one, *(jnp.zeros_like(one),) * (parts - 1))
+    return local.forward(a, nothing, ones, segment_ids)
+
+
+def summary(local, a, b, segment_ids):
+    zero = tuple(jnp.zeros_like(part[:, 0], jnp.float32) for part in b)
+    h, M = local.forward(a, b, zero, segment_ids)
+    E, A = _response(local, a, b, segment_ids)
+
+    def read(S):
+        from_before = multiply_or_zero(E, tuple(part[:, None] for part in S))
+        return jax.tree.map(lambda x, y: (x + y).astype(x.dtype), h, from_before), None
+
+    return A, M, read
+
+
+def adjoint(local, a, h, S, segment_ids, dh):
+    del S
+    E, A = _response(local, a, h, segment_ids)
+    dh = jax.tree.map(lambda x: x.astype(jnp.float32), dh)
+    return A, jax.tree.map(lambda x: x.sum(axis=1), multiply_conjugate(E, dh))
+
+
+OVER_TIME = Affine(summary, adjoint, multiply_or_zero, multiply_conjugate, split=True)

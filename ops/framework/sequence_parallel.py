@@ -1,0 +1,340 @@
+"""Recurrences whose time is cut over devices: device r holds tokens r n .. (r + 1) n - 1 and meets
+the others through states alone, whose size does not depend on n.
+
+A stretch of tokens maps the state before it to the state after it, and what it reads from it,
+affinely:
+
+    S_{r+1} = A_r S_r + M_r        o_r = o_r(0) + E_r S_r
+
+with M_r and o_r(0) from a zero state. Two stretches compose, (A', M') o (A, M) = (A' A, A' M + M'),
+so that the state before each device is a prefix over devices of (A_r, M_r); and with lambda_r the
+gradient of S_r, backward the suffix of
+
+    lambda_r = A_r^T lambda_{r+1} + E_r^T do_r
+
+after which device r runs the ordinary backward rule from S_r and lambda_{r+1}. Where a segment
+starts on the first token of a device, nothing comes in: its A_r and E_r^T do_r count as zero for
+the others.
+
+How states travel (`method`), forward and likewise backward:
+
+    all_gather   LASP-2 (Sun et al., 2025, arXiv 2502.07563): one all-gather of (A_r, M_r), the
+                 prefix on every device
+    ring         LASP (Sun et al., 2024, arXiv 2404.02882): R - 1 sends, each device waits for the
+                 one before
+    pipelined    ring with states in blocks of columns, which travel one behind the other (ZeCO,
+                 2025, arXiv 2507.01004)
+
+With ring and pipelined the state after the last token, and the gradient of the one before the
+first, are known to one device, which sends them to all."""
+
+import contextlib
+import contextvars
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from .sharding import SEQUENCE
+
+# The name, for a policy of `jax.checkpoint`, of what came from other devices: kept, it does not
+# travel again when a forward pass is repeated.
+CARRIED = "carried_state"
+
+METHODS = ("all_gather", "ring", "pipelined")
+# States travel in this many blocks at most; each adds a send and shortens the wait.
+PIPELINE_BLOCKS = 8
+
+_method = contextvars.ContextVar("sequence_method", default="all_gather")
+
+
+@contextlib.contextmanager
+def sequence_method(name: str) -> Iterator[None]:
+    """How states travel, for ops that are traced inside: one of METHODS. A program that was traced
+    before keeps its own. Raises ValueError for another name."""
+    if name not in METHODS:
+        raise ValueError(f"sequence_method must be one of {', '.join(METHODS)}; got {name!r}")
+    token = _method.set(name)
+    try:
+        yield
+    finally:
+        _method.reset(token)
+
+
+def current_method() -> str:
+    return _method.get()
+
+
+class Line(NamedTuple):
+    """The devices along time; every method is for the inside of a shard_map."""
+
+    size: int
+    method: str
+
+    @property
+    def rank(self) -> jax.Array:
+        return lax.axis_index(SEQUENCE)
+
+    def shift(self, values: Any, *, by: int = 1) -> Any:
+        """What the device `by` places to the left holds; zeros where there is none."""
+        pairs = [(r, r + by) for r in range(self.size) if 0 <= r + by < self.size]
+        return jax.tree.map(lambda x: lax.ppermute(x, SEQUENCE, pairs), values)
+
+    def from_device(self, values: Any, device: int) -> Any:
+        """What one device holds, on all."""
+        mine = self.rank == device
+        return jax.tree.map(
+            lambda x: lax.psum(jnp.where(mine, x, jnp.zeros_like(x)), SEQUENCE), values
+        )
+
+    def entered(self, segment_ids: jax.Array | None) -> jax.Array | None:
+        """[B], whether the first token's segment began before this device; None: everywhere."""
+        if segment_ids is None:
+            return None
+        return (self.rank == 0) | (self.shift(segment_ids[:, -1]) == segment_ids[:, 0])
+
+    def prefix(
+        self,
+        act: Callable[[Any, Any], Any],
+        A: Any,
+        M: Any,
+        first: Any,
+        split: bool,
+        common: Any = None,
+    ) -> tuple[Any, Any]:
+        """S_r and, on all devices, S_R of S_{r+1} = A_r S_r + M_r from S_0 = first. act((common,
+        A), S) is A S, or act(A, S) without `common`, the part of A that all devices know; split: an
+        entry of A belongs to one column (last axis) of S."""
+        return self._travel(act, A, M, first, split, common, reverse=False)
+
+    def suffix(
+        self,
+        act: Callable[[Any, Any], Any],
+        A: Any,
+        M: Any,
+        last: Any,
+        split: bool,
+        common: Any = None,
+    ) -> tuple[Any, Any]:
+        """lambda_{r+1} and, on all devices, lambda_0 of lambda_r = A_r lambda_{r+1} + M_r from
+        lambda_R = last."""
+        return self._travel(act, A, M, last, split, common, reverse=True)
+
+    def _travel(self, act, A, M, first, split, common, *, reverse):
+        M = jax.tree.map(lambda x: x.astype(jnp.float32), M)
+        first = jax.tree.map(lambda x: x.astype(jnp.float32), first)
+        if self.method == "all_gather":
+            # What all know is not sent.
+            whole = act if common is None else lambda A, S: act((common, A), S)
+            return self._gathered(whole, A, M, first, reverse)
+        A = A if common is None else (common, A)
+        # Devices in the order in which the state visits them.
+        place = self.size - 1 - self.rank if reverse else self.rank
+        step = -1 if reverse else 1
+        columns = jax.tree.leaves(M)[0].shape[-1]
+        count = 1 if self.method == "ring" else math.gcd(columns, PIPELINE_BLOCKS)
+        blocks = _in_blocks(A, M, first, split, count)
+        return self._passed_on(act, blocks, count, place, step)
+
+    def _gathered(self, act, A, M, first, reverse):
+        leaves, tree = jax.tree.flatten((A, M))
+        batch = leaves[0].shape[0]
+        flat = jnp.concatenate([leaf.reshape(batch, -1) for leaf in leaves], axis=1)
+        flat_RBX = lax.all_gather(flat, SEQUENCE)
+        ends = itertools.accumulate(leaf.size // batch for leaf in leaves)
+        parts = jnp.split(flat_RBX, list(ends)[:-1], axis=2)
+        gathered = jax.tree.unflatten(
+            tree,
+            [
+                part.reshape(self.size, *leaf.shape)
+                for part, leaf in zip(parts, leaves, strict=True)
+            ],
+        )
+
+        def step(carry: Any, device: Any) -> tuple[Any, None]:
+            S, mine = carry
+            number, A, M = device
+            mine = _where(number == self.rank, S, mine)
+            return (_add(act(A, S), M), mine), None
+
+        numbers = jnp.arange(self.size)
+        (last, mine), _ = lax.scan(step, (first, first), (numbers, *gathered), reverse=reverse)
+        return mine, last
+
+    def _passed_on(self, act, blocks, count, place, step):
+        """The state visits the devices in `count` blocks [count, ...]; device p handles block j at
+        time p + j."""
+        A, M, first = blocks
+        S = _where(place == 0, first, jax.tree.map(jnp.zeros_like, first))
+
+        def after(block: jax.Array) -> Any:
+            a, m, s = jax.tree.map(
+                lambda x: lax.dynamic_index_in_dim(x, block, keepdims=False), (A, M, S)
+            )
+            return _add(act(a, s), m)
+
+        for time in range(self.size + count - 2):
+            sent = after(jnp.clip(time - place, 0, count - 1))
+            received = self.shift(sent, by=step)
+            block = time - (place - 1)
+            here = (block >= 0) & (block < count) & (place > 0)
+            block = jnp.clip(block, 0, count - 1)
+            S = jax.tree.map(
+                lambda old, new, block=block, here=here: jnp.where(
+                    here, lax.dynamic_update_index_in_dim(old, new, block, 0), old
+                ),
+                S,
+                received,
+            )
+        last = jax.vmap(lambda a, m, s: _add(act(a, s), m))(A, M, S)
+        mine, last = (_from_blocks(x, count) for x in (S, last))
+        return mine, self.from_device(last, self.size - 1 if step == 1 else 0)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """An op whose state is an affine function of the state before; the last two inputs are that
+    state and the ids.
+
+    summary(local, *tokens, segment_ids) -> A, M, read: of the tokens of one device; read(S) -> the
+    output from state S,
+      and the states at the starts of chunks where the backward rule takes them
+      (`ops/framework/op.py`), else None
+    adjoint(local, *tokens, S, segment_ids, do) -> A, E^T do, of what the op keeps of its inputs
+    act(A, S), act_transposed(A, lambda) -> A S, A^T lambda
+    split: an entry of A belongs to one column (last axis) of the state
+    every_segment: each segment has a state, which goes on where the segment does, on any device
+    """
+
+    summary: Callable[..., tuple[Any, Any, Callable[[Any], Any]]]
+    adjoint: Callable[..., tuple[Any, Any]]
+    act: Callable[[Any, Any], Any]
+    act_transposed: Callable[[Any, Any], Any]
+    split: bool
+    every_segment: bool = False
+
+    def forward(self, local: Any, line: Line, *inputs: Any) -> tuple[Any, Any]:
+        *tokens, initial_state, segment_ids = inputs
+        entered = None if self.every_segment else line.entered(segment_ids)
+        A, M, read = self.summary(local, *tokens, segment_ids)
+        S, final = line.prefix(self.act, _kept(entered, A), M, initial_state, self.split)
+        S, entered = checkpoint_name((_kept(entered, S), entered), CARRIED)
+        output, starts = read(S)
+        return (output, final), (S, entered, starts)
+
+    def backward(
+        self, local: Any, line: Line, carried: Any, inputs: Any, cotangents: Any
+    ) -> tuple[Any, ...]:
+        *tokens, initial_state, segment_ids = inputs
+        (S, entered, starts), (do, dfinal) = carried, cotangents
+        local = local._replace(starts=starts)
+        A, dM = self.adjoint(local, *tokens, S, segment_ids, do)
+        # What is sent comes first: then a kernel that recomputes the states within this part, where
+        # the op has one, runs while it travels, because nothing needs to arrive for it.
+        *tokens, S, A, dM = lax.optimization_barrier((*tokens, S, A, dM))
+        dS, dinitial = line.suffix(
+            self.act_transposed, _kept(entered, A), _kept(entered, dM), dfinal, self.split
+        )
+        gradients = local.backward((*tokens, S, segment_ids), (do, dS))
+        return *gradients[:-1], jax.tree.map(
+            lambda gradient, x: gradient.astype(x.dtype), dinitial, initial_state
+        )
+
+
+def segment_states(
+    transition: Callable[..., Any],
+    act: Callable[[Any, Any], Any],
+    act_transposed: Callable[[Any, Any], Any],
+) -> Affine:
+    """`Affine` of a matrix state per segment (`num_segments`); transition(local, *tokens,
+    segment_ids) -> A.
+
+    Tokens of a segment that follow each other may lie far apart: the op runs again from the states
+    that came in."""
+
+    def summary(local: Any, *inputs: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+        *tokens, segment_ids = inputs
+        _, k, v = tokens[:3]
+        batch, _, heads, value_size = v.shape
+        state = (local.static["num_segments"], heads, k.shape[-1], value_size)
+        zero = jnp.zeros((batch, *state), jnp.float32)
+        _, M = local.forward(*tokens, zero, segment_ids)
+
+        def read(S: jax.Array) -> tuple[jax.Array, None]:
+            return local.forward(*tokens, S, segment_ids)[0], None
+
+        return transition(local, *tokens, segment_ids), M, read
+
+    def adjoint(local: Any, *inputs: Any) -> tuple[Any, Any]:
+        *tokens, S, segment_ids, do = inputs
+        gradients = local.backward((*tokens, S, segment_ids), (do, jnp.zeros_like(S)))
+        return transition(local, *tokens, segment_ids), gradients[len(tokens)]
+
+    return Affine(summary, adjoint, act, act_transposed, split=False, every_segment=True)
+
+
+def starts(segment_ids: jax.Array | None) -> jax.Array | None:
+    """[B, T], whether a segment starts at a token after the first; None: nowhere."""
+    if segment_ids is None:
+        return None
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changed, ((0, 0), (1, 0)))
+
+
+def from_the_start(segment_ids: jax.Array | None) -> jax.Array | None:
+    """[B, T], the tokens of the first token's segment, up to where another starts."""
+    began = starts(segment_ids)
+    return None if began is None else jnp.cumsum(began, axis=1) == 0
+
+
+def to_the_end(segment_ids: jax.Array | None) -> jax.Array | None:
+    """[B, T], the tokens of the last token's segment, from where it starts."""
+    began = starts(segment_ids)
+    if began is None:
+        return None
+    count = jnp.cumsum(began, axis=1)
+    return count == count[:, -1:]
+
+
+def _kept(keep_B: jax.Array | None, values: Any) -> Any:
+    """Zeros where not keep; arrays [B, ...]."""
+    if keep_B is None:
+        return values
+    return jax.tree.map(lambda x: jnp.where(keep_B.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), values)
+
+
+def _where(condition: jax.Array, values: Any, others: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), values, others)
+
+
+def _add(values: Any, others: Any) -> Any:
+    return jax.tree.map(jnp.add, values, others)
+
+
+def _in_blocks(A: Any, M: Any, first: Any, split: bool, count: int) -> Any:
+    """Columns of the state in blocks [count, ...]."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
+
+    def repeat(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x[None], (count, *x.shape))
+
+    cut_all = functools.partial(jax.tree.map, cut)
+    A = cut_all(A) if split else jax.tree.map(repeat, A)
+    return A, cut_all(M), cut_all(first)
+
+
+def _from_blocks(values: Any, count: int) -> Any:
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, -2)
+        return x.reshape(*x.shape[:-2], count * x.shape[-1])
+
+    return jax.tree.map(join, values)

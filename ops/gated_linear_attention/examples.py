@@ -1,0 +1,25 @@
+"""Sizes of published models, for benchmarks and compiled tests: key heads, value heads, key and
+value size per head."""
+
+SHAPES = {
+    "cpu": {"batch": 1, "length": 2048, "key_heads": 4, "heads": 4, "key": 64, "value": 64},
+    "gla_340m": {"batch": 8, "length": 2048, "key_heads": 4, "heads": 4, "key": 128, "value": 256},
+    "mamba2_1_3b": {
+        "batch": 4,
+        "length": 2048,
+        "key_heads": 1,
+        "heads": 64,
+        "key": 128,
+        "value": 64,
+    },
+    "lightning_7b": {
+        "batch": 1,
+        "length": 8192,
+        "key_heads": 32,
+        "heads": 32,
+        "key": 128,
+        "value": 128,
+    },
+    "long": {"batch": 1, "length": 65536, "key_heads": 8, "heads": 8, "key": 128, "value": 128},
+}
+DECAYS = ("none", "constant", "scalar", "vector")

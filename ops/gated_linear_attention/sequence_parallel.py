@@ -1,0 +1,103 @@
+"""Gated linear attention with time cut over devices: what `ops/framework/sequence_parallel.py` asks
+of an op.
+
+With prefix_t, suffix_t, total the products of the decays of a device's tokens up to t, after t, and
+of all, its tokens map the state S before them by
+
+    A = Diag(total)        M = sum_t (k_t . suffix_t)^T v_t        E_t = scale q_t . prefix_t
+
+None of the three needs the recurrence, so that M travels while the device computes its outputs from
+a zero state. The products are exponentials of sums of logs over the interval, all <= 0: the error
+of such a sum is relative to it, and that of its exponential absolute."""
+
+import jax.numpy as jnp
+
+from ..chunks import chunking
+from ..chunks.chunking import einsum
+from ..framework.sequence_parallel import Affine, from_the_start, segment_states, to_the_end
+
+
+def _prefix_log(decay_log, length):
+    """Sums of logs up to each token, itself included [B or 1, T, H, K or 1]."""
+    g = decay_log.astype(jnp.float32)
+    if g.ndim == 1:
+        return jnp.arange(1, length + 1)[None, :, None, None] * g[None, None, :, None]
+    return jnp.cumsum(g if g.ndim == 4 else g[..., None], axis=1)
+
+
+def _suffix_log(decay_log, length):
+    """Sums of logs after each token."""
+    if decay_log.ndim == 1:
+        after = jnp.arange(length - 1, -1, -1)[None, :, None, None]
+        return after * decay_log.astype(jnp.float32)[None, None, :, None]
+    g = jnp.pad(decay_log[:, 1:], ((0, 0), (0, 1)) + ((0, 0),) * (decay_log.ndim - 2))
+    return _prefix_log(g[:, ::-1], length)[:, ::-1]
+
+
+def _weighted(x_BTHK, log, keep_BT):
+    """x . exp(log) in float32, zeros where not keep."""
+    x_BTHK = x_BTHK.astype(jnp.float32)
+    if log is not None:
+        x_BTHK = x_BTHK * jnp.exp(log)
+    return x_BTHK if keep_BT is None else jnp.where(keep_BT[..., None, None], x_BTHK, 0)
+
+
+def _transition(prefix_log, keep_BT, batch, heads):
+    """A, [B, H, K or 1, 1]."""
+    one = jnp.ones((batch, 1, heads, 1), jnp.float32)
+    last = None if prefix_log is None else prefix_log[:, -1:]
+    keep = None if keep_BT is None else keep_BT[:, -1:]
+    return jnp.swapaxes(_weighted(one, last, keep), 1, 2).swapaxes(2, 3)
+
+
+def _queries(local, q, decay_log, segment_ids, heads):
+    """E [B, T, H, K] and A."""
+    log = None if decay_log is None else _prefix_log(decay_log, q.shape[1])
+    keep = from_the_start(segment_ids)
+    q = local.static["scale"] * chunking.repeat_heads(q, heads)
+    return _weighted(q, log, keep), _transition(log, keep, q.shape[0], heads)
+
+
+def summary(local, q, k, v, decay_log, segment_ids):
+    batch, length, heads, value_size = v.shape
+    E, A = _queries(local, q, decay_log, segment_ids, heads)
+    k_end = _weighted(
+        chunking.repeat_heads(k, heads),
+        None if decay_log is None else _suffix_log(decay_log, length),
+        to_the_end(segment_ids),
+    )
+    M = einsum("bthk,bthv->bhkv", k_end, v.astype(jnp.float32))
+    zero = jnp.zeros((batch, heads, k.shape[-1], value_size), jnp.float32)
+    o, _ = local.forward(q, k, v, decay_log, zero, segment_ids)
+
+    def read(S):
+        return (o + einsum("bthk,bhkv->bthv", E, S)).astype(o.dtype), None
+
+    return A, M, read
+
+
+def adjoint(local, q, k, v, decay_log, S, segment_ids, do):
+    del k, S
+    E, A = _queries(local, q, decay_log, segment_ids, v.shape[2])
+    return A, einsum("bthk,bthv->bhkv", E, do.astype(jnp.float32))
+
+
+OVER_TIME = Affine(summary, adjoint, jnp.multiply, jnp.multiply, split=False)
+
+
+def _segment_transition(local, q, k, v, decay_log, segment_ids):
+    """A with `num_segments`, [B, S, H, K or 1, 1]."""
+    del q, k
+    (batch, length, heads, _), segments = v.shape, local.static["num_segments"]
+    member = segment_ids[..., None] == jnp.arange(segments)[None, None]
+    if decay_log is None:
+        g = jnp.zeros((batch, length, heads, 1), jnp.float32)
+    elif decay_log.ndim == 1:
+        g = jnp.broadcast_to(decay_log[None, None, :, None], (batch, length, heads, 1))
+    else:
+        g = decay_log if decay_log.ndim == 4 else decay_log[..., None]
+    log = einsum("bts,bthk->bshk", member.astype(jnp.float32), g.astype(jnp.float32))
+    return jnp.exp(log)[..., None]
+
+
+SEGMENTS_OVER_TIME = segment_states(_segment_transition, jnp.multiply, jnp.multiply)

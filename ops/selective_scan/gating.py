@@ -1,0 +1,80 @@
+"""What stands around the recurrence of a selective scan: step sizes from what a model projects, the
+gate, and what is kept between forward and backward.
+
+    Delta = softplus(delta + bias)          out = y silu(z)
+
+The implementations multiply by the gate where they have y at hand, which then never exists in
+memory, forward or backward. Besides the inputs the states before every `CHUNK` tokens are kept for
+the backward pass, which recomputes the others between them: at N = 16 four bytes for four tokens of
+a channel. Without them the states would have to be walked through once more, from the first to the
+last, before the walk back can begin. Step sizes are not kept: the TPU kernels make them where they
+use them; the other implementations, through `forward` and `backward` here, leave them to XLA,
+inside the rules. On a GPU a kernel would compute them in each of the four threads that share a
+channel of N = 16, in each of its passes: eight exponentials and logarithms for a token and channel
+take half a clock of a multiprocessor, in which memory has ten bytes; leaving them to XLA costs
+eight, of float32 steps from a bfloat16 `delta`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 64  # tokens between the states that are kept for the backward pass
+MAX_KEPT_STATES = 32  # of a channel; more would take more memory than the inputs do
+
+
+def keeps_starts(x: jax.Array, A: jax.Array) -> bool:
+    """Whether forward rules keep the states at the starts of chunks [B, T / CHUNK, N, D] for the
+    backward rules, which otherwise make them anew; all implementations agree, for a program has one
+    memory layout on all platforms."""
+    return x.shape[1] > CHUNK and A.shape[1] <= MAX_KEPT_STATES
+
+
+def step_sizes(delta: jax.Array, bias: jax.Array | None, softplus: bool) -> jax.Array:
+    """[B, T, D], float32 unless it is `delta` as it came."""
+    if bias is not None:
+        delta = delta.astype(jnp.float32) + bias.astype(jnp.float32)[None, None, :]
+    return jax.nn.softplus(delta.astype(jnp.float32)) if softplus else delta
+
+
+def forward(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward rule of step sizes as one of what they are made of."""
+
+    @functools.wraps(rule)
+    def with_bias(x, delta, A, B, C, D, z, bias, *rest, delta_softplus, **static):
+        steps = step_sizes(delta, bias, delta_softplus)
+        return rule(x, steps, A, B, C, D, z, *rest, **static)
+
+    return with_bias
+
+
+def backward(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Likewise a backward rule, the gradient of `bias` [D] (None without) after that of z."""
+
+    @functools.wraps(rule)
+    def with_bias(x, delta, A, B, C, D, z, bias, *rest, delta_softplus, **static):
+        steps, pull = delta, None
+        if bias is not None or delta_softplus:
+            steps, pull = jax.vjp(
+                lambda delta, bias: step_sizes(delta, bias, delta_softplus),
+                delta.astype(jnp.float32),
+                None if bias is None else bias.astype(jnp.float32),
+            )
+        dx, ddelta, *gradients, dz, dinitial = rule(x, steps, A, B, C, D, z, *rest, **static)
+        ddelta, dbias = pull(ddelta) if pull else (ddelta, None)
+        return dx, ddelta, *gradients, dz, dbias, dinitial
+
+    return with_bias
+
+
+def gate(y: jax.Array, z: jax.Array) -> jax.Array:
+    """y silu(z), both float32."""
+    return y * (z * jax.nn.sigmoid(z))
+
+
+def gate_gradients(z: jax.Array, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """dy, and what dz is a multiple of: dz = y times it."""
+    s = jax.nn.sigmoid(z)
+    return dout * (z * s), dout * (s + z * s * (1 - s))

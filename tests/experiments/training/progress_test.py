@@ -1,0 +1,128 @@
+"""What a watcher reads: rows of metrics, lines, a figure, and speeds that mean what they say."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.training import speed
+from experiments.training.checkpoints import Best
+from experiments.training.metrics import MetricsLog, draw_loss, read_rows, run_summary
+from experiments.training.progress import ProgressReport
+from experiments.training.speed import SpeedMeter, Work, count_weights, peak_flops
+
+
+def test_rows_after_the_restored_step_are_cut_and_so_is_a_line_without_an_end(tmp_path):
+    with MetricsLog(tmp_path, step=0, seeds=(0,)) as log:
+        for step in (10, 20, 30):
+            log.write({"step": step, "train/loss": [float(step)]})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "train/lo')
+    with MetricsLog(tmp_path, step=20, seeds=(0,)) as log:
+        log.write({"step": 30, "train/loss": [0.5]})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 10, "train/loss": [10.0]},
+        {"step": 20, "train/loss": [20.0]},
+        {"step": 30, "train/loss": [0.5]},
+    ]
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    with MetricsLog(tmp_path, step=0, seeds=(0, 1)) as log:
+        log.write({"step": 1, "train/loss": [float("nan"), 2.0], "test/loss": [float("inf"), 1.0]})
+    assert read_rows(tmp_path) == [{"step": 1, "train/loss": [None, 2.0], "test/loss": [None, 1.0]}]
+    assert draw_loss(tmp_path, (0, 1)).stat().st_size > 1000
+
+
+def test_the_best_step_has_the_best_mean_over_seeds():
+    rows: list[dict[str, Any]] = [
+        {"step": 1, "test/accuracy": [0.9, 0.1]},
+        {"step": 2, "test/accuracy": [0.6, 0.6]},
+        {
+            "step": 3,
+            "test/accuracy": [None, 1.0],
+            "train/loss": [1.0],
+            "train/rejected_steps": [2, 0],
+        },
+    ]
+    assert run_summary(rows, Best("test/accuracy", "max"))["best"] == {"step": 2, "value": 0.6}
+    assert run_summary(rows, Best("test/accuracy", "min"))["best"] == {"step": 1, "value": 0.5}
+    assert run_summary(rows, Best("", "max"))["best"] is None
+    assert run_summary(rows, Best("", "max"))["rejected_steps"] == [2, 0]
+
+
+def test_without_a_terminal_every_row_is_a_plain_line(capsys):
+    with ProgressReport(0, 100) as progress:
+        progress.advance(1)
+        speeds = {
+            "speed/tokens_per_second_per_device": 12345.6,
+            "speed/model_flops_utilisation": 0.412,
+        }
+        rejected = {"train/rejected_steps": [2, 1]}
+        progress.report(
+            {"step": 50, "train/loss": [2.0, 3.0], **speeds, **rejected, "test/loss": [1.5, 1.5]}
+        )
+    train, evaluation = capsys.readouterr().out.splitlines()
+    assert train.startswith(
+        "step 50/100  loss 2.5 [2, 3]  12,346 tokens/s/device  MFU 41.2%  3 steps"
+        " rejected (not finite)  ETA 0:00:0"
+    )
+    assert evaluation == "step 50/100  test: loss 1.5 [1.5, 1.5]"
+
+
+def test_a_quiet_run_prints_nothing(capsys):
+    with ProgressReport(0, 100, quiet=True) as progress:
+        progress.advance(1)
+        progress.report({"step": 50, "train/loss": [2.0]})
+        progress.say("something")
+    assert capsys.readouterr().out == ""
+
+
+class Tables(nnx.Module):
+    def __init__(self, tied: bool):
+        self.embedding = nnx.Param(jnp.ones((100, 8)), out_sharding=("vocabulary", "embed"))
+        self.head = (
+            None if tied else nnx.Param(jnp.ones((100, 8)), out_sharding=("vocabulary", "embed"))
+        )
+        self.kernel = nnx.Param(jnp.ones((8, 16)), out_sharding=("embed", "mlp"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_vocabulary_table_counts_whether_it_is_tied_or_not(tied):
+    with nnx.use_eager_sharding(False):
+        assert count_weights(nnx.state(Tables(tied), nnx.Param)) == (8 * 16, 800)
+
+
+def test_utilisation_is_model_flops_over_time_and_peak(monkeypatch):
+    # Made, compiled (twice), paused, resumed, read.
+    clock = iter([0.0, 10.0, 10.0, 14.0, 15.0, 16.0])
+    monkeypatch.setattr(speed, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(speed, "peak_flops", lambda kind: 1000.0)
+    with nnx.use_eager_sharding(False):
+        meter = SpeedMeter(nnx.state(Tables(True), nnx.Param))
+    batch = {"tokens": np.ones((2, 5)), "targets": np.ones((2, 3))}
+    meter.count(batch)
+    meter.compiled()
+    meter.count(batch)
+    meter.pause()
+    meter.resume()
+    work = meter.take()
+    assert work == Work(steps=1, tokens=10, targets=6) and meter.compile_seconds == 10.0
+    assert meter.speeds(work) == {
+        "speed/steps_per_second": 1 / 5,
+        "speed/tokens_per_second_per_device": 10 / 5,
+        "speed/model_flops_utilisation": 6 * (128 * 10 + 800 * 6) / 5 / 1000,
+    }
+
+
+def test_peaks_are_known_by_device_kind_and_not_guessed():
+    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5p") == 459e12
+    assert (
+        peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    )
+    assert peak_flops("cpu") is None

@@ -1,0 +1,107 @@
+"""Long convolution against its defining sum, numpy's convolution and the recurrence that it is the
+parallel form of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ops import long_convolution
+from ops.long_convolution.examples import SHAPES
+from tests.contracts.ops import TOLERANCE, assert_close
+
+BATCH, LENGTH, WIDTH = (SHAPES["test"][name] for name in ("batch", "length", "width"))
+convolve = jax.jit(long_convolution, static_argnames="implementation")
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+@jax.jit
+def values_and_gradients(u, kernel, dy):
+    def of(implementation):
+        y, pullback = jax.vjp(
+            lambda u, kernel: long_convolution(u, kernel, implementation=implementation),
+            *(u, kernel),
+        )
+        return dict(zip(("y", "du", "dkernel"), (y, *pullback(dy.astype(y.dtype))), strict=True))
+
+    return of("xla"), of("reference")
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [
+        (1, "float32"),
+        (LENGTH, "float32"),
+        pytest.param(2, "float32", marks=pytest.mark.full),
+        pytest.param(64, "float32", marks=pytest.mark.full),
+        pytest.param(LENGTH, "bfloat16", marks=pytest.mark.full),
+    ],
+)
+def test_values_and_gradients_equal_the_reference(length, dtype):
+    u = normal(0, BATCH, length, WIDTH, dtype=dtype)
+    kernel = normal(1, WIDTH, length)
+    got, expected = values_and_gradients(u, kernel, normal(2, *u.shape))
+    for name in expected:
+        assert got[name].dtype == expected[name].dtype, name
+        assert_close(name, got[name], expected[name], TOLERANCE[str(got[name].dtype)])
+
+
+def test_it_is_numpys_convolution_cut_to_the_length():
+    u, kernel = normal(0, BATCH, LENGTH, WIDTH), normal(1, WIDTH, LENGTH)
+    y = convolve(u, kernel)
+    for b in range(BATCH):
+        for d in range(WIDTH):
+            expected = np.convolve(
+                np.asarray(u[b, :, d], np.float64), np.asarray(kernel[d], np.float64)
+            )
+            assert_close(f"y[{b}, :, {d}]", y[b, :, d], expected[:LENGTH])
+
+
+def test_the_last_token_does_not_wrap_around_to_the_first():
+    u = jnp.zeros((1, LENGTH, 1)).at[0, -1].set(1.0)
+    y = convolve(u, normal(1, 1, LENGTH))
+    np.testing.assert_allclose(y[0, :-1], 0, atol=1e-6)
+
+
+def test_the_kernel_of_a_recurrence_gives_its_outputs():
+    factor = jnp.linspace(-0.9, 0.99, WIDTH)
+    u, h, expected = np.asarray(normal(0, BATCH, LENGTH, WIDTH)), 0.0, []
+    for t in range(LENGTH):
+        h = np.asarray(factor) * h + u[:, t]
+        expected.append(h)
+    kernel = factor[:, None] ** jnp.arange(LENGTH)[None, :]
+    assert_close("y", convolve(jnp.asarray(u), kernel), np.stack(expected, axis=1))
+
+
+def test_only_the_inputs_are_kept_for_the_backward_pass():
+    u, kernel = jnp.ones((BATCH, 64, WIDTH)), jnp.ones((WIDTH, 64))
+    _, pullback = jax.vjp(long_convolution, u, kernel)
+    kept = sum(residual.size for residual in jax.tree.leaves(pullback))
+    assert kept <= u.size + kernel.size
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+GOOD = {"u": ones(2, 5, 3), "kernel": ones(3, 5)}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("u", {"u": ones(5, 3)}),
+        ("u", {"u": ones(2, 0, 3)}),
+        ("u", {"u": ones(2, 5, 3, dtype=np.int32)}),
+        ("kernel", {"kernel": ones(5, 3)}),
+        ("kernel", {"kernel": ones(3, 4)}),
+        ("kernel", {"kernel": ones(3, 5, dtype=np.complex64)}),
+        ("implementation", {"implementation": "chunked"}),
+    ],
+)
+def test_errors_name_the_argument(name, change):
+    with pytest.raises(ValueError, match=rf"^{name} "):
+        long_convolution(**GOOD | change)

@@ -1,0 +1,128 @@
+"""Shared by tests of models: random parameters, and a layer against a slow float64 transcription of
+its paper."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+BATCH, LENGTH, WIDTH = 2, 7, 16
+FLOAT32: dict[str, Any] = {
+    "param_dtype": jnp.dtype("float32"),
+    "compute_dtype": jnp.dtype("float32"),
+}
+
+
+def parts(build: Callable[[], Any]) -> tuple[Any, nnx.State, nnx.State]:
+    """What `nnx.merge` makes the module of: structure, abstract parameters, and the values of all
+    other variables, such as constants that differ between layers."""
+    graphdef, params, variables = nnx.eval_shape(lambda: nnx.split(build(), nnx.Param, ...))
+    if jax.tree.leaves(variables):
+        variables = jax.jit(
+            lambda: nnx.split(build(), nnx.Param, ...)[2]
+        )()  # under jit no parameter is computed
+    return graphdef, params, variables
+
+
+def randomised(build: Callable[[], Any]) -> Any:
+    """The module with random parameters of order one: no term of an equation can hide behind a zero
+    or a one."""
+    rng = np.random.default_rng(0)
+
+    def value(leaf):
+        return jnp.asarray(
+            rng.standard_normal(leaf.shape) / math.sqrt(leaf.shape[0]) + 0.2, leaf.dtype
+        )
+
+    graphdef, params, variables = parts(build)
+    return nnx.merge(graphdef, jax.tree.map(value, params), variables)
+
+
+def build_mixer(module: Any, **options: Any) -> Any:
+    """models/<module>'s mixer of width WIDTH in a network of two layers."""
+    return randomised(lambda: module.Mixer(WIDTH, depth=2, rngs=nnx.Rngs(0), **FLOAT32, **options))
+
+
+def count_parameters(module: Any, width: int, **options: Any) -> int:
+    """Parameters of a mixer of any size; nothing is computed."""
+    mixer = nnx.eval_shape(lambda: module.Mixer(width, rngs=nnx.Rngs(0), **FLOAT32, **options))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)))
+
+
+def inputs() -> np.ndarray:
+    return np.random.default_rng(7).standard_normal((BATCH, LENGTH, WIDTH)).astype(np.float32)
+
+
+@jax.jit
+def call(mixer: Any, x: jax.Array, **given: Any) -> jax.Array:
+    return mixer(x, **given)[0]
+
+
+def check_layer(
+    mixer: Any, transcription: Callable[[np.ndarray], np.ndarray], **given: Any
+) -> None:
+    """Compares the layer, called with `given`, with `transcription(x_TD float64) -> y_TD`, one
+    sequence at a time."""
+    x = inputs()
+    want = np.stack([transcription(sequence.astype(np.float64)) for sequence in x])
+    np.testing.assert_allclose(
+        np.asarray(call(mixer, x, **given)), want, atol=2e-5 * max(1.0, np.abs(want).max()), rtol=0
+    )
+
+
+def weight(linear: nnx.Linear) -> np.ndarray:
+    return np.asarray(linear.kernel[...], np.float64)
+
+
+def array(variable: nnx.Variable) -> np.ndarray:
+    return np.asarray(variable[...], np.float64)
+
+
+def project(x_TD: np.ndarray, linear: nnx.Linear, heads: int) -> np.ndarray:
+    """x W, split into heads: [T, H, K]."""
+    return (x_TD @ weight(linear)).reshape(len(x_TD), heads, -1)
+
+
+def merge(o_THV: np.ndarray) -> np.ndarray:
+    return o_THV.reshape(len(o_THV), -1)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x * sigmoid(x)
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    return np.log1p(np.exp(x))
+
+
+def rms(x: np.ndarray, scale: np.ndarray | float = 1.0, eps: float = 1e-5) -> np.ndarray:
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * scale
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+
+
+def convolved(x_TD: np.ndarray, convolution: Any) -> np.ndarray:
+    """Causal depthwise convolution, the last tap on the current token."""
+    w_WD = array(convolution.weight_WD)
+    y_TD = np.zeros_like(x_TD)
+    for t in range(len(x_TD)):
+        for back in range(min(len(w_WD), t + 1)):
+            y_TD[t] += w_WD[-1 - back] * x_TD[t - back]
+    return y_TD
+
+
+def rotated(x: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    """Pairs (x_i, x_{i + K/2}) as complex numbers, turned by angle_i."""
+    half = x.shape[-1] // 2
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate((z.real, z.imag), axis=-1)

@@ -1,6 +1,7 @@
 """Continues prompts with a trained model, one token at a time with its recurrent state.
 
-    python -m experiments.generate --workdir=runs/gla --prompt="def main" --prompt="import " --tokens=200
+    python -m experiments.generate --workdir=runs/gla --prompt="def main" --prompt="import " \
+        --tokens=200
 
 The prompts run through the model together, in parallel over their tokens; then every new token
 costs the same, however long the text has become. For tasks other than text a prompt is token

@@ -1,8 +1,10 @@
 """Would this run fit a TPU slice, and what would bound its step? Compiled for the slice and
 modelled; no TPU needed.
 
-    python -m experiments.plan --config=experiments/configs/gla.py:text --topology=v5p:4x4x4 --config.mesh.fsdp=8
-    python -m experiments.plan --config=... --topology=v5e:4x4 --config.model.width=2048 --json=plan.json
+    python -m experiments.plan --config=experiments/configs/gla.py:text --topology=v5p:4x4x4 \
+        --config.mesh.fsdp=8
+    python -m experiments.plan --config=... --topology=v5e:4x4 --config.model.width=2048 \
+        --json=plan.json
 
 Compiles the train step of a config, as `experiments.train` builds it, with the TPU's own compiler
 for a named slice, and reads the result: bytes of memory per device against those of the chip,

@@ -2,8 +2,8 @@
 the paper's, draws the figure.
 
     python -m experiments.reproduce --table=state_tracking --scale=cpu
-    python -m experiments.reproduce --table=state_tracking --scale=cpu --dry_run     what would run
-    python -m experiments.reproduce --table=state_tracking --scale=cpu --collect     the table of the rows there are
+    python -m experiments.reproduce --table=state_tracking --scale=cpu --dry_run   what would run
+    python -m experiments.reproduce --table=state_tracking --scale=cpu --collect   only its table
 
 Resumable: a finished cell is read from its row, an interrupted one goes on from its checkpoint.
 Rows are appended to experiments/results/<table>.jsonl; the figure is

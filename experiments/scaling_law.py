@@ -1,6 +1,7 @@
 """How the loss of a sweep's runs falls with parameters and tokens, and how sure that is.
 
-    python -m experiments.scaling_law --rows=runs/scaling_law/scaling_law.jsonl --metric=validation/loss \\
+    python -m experiments.scaling_law --rows=runs/scaling_law/scaling_law.jsonl \
+        --metric=validation/loss \\
         --out=scaling_law.png
 
 Hoffmann et al., "Training Compute-Optimal Large Language Models", NeurIPS 2022, arXiv 2203.15556,

@@ -1,7 +1,8 @@
 """Trains one config.
 
     python -m experiments.train --config=experiments/configs/gla.py:mqar,smoke --workdir=runs/gla
-    python -m experiments.train --config=... --workdir=... --config.optimizer.lr=3e-4 --config.seeds=(0,1,2)
+    python -m experiments.train --config=... --workdir=... --config.optimizer.lr=3e-4 \
+        --config.seeds=(0,1,2)
 
 The same command continues a run that was interrupted, to the bit on CPU. In the workdir: run.json
 (config, commit, versions, devices; written before the first step), metrics.jsonl, tensorboard/,

@@ -1,10 +1,13 @@
 """Runs what a table or a sweep file still lacks, on an engine that exists, and collects the
 results.
 
-    python -m launch.sweep --sweep=mqar --scale=cpu                          a table, on this machine
-    python -m launch.sweep --sweep=mqar --scale=gpu --backend=slurm --resources=parallel=8,gpus=1,queue=gpu
-    python -m launch.sweep --sweep=my_sweep.py --backend=jobset --dry_run    what would be submitted
-    python -m launch.sweep --sweep=my_sweep.py --collect --report=sweep.html    what has finished, as a page
+A table on this machine, or on a cluster; what would be submitted; what has finished, as a page:
+
+    python -m launch.sweep --sweep=mqar --scale=cpu
+    python -m launch.sweep --sweep=mqar --scale=gpu --backend=slurm \
+        --resources=parallel=8,gpus=1,queue=gpu
+    python -m launch.sweep --sweep=my_sweep.py --backend=jobset --dry_run
+    python -m launch.sweep --sweep=my_sweep.py --collect --report=sweep.html
 
 A sweep file is a table file without published numbers (experiments/reporting/table.py says what it
 defines; `grid` expands options and seeds), optionally with RESOURCES. The same file runs on every

@@ -1,7 +1,8 @@
 """Based (Arora et al., ICML 2024, arXiv 2402.18668): Taylor linear attention and sliding windows of
 64 in turn.
 
-    python -m experiments.train --config=experiments/configs/based.py:mqar,smoke --workdir=runs/based
+    python -m experiments.train --config=experiments/configs/based.py:mqar,smoke \
+        --workdir=runs/based
 
 mqar,smoke: minutes on 2 CPU cores. The paper's ablation (362M parameters, 10B tokens of the Pile):
 perplexity 8.65, or 8.91 without windows, 8.74 without the short convolutions, which are left out

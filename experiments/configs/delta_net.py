@@ -1,7 +1,8 @@
 """DeltaNet (Yang et al., NeurIPS 2024, arXiv 2406.06484), with negative eigenvalues (Grazzi et al.,
 ICLR 2025, arXiv 2411.12537) where the task is state tracking.
 
-    python -m experiments.train --config=experiments/configs/delta_net.py:parity,smoke --workdir=runs/delta_net
+    python -m experiments.train --config=experiments/configs/delta_net.py:parity,smoke \
+        --workdir=runs/delta_net
 
 mqar,smoke: about a minute on 2 CPU cores, accuracy 1.00 (one seed). Published scaled accuracies at
 lengths beyond training, eigenvalues in [-1, 1] and in [0, 1]: parity 1.000 and 0.017, modular

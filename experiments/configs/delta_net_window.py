@@ -1,7 +1,8 @@
 """DeltaNet and sliding-window attention in turn (the hybrid of Yang et al., NeurIPS 2024, arXiv
 2406.06484).
 
-    python -m experiments.train --config=experiments/configs/delta_net_window.py:text,smoke --workdir=runs/hybrid
+    python -m experiments.train --config=experiments/configs/delta_net_window.py:text,smoke \
+        --workdir=runs/hybrid
 
 text,smoke: a few minutes on 2 CPU cores. The paper's language models (340M parameters, 15B tokens):
 WikiText perplexity 27.06, against 28.24 of DeltaNet alone. The window is Based's 64 (arXiv

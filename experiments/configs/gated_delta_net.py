@@ -1,7 +1,8 @@
 """Gated DeltaNet (Yang et al., ICLR 2025, arXiv 2412.06464), with negative eigenvalues (Grazzi et
 al., ICLR 2025, arXiv 2411.12537) where the task is state tracking.
 
-    python -m experiments.train --config=experiments/configs/gated_delta_net.py:text,smoke --workdir=runs/gdn
+    python -m experiments.train --config=experiments/configs/gated_delta_net.py:text,smoke \
+        --workdir=runs/gdn
 
 text,smoke: a few minutes on 2 CPU cores. The paper's language models (1.3B parameters, 100B tokens
 of FineWeb-Edu): WikiText perplexity 16.42, against 17.71 of DeltaNet, 16.56 of Mamba-2 and 18.53 of

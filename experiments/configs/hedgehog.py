@@ -1,6 +1,7 @@
 """Hedgehog (Zhang et al., ICLR 2024, arXiv 2402.04347), trained from scratch.
 
-    python -m experiments.train --config=experiments/configs/hedgehog.py:mqar,smoke --workdir=runs/hedgehog
+    python -m experiments.train --config=experiments/configs/hedgehog.py:mqar,smoke \
+        --workdir=runs/hedgehog
 
 mqar,smoke: minutes on 2 CPU cores. The paper's associative recall: accuracy 100 of softmax
 attention, 17 of linear attention with 1 + elu. Converted to it, GPT-2 (125M) has a WikiText-103

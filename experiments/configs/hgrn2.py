@@ -1,6 +1,7 @@
 """HGRN2 (Qin et al., COLM 2024, arXiv 2404.07904).
 
-    python -m experiments.train --config=experiments/configs/hgrn2.py:text,smoke --workdir=runs/hgrn2
+    python -m experiments.train --config=experiments/configs/hgrn2.py:text,smoke \
+        --workdir=runs/hgrn2
 
 text,smoke: a few minutes on 2 CPU cores. Gated DeltaNet's paper (arXiv 2412.06464) reports a
 WikiText perplexity of 19.10 at 1.3B parameters and 100B tokens, against 19.08 of RetNet and 16.42

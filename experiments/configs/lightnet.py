@@ -1,6 +1,7 @@
 """LightNet (Qin et al., 2024, arXiv 2405.21022).
 
-    python -m experiments.train --config=experiments/configs/lightnet.py:text,smoke --workdir=runs/lightnet
+    python -m experiments.train --config=experiments/configs/lightnet.py:text,smoke \
+        --workdir=runs/lightnet
 
 text,smoke: a few minutes on 2 CPU cores. The report gives its results as on a level with Mamba in
 language modelling; no number is compared here."""

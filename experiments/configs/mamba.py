@@ -1,7 +1,8 @@
 """Mamba (Gu and Dao, COLM 2024, arXiv 2312.00752), with negative eigenvalues (Grazzi et al., ICLR
 2025, arXiv 2411.12537) where the task is state tracking.
 
-    python -m experiments.train --config=experiments/configs/mamba.py:parity,smoke --workdir=runs/mamba
+    python -m experiments.train --config=experiments/configs/mamba.py:parity,smoke \
+        --workdir=runs/mamba
 
 parity,smoke: some minutes on 2 CPU cores. Published scaled accuracies at lengths beyond training,
 eigenvalues in [-1, 1] and in [0, 1]: parity 1.000 and 0.000, modular arithmetic 0.241 and 0.095.

@@ -1,6 +1,7 @@
 """Mamba-2 (Dao and Gu, ICML 2024, arXiv 2405.21060).
 
-    python -m experiments.train --config=experiments/configs/mamba2.py:mqar,smoke --workdir=runs/mamba2
+    python -m experiments.train --config=experiments/configs/mamba2.py:mqar,smoke \
+        --workdir=runs/mamba2
 
 mqar,smoke: minutes on 2 CPU cores. The paper's figure on associative recall: far above Mamba at
 equal width, growing with the state size. Gated DeltaNet's paper (arXiv 2412.06464) reports a

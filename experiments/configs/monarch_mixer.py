@@ -1,6 +1,7 @@
 """Monarch Mixer, causal (Fu et al., NeurIPS 2023, arXiv 2310.12109).
 
-    python -m experiments.train --config=experiments/configs/monarch_mixer.py:text,smoke --workdir=runs/monarch
+    python -m experiments.train --config=experiments/configs/monarch_mixer.py:text,smoke \
+        --workdir=runs/monarch
 
 text,smoke: minutes on 2 CPU cores. The paper's numbers are for bidirectional models (GLUE average
 79.9 at 80M parameters, as BERT-base with 110M); its causal ones match the perplexity of a

@@ -1,7 +1,8 @@
 """Recall under a gated short convolution: the two-layer models of Based (Arora et al., ICML 2024,
 arXiv 2402.18668).
 
-    python -m experiments.train --config=experiments/configs/recall.py:delta_net,smoke --workdir=runs/recall
+    python -m experiments.train --config=experiments/configs/recall.py:delta_net,smoke \
+        --workdir=runs/recall
 
 The argument names the mixer of the second layer, a config file beside this one; the first layer is
 BaseConv for all. The task is multi-query associative recall. delta_net,smoke: half a minute on 2

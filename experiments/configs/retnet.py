@@ -1,6 +1,7 @@
 """RetNet (Sun et al., 2023, arXiv 2307.08621).
 
-    python -m experiments.train --config=experiments/configs/retnet.py:text,smoke --workdir=runs/retnet
+    python -m experiments.train --config=experiments/configs/retnet.py:text,smoke \
+        --workdir=runs/retnet
 
 text,smoke: a few minutes on 2 CPU cores. GLA's paper (arXiv 2312.06635) reports a WikiText
 perplexity of 32.33 at 340M parameters and 15B tokens, against 28.65 of GLA: decays that do not see

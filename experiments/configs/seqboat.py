@@ -1,6 +1,7 @@
 """SeqBoat, sparse modular activation (Ren et al., NeurIPS 2023, arXiv 2306.11197).
 
-    python -m experiments.train --config=experiments/configs/seqboat.py:text,smoke --workdir=runs/seqboat
+    python -m experiments.train --config=experiments/configs/seqboat.py:text,smoke \
+        --workdir=runs/seqboat
 
 text,smoke: minutes on 2 CPU cores; the log shows the share of activated tokens as
 activation_density. listops and lra_listops .. lra_pathx are the authors' recipe, but causal and

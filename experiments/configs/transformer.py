@@ -1,7 +1,8 @@
 """Softmax attention with rotary positions, the baseline (Vaswani et al., NeurIPS 2017, arXiv
 1706.03762).
 
-    python -m experiments.train --config=experiments/configs/transformer.py:mqar,smoke --workdir=runs/transformer
+    python -m experiments.train --config=experiments/configs/transformer.py:mqar,smoke \
+        --workdir=runs/transformer
 
 mqar,smoke: half a minute on 2 CPU cores and too short for it, accuracy 0.18 (one seed): without a
 convolution two layers must first learn to look one token back. Published accuracy on MQAR: 1.0 at

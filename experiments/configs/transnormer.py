@@ -1,7 +1,8 @@
 """TransNormer T2 (Qin et al., EMNLP 2022, arXiv 2210.10340): DiagAttention in the lower half of the
 layers, NormAttention in the upper half.
 
-    python -m experiments.train --config=experiments/configs/transnormer.py:text,smoke --workdir=runs/transnormer
+    python -m experiments.train --config=experiments/configs/transnormer.py:text,smoke \
+        --workdir=runs/transnormer
 
 text,smoke: a few minutes on 2 CPU cores. The paper's autoregressive WikiText-103: test perplexity
 31.01, as softmax attention. listops and lra_listops .. lra_pathx have the paper's sizes, batch and

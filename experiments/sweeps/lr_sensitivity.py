@@ -1,7 +1,8 @@
 """Learning-rate sensitivity of attention, with and without QK-norm and z-loss (Wortsman et al.,
 ICLR 2024, arXiv 2309.14322).
 
-    python -m launch.sweep --sweep=experiments/sweeps/lr_sensitivity.py --scale=tiny --report=lr_sensitivity.html
+    python -m launch.sweep --sweep=experiments/sweeps/lr_sensitivity.py --scale=tiny \
+        --report=lr_sensitivity.html
 
 The figure is runs/lr_sensitivity/lr_sensitivity_<scale>.png. As in the paper: seven rates, AdamW
 with (0.9, 0.95), clipping at 1, a warm-up of 5% and cosine to 1e-5. Other than there, weight decay
@@ -17,7 +18,7 @@ from experiments.reporting.table import Cell, grid
 TITLE = "Learning-rate sensitivity with and without QK-norm and z-loss"
 METRIC = "Validation loss, nats per byte"
 SCALES = {
-    "tiny": "width 16, one layer, 30 steps of 4 sequences of 32 bytes, three rates: shows that it runs",
+    "tiny": "width 16, one layer, 30 steps of 4 x 32 bytes, three rates: shows that it runs",
     "cpu": "widths 32 and 64, two layers, 400 steps of 8 sequences of 128 bytes",
     "gpu": "widths 128 to 1,024, eight layers, 5,000 steps of 64 sequences of 512 bytes",
 }

@@ -73,12 +73,14 @@ HloModule jit_step, is_scheduled=true
   %param_0.1 = f32[6,128,128]{2,1,0:T(8,128)} parameter(0)
   %param_1.1 = s32[]{:T(128)} parameter(1)
   %zero = s32[]{:T(128)} constant(0)
-  %dynamic-slice.1 = f32[1,128,128]{2,1,0:T(8,128)} dynamic-slice(%param_0.1, %param_1.1, %zero, %zero)
+  %dynamic-slice.1 = f32[1,128,128]{2,1,0:T(8,128)} dynamic-slice(%param_0.1, %param_1.1, %zero, \
+%zero)
   ROOT %bitcast.1 = f32[128,128]{1,0:T(8,128)S(1)} bitcast(%dynamic-slice.1)
 }
 
 %body (carried: (s32[], f32[64,128], f32[6,128,128])) -> (s32[], f32[64,128], f32[6,128,128]) {
-  %carried = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}, /*index=2*/f32[6,128,128]{2,1,0:T(8,128)}) parameter(0)
+  %carried = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}, \
+/*index=2*/f32[6,128,128]{2,1,0:T(8,128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%carried), index=0
   %x = f32[64,128]{1,0:T(8,128)} get-tuple-element(%carried), index=1
   %w = f32[6,128,128]{2,1,0:T(8,128)} get-tuple-element(%carried), index=2
@@ -93,7 +95,8 @@ tuple(%next, %convolution.1, %w)
 
 %condition (carried.1: (s32[], f32[64,128], f32[6,128,128])) -> pred[] {
   %limit = s32[]{:T(128)} constant(6)
-  %carried.1 = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}, f32[6,128,128]{2,1,0:T(8,128)}) parameter(0)
+  %carried.1 = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}, f32[6,128,128]{2,1,0:T(8,128)}) \
+parameter(0)
   %i.1 = s32[]{:T(128)} get-tuple-element(%carried.1), index=0
   ROOT %lt = pred[]{:T(512)} compare(%i.1, %limit), direction=LT
 }
@@ -103,7 +106,8 @@ ENTRY %main (x.1: f32[64,128], w.1: f32[6,128,128]) -> f32[64,128] {
   %w.1 = f32[6,128,128]{2,1,0:T(8,128)} parameter(1)
   %start = s32[]{:T(128)} constant(0)
   %copy.1 = s32[]{:T(128)} copy(%start)
-  %tuple.1 = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}, f32[6,128,128]{2,1,0:T(8,128)}) tuple(%copy.1, %x.1, %w.1)
+  %tuple.1 = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}, f32[6,128,128]{2,1,0:T(8,128)}) \
+tuple(%copy.1, %x.1, %w.1)
   %while.1 = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}, f32[6,128,128]{2,1,0:T(8,128)}) \
 while(%tuple.1), condition=%condition, body=%body
   ROOT %result = f32[64,128]{1,0:T(8,128)} get-tuple-element(%while.1), index=1
@@ -194,7 +198,8 @@ KNOWN_PROGRAM = """
 import jax, jax.numpy as jnp
 from jax import P
 from jax.sharding import AxisType
-mesh = jax.make_mesh((2, 2, 2, 1), ("data", "fsdp", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 4)
+axes = ("data", "fsdp", "sequence", "tensor")
+mesh = jax.make_mesh((2, 2, 2, 1), axes, axis_types=(AxisType.Auto,) * 4)
 def local(x, y):
     def layer(x, _):
         whole = jax.lax.all_gather(x, "fsdp", tiled=True)
@@ -203,7 +208,8 @@ def local(x, y):
     x = jax.lax.ppermute(x, "sequence", [(0, 1), (1, 0)])
     y = jax.lax.all_to_all(y, "sequence", 0, 1, tiled=True)
     return jax.lax.psum(x, ("data", "fsdp")), y
-function = jax.shard_map(local, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P()), check_vma=False)
+specs = (P(), P())
+function = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
 shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 16), (8, 16))]
 with jax.set_mesh(mesh):
     print(jax.jit(function).lower(*shapes).compile().as_text())
@@ -269,19 +275,23 @@ HloModule jit_step
 
 %piece.1 (param_0.1: f32[8,128]) -> f32[32,128] {
   %param_0.1 = f32[8,128]{1,0} parameter(0)
-  ROOT %all-gather.1 = f32[32,128]{1,0} all-gather(%param_0.1), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %all-gather.1 = f32[32,128]{1,0} all-gather(%param_0.1), channel_id=3, \
+replica_groups={{0,1,2,3}}, dimensions={0}
 }
 
 %piece.2 (param_0.2: f32[8,128]) -> f32[32,128] {
   %param_0.2 = f32[8,128]{1,0} parameter(0)
-  ROOT %all-gather.2 = f32[32,128]{1,0} all-gather(%param_0.2), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %all-gather.2 = f32[32,128]{1,0} all-gather(%param_0.2), channel_id=3, \
+replica_groups={{0,1,2,3}}, dimensions={0}
 }
 
 %all-reduce-scatter.1 (param_0.3: f32[32,128]) -> f32[8,128] {
   %param_0.3 = f32[32,128]{1,0} parameter(0)
   %zero = s32[] constant(0)
-  %all-reduce.1 = f32[32,128]{1,0} all-reduce(%param_0.3), channel_id=4, replica_groups={{0,1,2,3}}, to_apply=%add
-  ROOT %dynamic-slice.1 = f32[8,128]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={8,128}
+  %all-reduce.1 = f32[32,128]{1,0} all-reduce(%param_0.3), channel_id=4, \
+replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %dynamic-slice.1 = f32[8,128]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), \
+dynamic_slice_sizes={8,128}
 }
 
 ENTRY %main (x: f32[8,128]) -> f32[8,128] {

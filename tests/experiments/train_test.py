@@ -156,9 +156,13 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
     skipping = task_with(lambda label, index: label)
     skip = lambda index: np.where(index < 8, index, index + 8)  # noqa: E731
     skipping = Task(
-        0, 5, lambda seed: Examples(lambda index: spoiled.train(seed).fetch(skip(index))),  # type: ignore
-        skipping.evaluations, squared_error_loss, squared_error_metrics,
-    )  # fmt: skip
+        0,
+        5,
+        lambda seed: Examples(lambda index: spoiled.train(seed).fetch(skip(index))),  # type: ignore
+        skipping.evaluations,
+        squared_error_loss,
+        squared_error_metrics,
+    )
     options = {
         "task.name": "stub",
         "eval.best_metric": "test/loss",

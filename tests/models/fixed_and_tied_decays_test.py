@@ -191,7 +191,8 @@ def build_lm(pattern: tuple[str, ...], depth: int, **model: Any) -> Any:
     )
 
 
-PATTERNS = {  # and their depths: with a remainder, of which two are the last of six HGRN2 layers, and without
+# And their depths: with a remainder, of which two are the last of six HGRN2 layers, and without.
+PATTERNS = {
     ("hgrn2", "hgrn2", "window_attention"): 8,
     ("window_attention", "hgrn2"): 5,
     ("hgrn2",): 3,

@@ -1,5 +1,6 @@
 """The Long Range Arena: released files become tokens and labels exactly, and damage has a name."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_documents_are_cut_marked_and_padded() -> None:
     np.testing.assert_array_equal(
         batch["tokens"],
         [[97, 98, 99, MARK, MARK, *pad], [120, MARK, 97, 98, 99, MARK, PADDING, PADDING]],
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(batch["readout_positions"], [[4], [5]])
     np.testing.assert_array_equal(batch["targets"], [[ANSWER + 1], [ANSWER]])
     check_form(batch, 2, 8)
@@ -186,7 +187,8 @@ def test_a_data_set_without_texts_or_splits_is_refused(
 def test_released_expressions_have_no_parentheses(tmp_path: Path) -> None:
     task = make("listops", write_listops(tmp_path), longest=12)
     assert (task.vocabulary_size, task.sequence_length) == (16 + 10, 12)
-    for name, rows in zip(("train", "validation", "test"), EXPRESSIONS.values(), strict=True):  # fmt: skip
+    splits = ("train", "validation", "test")
+    for name, rows in zip(splits, EXPRESSIONS.values(), strict=True):
         batch = everything(task)[name]
         check_form(batch, len(rows), 12)
         for row, (source, value) in enumerate(rows):
@@ -229,26 +231,53 @@ def change(name: str, old: bytes, new: bytes) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("task", "spoil", "message"),
     [
-        ("retrieval", lambda path: (path / "new_aan_pairs.test.tsv").unlink(),
-         "task.data_dir must be .* has no new_aan_pairs.test.tsv.*folder tsv_data .*download https"),
-        ("retrieval", change("new_aan_pairs.train.tsv", b"\tab\t", b"\tab "),
-         "train.tsv, line 3: must have 5 columns .*label, id1, id2, text1, text2; it has 4"),
-        ("retrieval", change("new_aan_pairs.eval.tsv", b"1.0\t", b"2.0\t"),
-         r"eval.tsv, line 1: label must be a number below 2; got b'2.0'"),
-        ("retrieval", lambda path: (path / "new_aan_pairs.eval.tsv").write_bytes(b""),
-         "eval.tsv must have lines of label, .*; it has none"),
-        ("listops", lambda path: (path / "basic_val.tsv").unlink(),
-         "has no basic_val.tsv. They are in the folder listops-1000"),
-        ("listops", change("basic_val.tsv", b"Source\tTarget", b"Target\tSource"),
-         "basic_val.tsv must begin with the names of its columns, Source, Target; it begins b'Target"),
-        ("listops", change("basic_test.tsv", b"\t7", b"\t10"),
-         "basic_test.tsv, line 3: Target must be a number below 10; got b'10'"),
-        ("listops", change("basic_train.tsv", b"[SM", b"[SUM"),
-         r"basic_train.tsv, line 3: Source must be .*\[MED \[SM \]; got b'\[SUM'"),
-        ("listops", change("basic_test.tsv", b"7\t", b"\t"),
-         "basic_test.tsv, line 3: Source must be an expression .*; got b''"),
+        (
+            "retrieval",
+            lambda path: (path / "new_aan_pairs.test.tsv").unlink(),
+            "task.data_dir must be .* has no new_aan_pairs.test.tsv.*folder tsv_data .*https",
+        ),
+        (
+            "retrieval",
+            change("new_aan_pairs.train.tsv", b"\tab\t", b"\tab "),
+            "train.tsv, line 3: must have 5 columns .*label, id1, id2, text1, text2; it has 4",
+        ),
+        (
+            "retrieval",
+            change("new_aan_pairs.eval.tsv", b"1.0\t", b"2.0\t"),
+            r"eval.tsv, line 1: label must be a number below 2; got b'2.0'",
+        ),
+        (
+            "retrieval",
+            lambda path: (path / "new_aan_pairs.eval.tsv").write_bytes(b""),
+            "eval.tsv must have lines of label, .*; it has none",
+        ),
+        (
+            "listops",
+            lambda path: (path / "basic_val.tsv").unlink(),
+            "has no basic_val.tsv. They are in the folder listops-1000",
+        ),
+        (
+            "listops",
+            change("basic_val.tsv", b"Source\tTarget", b"Target\tSource"),
+            "basic_val.tsv must begin with the names of its columns, Source, Target; .* b'Target",
+        ),
+        (
+            "listops",
+            change("basic_test.tsv", b"\t7", b"\t10"),
+            "basic_test.tsv, line 3: Target must be a number below 10; got b'10'",
+        ),
+        (
+            "listops",
+            change("basic_train.tsv", b"[SM", b"[SUM"),
+            r"basic_train.tsv, line 3: Source must be .*\[MED \[SM \]; got b'\[SUM'",
+        ),
+        (
+            "listops",
+            change("basic_test.tsv", b"7\t", b"\t"),
+            "basic_test.tsv, line 3: Source must be an expression .*; got b''",
+        ),
     ],
-)  # fmt: skip
+)
 def test_spoilt_tables_are_named(task: str, spoil: Any, message: str, tmp_path: Path) -> None:
     {"retrieval": write_pairs, "listops": write_listops}[task](tmp_path)
     everything(make(task, tmp_path))
@@ -259,7 +288,8 @@ def test_spoilt_tables_are_named(task: str, spoil: Any, message: str, tmp_path: 
 
 def test_expressions_that_are_too_long_are_named(tmp_path: Path) -> None:
     task = make("listops", write_listops(tmp_path), longest=7)
-    with pytest.raises(ValueError, match=r"longest must be at least 8, .*train.tsv, line 3; got 7"):  # fmt: skip
+    message = "longest must be at least 8, .*train.tsv, line 3; got 7"
+    with pytest.raises(ValueError, match=message):
         everything(task)
 
 
@@ -302,7 +332,8 @@ def test_images_are_pixels_and_their_label_in_three_splits(size: int, tmp_path: 
     }
     assert sorted(n for part in numbers.values() for n in part) == list(range(25))
     # Not the first or last ones of the files, and always the same.
-    assert numbers["validation"] + numbers["test"] not in ([0, 1, 2, 3], [21, 22, 23, 24])  # fmt: skip
+    held_out = numbers["validation"] + numbers["test"]
+    assert held_out not in ([0, 1, 2, 3], [21, 22, 23, 24])
     again = everything(make("pathfinder", tmp_path, size=size))["test"]
     assert again["tokens"][:, 0].tolist() == numbers["test"]
 
@@ -319,19 +350,36 @@ def metadata(path: Path) -> Path:
     ("spoil", "message"),
     [
         (lambda path: image(path).unlink(), "sample_3.png must be a PNG image: .*No such file"),
-        (lambda path: image(path).write_bytes(b""), "sample_3.png must be a PNG image: cannot identify"),
-        (lambda path: image(path).write_bytes(image(path).read_bytes()[:60]), "sample_3.png must be a PNG image"),
-        (lambda path: Image.new("L", (4, 5)).save(image(path)),
-         "task.size must be that of the images, .*; got 5, and .*sample_3.png is 5 x 4"),
-        (lambda path: metadata(path).write_text("imgs/0 sample_0.png 0 2 1\n"),
-         "0.npy, line 1: must begin with a folder, a file, a number and the label 0 or 1; got b'imgs"),
-        (lambda path: metadata(path).write_text("imgs/0 sample_0.png\n"), "0.npy, line 1: must begin with"),
-        (lambda path: [file.unlink() for file in metadata(path).parent.iterdir()],
-         "metadata must hold .npy files that name at least 10 images, .*; got 0 files with 0"),
-        (lambda path: [*map(Path.unlink, metadata(path).parent.iterdir()), metadata(path).parent.rmdir()],
-         "has no curv_contour_length_14/metadata.*folder pathfinder32"),
+        (
+            lambda path: image(path).write_bytes(b""),
+            "sample_3.png must be a PNG image: cannot identify",
+        ),
+        (
+            lambda path: image(path).write_bytes(image(path).read_bytes()[:60]),
+            "sample_3.png must be a PNG image",
+        ),
+        (
+            lambda path: Image.new("L", (4, 5)).save(image(path)),
+            "task.size must be that of the images, .*; got 5, and .*sample_3.png is 5 x 4",
+        ),
+        (
+            lambda path: metadata(path).write_text("imgs/0 sample_0.png 0 2 1\n"),
+            "line 1: must begin with a folder, a file, a number and the label 0 or 1; got b'imgs",
+        ),
+        (
+            lambda path: metadata(path).write_text("imgs/0 sample_0.png\n"),
+            "0.npy, line 1: must begin with",
+        ),
+        (
+            lambda path: [file.unlink() for file in metadata(path).parent.iterdir()],
+            "metadata must hold .npy files that name at least 10 images, .*; got 0 files with 0",
+        ),
+        (
+            lambda path: shutil.rmtree(metadata(path).parent),
+            "has no curv_contour_length_14/metadata.*folder pathfinder32",
+        ),
     ],
-)  # fmt: skip
+)
 def test_spoilt_images_are_named(spoil: Any, message: str, tmp_path: Path) -> None:
     write_pathfinder(tmp_path, 5)
     spoil(tmp_path)

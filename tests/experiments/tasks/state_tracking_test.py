@@ -119,8 +119,8 @@ def test_s5_answers_with_the_running_product(inputs: str) -> None:
     assert batch["tokens"].shape == (1000, 32)
     elements = {tuple(PERMUTATIONS[token]) for token in np.unique(batch["tokens"]) if token < 120}
     moved = {sum(image != point for point, image in enumerate(element)) for element in elements}
-    assert {"all": (120, {0, 2, 3, 4, 5}), "every_fourth": (120, {0, 2, 3, 4, 5}), "swaps": (11, {0, 2}),
-            "three": (31, {0, 2, 3})}[inputs] == (len(elements), moved)  # fmt: skip
+    expected = {"swaps": (11, {0, 2}), "three": (31, {0, 2, 3})}
+    assert (len(elements), moved) == expected.get(inputs, (120, {0, 2, 3, 4, 5}))
     for row in range(100):
         points = list(range(5))
         for place, token in enumerate(batch["tokens"][row]):

@@ -164,8 +164,14 @@ def test_bits_per_byte_of_a_uniform_model_are_the_bits_of_its_vocabulary(
     folder: Path, tmp_path: Path
 ) -> None:
     task = make(folder, tmp_path)
-    sums = {"loss_sum": 50 * math.log(256), "weight_sum": 50, "bytes_sum": 50, "correct_sum": 0,
-            "sequence_correct_sum": 0, "sequence_sum": 1}  # fmt: skip
+    sums = {
+        "loss_sum": 50 * math.log(256),
+        "weight_sum": 50,
+        "bytes_sum": 50,
+        "correct_sum": 0,
+        "sequence_correct_sum": 0,
+        "sequence_sum": 1,
+    }
     assert task.derive(sums)["bits_per_byte"] == pytest.approx(8)
 
 

@@ -46,36 +46,66 @@ def test_every_recipe_is_valid(argument):
         ({"batch_size": -8}, "config.batch_size must be greater than 0; got -8"),
         ({"optimizer__lr": -1.0}, "config.optimizer.lr must be greater than 0; got -1.0"),
         ({"optimizer__b2": 1.0}, r"config.optimizer.b2 must be in \[0, 1\); got 1.0"),
-        ({"optimizer__warmup_steps": 301}, "config.optimizer.warmup_steps must be at most config.steps=300; got 301"),
+        (
+            {"optimizer__warmup_steps": 301},
+            "config.optimizer.warmup_steps must be at most config.steps=300; got 301",
+        ),
         ({"seeds": ()}, "config.seeds must be a tuple of distinct integers"),
         ({"seeds": (1, 1)}, r"config.seeds must be .* got \(1, 1\)"),
-        ({"param_dtype": "float8"}, "config.param_dtype must be one of float32, bfloat16; got 'float8'"),
+        (
+            {"param_dtype": "float8"},
+            "config.param_dtype must be one of float32, bfloat16; got 'float8'",
+        ),
         ({"profile_steps": "9:3"}, "config.profile_steps must be \"first:last\" .* got '9:3'"),
         ({"eval__best_mode": "best"}, "config.eval.best_mode must be one of max, min; got 'best'"),
-        ({"optimizer__name": "sgd"}, "config.optimizer.name must be one of adamw, lion, lamb, muon; got 'sgd'"),
-        ({"optimizer__schedule": "step"}, "config.optimizer.schedule must be one of cosine, .* got 'step'"),
-        ({"optimizer__schedule": "refined:"}, "config.optimizer.schedule must be .*<workdir of .* got 'refined:'"),
+        (
+            {"optimizer__name": "sgd"},
+            "config.optimizer.name must be one of adamw, lion, lamb, muon; got 'sgd'",
+        ),
+        (
+            {"optimizer__schedule": "step"},
+            "config.optimizer.schedule must be one of cosine, .* got 'step'",
+        ),
+        (
+            {"optimizer__schedule": "refined:"},
+            "config.optimizer.schedule must be .*<workdir of .* got 'refined:'",
+        ),
         ({"optimizer__schedule": "refined:/nowhere"}, "/nowhere holds no run"),
         (
             {"optimizer__schedule": "refined:/nowhere", "optimizer__warmup_steps": 9},
             "config.optimizer.warmup_steps must be 0 for a refined schedule, .* got 9",
         ),
         ({"accumulate": 0}, "config.accumulate must be greater than 0; got 0"),
-        ({"accumulate": 7}, "config.batch_size must be a multiple of accumulate x .* = 7 x 1 x 1 = 7; got 1024"),
+        (
+            {"accumulate": 7},
+            "config.batch_size must be a multiple of accumulate x .* = 7 x 1 x 1 = 7; got 1024",
+        ),
         ({"mesh__zero": 2}, "config.mesh.zero must be one of 1, 3; got 2"),
-        ({"heartbeat_timeout_seconds": 0}, "config.heartbeat_timeout_seconds must be greater than 0; got 0"),
+        (
+            {"heartbeat_timeout_seconds": 0},
+            "config.heartbeat_timeout_seconds must be greater than 0; got 0",
+        ),
         ({"model__name": "rnn"}, "config.model.name must be one of .*lm.*; got 'rnn'"),
         ({"task__name": "chess"}, "task must be one of .*mqar.*; got 'chess'"),
         ({"model__init": "zeros"}, "init must be one of 'gaussian', 'guaranteed'; got 'zeros'"),
         ({"model__heads": 2}, "model linear_self_attention has no option 'heads'"),
-        ({"task__width": 2}, "task icl_regression has no option 'width'; known options in task: dimension"),
+        (
+            {"task__width": 2},
+            "task icl_regression has no option 'width'; known options in task: dimension",
+        ),
         ({"mesh__sequence": 2}, "must multiply to the number of devices, 1; got .*sequence=2"),
-        ({"mesh__data": 3}, "config.mesh sizes must multiply to the number of devices, 1; got data=3"),
+        (
+            {"mesh__data": 3},
+            "config.mesh sizes must multiply to the number of devices, 1; got data=3",
+        ),
         ({"mesh__data": -1, "mesh__fsdp": -1}, "at most one of them -1"),
-        ({"eval__best_metric": "test/loss"}, "config.eval.best_metric must be .*in_distribution/loss.* 'test/loss'"),
+        (
+            {"eval__best_metric": "test/loss"},
+            "config.eval.best_metric must be .*in_distribution/loss.* 'test/loss'",
+        ),
         ({"init_from": "/nowhere"}, "config.init_from: /nowhere holds no checkpoint"),
     ],
-)  # fmt: skip
+)
 def test_an_impossible_entry_is_named_and_nothing_is_written(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         train.run(changed(**overrides), tmp_path / "run", quiet=True)
@@ -166,18 +196,27 @@ def test_only_what_computes_nothing_may_differ_on_resume():
     [
         (
             [f"--config={FILE}:icl_regression", "--config.optimizer.learning_rate=1"],
-            "error: --config.optimizer.learning_rate: unknown key 'learning_rate'; known keys there: b1, b2,",
+            "error: --config.optimizer.learning_rate: unknown key 'learning_rate'; known keys",
         ),
         (
             [f"--config={FILE}:icl_regression", "--config.optimiser.lr=1"],
-            "error: --config.optimiser.lr: unknown key 'optimiser'; did you mean 'optimizer'? known keys there: ",
+            "error: --config.optimiser.lr: unknown key 'optimiser'; did you mean 'optimizer'?",
         ),
-        ([f"--config={FILE}:icl_regression", "--config.steps=many"], "error: flag --config.steps=many: "),
-        ([f"--config={FILE}:chess"], "error: a config argument is <task> or <task>,smoke with a task of"),
-        ([f"--config={FILE}:icl_regression", "--step=3"], "error: Unknown command line flag 'step'"),
-        ([f"--config={FILE}:icl_regression", "7"], "error: unexpected argument '7'; flags are written --name=value"),
+        (
+            [f"--config={FILE}:icl_regression", "--config.steps=many"],
+            "error: flag --config.steps=many: ",
+        ),
+        ([f"--config={FILE}:chess"], "error: a config argument is <task> or <task>,smoke"),
+        (
+            [f"--config={FILE}:icl_regression", "--step=3"],
+            "error: Unknown command line flag 'step'",
+        ),
+        (
+            [f"--config={FILE}:icl_regression", "7"],
+            "error: unexpected argument '7'; flags are written --name=value",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_the_flags_is_one_line_and_status_1(capsys, monkeypatch, arguments, message):
     # config_flags finds the overrides there.
     monkeypatch.setattr(sys, "argv", ["train", *arguments])

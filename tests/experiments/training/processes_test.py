@@ -76,7 +76,7 @@ def compare_batches_and_configs() -> None:
 
 @pytest.mark.slow
 def test_two_processes_place_the_batch_of_one_on_any_mesh_and_refuse_other_configs(tmp_path):
-    code = "from tests.experiments.training import processes_test as t; t.compare_batches_and_configs()"
+    code = f"from {__name__} import compare_batches_and_configs as run; run()"
     command = [sys.executable, "-c", code]
     with started([command] * 2, tmp_path / "logs", devices=4) as children:
         for child in children:

@@ -333,8 +333,10 @@ def test_squared_error_loss_is_the_mean_over_weighted_prompts() -> None:
     loss, sums = squared_error_loss(lambda examples: jnp.asarray(examples), prompts)
     assert float(loss) == 2
     assert {name: float(value) for name, value in sums.items()} == {
-        "loss_sum": 4, "weight_sum": 2, "target_square_sum": 13
-    }  # fmt: skip
+        "loss_sum": 4,
+        "weight_sum": 2,
+        "target_square_sum": 13,
+    }
 
 
 # Tasks by name

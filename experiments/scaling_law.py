@@ -67,10 +67,9 @@ def points(rows: Iterable[Mapping[str, Any]], metric: str) -> Points:
         values = row["evaluations"].get(evaluation, {}).get(name)
         if not values or None in values or row.get("tokens") is None:
             raise ValueError(
-                "every row must have tokens and a finite number for the metric;"
-                f" {row['row']} / {row['column']} has {row.get('tokens')} tokens and"
-                f" {values} for {metric!r}, of the evaluations"
-                f" {', '.join(row['evaluations'])}"
+                f"every row must have tokens and a finite number for the metric; {row['row']} /"
+                f" {row['column']} has {row.get('tokens')} tokens and {values} for {metric!r}, of"
+                f" the evaluations {', '.join(row['evaluations'])}"
             )
         found.append((row["parameters"], row["tokens"], np.mean(values)))
     return Points(*np.array(found, np.float64).reshape(-1, 3).T)
@@ -200,9 +199,8 @@ def report(data: Points, law: np.ndarray, laws: np.ndarray) -> str:
         most = getattr(data, other) == np.max(getattr(data, other))
         alpha, *band = fit_power_law(getattr(data, name)[most], data.loss[most])
         lines.append(
-            f"L = (x_c / x)^alpha in {name}, most {other}: alpha {alpha:.4g}"
-            f" [{band[0]:.4g}, {band[1]:.4g}], published"
-            f" {PUBLISHED_POWER_LAWS[name]:g} (Kaplan et al., 2020)"
+            f"L = (x_c / x)^alpha in {name}, most {other}: alpha {alpha:.4g} [{band[0]:.4g},"
+            f" {band[1]:.4g}], published {PUBLISHED_POWER_LAWS[name]:g} (Kaplan et al., 2020)"
         )
     return "\n".join(lines)
 

@@ -22,12 +22,11 @@ SOURCE = (
     " LASP by 7.3% at 512K and 15.2% at 2048K, than ring attention by 17.8% and 36.6%"
 )
 METRIC = (
-    "Compiled for v6e:8x8 (64 chips of 32 GiB) and modelled, not timed. GB: memory per"
-    " chip. sent: GB per chip and step, the sum of the gradients over the chips"
-    " included. collectives: how often. ms: of the collectives, the matmuls and the"
-    " memory traffic, each alone. tokens/s: if the three run at once. Softmax rows do"
-    " other work: their matmuls grow with the square of the length, and the logits of"
-    " the ring go through memory, because its blocks are plain JAX"
+    "Compiled for v6e:8x8 (64 chips of 32 GiB) and modelled, not timed. GB: memory per chip. sent:"
+    " GB per chip and step, the sum of the gradients over the chips included. collectives: how"
+    " often. ms: of the collectives, the matmuls and the memory traffic, each alone. tokens/s: if"
+    " the three run at once. Softmax rows do other work: their matmuls grow with the square of the"
+    " length, and the logits of the ring go through memory, because its blocks are plain JAX"
 )
 SCALES = {
     "cpu": (

@@ -13,10 +13,9 @@ from experiments.reporting.table import Cell
 
 TITLE = "Load balancing of memories: micro-batch or global batch"
 SOURCE = (
-    "natural logarithm of the perplexity per token of mixture-of-expert models with"
-    " 3.4B parameters after 120B tokens, balanced over 4 and over 512 sequences"
-    " (arXiv 2501.11873): another model on other data, so that the sign of the"
-    " difference compares and nothing else"
+    "natural logarithm of the perplexity per token of mixture-of-expert models with 3.4B parameters"
+    " after 120B tokens, balanced over 4 and over 512 sequences (arXiv 2501.11873): another model"
+    " on other data, so that the sign of the difference compares and nothing else"
 )
 METRIC = (
     "Validation loss in nats per byte, and entropy in nats of how often each of the 8"

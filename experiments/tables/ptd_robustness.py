@@ -18,14 +18,13 @@ SOURCE = (
     " the order of its size"
 )
 METRIC = (
-    "cond: decimal logarithm of the condition of the eigenvectors (above 16: more than"
-    " float64 can tell). change: spectral norm of the change of the state matrix, per"
-    " cent of its own. gap: largest difference of the states' frequency responses for a"
-    " unit input vector, per cent. rightmost: largest real part of an eigenvalue. The"
-    " other columns: decimal logarithm of the normalised squared error of a linear"
-    " read-out at N = 16 that delays a smooth signal, without and with a tone of a tenth"
-    " of the signal's strength at the last resonance of S4D, and both with the read-out"
-    " that was fitted on S4"
+    "cond: decimal logarithm of the condition of the eigenvectors (above 16: more than float64 can"
+    " tell). change: spectral norm of the change of the state matrix, per cent of its own. gap:"
+    " largest difference of the states' frequency responses for a unit input vector, per cent."
+    " rightmost: largest real part of an eigenvalue. The other columns: decimal logarithm of the"
+    " normalised squared error of a linear read-out at N = 16 that delays a smooth signal, without"
+    " and with a tone of a tenth of the signal's strength at the last resonance of S4D, and both"
+    " with the read-out that was fitted on S4"
 )
 SCALES = {
     "cpu": (

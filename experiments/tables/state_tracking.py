@@ -19,17 +19,15 @@ METRIC = "Scaled accuracy of the last answer at lengths 40-256 (0: chance, 1: pe
 
 SCALES = {
     "demo": (
-        "parity alone, one seed; width 32, 2 layers, batch 64, 400 steps (Mamba 600,"
-        " one channel per unit of width). The loss asks for the running parity at every"
-        " position, where the paper supervises the last one: that makes parity"
-        " learnable in minutes."
+        "parity alone, one seed; width 32, 2 layers, batch 64, 400 steps (Mamba 600, one channel"
+        " per unit of width). The loss asks for the running parity at every position, where the"
+        " paper supervises the last one: that makes parity learnable in minutes."
     ),
     "cpu": (
-        "two seeds trained together, batch 64. Parity: width 32, 800 steps (Mamba"
-        " 1,200), loss at every position (the paper: at the last). Arithmetic: width"
-        " 64, 300 steps, loss at the last position as in the paper: 1/300 of its"
-        " training, so near-chance numbers are expected and say nothing about the"
-        " models."
+        "two seeds trained together, batch 64. Parity: width 32, 800 steps (Mamba 1,200), loss at"
+        " every position (the paper: at the last). Arithmetic: width 64, 300 steps, loss at the"
+        " last position as in the paper: 1/300 of its training, so near-chance numbers are expected"
+        " and say nothing about the models."
     ),
     "gpu": (
         "three seeds trained together; released settings (width 128, batch 256), parity"

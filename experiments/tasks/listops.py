@@ -65,8 +65,7 @@ def make(
     if not fewest <= shortest <= longest or depth < 1 or arguments < 2:
         raise ValueError(
             f"need {fewest} <= shortest <= longest, depth >= 1 and arguments >= 2; got"
-            f" shortest={shortest}, longest={longest}, depth={depth},"
-            f" arguments={arguments}"
+            f" shortest={shortest}, longest={longest}, depth={depth}, arguments={arguments}"
         )
     most = sum(2 * arguments**level for level in range(depth)) + arguments**depth
     if shortest > most:

@@ -135,9 +135,8 @@ class LinearSelfAttention(nnx.Module):
         (y_i - w x_i)^2 / 2N."""
         if self.depth != 1 or self.mask_query:
             raise ValueError(
-                "set_gradient_step needs depth=1 and mask_query=False"
-                f" (set_gradient_steps serves the masked form); got depth={self.depth},"
-                f" mask_query={self.mask_query}"
+                "set_gradient_step needs depth=1 and mask_query=False (set_gradient_steps serves"
+                f" the masked form); got depth={self.depth}, mask_query={self.mask_query}"
             )
         self._set([preconditioner_DD], label_weight=1.0)
 

@@ -24,10 +24,9 @@ def prepared(dataset: str, data_dir: str, download: bool, choices: str) -> Any:
             builder.download_and_prepare()
         except ImportError as error:
             raise ValueError(
-                f"data set {dataset} cannot be prepared without the package"
-                f" {error.name or error}. Only preparing needs it: pip install"
-                " tensorflow importlib_resources, here or on another machine, and copy"
-                f" what it writes under {directory}"
+                f"data set {dataset} cannot be prepared without the package {error.name or error}."
+                " Only preparing needs it: pip install tensorflow importlib_resources, here or on"
+                f" another machine, and copy what it writes under {directory}"
             ) from error
     if not builder.is_prepared():
         raise ValueError(

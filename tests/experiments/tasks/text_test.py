@@ -232,10 +232,7 @@ def test_files_without_text_are_refused(tmp_path: Path) -> None:
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=(
-            r"path must be a text file or a directory of text files; .*nowhere'"
-            r" does not"
-        ),
+        match=(r"path must be a text file or a directory of text files; .*nowhere' does not"),
     ):
         make(tmp_path / "nowhere", tmp_path)
 

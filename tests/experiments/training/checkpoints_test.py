@@ -156,10 +156,7 @@ def test_another_shape_is_a_mistake_not_damage(directory):
     matrix = jax.ShapeDtypeStruct((3, 5), jnp.float32, sharding=tree(0)["matrix"].sharding)
     with pytest.raises(
         ValueError,
-        match=(
-            r"model array matrix has shape \(64, 65\) in the checkpoint and shape"
-            r" \(3, 5\)"
-        ),
+        match=(r"model array matrix has shape \(64, 65\) in the checkpoint and shape \(3, 5\)"),
     ):
         checkpoints.restore_latest(directory, wanted(matrix=matrix), counter())
     with pytest.raises(ValueError, match="model array more has no such array in the checkpoint"):

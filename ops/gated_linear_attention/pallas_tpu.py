@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..tpu import blocks as tpu
+from ..tpu import gradients
 from ..tpu.decay import decay
 
 TUNING = tpu.Tuning()
@@ -85,34 +86,8 @@ def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *
     )
 
     kind, decays = decay(matmul, blocks, decay_log, segment_ids, reverse=True)
-    of_keys, of_values = (
-        blocks.tokens(key, key_heads=True, reverse=True),
-        blocks.tokens(value, reverse=True),
-    )
-    # Where several steps share a key head, each writes its own part of the sum, in float32.
-    parts = blocks.steps_per_key_head
-    key_lanes = blocks.all_key_heads * parts * key
-    dkeys = blocks.key_parts(reverse=True)
-    outputs = [
-        (
-            jax.ShapeDtypeStruct(
-                (batch, length, key_lanes), x.dtype if parts == 1 else jnp.float32
-            ),
-            dkeys,
-        )
-        for x in (q, k)
-    ]
-    outputs.append((jax.ShapeDtypeStruct(vf.shape, v.dtype), of_values))
-    outputs.append((jax.ShapeDtypeStruct((batch, heads, key, value), jnp.float32), state))
-    if decay_log is not None and decay_log.ndim == 4:
-        shape = jax.ShapeDtypeStruct((batch, length, heads * key), decay_log.dtype)
-        outputs.append((shape, blocks.tokens(key, reverse=True)))
-    elif decay_log is not None:
-        n = heads // blocks.heads
-        shape = jax.ShapeDtypeStruct(
-            (batch, n, blocks.chunks, blocks.heads, blocks.chunk), jnp.float32
-        )
-        outputs.append((shape, blocks.rows(shape, reverse=True)))
+    of_keys = blocks.tokens(key, key_heads=True, reverse=True)
+    of_values = blocks.tokens(value, reverse=True)
     dq, dk, dv, dinitial_state, *dlog = tpu.call(
         functools.partial(_gla_backward, kind=kind, scale=scale, inputs=len(decays) + 6),
         blocks,
@@ -128,26 +103,22 @@ def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *
             *decays,
             (dfinal_state, state),
         ],
-        outputs,
+        [
+            gradients.of_key_head(q, blocks),
+            gradients.of_key_head(k, blocks),
+            (jax.ShapeDtypeStruct(vf.shape, v.dtype), of_values),
+            (jax.ShapeDtypeStruct((batch, heads, key, value), jnp.float32), state),
+            *gradients.of_decay(decay_log, blocks),
+        ],
         [_states(blocks)],
     )
-    dq, dk = (
-        (x.reshape(batch, length, -1, parts, key).sum(3) if parts > 1 else x.reshape(q.shape))
-        for x in (dq, dk)
+    return (
+        gradients.sum_of_parts(dq, q, blocks),
+        gradients.sum_of_parts(dk, k, blocks),
+        dv.reshape(v.shape),
+        gradients.decay_cotangent(dlog, decay_log, length),
+        dinitial_state,
     )
-    return (dq, dk, dv.reshape(v.shape), _decay_cotangent(dlog, decay_log, length), dinitial_state)
-
-
-def _decay_cotangent(
-    dlog: list[jax.Array], decay_log: jax.Array | None, length: int
-) -> jax.Array | None:
-    if decay_log is None:
-        return None
-    (dlog_,) = dlog
-    if decay_log.ndim == 4:
-        return dlog_.reshape(decay_log.shape)
-    dlog_BHT = tpu.from_chunk_rows(dlog_, length)
-    return dlog_BHT.sum((0, 2)) if decay_log.ndim == 1 else dlog_BHT.swapaxes(1, 2)
 
 
 def _states(blocks: tpu.Blocks) -> Any:
@@ -249,15 +220,10 @@ def _gla_backward(*refs, kind, scale, inputs):
         yield
         dv_ref[0, :, h * V : (h + 1) * V] = (dv + dv_chunk).astype(dv_ref.dtype)
         dZ_ref[h] = _decayed(dZ, chunk.total) + read
-        gradients = yield from chunk_decay.adjoint(
-            h, chunk, q, k, dscores, dq_start, dk_end, dtotal
-        )
-        if dlog_refs and gradients.log.shape[0] == 1:
-            dlog_refs[0][0, 0, 0, h : h + 1] = gradients.log
-        elif dlog_refs:
-            dlog_refs[0][0, :, h * K : (h + 1) * K] = gradients.log.astype(dlog_refs[0].dtype)
+        of_chunk = yield from chunk_decay.adjoint(h, chunk, q, k, dscores, dq_start, dk_end, dtotal)
+        gradients.store_decay(dlog_refs, h, of_chunk.log)
         at, last = h // blocks.group, h % blocks.group == blocks.group - 1
-        for ref, sums, gradient in ((dq_ref, dqs, gradients.q), (dk_ref, dks, gradients.k)):
+        for ref, sums, gradient in ((dq_ref, dqs, of_chunk.q), (dk_ref, dks, of_chunk.k)):
             sums[at] = sums[at] + gradient if at in sums else gradient
             if last:
                 ref[0, :, at * K : (at + 1) * K] = sums[at].astype(ref.dtype)

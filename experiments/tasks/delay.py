@@ -65,7 +65,6 @@ def make(
 
     return Task(
         vocabulary_size=levels,
-        sequence_length=sequence_length,
         train=lambda seed: stream(f"train/{seed}"),
         evaluations={"test": stream("test")},
     )

@@ -101,7 +101,6 @@ def make(
 
     return Task(
         vocabulary_size=0,
-        sequence_length=examples + 1,
         train=lambda seed: stream(f"train/{seed}", training),
         evaluations={name: stream("test", law) for name, law in laws.items()},
         loss=squared_error_loss,

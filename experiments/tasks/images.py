@@ -99,7 +99,6 @@ def make(
 
     return Task(
         vocabulary_size=levels + source.classes,
-        sequence_length=pixels,
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
         provenance={"images": source.origin, "train_images": len(source.splits["train"][0])},

@@ -43,7 +43,6 @@ def make(length: int = 256, vocabulary_size: int = 16, test_lengths: tuple[int, 
 
     return Task(
         vocabulary_size=vocabulary_size,
-        sequence_length=length,
         train=lambda seed: Examples(functools.partial(draw, f"train/{seed}", length)),
         evaluations={
             "test": test(length),

@@ -99,7 +99,6 @@ def make(
 
     return Task(
         vocabulary_size=ANSWER + DIGITS,
-        sequence_length=longest,
         train=lambda seed: examples(f"train/{seed}", train_examples or None),
         evaluations={name: examples(name, test_examples) for name in ("validation", "test")},
     )
@@ -139,7 +138,6 @@ def _released(data_dir: str, longest: int) -> Task:
     splits = {split: examples(split) for split in FILES}
     return Task(
         vocabulary_size=ANSWER + DIGITS,
-        sequence_length=longest,
         train=lambda seed: splits["train"],
         evaluations={split: splits[split] for split in ("validation", "test")},
         provenance={"expressions": f"files of {directory.name}"},

@@ -100,7 +100,6 @@ def make(
 
     return Task(
         vocabulary_size=vocabulary_size,
-        sequence_length=length - (kind in PAIRS),
         train=training,
         evaluations={
             "test": test(length),

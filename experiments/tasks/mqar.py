@@ -79,7 +79,6 @@ def make(
 
     return Task(
         vocabulary_size=vocabulary_size,
-        sequence_length=max(length for length, _, _ in train),
         train=lambda seed: tuple(training_set(seed, *setting) for setting in train),
         evaluations={
             f"length_{length}_pairs_{pairs}": Examples(

@@ -54,7 +54,6 @@ def make(data_dir: str = "~/lra_release/lra_release/tsv_data", length: int = 400
 
     return Task(
         vocabulary_size=ANSWER + 2,
-        sequence_length=2 * length,
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
         provenance={

@@ -147,7 +147,6 @@ def make(
 
     return Task(
         vocabulary_size=of.vocabulary_size + (inputs == "every_fourth"),
-        sequence_length=train_max,
         train=lambda seed: examples(f"train/{seed}", ranges["in_distribution"], supervision),
         evaluations={name: examples(name, lengths, published) for name, lengths in ranges.items()},
         derive=derive,

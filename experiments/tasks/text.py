@@ -85,7 +85,6 @@ def make(
 
     return Task(
         vocabulary_size=len(coder.token_bytes),
-        sequence_length=sequence_length,
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
         derive=text_metrics,

@@ -65,7 +65,6 @@ def make(
         train = train[~held_out]
     return Task(
         vocabulary_size=ANSWER + classes,
-        sequence_length=length,
         train=lambda seed: examples("train", train),
         evaluations=evaluations,
         provenance={"texts": builder.info.full_name, "train_texts": len(train)},

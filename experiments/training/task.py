@@ -62,7 +62,6 @@ class Task:
     """What is learned, from which examples, and how it is scored.
 
     vocabulary_size     0 where examples are vectors, not tokens
-    sequence_length     T of a training batch, the longest if there are several
     train               seed -> examples, a function of the seed; or a tuple of examples which never
                         share a batch (their lengths differ), whose batches then alternate in
                         proportion to their numbers of examples
@@ -74,7 +73,6 @@ class Task:
     """
 
     vocabulary_size: int
-    sequence_length: int
     train: Callable[[int], Examples | tuple[Examples, ...]]
     evaluations: Mapping[str, Examples]
     loss: Loss = next_token_loss

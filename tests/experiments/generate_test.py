@@ -25,7 +25,7 @@ Model = tuple[Blueprint, Any, Any]
 
 def task() -> Task:
     nothing = Examples(lambda indices: {})
-    return Task(VOCABULARY, 8, lambda seed: nothing, {"test": nothing}, next_token_loss)
+    return Task(VOCABULARY, lambda seed: nothing, {"test": nothing}, next_token_loss)
 
 
 @pytest.fixture(scope="module")

@@ -53,12 +53,7 @@ def task_with(spoil: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Task:
 
     clean = Examples(lambda indices: fetch(indices + 10**6))
     return Task(
-        0,
-        5,
-        lambda seed: Examples(fetch),
-        {"test": clean},
-        squared_error_loss,
-        squared_error_metrics,
+        0, lambda seed: Examples(fetch), {"test": clean}, squared_error_loss, squared_error_metrics
     )
 
 
@@ -157,7 +152,6 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
     skip = lambda index: np.where(index < 8, index, index + 8)  # noqa: E731
     skipping = Task(
         0,
-        5,
         lambda seed: Examples(lambda index: spoiled.train(seed).fetch(skip(index))),  # type: ignore
         skipping.evaluations,
         squared_error_loss,

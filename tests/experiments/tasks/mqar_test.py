@@ -113,7 +113,6 @@ def test_seeds_have_training_sets_of_their_own() -> None:
 
 def test_batches_of_different_settings_alternate() -> None:
     task = make(train=((LENGTH, PAIRS, 300), (16, 2, 100)))
-    assert task.sequence_length == LENGTH
     assert set(task.evaluations) == {"length_64_pairs_8", "length_16_pairs_2"}
     batches = train_batches(task, seeds=(0,), batch_size=10)
     shapes = [next(batches)["tokens"].shape for _ in range(40)]

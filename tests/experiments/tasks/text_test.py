@@ -243,7 +243,8 @@ def test_a_split_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"the validation split of the file short.txt has 11 tokens, fewer than"
     ):
         make(tmp_path / "short.txt", tmp_path)
-    assert make(tmp_path / "short.txt", tmp_path, sequence_length=8).sequence_length == 8
+    windows = make(tmp_path / "short.txt", tmp_path, sequence_length=8).evaluations["validation"]
+    assert windows.fetch(np.arange(1))["tokens"].shape == (1, 8)
 
 
 def test_bytes_that_are_no_text_need_the_byte_tokenizer(tmp_path: Path) -> None:

@@ -39,9 +39,7 @@ def numbered(length: int | None, offset: int = 0) -> Examples:
 
 
 def task_of(train: Any) -> Task:
-    return Task(
-        vocabulary_size=8, sequence_length=1, train=train, evaluations={"validation": numbered(10)}
-    )
+    return Task(vocabulary_size=8, train=train, evaluations={"validation": numbered(10)})
 
 
 def take(task: Task, steps: int, **options: Any) -> np.ndarray:

@@ -8,10 +8,10 @@ modelled; no TPU needed.
 
 Compiles the train step of a config, as `experiments.train` builds it, with the TPU's own compiler
 for a named slice, and reads the result: bytes of memory per device against those of the chip,
-collectives by kind and mesh axis, matmul flops, bytes moved, and from them the time of a step under
-the model of experiments/compiled/hardware.py. Nothing of the model's size is allocated. A batch
-that is too small for data x fsdp is raised to fill it. Ends with status 1 and what would help if
-the step does not fit.
+collectives by kind and mesh axis, matmul flops, bytes moved, and from them the time of a step,
+collectives modelled as experiments/compiled/collective_time.py says. Nothing of the model's size is
+allocated. A batch that is too small for data x fsdp is raised to fill it. Ends with status 1 and
+what would help if the step does not fit.
 
 What the numbers are:
 
@@ -40,18 +40,19 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
+from experiments.compiled.collective_time import collective_seconds
 from experiments.compiled.collectives import by_kind_and_axes, find_collectives
 from experiments.compiled.cost import hbm_bytes, matmul_flops
-from experiments.compiled.hardware import Slice, collective_seconds, parse_topology
+from experiments.compiled.hardware import Slice, parse_topology, peak_flops
 from experiments.compiled.kernels import kernel_flops
 from experiments.compiled.plan_report import advice, format_plan
 from experiments.compiled.program import CompiledProgram
+from experiments.compiled.topology import tpu_devices
 from experiments.training import command_line
 from experiments.training import config as configs
 from experiments.training.config import Config
 from experiments.training.mesh import make_mesh, traced_on
-from experiments.training.program import abstract_run, filling_batch_size, shard_bytes, tpu_devices
-from experiments.training.speed import peak_flops
+from experiments.training.program import abstract_run, filling_batch_size, shard_bytes
 
 
 def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any]:

@@ -33,13 +33,11 @@ import numpy as np
 
 import ops
 from experiments.benchmarks.peers import gpu as gpu_peers
+from experiments.compiled.hardware import gpu_memory_bytes_per_s, peak_flops
 from experiments.training import run_record
 from experiments.training.checkout import RESULTS
-from experiments.training.speed import peak_flops
 
 MODES = ("forward", "forward+backward")
-# Bytes per second of device memory, from the vendors' data sheets; first match.
-BANDWIDTH = (("NVIDIA H200", 4.8e12), ("NVIDIA H100", 3.35e12), ("NVIDIA A100", 2e12))
 # B, T, H, D of matrix-state ops; from 1K to 256K tokens at B T = 64K.
 SIZES = (
     (4, 2048, 16, 128),
@@ -380,8 +378,7 @@ def relative_l2(got: jax.Array, wanted: jax.Array) -> float:
 def floors(case: Case, inputs: dict[str, jax.Array], mode: str, kind: str) -> Any:
     """Milliseconds that memory and matmuls take at least; None where the device's rates are not
     known."""
-    rate = next((x for name, x in BANDWIDTH if kind.startswith(name)), None)
-    peak = peak_flops(kind)
+    rate, peak = gpu_memory_bytes_per_s(kind), peak_flops(kind)
     call = functools.partial(case.call, False, case.implementations[-1])
     o = jax.eval_shape(call, *inputs.values())
     moved = sum(x.nbytes for x in inputs.values())

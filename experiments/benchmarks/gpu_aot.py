@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,50 +34,42 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmarks.programs.gpu import Program, programs
+from experiments.compiled.hardware import (
+    GPUS,
+    PROGRAMS_PER_MULTIPROCESSOR,
+    REGISTERS_PER_MULTIPROCESSOR,
+    THREADS_PER_MULTIPROCESSOR,
+    Gpu,
+    gpu_memory_bytes_per_s,
+)
 from experiments.training.checkout import CHECKOUT, RESULTS
 
 RATCHET = RESULTS / "gpu_aot_ratchet.json"
 GROWTH = 1.02
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What the compilers ask about a GPU (published figures), and the name of its code."""
-
-    description: str
-    capability: tuple[int, int]
-    multiprocessors: int
-    shared_memory: int  # bytes per multiprocessor
-    shared_memory_of_program: int
-    bandwidth: float  # bytes per second
-    cache: int
-    memory: int
-    accelerated: bool  # code for this architecture alone, such as wgmma
-
-    def config(self) -> str:
-        """A stream_executor.GpuTargetConfigProto."""
-        major, minor = self.capability
-        feature = "feature_extension: ACCELERATED_FEATURES" if self.accelerated else ""
-        return f"""
-            gpu_device_info {{
-              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-              shared_memory_per_block: 49152 shared_memory_per_block_optin: {self.shared_memory_of_program}
-              shared_memory_per_core: {self.shared_memory} core_count: {self.multiprocessors} fpus_per_core: 128
-              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-              memory_bandwidth: {self.bandwidth:.0f} l2_cache_size: {self.cache} clock_rate_ghz: 1.5
-              device_memory_size: {self.memory} registers_per_core_limit: {REGISTERS}
-              registers_per_block_limit: {REGISTERS}
-              cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
-            }}
-            platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }}
-            device_description_str: "{self.description}" """
-
-
-REGISTERS = 65536  # of a multiprocessor
-CHIPS = {
-    "sm_90a": Chip("NVIDIA H200", (9, 0), 132, 233472, 232448, 4.8e12, 50 << 20, 141 << 30, True),
-    "sm_80": Chip("NVIDIA A100", (8, 0), 108, 167936, 166912, 2.0e12, 40 << 20, 80 << 30, False),
-}
+def target_config(gpu: Gpu) -> str:
+    """A stream_executor.GpuTargetConfigProto, which stands for the device that is not there."""
+    major, minor = gpu.capability
+    feature = "feature_extension: ACCELERATED_FEATURES" if gpu.accelerated else ""
+    return f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32
+          threads_per_core_limit: {THREADS_PER_MULTIPROCESSOR}
+          shared_memory_per_block: 49152
+          shared_memory_per_block_optin: {gpu.shared_bytes_of_one_program}
+          shared_memory_per_core: {gpu.shared_bytes}
+          core_count: {gpu.multiprocessors} fpus_per_core: 128
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          memory_bandwidth: {gpu_memory_bytes_per_s(gpu.device_kind):.0f}
+          l2_cache_size: {gpu.cache_bytes} clock_rate_ghz: 1.5
+          device_memory_size: {gpu.memory_bytes}
+          registers_per_core_limit: {REGISTERS_PER_MULTIPROCESSOR}
+          registers_per_block_limit: {REGISTERS_PER_MULTIPROCESSOR}
+          cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }}
+        device_description_str: "{gpu.device_kind}" """
 
 
 def ptxas() -> str | None:
@@ -106,7 +97,7 @@ def work(program: Program) -> dict[str, float]:
     topology = topologies.get_topology_desc(
         topology_name="",
         platform="cuda",
-        target_config=CHIPS[program.architecture].config(),
+        target_config=target_config(GPUS[program.architecture]),
         topology="1x1x1",
     )
     mesh = Mesh(np.array(topology.devices[:1]), ("device",))
@@ -213,9 +204,10 @@ def assemble(file: Path, architecture: str) -> str:
 def resident(architecture: str, registers: int, threads: int, shared: int) -> int:
     """Programs that one multiprocessor holds at once."""
     per_warp = -(-registers * 32 // 256) * 256  # allocated in pieces
-    by_registers = REGISTERS // (per_warp * threads // 32)
-    by_memory = CHIPS[architecture].shared_memory // (shared + 1024)
-    return min(by_registers, by_memory, 2048 // threads, 32)
+    by_registers = REGISTERS_PER_MULTIPROCESSOR // (per_warp * threads // 32)
+    by_memory = GPUS[architecture].shared_bytes // (shared + 1024)
+    by_threads = THREADS_PER_MULTIPROCESSOR // threads
+    return min(by_registers, by_memory, by_threads, PROGRAMS_PER_MULTIPROCESSOR)
 
 
 def installed_versions() -> dict[str, str]:

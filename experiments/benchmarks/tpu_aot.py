@@ -36,8 +36,7 @@ from typing import Any
 import jax
 import jax.extend
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.benchmarks import tpu_aot_page, tpu_bundles
 from experiments.benchmarks.peers import tpu as tpu_peers
@@ -49,23 +48,14 @@ from experiments.benchmarks.programs import (
     short_convolution,
 )
 from experiments.benchmarks.programs.program import TOKENS, Program
+from experiments.compiled.hardware import TPU_CHIPS
 from experiments.compiled.kernels import kernel_calls
+from experiments.compiled.topology import one_device_mesh
 from experiments.training.checkout import CHECKOUT, RESULTS
 
 RATCHET = RESULTS / "tpu_aot_ratchet.json"
 RATCHET_KEYS = ("cycles", "vmem_bytes", "spills")
 GROWTH = 1.02
-
-TOPOLOGIES = {
-    "v6e": "v6e:2x2",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v4": "v4:2x2x1",
-    "tpu7x": "tpu7x:2x2x1",
-}
-# Bytes of high-bandwidth memory and bfloat16 matmul flops per cycle (published rates over the
-# clock).
-RATES = {"v5e": (819e9 / 1.5e9, 4 * 128 * 128 * 2), "v6e": (1640e9 / 1.75e9, 2 * 256 * 256 * 4)}
 
 
 def programs() -> Iterator[Program]:
@@ -79,10 +69,7 @@ def programs() -> Iterator[Program]:
 
 def compile_for(program: Program, length: int) -> tuple[Any, float]:
     """The compiled program and the seconds that lowering and compiling took."""
-    topology = topologies.get_topology_desc(
-        topology_name=TOPOLOGIES[program.generation], platform="tpu"
-    )
-    mesh = Mesh(np.array(topology.devices[:1]), ("device",))
+    mesh = one_device_mesh(program.generation)
     sharding = NamedSharding(mesh, PartitionSpec())
     function, shapes = program.function_and_shapes(length)
     with jax.set_mesh(mesh):
@@ -149,16 +136,17 @@ def work(program: Program, folder: str) -> dict[str, Any]:
         if not all(all(parts) for parts in cycles):
             raise RuntimeError(f"the cycle analysis of {program.name} gave {cycles}")
         units = program.units * (lengths[1] - lengths[0]) / TOKENS
-        bytes_per_cycle, flops_per_cycle = RATES[program.generation]
+        chip = TPU_CHIPS[program.generation]
+        assert chip.clock_hz and chip.matmul_flops_per_cycle
         slopes = [(b - a) / units for a, b in zip(*cycles, strict=True)]
         row["cycles"] = round(sum(slopes), 1)
         row["cycles_by_kernel"] = [round(x, 1) for x in slopes]
         row["xla_cycles"] = round((glue[1] - glue[0]) / units, 1)
         row["bytes"] = (moved[1] - moved[0]) / units
         row["minimum_bytes"] = (minimum[1] - minimum[0]) / units
-        row["bandwidth_bound"] = round(row["bytes"] / bytes_per_cycle, 1)
+        row["bandwidth_bound"] = round(row["bytes"] / chip.hbm_bytes_per_s * chip.clock_hz, 1)
         if program.matmul_flops is not None:
-            row["matmul_bound"] = round(program.matmul_flops / flops_per_cycle, 1)
+            row["matmul_bound"] = round(program.matmul_flops / chip.matmul_flops_per_cycle, 1)
     return row
 
 

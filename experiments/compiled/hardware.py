@@ -1,62 +1,88 @@
-"""TPU chips on paper, and the time that a collective takes on a slice of them: a model, not a
-measurement.
+"""Published figures of TPUs and GPUs: peaks, memories, links, clocks, and the slices that are sold.
 
-Published per chip (bfloat16 peaks are in experiments/training/speed.py):
+TPUs, per chip:
 
     v4    docs.cloud.google.com/tpu/docs/v4: 32 GiB at 1200 GB/s; Jouppi et al., ISCA 2023, arXiv
           2304.01433: 6 links of 50 GB/s each way
-    v5e   docs.cloud.google.com/tpu/docs/v5e: 16 GB at 819 GB/s, 400 GB/s over 4 links both ways
+    v5e   docs.cloud.google.com/tpu/docs/v5e: 16 GB at 819 GB/s, 400 GB/s over 4 links both ways;
+          4 matrix units of 128 x 128
     v5p   docs.cloud.google.com/tpu/docs/v5p: 95 GiB at 2765 GB/s, 1200 GB/s over 6 links both ways
-    v6e   docs.cloud.google.com/tpu/docs/v6e: 32 GB at 1638 GB/s, 800 GB/s over 4 links both ways
+    v6e   docs.cloud.google.com/tpu/docs/v6e: 32 GB at 1638 GB/s, 800 GB/s over 4 links both ways;
+          2 matrix units of 256 x 256. (The page said 1640 GB/s, and 1600, before it said 1638.)
 
 The same pages' bisection bandwidths agree with these links: 1.6 TB/s of a v5e pod are 32 links of
-50 GB/s.
+50 GB/s. Clocks are not published: these are peaks over what the matrix units do in a cycle.
 
 A slice is a box of chips, one jax device each. Neighbours along each of its dimensions share a
 link; the ends of a dimension are linked too (it is a ring) where the dimension is a multiple of 4
 on v4 and v5p, whose cubes of 4 x 4 x 4 are switched together optically, and where it is the pod's
 whole 16 on v5e and v6e.
 
-The time of a collective over groups of chips, as in "How to Scale Your Model"
-(jax-ml.github.io/scaling-book), chapter 3, and without contention between collectives:
-
-- all-gather, reduce-scatter, all-reduce: bytes sent by a chip over the rate of its links that the
-  group can use: along every dimension in which the group extends two where that is a whole ring,
-  else one, as at the end of a line all must come in over one link. Where groups interleave along a
-  dimension, they share its links.
-- all-to-all: the middle link of a dimension of s chips must pass s/4 chips' arrays each way (half
-  that on a ring).
-- collective-permute: every pair's array along the first dimension, then the second and so on, the
-  short way around a ring; the time is that of the link with the most to carry, since chips pass on
-  what is not theirs while it comes in.
-- And a microsecond for every hop to the farthest member.
+GPUs: NVIDIA's data sheets of H200, H100, GH200, A100, L40S and L4; multiprocessors, shared memory
+and second-level caches from the white papers of Hopper and Ampere.
 """
 
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from experiments.compiled.collectives import Collective
-
-HOP_SECONDS = 1e-6
+# Dense bfloat16 peak in FLOP/s per jax device, by prefix of device_kind. First match wins. A v2 or
+# v3 device is one core, half a chip.
+PEAK_FLOPS = (
+    ("TPU v2", 22.5e12),
+    ("TPU v3", 61.5e12),
+    ("TPU v4 lite", 138e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA GH200", 989e12),
+    ("NVIDIA A100", 312e12),
+    ("NVIDIA L40S", 362e12),
+    ("NVIDIA L4", 121e12),
+)
+# Bytes per second of a GPU's memory, likewise.
+GPU_MEMORY_BYTES_PER_S = (
+    ("NVIDIA H200", 4.8e12),
+    ("NVIDIA H100", 3.35e12),
+    ("NVIDIA A100", 2.0e12),
+)
 PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 BOXES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 LARGE_BOXES = ("8x8x16", "8x16x16", "16x16x16")
 
 
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of one device in FLOP/s, or None where it is not known (as for CPUs)."""
+    return _by_prefix(PEAK_FLOPS, device_kind)
+
+
+def gpu_memory_bytes_per_s(device_kind: str) -> float | None:
+    """Rate of a GPU's memory, or None where it is not known."""
+    return _by_prefix(GPU_MEMORY_BYTES_PER_S, device_kind)
+
+
+def _by_prefix(figures: tuple[tuple[str, float], ...], device_kind: str) -> float | None:
+    return next((figure for prefix, figure in figures if device_kind.startswith(prefix)), None)
+
+
+# --- TPUs
+
+
 @dataclass(frozen=True)
-class Chip:
+class TpuChip:
     """One generation.
 
-    hbm_bytes          of high-bandwidth memory
-    hbm_bytes_per_s    its rate, reads and writes together
-    link_bytes_per_s   rate of one link one way
-    ring               what size of a dimension closes to a ring, and every multiple of it
-    slices             published shapes of slices
+    hbm_bytes               of high-bandwidth memory
+    hbm_bytes_per_s         its rate, reads and writes together
+    link_bytes_per_s        rate of one link one way
+    ring                    what size of a dimension closes to a ring, and every multiple of it
+    slices                  published shapes of slices
+    clock_hz                cycles per second
+    matmul_flops_per_cycle  of all matrix units, in bfloat16
     """
 
     name: str
@@ -65,15 +91,18 @@ class Chip:
     link_bytes_per_s: float
     ring: int
     slices: tuple[str, ...]
+    clock_hz: float | None = None
+    matmul_flops_per_cycle: int | None = None
 
 
-CHIPS = {
+TPU_CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32 * 2**30, 1200e9, 50e9, 4, BOXES + LARGE_BOXES),
-        Chip("v5e", 16 * 2**30, 819e9, 50e9, 16, PLANES),
-        Chip("v5p", 95 * 2**30, 2765e9, 100e9, 4, (*BOXES, *LARGE_BOXES, "16x16x24")),
-        Chip("v6e", 32 * 2**30, 1638e9, 100e9, 16, PLANES),
+        TpuChip("v4", 32 * 2**30, 1200e9, 50e9, 4, BOXES + LARGE_BOXES),
+        TpuChip("v5e", 16 * 2**30, 819e9, 50e9, 16, PLANES, 1.5e9, 4 * 128 * 128 * 2),
+        TpuChip("v5p", 95 * 2**30, 2765e9, 100e9, 4, (*BOXES, *LARGE_BOXES, "16x16x24")),
+        # The peak over the clock: twice what two units of 256 x 256 do in one pass.
+        TpuChip("v6e", 32 * 2**30, 1638e9, 100e9, 16, PLANES, 1.75e9, 2 * 256 * 256 * 2 * 2),
     )
 }
 
@@ -82,7 +111,7 @@ CHIPS = {
 class Slice:
     """A box of chips, such as v5p:8x8x8."""
 
-    chip: Chip
+    chip: TpuChip
     shape: tuple[int, ...]
 
     @property
@@ -101,56 +130,44 @@ def parse_topology(name: str) -> Slice:
     """The slice that "v5p:8x8x8" names. Raises ValueError, with those that are known, for any other
     name."""
     generation, _, shape = name.partition(":")
-    if generation not in CHIPS or shape not in CHIPS[generation].slices:
-        known = (f"{x.name}:{{{','.join(x.slices)}}}" for x in CHIPS.values())
+    if generation not in TPU_CHIPS or shape not in TPU_CHIPS[generation].slices:
+        known = (f"{x.name}:{{{','.join(x.slices)}}}" for x in TPU_CHIPS.values())
         raise ValueError(f"--topology must be one of {' '.join(known)}; got {name!r}")
-    return Slice(CHIPS[generation], tuple(map(int, re.findall(r"\d+", shape))))
+    return Slice(TPU_CHIPS[generation], tuple(map(int, re.findall(r"\d+", shape))))
 
 
-def collective_seconds(collective: Collective, places: np.ndarray, where: Slice) -> float:
-    """Seconds of one run of a collective; `places` [N, 3]: coordinates of the mesh's devices, in
-    order."""
-    dimensions = range(len(where.shape))
-    groups = places[collective.groups][..., : len(where.shape)]
-    rate = where.chip.link_bytes_per_s
-    if collective.kind == "collective-permute":
-        ways = [_links(source, target, where) for source, target in groups.tolist()]
-        arrays = Counter(link for way in ways for link in way)
-        hops = max(map(len, ways))
-        busiest = max(arrays.values(), default=0)
-        return busiest * collective.operand_bytes / rate + hops * HOP_SECONDS
+# --- GPUs
 
-    # All groups are one group moved about, so the first stands for all.
-    extents = [np.unique(groups[0, :, dimension]) for dimension in dimensions]
-    is_box = math.prod(len(extent) for extent in extents) == collective.group_size
-    links, hops, slowest = 0.0, 0, 0.0
-    for dimension, extent in enumerate(extents):
-        if len(extent) == 1:
-            continue
-        gap = int(np.diff(extent).max())
-        whole = len(extent) == where.shape[dimension] and where.is_ring(dimension)
-        own = (2 if whole else 1) / gap
-        links += own
-        hops += gap * (len(extent) // 2 if whole else len(extent) - 1)
-        slowest = max(slowest, len(extent) / 4 / own)
-    if collective.kind == "all-to-all":
-        return collective.operand_bytes * slowest / rate + hops * HOP_SECONDS
-    hops *= 2 if collective.kind == "all-reduce" else 1
-    links = links if is_box else 1.0
-    return collective.sent_bytes / (links * rate) + hops * HOP_SECONDS
+REGISTERS_PER_MULTIPROCESSOR = 65536
+THREADS_PER_MULTIPROCESSOR = 2048
+PROGRAMS_PER_MULTIPROCESSOR = 32
 
 
-def _links(
-    source: Sequence[int], target: Sequence[int], where: Slice
-) -> list[tuple[tuple[int, ...], int, int]]:
-    """The links from chip to chip, one dimension after another: (place, dimension, direction)."""
-    place, links = list(source), []
-    for dimension, size in enumerate(where.shape):
-        way = target[dimension] - place[dimension]
-        if where.is_ring(dimension):
-            way = (way + size // 2) % size - size // 2
-        direction = 1 if way > 0 else -1
-        for _ in range(abs(way)):
-            links.append((tuple(place), dimension, direction))
-            place[dimension] = (place[dimension] + direction) % size
-    return links
+@dataclass(frozen=True)
+class Gpu:
+    """What compilers ask about a GPU.
+
+    device_kind                  its name in jax
+    capability                   compute capability, (major, minor)
+    shared_bytes                 shared memory of a multiprocessor
+    shared_bytes_of_one_program  what one program can have of it
+    cache_bytes                  second-level cache
+    memory_bytes                 device memory
+    accelerated                  has instructions of this architecture alone, such as wgmma
+    """
+
+    device_kind: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+    shared_bytes_of_one_program: int
+    cache_bytes: int
+    memory_bytes: int
+    accelerated: bool
+
+
+# By the architecture that their code is compiled for.
+GPUS = {
+    "sm_90a": Gpu("NVIDIA H200", (9, 0), 132, 233472, 232448, 50 << 20, 141 << 30, True),
+    "sm_80": Gpu("NVIDIA A100", (8, 0), 108, 167936, 166912, 40 << 20, 80 << 30, False),
+}

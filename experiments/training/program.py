@@ -3,18 +3,14 @@
 Built as experiments/train.py builds them, over any devices, such as those of a TPU slice that is
 not there. Nothing of the model's or the batch's size is allocated."""
 
-import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 from jax import NamedSharding, P
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from experiments.compiled.hardware import Slice
 from experiments.training.config import Config
 from experiments.training.mesh import BATCH_AXES, HOST_MEMORY
 from experiments.training.optimizer import make_optimizer, make_schedule, parameter_groups
@@ -31,33 +27,6 @@ from experiments.training.state import (
     with_shardings,
 )
 from experiments.training.task import Examples, Task, batch_length, configured_task
-
-# libtpu asks these where it is; there is no TPU, and it is told so rather than left to complain.
-LIBTPU_ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
-
-
-def tpu_devices(where: Slice) -> list[Any]:
-    """Devices of the slice, one a chip, to compile for. Raises ValueError without libtpu."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            'planning needs the TPU compiler: pip install "scanax[aot]" (Linux x86-64)'
-        )
-    for name, value in LIBTPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    options: dict[str, Any] = {}
-    if where.size == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    if where.chip.name == "v4":
-        # Its two cores as one device, as on a TPU; without this the compiler takes them for two.
-        options["chip_config_name"] = "megacore"
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=where.name, **options)
-    return list(topology.devices)
 
 
 @dataclass(frozen=True)

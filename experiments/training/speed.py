@@ -1,5 +1,4 @@
-"""Model FLOPs of a training step and the peaks of devices: their ratio over time is the model FLOPs
-utilisation.
+"""Model FLOPs of a training step; over its time and the device's peak, the model FLOPs utilisation.
 
 Counted as usual: 6 floating point operations per weight and token (2 forward, 4 backward), with the
 output table only where logits are computed and the input table, a lookup, not at all. The
@@ -15,29 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-# Dense bfloat16 peak in FLOP/s per jax device, by prefix of device_kind, from the vendors' data
-# sheets. First match wins. A v2 or v3 device is one core, half a chip.
-PEAK_FLOPS = (
-    ("TPU v2", 22.5e12),
-    ("TPU v3", 61.5e12),
-    ("TPU v4 lite", 138e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA GH200", 989e12),
-    ("NVIDIA A100", 312e12),
-    ("NVIDIA L40S", 362e12),
-    ("NVIDIA L4", 121e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak of one device in FLOP/s, or None where it is not known (as for CPUs)."""
-    return next((peak for prefix, peak in PEAK_FLOPS if device_kind.startswith(prefix)), None)
+from experiments.compiled.hardware import peak_flops
 
 
 def count_weights(params: nnx.State) -> tuple[int, int]:

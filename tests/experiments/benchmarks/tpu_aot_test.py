@@ -15,7 +15,7 @@ from experiments.benchmarks import tpu_aot, tpu_aot_page, tpu_bundles
 from experiments.benchmarks.peers import tpu as tpu_peers
 from experiments.compiled.hardware import parse_topology
 from experiments.compiled.kernels import kernel_calls
-from experiments.training.program import tpu_devices
+from experiments.compiled.topology import tpu_devices
 from ops import window_attention
 from tests.ops import (
     delta_rule_test,

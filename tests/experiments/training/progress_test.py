@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.compiled.hardware import peak_flops
 from experiments.training import speed
 from experiments.training.checkpoints import Best
 from experiments.training.metrics import MetricsLog, draw_loss, read_rows, run_summary
 from experiments.training.progress import ProgressReport
-from experiments.training.speed import SpeedMeter, Work, count_weights, peak_flops
+from experiments.training.speed import SpeedMeter, Work, count_weights
 
 
 def test_rows_after_the_restored_step_are_cut_and_so_is_a_line_without_an_end(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from experiments.compiled.cost import PASSES, Flops
-from ops.framework.by_platform import form_of
+from ops.framework.platforms import form_of
 
 
 def kernel_flops(jaxpr: Any) -> dict[str, Flops]:

@@ -42,7 +42,7 @@ from ..tpu.inverse import unit_lower_inverse
 TUNING = tpu.Tuning()
 
 
-def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
+def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, interpret=False):
     """Shapes as in `api.py`; returns o in v's dtype and the final state in float32."""
     blocks = tpu.cut(q, v, TUNING)
     matmul = tpu.Matmul(tpu.matmul_dtype(q, k, v))
@@ -54,11 +54,25 @@ def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
         [*_tokens(blocks, (q, k), (v,), beta), *decays, (initial_state, state)],
         [(_like(tpu.flat(v), v.dtype), blocks.tokens(blocks.value)), (_like(initial_state), state)],
         [_states(blocks)],
+        interpret=interpret,
     )
     return o.reshape(v.shape), final_state
 
 
-def backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale):
+def backward(
+    q,
+    k,
+    v,
+    beta,
+    decay_log,
+    initial_state,
+    segment_ids,
+    do,
+    dfinal_state,
+    *,
+    scale,
+    interpret=False,
+):
     """Cotangents of q, k, v, beta, decay_log and initial_state."""
     blocks = tpu.cut(q, v, TUNING)
     matmul = tpu.Matmul(tpu.matmul_dtype(q, k, v))
@@ -73,6 +87,7 @@ def backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_st
         [*_tokens(blocks, (k,), (v,), beta), *decays, (initial_state, state)],
         [(jax.ShapeDtypeStruct(starts_shape, jnp.float32), blocks.chunk_states(*transposed))],
         [_states(blocks)],
+        interpret=interpret,
     )
 
     kind, decays = decay(matmul, blocks, decay_log, segment_ids, reverse=True)
@@ -95,6 +110,7 @@ def backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_st
             *gradients.of_decay(decay_log, blocks),
         ],
         [_states(blocks)],
+        interpret=interpret,
     )
     return (
         gradients.sum_of_parts(dq, q, blocks),

@@ -67,6 +67,7 @@ class Sizes:
     numbers: int
     parts: int
     constant: bool
+    interpret: bool
 
     @property
     def blocks(self) -> int:
@@ -105,11 +106,11 @@ class Inputs(NamedTuple):
     keep: Any
 
 
-def _inputs(a, x, segment_ids) -> tuple[Sizes, Inputs]:
+def _inputs(a, x, segment_ids, interpret) -> tuple[Sizes, Inputs]:
     (batch, length, channels), constant = x[0].shape, a[0].ndim == 1
     width = round_up(channels, LANES)
     cut = parts(length, batch * width // LANES)
-    sizes = Sizes(batch, length, width, len(x), cut, constant)
+    sizes = Sizes(batch, length, width, len(x), cut, constant, interpret)
     return sizes, Inputs(_wide(a, sizes), _wide(x, sizes), keep_states(segment_ids))
 
 
@@ -187,10 +188,10 @@ def _kept(x: Number, keep: Any) -> Number:
     return tuple(kept(part, keep) for part in x)
 
 
-def forward(a, b, initial_state, segment_ids):
+def forward(a, b, initial_state, segment_ids, *, interpret=False):
     """Shapes as in `api.py`, each number a tuple of its parts; returns h and the final state in
     float32."""
-    sizes, inputs = _inputs(a, b, segment_ids)
+    sizes, inputs = _inputs(a, b, segment_ids, interpret)
     starts = _state(initial_state, sizes)
     if sizes.parts > 1:
         added, products = _walk(sizes, inputs)
@@ -223,6 +224,7 @@ def forward(a, b, initial_state, segment_ids):
         (inputs, starts),
         (sizes.states, sizes.number(sizes.parts)),
         warps=1,
+        interpret=sizes.interpret,
     )
     channels = b[0].shape[2]
     return (
@@ -269,13 +271,14 @@ def _walk(sizes: Sizes, inputs: Inputs, reverse: bool = False) -> tuple[Number, 
         (inputs,),
         (of_parts, of_parts),
         warps=1,
+        interpret=sizes.interpret,
     )
 
 
-def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
+def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, interpret=False):
     """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the
     states."""
-    sizes, inputs = _inputs(a, dh, segment_ids)
+    sizes, inputs = _inputs(a, dh, segment_ids, interpret)
     ends = _state(dfinal_state, sizes)
     if sizes.parts > 1:
         added, products = _walk(sizes, inputs, reverse=True)
@@ -325,6 +328,7 @@ def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
             sizes.number(sizes.parts),
         ),
         warps=1,
+        interpret=sizes.interpret,
     )
     channels = h[0].shape[2]
 

@@ -66,7 +66,7 @@ class _Scan:
         return numbers, refs[at:]
 
 
-def forward(a, b, initial_state, segment_ids):
+def forward(a, b, initial_state, segment_ids, *, interpret=False):
     """Shapes as in `api.py`, each number a tuple of its parts; returns h and the final state in
     float32."""
     scan = _scan(a, b, segment_ids)
@@ -86,6 +86,7 @@ def forward(a, b, initial_state, segment_ids):
             *[(_float32(blocks.batch, 1, blocks.width), row)] * scan.parts,
         ],
         [blocks.group_scratch()] * ((2 if scan.constant else 3) * scan.parts),
+        interpret=interpret,
     )
     (h, final), _ = scan.take(outputs, True, True)
     return (
@@ -94,7 +95,7 @@ def forward(a, b, initial_state, segment_ids):
     )
 
 
-def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
+def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, interpret=False):
     """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the
     states."""
     scan = _scan(a, h, segment_ids)
@@ -123,6 +124,7 @@ def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
             *[blocks.group_scratch(1)] * scan.parts,
             *[blocks.group_scratch()] * ((1 if scan.constant else 2) * scan.parts),
         ],
+        interpret=interpret,
     )
     (db, da, dinitial), _ = scan.take(outputs, True, True, True)
     da = tuple(part.astype(jnp.float32)[:, :, :channels] for part in da)

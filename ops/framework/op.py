@@ -58,8 +58,8 @@ class _Call(NamedTuple):
     """All that is static in a call; hashable."""
 
     op: Op
-    implementation: str | None
     candidates: tuple[str, ...]  # implementations to choose from
+    named: bool  # by the caller: the one candidate runs or raises
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dtypes: tuple[Any, ...]
@@ -101,7 +101,7 @@ class Local(NamedTuple):
             static["with_starts"] = self.differentiated
             dtypes = *dtypes, jnp.dtype(jnp.float32)
         values = platforms.call(
-            call.implementations, "forward", call.implementation, *inputs, dtypes=dtypes, **static
+            call.implementations, "forward", *inputs, named=call.named, dtypes=dtypes, **static
         )
         return (values[:-1], values[-1]) if call.op.starts else (values, None)
 
@@ -117,10 +117,10 @@ class Local(NamedTuple):
         return platforms.call(
             call.implementations,
             "backward",
-            call.implementation,
             *inputs,
             *((self.starts,) if call.op.starts else ()),
             *cotangents,
+            named=call.named,
             dtypes=tuple(dtype(place) for place in range(len(inputs))),
             **self.static,
         )
@@ -141,11 +141,10 @@ def run(
     inputs: arrays, trees of arrays or None; layouts: of each, in the letters of
     `ops/framework/sharding.py`; outputs: layouts of the outputs; dtypes: of the outputs, where
     implementations would write others."""
-    known = op.implementations
     call = _Call(
         op,
-        implementation,
-        tuple(platforms.choice(known) if implementation is None else known),
+        platforms.candidates(op.implementations, implementation),
+        implementation is not None,
         sharding.in_context(layouts),
         sharding.in_context(outputs),
         dtypes,

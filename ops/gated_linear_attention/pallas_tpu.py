@@ -31,7 +31,7 @@ from ..tpu.decay import decay
 TUNING = tpu.Tuning()
 
 
-def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
+def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale, interpret=False):
     """Shapes as in `api.py`; returns o in v's dtype and the final state in float32."""
     blocks = tpu.cut(q, v, TUNING)
     matmul = tpu.Matmul(tpu.matmul_dtype(q, k, v))
@@ -54,11 +54,14 @@ def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
             (jax.ShapeDtypeStruct((batch, heads, key, value), jnp.float32), state),
         ],
         [_states(blocks)],
+        interpret=interpret,
     )
     return o.reshape(v.shape), final_state
 
 
-def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale):
+def backward(
+    q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale, interpret=False
+):
     """Cotangents of q, k, v, decay_log and initial_state."""
     blocks = tpu.cut(q, v, TUNING)
     matmul = tpu.Matmul(tpu.matmul_dtype(q, k, v))
@@ -83,6 +86,7 @@ def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *
             )
         ],
         [_states(blocks)],
+        interpret=interpret,
     )
 
     kind, decays = decay(matmul, blocks, decay_log, segment_ids, reverse=True)
@@ -111,6 +115,7 @@ def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *
             *gradients.of_decay(decay_log, blocks),
         ],
         [_states(blocks)],
+        interpret=interpret,
     )
     return (
         gradients.sum_of_parts(dq, q, blocks),

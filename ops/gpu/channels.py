@@ -60,15 +60,15 @@ def round_up(size: int, multiple: int) -> int:
     return pl.cdiv(size, multiple) * multiple
 
 
-def barrier(compiled: bool) -> None:
+def barrier(interpret: bool) -> None:
     """Of the threads of a program: what one has written to memory, others read."""
-    if compiled:
+    if not interpret:
         gpu.triton().debug_barrier()
 
 
-def exp2(x: jax.Array, compiled: bool) -> jax.Array:
+def exp2(x: jax.Array, interpret: bool) -> jax.Array:
     """2^x by one instruction, which flushes results below 2^-126 to zero."""
-    if not compiled:
+    if interpret:
         return jnp.exp2(x)
     (result,) = gpu.triton().elementwise_inline_asm(
         "ex2.approx.ftz.f32 $0, $1;",

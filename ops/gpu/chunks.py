@@ -31,6 +31,7 @@ class Sizes:
     chunk: int
     dtype: Any
     scale: float
+    interpret: bool
 
     @property
     def chunks(self) -> int:

@@ -195,6 +195,8 @@ def channel_scores(
     chunk: int,
     dtype: Any,
     keys: bool = False,
+    *,
+    interpret: bool,
 ) -> ChannelDecay:
     """q, k [B, T, HK, K], decay_log [B, T, H, K], numbers [B, T]; results in `dtype` where not said
     otherwise.
@@ -272,6 +274,7 @@ def channel_scores(
             )
         ],
         warps=4,
+        interpret=interpret,
     )
     return result
 
@@ -286,6 +289,8 @@ def channel_scores_adjoint(
     chunk: int,
     dtype: Any,
     dtypes: Sequence[Any],
+    *,
+    interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cotangents of q, k and decay_log, all [B, T, H, K] in `dtypes`, from those of the results of
     `channel_scores`."""
@@ -363,6 +368,7 @@ def channel_scores_adjoint(
         (q, k, decay_log, numbers, cotangents),
         [jax.ShapeDtypeStruct(decay_log.shape, dtype) for dtype in dtypes],
         warps=4,
+        interpret=interpret,
     )
 
 

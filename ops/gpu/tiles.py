@@ -16,7 +16,6 @@ compiled ones do.
 **Lazy import.** jax has announced that it will remove this lowering. It is imported when a kernel
 is traced; `available()` says whether it is there."""
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -27,8 +26,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-
-from ..framework.by_platform import by_platform
 
 MIN_TILE = 16  # the smallest side of a matmul
 # Programs that fill a GPU: one and a half for each of the 132 multiprocessors of an H100 or H200.
@@ -57,30 +54,21 @@ def call(
     inputs: Sequence[Any],
     outputs: Sequence[Any],
     warps: int,
-    interpreted: Callable[..., None] | None = None,
+    *,
+    interpret: bool,
 ) -> Any:
-    """Runs `kernel(*inputs, *outputs)`, refs of whole arrays, for every place of the grid.
+    """The outputs of `kernel(*inputs, *outputs)`, called with refs of whole arrays for every place
+    of the grid.
 
-    Compiled when lowered for CUDA, interpreted when lowered for a CPU, where `interpreted`, if
-    given, takes its place. Inputs and outputs may be trees, and None in them."""
-
-    def run(*inputs: Any, interpret: bool) -> Any:
-        return pl.pallas_call(
-            interpreted if interpret and interpreted else kernel,
-            grid=grid,
-            out_shape=tuple(outputs),
-            interpret=interpret,
-            name=name,
-            compiler_params=triton().CompilerParams(num_warps=warps, num_stages=2),
-        )(*inputs)
-
-    return by_platform(
-        {
-            "cuda": functools.partial(run, interpret=False),
-            "cpu": functools.partial(run, interpret=True),
-        },
-        *inputs,
-    )
+    Inputs and outputs may be trees, and None in them."""
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=tuple(outputs),
+        interpret=interpret,
+        name=name,
+        compiler_params=triton().CompilerParams(num_warps=warps, num_stages=2),
+    )(*inputs)
 
 
 @dataclass(frozen=True)

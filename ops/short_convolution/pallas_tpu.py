@@ -67,7 +67,7 @@ class _Convolution:
         return [(start, min(TUNING.rows, chunk - start)) for start in starts]
 
 
-def forward(x, w, initial_state, segment_ids):
+def forward(x, w, initial_state, segment_ids, *, interpret=False):
     """Shapes as in `api.py`; returns y and the final state in float32."""
     conv, depth_BT = _convolution(x, w, segment_ids)
     blocks, before = conv.blocks, w.shape[0] - 1
@@ -88,6 +88,7 @@ def forward(x, w, initial_state, segment_ids):
             *_kept(conv),
             *_columns(conv, blocks.chunk),
         ],
+        interpret=interpret,
     )
     last = x[:, max(0, x.shape[1] - before) :].astype(jnp.float32)
     final = jnp.concatenate([initial_state.astype(jnp.float32), last], 1)
@@ -96,7 +97,7 @@ def forward(x, w, initial_state, segment_ids):
     return y[:, :, : x.shape[2]].astype(jnp.float32), final
 
 
-def backward(x, w, initial_state, segment_ids, dy, dfinal_state):
+def backward(x, w, initial_state, segment_ids, dy, dfinal_state, *, interpret=False):
     """Cotangents of x, w and initial_state, in float32."""
     conv, depth_BT = _convolution(x, w, segment_ids)
     blocks, (taps, channels), length = conv.blocks, w.shape, x.shape[1]
@@ -124,6 +125,7 @@ def backward(x, w, initial_state, segment_ids, dy, dfinal_state):
             *_kept(conv),
             *_columns(conv, conv.rows),
         ],
+        interpret=interpret,
     )
     dx = dx[:, :, :channels]
     dw = dw.reshape(blocks.batch, taps, SUBLANES, -1).sum((0, 2))[:, :channels]

@@ -14,7 +14,6 @@ sight, so that interpreted kernels round as compiled ones do.
 matmuls that each wait for the one before. So a kernel writes one head as a generator that yields
 wherever it would wait, and `interleave` takes turns between the heads."""
 
-import functools
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +23,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-
-from ..framework.by_platform import by_platform
 
 LANES = 128
 # Where a segment starts the decay is zero: a log that any sum of real ones leaves at exp(.) == 0
@@ -168,38 +165,29 @@ def call(
     inputs: Sequence[Any],
     outputs: Sequence[Any],
     scratch: Any,
+    *,
+    interpret: bool,
 ):
-    """Runs `kernel` over the grid: compiled when lowered for a TPU, interpreted when lowered for a
-    CPU.
+    """The outputs of `kernel`, run over the grid.
 
     inputs: pairs of array and block spec; outputs: pairs of shape and block spec. Chunks run in
     order on one core, batch and heads are independent."""
     arrays, in_specs = zip(*inputs, strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
 
-    def run(*arrays: jax.Array, interpret: bool) -> Any:
-        return pl.pallas_call(
-            kernel,
-            grid=blocks.grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=shapes,
-            scratch_shapes=scratch,
-            interpret=interpret,
-            name=getattr(kernel, "func", kernel).__name__.strip("_"),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=VMEM_BYTES,
-            ),
-        )(*arrays)
-
-    return by_platform(
-        {
-            "tpu": functools.partial(run, interpret=False),
-            "cpu": functools.partial(run, interpret=True),
-        },
-        *arrays,
-    )
+    return pl.pallas_call(
+        kernel,
+        grid=blocks.grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=shapes,
+        scratch_shapes=scratch,
+        interpret=interpret,
+        name=getattr(kernel, "func", kernel).__name__.strip("_"),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+    )(*arrays)
 
 
 # The compiler's default of 16 MiB is for kernels that leave the fast memory to others; ours are

@@ -23,7 +23,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..framework.by_platform import by_platform
 from .blocks import LANES, VMEM_BYTES
 
 SUBLANES = 8
@@ -179,38 +178,27 @@ def call(
     inputs: Sequence[tuple[jax.Array, pl.BlockSpec]],
     outputs: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
     scratch: Sequence[Any],
+    *,
+    interpret: bool,
 ) -> Any:
-    """Runs `kernel` over the grid: compiled when lowered for a TPU, interpreted when lowered for a
-    CPU.
-
-    It is told which as `compiled`, for `Blocks.loop`.
-    """
+    """The outputs of `kernel`, run over the grid; it is told whether it is `compiled`, for
+    `Blocks.loop`."""
     arrays, in_specs = zip(*inputs, strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
 
-    def run(*arrays: jax.Array, interpret: bool) -> Any:
-        return pl.pallas_call(
-            functools.partial(kernel, compiled=not interpret),
-            grid=blocks.grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=shapes,
-            scratch_shapes=scratch,
-            interpret=interpret,
-            name=getattr(kernel, "func", kernel).__name__.strip("_"),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=VMEM_BYTES,
-            ),
-        )(*arrays)
-
-    return by_platform(
-        {
-            "tpu": functools.partial(run, interpret=False),
-            "cpu": functools.partial(run, interpret=True),
-        },
-        *arrays,
-    )
+    return pl.pallas_call(
+        functools.partial(kernel, compiled=not interpret),
+        grid=blocks.grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=shapes,
+        scratch_shapes=scratch,
+        interpret=interpret,
+        name=getattr(kernel, "func", kernel).__name__.strip("_"),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+    )(*arrays)
 
 
 def keep_states(segment_ids: jax.Array) -> jax.Array:

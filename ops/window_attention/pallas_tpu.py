@@ -7,7 +7,6 @@ Its backward pass runs from the inputs: the forward kernel is run again for the 
 (Dao, FlashAttention-2, 2023, arXiv 2307.08691; `jax.experimental.pallas.ops.tpu.splash_attention`.)
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from ..framework.by_platform import by_platform
 from .xla import join, last_state
 
 LANES = 128
@@ -99,22 +97,14 @@ def _gradients(inputs, cotangents, **options):
     return pullback(cotangents)
 
 
-def _on_platform(function, *args, **options):
-    """Compiled when lowered for a TPU, interpreted when lowered for a CPU."""
-    run = functools.partial(function, **options)
-    forms = {
-        "tpu": functools.partial(run, interpret=False),
-        "cpu": functools.partial(run, interpret=True),
-    }
-    return by_platform(forms, *args)
-
-
-def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale, activation):
+def forward(
+    q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale, activation, interpret=False
+):
     """Shapes as in `api.py`, the initial state by its parts or three times None; o in v's dtype,
     and the final state's parts."""
-    return _on_platform(
-        _outputs, q, k, v, k_past, v_past, valid_past, segment_ids, window=window, scale=scale
-    )
+    del activation
+    inputs = (q, k, v, k_past, v_past, valid_past, segment_ids)
+    return _outputs(*inputs, window=window, scale=scale, interpret=interpret)
 
 
 def backward(
@@ -132,10 +122,12 @@ def backward(
     window,
     scale,
     activation,
+    interpret=False,
 ):
     """Cotangents of q, k, v, k_past and v_past (None without initial state), and None for
     valid_past."""
+    del activation
     inputs = (q, k, v, k_past, v_past, valid_past, segment_ids)
     cotangents = (do.astype(q.dtype), dk_last, dv_last)
-    gradients = _on_platform(_gradients, inputs, cotangents, window=window, scale=scale)
+    gradients = _gradients(inputs, cotangents, window=window, scale=scale, interpret=interpret)
     return *gradients, None

@@ -72,27 +72,40 @@ def supports(q, k, v, beta, decay_log, initial_state, segment_ids, *_, scale) ->
     )
 
 
-def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
+def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, interpret=False):
     """Shapes as in `api.py`; returns o in v's dtype and the final state in float32."""
-    rule = functools.partial(_forward, scale=scale)
+    rule = functools.partial(_forward, scale=scale, interpret=interpret)
     tokens = q, k, v, beta, decay_log
     return pieces.forward(rule, tokens, initial_state, segment_ids)
 
 
-def _forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
+def _forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, interpret):
     """Of a piece of time."""
-    sizes, given = given_inputs(q, k, v, beta, decay_log, segment_ids, scale)
+    sizes, given = given_inputs(q, k, v, beta, decay_log, segment_ids, scale, interpret)
     writes = compute_writes(sizes, given, keep_inverse=False)
     _, starts = _entering(sizes, given, writes, initial_state)
     walked = walk(sizes, given, writes, starts, read=True)
     return walked.o, walked.ends[:, -1]
 
 
-def backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale):
+def backward(
+    q,
+    k,
+    v,
+    beta,
+    decay_log,
+    initial_state,
+    segment_ids,
+    do,
+    dfinal_state,
+    *,
+    scale,
+    interpret=False,
+):
     """Cotangents of q, k, v, beta, decay_log and initial_state."""
     return pieces.backward(
-        functools.partial(_backward, scale=scale),
-        functools.partial(_final_state, scale=scale),
+        functools.partial(_backward, scale=scale, interpret=interpret),
+        functools.partial(_final_state, scale=scale, interpret=interpret),
         (q, k, v, beta, decay_log),
         initial_state,
         segment_ids,
@@ -101,16 +114,18 @@ def backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_st
     )
 
 
-def _final_state(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale):
-    sizes, given = given_inputs(q, k, v, beta, decay_log, segment_ids, scale)
+def _final_state(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, interpret):
+    sizes, given = given_inputs(q, k, v, beta, decay_log, segment_ids, scale, interpret)
     writes = compute_writes(sizes, given, keep_inverse=False)
     _, starts = _entering(sizes, given, writes, initial_state)
     return walk(sizes, given, writes, starts).ends[:, -1]
 
 
-def _backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale):
+def _backward(
+    q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale, interpret
+):
     """Of a piece of time."""
-    sizes, given = given_inputs(q, k, v, beta, decay_log, segment_ids, scale)
+    sizes, given = given_inputs(q, k, v, beta, decay_log, segment_ids, scale, interpret)
     writes = compute_writes(sizes, given, keep_inverse=True)
     matrices, starts = _entering(sizes, given, writes, initial_state)
     states = walk(sizes, given, writes, starts, keep=True)
@@ -134,6 +149,7 @@ def _backward(q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_s
             sizes.chunk,
             sizes.dtype,
             (*key_dtypes(q, k, sizes), decay_log.dtype),
+            interpret=interpret,
         )
     dq, dk = (
         x.reshape(*q.shape[:3], -1, sizes.key).sum(3) if x.shape != q.shape else x for x in (dq, dk)

@@ -173,5 +173,6 @@ def chunk_gradients(
         (given, writes, do, states, dstates),
         [_gradient_shapes(sizes, given, q, k, log)],
         warps=8,
+        interpret=sizes.interpret,
     )
     return gradients

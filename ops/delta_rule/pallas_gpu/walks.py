@@ -41,16 +41,18 @@ class Writes(NamedTuple):
     M: Any = None
 
 
-def given_inputs(q, k, v, beta, decay_log, segment_ids, scale) -> tuple[Sizes, Given]:
+def given_inputs(q, k, v, beta, decay_log, segment_ids, scale, interpret) -> tuple[Sizes, Given]:
     (batch, length, heads, value), key = v.shape, q.shape[-1]
     chunk, dtype = chunk_length(length, key), gpu.matmul_dtype(q, k, v)
     numbers = segment_numbers(segment_ids)
     if decay_log is None or decay_log.ndim < 4:
-        sizes = Sizes(batch, length, heads, key, value, chunk, dtype, scale)
+        sizes = Sizes(batch, length, heads, key, value, chunk, dtype, scale, interpret)
         return sizes, Given(Inputs(q, k, decay_log, numbers), v, beta)
-    made = channel_scores(q, k, decay_log, numbers, scale, chunk, dtype, keys=True)
+    made = channel_scores(
+        q, k, decay_log, numbers, scale, chunk, dtype, keys=True, interpret=interpret
+    )
     reads = Inputs(made.q_start, made.k_end, scores=made.scores, total=made.total)
-    sizes = Sizes(batch, length, heads, key, value, chunk, dtype, 1.0)
+    sizes = Sizes(batch, length, heads, key, value, chunk, dtype, 1.0, interpret)
     return sizes, Given(reads, v, beta, made.key_scores, made.key_start)
 
 
@@ -135,6 +137,7 @@ def compute_writes(sizes: Sizes, given: Given, keep_inverse: bool) -> Writes:
             )
         ],
         warps=4 if sizes.dtype == jnp.bfloat16 else 8,
+        interpret=sizes.interpret,
     )
     if by_channel:
         return writes._replace(scores=given.of_reads.scores)
@@ -205,6 +208,7 @@ def walk(
         (given.of_reads, writes, starts),
         [Walked(ends, o if read else None, boundary if keep else None, inside if keep else None)],
         warps=4 if sizes.key <= 128 else 8,
+        interpret=sizes.interpret,
     )
     return walked
 
@@ -251,6 +255,7 @@ def walk_back(
         (given.of_reads, writes, do, starts),
         [Walked(ends, boundary=boundary if keep else None, inside=inside if keep else None)],
         warps=4 if sizes.key <= 128 else 8,
+        interpret=sizes.interpret,
     )
     return walked
 

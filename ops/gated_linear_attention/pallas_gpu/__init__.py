@@ -61,16 +61,17 @@ def _inputs(
     decay_log: jax.Array | None,
     segment_ids: jax.Array | None,
     scale: float,
+    interpret: bool,
 ) -> tuple[Sizes, Inputs]:
     (batch, length, heads, value), key = v.shape, q.shape[-1]
     dtype = gpu.matmul_dtype(q, k, v)
     chunk = chunk_length(length)
     numbers = segment_numbers(segment_ids)
     if not _by_channel(decay_log):
-        sizes = Sizes(batch, length, heads, key, value, chunk, dtype, scale)
+        sizes = Sizes(batch, length, heads, key, value, chunk, dtype, scale, interpret)
         return sizes, Inputs(q, k, decay_log, numbers)
-    made = channel_scores(q, k, decay_log, numbers, scale, chunk, dtype)
-    sizes = Sizes(batch, length, heads, key, value, chunk, dtype, 1.0)
+    made = channel_scores(q, k, decay_log, numbers, scale, chunk, dtype, interpret=interpret)
+    sizes = Sizes(batch, length, heads, key, value, chunk, dtype, 1.0, interpret)
     return sizes, Inputs(made.q_start, made.k_end, scores=made.scores, total=made.total)
 
 
@@ -78,9 +79,9 @@ def _inputs(
 # --------------------------------------------------------------------------------------------------
 
 
-def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
+def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale, interpret=False):
     """Shapes as in `api.py`; returns o in v's dtype and the final state in float32."""
-    rule = functools.partial(_forward, scale=scale)
+    rule = functools.partial(_forward, scale=scale, interpret=interpret)
     tokens = q, k, v, decay_log
     if not _by_channel(decay_log):
         return rule(*tokens, initial_state, segment_ids)
@@ -92,9 +93,9 @@ def _by_channel(decay_log: jax.Array | None) -> TypeGuard[jax.Array]:
     return decay_log is not None and decay_log.ndim == 4
 
 
-def _forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
+def _forward(q, k, v, decay_log, initial_state, segment_ids, *, scale, interpret):
     """Of a piece of time."""
-    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale)
+    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale, interpret)
     # The tile of the state that a program holds while it also multiplies.
     in_registers = 8192 if sizes.dtype == jnp.bfloat16 else 4096
     most = max(gpu.MIN_TILE, in_registers // sizes.keys.size)
@@ -130,6 +131,7 @@ def _forward(q, k, v, decay_log, initial_state, segment_ids, *, scale):
         (inputs, v, starts),
         (jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(starts.shape, jnp.float32)),
         warps=sizes.warps if sizes.key <= 128 else 8,
+        interpret=sizes.interpret,
     )
     return o, final[:, -1]
 
@@ -188,6 +190,7 @@ def _walk(
         (inputs, x, starts),
         (*kept, jax.ShapeDtypeStruct(starts.shape, jnp.float32)),
         warps=sizes.warps,
+        interpret=sizes.interpret,
     )
 
 
@@ -255,27 +258,31 @@ def _part_totals(sizes: Sizes, inputs: Inputs, parts: int) -> jax.Array:
 # --------------------------------------------------------------------------------------------------
 
 
-def backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale):
+def backward(
+    q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale, interpret=False
+):
     """Cotangents of q, k, v, decay_log and initial_state."""
-    rule = functools.partial(_backward, scale=scale)
+    rule = functools.partial(_backward, scale=scale, interpret=interpret)
     tokens, rest = (q, k, v, decay_log), (initial_state, segment_ids, do, dfinal_state)
     if not _by_channel(decay_log):
         return rule(*tokens, *rest)
-    final_state = functools.partial(_final_state, scale=scale)
+    final_state = functools.partial(_final_state, scale=scale, interpret=interpret)
     return pieces.backward(rule, final_state, tokens, *rest)
 
 
-def _final_state(q, k, v, decay_log, initial_state, segment_ids, *, scale):
-    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale)
+def _final_state(q, k, v, decay_log, initial_state, segment_ids, *, scale, interpret):
+    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale, interpret)
     parts = _parts_of_walk(sizes)
     starts = _part_starts(sizes, inputs, v, initial_state, parts, reverse=False)
     (final,) = _walk(sizes, inputs, v, starts, reverse=False, keep=False)
     return final[:, -1]
 
 
-def _backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale):
+def _backward(
+    q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale, interpret
+):
     """Of a piece of time."""
-    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale)
+    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale, interpret)
     walk = functools.partial(_boundary_states, sizes, inputs, _parts_of_walk(sizes))
     S, _ = walk(v, initial_state, reverse=False)
     dS, dinitial_state = walk(do, dfinal_state, reverse=True)
@@ -291,6 +298,7 @@ def _backward(q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, 
             sizes.chunk,
             sizes.dtype,
             (*key_dtypes(q, k, sizes), decay_log.dtype),
+            interpret=interpret,
         )
     dq, dk = (
         x.reshape(*q.shape[:3], -1, sizes.key).sum(3) if x.shape != q.shape else x for x in of_keys

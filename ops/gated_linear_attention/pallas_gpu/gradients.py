@@ -144,6 +144,7 @@ def chunk_gradients(
         (inputs, v, do, S, dS),
         (*outputs, shape(v.shape, v.dtype), *of_log),
         warps=sizes.warps,
+        interpret=sizes.interpret,
     )
     at = len(outputs)
     return list(results[:at]), results[at], results[at + 1] if of_log else None

@@ -44,7 +44,6 @@ channel, less than the inputs have.
 Not measured: all times, and from how many programs on a GPU is filled.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,13 +86,25 @@ def _sum_channels(tiles: Sequence[jax.Array]) -> jax.Array:
 
 @gating.forward
 def forward(
-    x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_range, with_starts=False
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    initial_state,
+    segment_ids,
+    *,
+    eigenvalue_range,
+    with_starts=False,
+    interpret=False,
 ):
     """Shapes as in `api.py`; returns y in x's dtype, the final state in float32 and the starts of
     `around.py`, or None."""
     (batch, length, channels), states = x.shape, A.shape[1]
     row = lanes(batch, channels, states)
-    sizes = walks.make_sizes(x, A, eigenvalue_range, 1, row)
+    sizes = walks.make_sizes(x, A, eigenvalue_range, 1, row, interpret)
     inputs = walks.make_inputs(sizes, x, delta, A, B, C, D, segment_ids)
     entering = walks.padded(initial_state, sizes)[:, None]
     of_parts = walks.part_starts(sizes, inputs, entering, reverse=False)
@@ -120,11 +131,12 @@ def backward(
     dfinal_state,
     *,
     eigenvalue_range,
+    interpret=False,
 ):
     """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state; starts:
     those of `forward`, or None."""
     (batch, length, channels), states = x.shape, A.shape[1]
-    sizes = walks.make_sizes(x, A, eigenvalue_range, ROWS, LANES)
+    sizes = walks.make_sizes(x, A, eigenvalue_range, ROWS, LANES, interpret)
     inputs = walks.make_inputs(sizes, x, delta, A, B, C, D, segment_ids, dout)
     if starts is None and sizes.chunks == 1:
         starts = jnp.swapaxes(initial_state, 1, 2)[:, None]
@@ -147,10 +159,10 @@ def backward(
     turns = CHUNK // BACKWARD_TURN
     padded = round_up(length, BACKWARD_TURN)
 
-    def kernel(inputs, starts, ends, *outputs, compiled=True):
+    def kernel(inputs, starts, ends, *outputs):
         dx, ddelta, dB, dC, dA, dinitial, steps, *dD = outputs
         b, part, block, channels = sizes.place()
-        walk = Walk(sizes, inputs, compiled, b, channels)
+        walk = Walk(sizes, inputs, b, channels)
         A = walk.tiles(inputs.A)
         D = [gpu.load(inputs.D, c) for c in channels] if dD else None
         first, last = sizes.chunk_bounds(part)
@@ -194,12 +206,12 @@ def backward(
             # Written and read again: carried on from the exchange between threads, the states would
             # spill.
             walk.write(steps, walk.start(starts, g), b, part, 0)
-            barrier(compiled)
+            barrier(sizes.interpret)
             h = walk.tiles(steps, b, part, 0)
             lax.fori_loop(0, here, skip, (h, ahead(g * turns)))
-            barrier(compiled)
+            barrier(sizes.interpret)
             carry = lax.fori_loop(0, here, lambda i, carry: retreat(g, here - 1 - i, carry), carry)
-            barrier(compiled)
+            barrier(sizes.interpret)
             return carry
 
         def retreat(g: Any, i: Any, carry: Any) -> Any:
@@ -268,7 +280,7 @@ def backward(
             *([] if D is None else [float32(*of_parts, sizes.width)]),
         ),
         warps=max(1, sizes.states // 16),
-        interpreted=functools.partial(kernel, compiled=False),
+        interpret=interpret,
     )
     dB, dC = (z.sum(1)[:, :length, :states] for z in (dB, dC))
     return (

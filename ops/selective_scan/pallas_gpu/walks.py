@@ -9,7 +9,6 @@ those of the next turn are loaded before the work of this one.
 A gate is applied to a turn of tokens at once, which pass through memory of the program's own: what
 is elementwise on tokens and channels is done once, by all threads."""
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -61,6 +60,7 @@ class Sizes:
     row: int
     parts: int
     negative: bool
+    interpret: bool
 
     @property
     def blocks(self) -> int:
@@ -138,7 +138,7 @@ def padded(x: jax.Array, sizes: Sizes) -> jax.Array:
     return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, missing), (0, 0))) if missing else x
 
 
-def make_sizes(x, A, eigenvalue_range, rows: int, row: int) -> Sizes:
+def make_sizes(x, A, eigenvalue_range, rows: int, row: int, interpret: bool) -> Sizes:
     (batch, length, channels), states = x.shape, _tile(A.shape[1])
     width = round_up(channels, rows * row)
     return Sizes(
@@ -151,6 +151,7 @@ def make_sizes(x, A, eigenvalue_range, rows: int, row: int) -> Sizes:
         row,
         parts(length, batch * width // (rows * row)),
         eigenvalue_range == (-1, 1),
+        interpret,
     )
 
 
@@ -160,7 +161,6 @@ class Walk:
 
     sizes: Sizes
     inputs: Inputs
-    compiled: bool
     b: Any
     channels: list[gpu.Span]
 
@@ -192,7 +192,7 @@ class Walk:
         return self.valid(t, keep, 1)
 
     def exponential(self, delta: jax.Array, A: jax.Array) -> jax.Array:
-        return exp2(delta[:, None] * A, self.compiled)
+        return exp2(delta[:, None] * A, self.sizes.interpret)
 
     def factor(self, e: jax.Array) -> jax.Array:
         return e + e - 1 if self.sizes.negative else e
@@ -279,9 +279,9 @@ def _along(
     whole = padded == sizes.length
     rows = sizes.batch, padded, sizes.width
 
-    def kernel(inputs, of_parts, gate, out, final, starts, ys, *, compiled=True):
+    def kernel(inputs, of_parts, gate, out, final, starts, ys):
         b, part, _, (c,) = sizes.place()
-        walk = Walk(sizes, inputs, compiled, b, [c])
+        walk = Walk(sizes, inputs, b, [c])
         (A,) = walk.tiles(inputs.A)
         D = None if inputs.D is None or not out else gpu.load(inputs.D, c)
         first, last = sizes.chunk_bounds(part)
@@ -296,7 +296,7 @@ def _along(
             """What y of a turn [TURN, row] makes with the gate."""
             here = gpu.span(t, TURN, sizes.length, whole)
             z, *dout = (gpu.load(ref, b, here, c).astype(jnp.float32) for ref in gate)
-            barrier(compiled)
+            barrier(sizes.interpret)
             y = gpu.load(ys, b, part, gpu.span(0, TURN, TURN, True), c)
             if not dout:
                 tiles = [gating.gate(y, z)]
@@ -305,7 +305,7 @@ def _along(
                 tiles = [y * per_y, dy]
             for ref, tile in zip(out, tiles, strict=True):
                 gpu.store(ref, tile, b, gpu.span(t, TURN, padded, True), c)
-            barrier(compiled)
+            barrier(sizes.interpret)
 
         def turn(i: Any, carry: Any) -> Any:
             h, tokens = carry
@@ -354,7 +354,7 @@ def _along(
             None if gate is None else float32(*own),
         ),
         warps=1,
-        interpreted=functools.partial(kernel, compiled=False),
+        interpret=sizes.interpret,
     )
     return out, final, starts
 
@@ -374,9 +374,9 @@ def _summaries(sizes: Sizes, inputs: Inputs, reverse: bool) -> tuple[jax.Array, 
     sizes = sizes.of_one_tile()
     turns = CHUNK // TURN
 
-    def kernel(inputs, added, products, *, compiled=True):
+    def kernel(inputs, added, products):
         b, part, _, (c,) = sizes.place()
-        walk = Walk(sizes, inputs, compiled, b, [c])
+        walk = Walk(sizes, inputs, b, [c])
         (A,) = walk.tiles(inputs.A)
         first, last = sizes.chunk_bounds(part)
         begin = last * turns - 1 if reverse else first * turns
@@ -417,5 +417,5 @@ def _summaries(sizes: Sizes, inputs: Inputs, reverse: bool) -> tuple[jax.Array, 
         (inputs,),
         (of_parts, of_parts),
         warps=1,
-        interpreted=functools.partial(kernel, compiled=False),
+        interpret=sizes.interpret,
     )

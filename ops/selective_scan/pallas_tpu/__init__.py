@@ -84,6 +84,7 @@ def forward(
     delta_softplus,
     eigenvalue_range,
     with_starts=False,
+    interpret=False,
 ):
     """Shapes as in `api.py`; returns y in x's dtype, the final state in float32 and the starts of
     `around.py`, or None."""
@@ -112,6 +113,7 @@ def forward(
             *([_chunk_starts(scan, blocks.chunk // gating.CHUNK)] if keeps else []),
         ],
         kernels.forward_scratch(scan),
+        interpret=interpret,
     )
     (_, length, channels), states = x.shape, A.shape[1]
     number = pl.cdiv(length, gating.CHUNK)
@@ -136,6 +138,7 @@ def backward(
     *,
     delta_softplus,
     eigenvalue_range,
+    interpret=False,
 ):
     """Cotangents of x, delta, A, B, C, D, z, bias (of these three None where they are) and
     initial_state; starts: those of `forward`, or None."""
@@ -168,6 +171,7 @@ def backward(
             ],
             [_chunk_starts(scan)],
             kernels.states_scratch(scan),
+            interpret=interpret,
         )
 
     tokens = blocks.tokens(reverse=True)
@@ -201,6 +205,7 @@ def backward(
             *([] if bias is None else [of_rows]),
         ],
         kernels.backward_scratch(scan),
+        interpret=interpret,
     )
     others = iter(others)
     dz = None if z is None else next(others)[:, :, :channels]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.compiled.kernels import kernel_calls
-from ops.framework.by_platform import by_platform
+from ops.framework.platforms import by_platform
 
 
 def choice(traced):

@@ -13,11 +13,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ops.delta_rule import pallas_tpu as delta_kernels
 from ops.diagonal_scan import pallas_tpu as diagonal_kernels
+from ops.framework import platforms
 from ops.gated_linear_attention import pallas_tpu as attention_kernels
 from ops.selective_scan import gating
 from ops.selective_scan import pallas_tpu as selective_kernels
 from ops.short_convolution import pallas_tpu as convolution_kernels
-from ops.tpu import blocks, channels
 from tests.contracts.ops import assert_close
 from tests.ops import (
     delta_rule_test,
@@ -60,8 +60,7 @@ def cases() -> Iterator[object]:
 def simulated_tpu(monkeypatch):
     # The simulation has side effects in an order, which a choice by platform does not pass on to
     # jax.
-    for module in (blocks, channels):
-        monkeypatch.setattr(module, "by_platform", lambda forms, *arrays: forms["cpu"](*arrays))
+    monkeypatch.setattr(platforms, "by_platform", lambda forms, *arrays: forms["cpu"](*arrays))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(random_seed=SWAPPED)):
         yield
     # An exception inside a kernel leaves it unusable.

@@ -39,7 +39,7 @@ from models.parts.projections import (
     split_heads,
 )
 from models.parts.rotary import LearnedRotation
-from ops.framework.segments import document_starts
+from ops.framework import segments
 from ops.window_attention.api import init_window_state, window_attention
 
 
@@ -95,7 +95,7 @@ class DiagAttention(nnx.Module):
         window = state["window"]
         window = window._replace(valid=window.valid & ~starts_BT[:, :1])
         if segment_ids is not None:
-            starts_BT |= document_starts(segment_ids)
+            starts_BT |= segments.starts(segment_ids)
         o_BTHV, window = window_attention(
             self.rotation(split_heads(self.query(x_BTD), self.heads), positions_BT),
             self.rotation(split_heads(self.key(x_BTD), self.heads), positions_BT),

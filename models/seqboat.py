@@ -51,7 +51,7 @@ from models.parts.projections import projection
 from models.parts.rotary import check_pairs, rotate
 from models.parts.variables import report
 from ops.diagonal_scan.api import diagonal_scan
-from ops.framework.segments import document_starts
+from ops.framework import segments
 from ops.window_attention.api import ACTIVATIONS, WindowState, init_window_state, window_attention
 
 
@@ -123,7 +123,7 @@ def compress(active_BT: jax.Array, segment_ids: jax.Array | None) -> Compressed:
     row_BT = jnp.maximum(jnp.cumsum(active_BT, axis=1) - 1, 0)
     document_BT = jnp.zeros(active_BT.shape, jnp.int32)
     if segment_ids is not None:
-        starts_BT = document_starts(segment_ids)
+        starts_BT = segments.starts(segment_ids)
         document_BT = jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32)
     return Compressed(
         token_BT,

@@ -44,7 +44,7 @@ from models.monarch_mixer.monarch import monarch_convolution
 from models.parts.options import check_choice
 from models.parts.projections import FAN_IN_UNIFORM, projection
 from models.parts.short_convolution import ShortConvolution
-from ops.framework.segments import document_starts
+from ops.framework import segments
 from ops.long_convolution.api import long_convolution
 from ops.long_convolution.documents import document_convolution
 
@@ -188,7 +188,7 @@ class MonarchMixer(nnx.Module):
         batch, length, _ = x_BTE.shape
         document_BT = jnp.zeros((batch, length), jnp.int32)
         if segment_ids is not None:
-            starts_BT = document_starts(segment_ids)
+            starts_BT = segments.starts(segment_ids)
             document_BT = jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32)
         kept = self.context_length - 1
         seen_BTE = x_BTE

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ops.framework.segments import document_starts
+from ops.framework import segments
 
 
 def count_positions(start_B: jax.Array, length: int, segment_ids: jax.Array | None) -> jax.Array:
@@ -16,5 +16,5 @@ def count_positions(start_B: jax.Array, length: int, segment_ids: jax.Array | No
     counted_BT = start_B[:, None] + index_BT
     if segment_ids is None:
         return counted_BT
-    begin_BT = lax.cummax(jnp.where(document_starts(segment_ids), index_BT, 0), axis=1)
+    begin_BT = lax.cummax(jnp.where(segments.starts(segment_ids), index_BT, 0), axis=1)
     return jnp.where(begin_BT > 0, index_BT - begin_BT, counted_BT)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ops.framework.segments import document_starts
+from ops.framework import segments
 
 
 def running_normaliser(
@@ -20,7 +20,7 @@ def running_normaliser(
     if segment_ids is None:
         starts_BT1 = jnp.zeros((*k_BTD.shape[:2], 1), bool)
     else:
-        starts_BT1 = document_starts(segment_ids)[..., None]
+        starts_BT1 = segments.starts(segment_ids)[..., None]
     own_BTD = jnp.where(starts_BT1, jnp.logaddexp(empty, k_BTD), k_BTD)
     own_BTD = own_BTD.at[:, 0].set(jnp.logaddexp(initial_BD, k_BTD[:, 0]))
 

@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..framework.segments import continues
 from .segment_states import SegmentChunks, segment_chunks
 
 # float32 in, float32 out on every backend: the default precision of TPUs and GPUs rounds the
@@ -146,11 +147,7 @@ def decay_factors(
         else:
             a_BTHE = a if a.ndim == 4 else a[..., None]
     if segment_ids is not None:
-        continues_BT = jnp.concatenate(
-            [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] == segment_ids[:, :-1]],
-            axis=1,
-        )
-        a_BTHE = jnp.where(continues_BT[:, :, None, None], a_BTHE, 0.0)
+        a_BTHE = jnp.where(continues(segment_ids)[:, :, None, None], a_BTHE, 0.0)
     return to_chunks(a_BTHE, chunk, fill=1.0, segments=segments)
 
 

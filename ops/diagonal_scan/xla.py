@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..framework import segments
+
 
 def _times(x, y):
     if len(x) == 1:
@@ -40,16 +42,6 @@ def _add(x, y):
 
 def _where_kept(keep_B, x_BN):
     return x_BN if keep_B is None else tuple(jnp.where(keep_B[:, None], part, 0.0) for part in x_BN)
-
-
-def _keep(segment_ids):
-    """Whether a token continues the segment of the one before [B, T]; the first continues that of
-    the initial state."""
-    if segment_ids is None:
-        return None
-    return jnp.pad(
-        segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True
-    )
 
 
 def _cast(*numbers):
@@ -77,7 +69,7 @@ def forward(a, b, initial_state, segment_ids):
         h_BN = _add(_times(a_1N or a_BN, _where_kept(keep_B, h_BN)), b_BN)
         return h_BN, h_BN
 
-    tokens = _time_first((a_BTN, b_BTN, _keep(segment_ids)))
+    tokens = _time_first((a_BTN, b_BTN, segments.continues(segment_ids)))
     final_BN, h_TBN = lax.scan(step, h_BN, tokens)
     return _time_first(h_TBN), final_BN
 
@@ -111,7 +103,7 @@ def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
     (dinitial_BN, da_BN), (da_TBN, g_TBN) = lax.scan(
         retreat,
         (zeros_BN, None if a_1N is None else zeros_BN),
-        _time_first((a_BTN, _keep(segment_ids), before_BTN, dh_BTN)),
+        _time_first((a_BTN, segments.continues(segment_ids), before_BTN, dh_BTN)),
         reverse=True,
     )
     if da_BN is None:

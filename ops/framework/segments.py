@@ -1,11 +1,50 @@
-"""Where the documents of a packed sequence begin and go on."""
+"""Does a segment go on here? The one answer to it, for everything but the references.
+
+`segment_ids` [B, T] are compared with their neighbours only: a segment is a run of equal ids, and
+ids that come back start another. The first token goes on with what came before it, the initial
+state. None stands for one segment everywhere; the answer is then None too, and nothing has to be
+masked."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def document_starts(segment_ids: jax.Array) -> jax.Array:
-    """[B, T] bool: the id differs from the previous token's. The first token goes on with what came
-    before."""
-    same_B1 = jnp.zeros_like(segment_ids[:, :1], bool)
-    return jnp.concatenate((same_B1, segment_ids[:, 1:] != segment_ids[:, :-1]), axis=1)
+def starts(segment_ids: jax.Array | None) -> Any:
+    """[B, T] bool: whether a segment starts with this token; the first token starts none."""
+    if segment_ids is None:
+        return None
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
+def continues(segment_ids: jax.Array | None, *, reverse: bool = False) -> Any:
+    """[B, T] bool: whether the state before a token reaches it, that of the token before it or, of
+    the first, the initial state. Walking in reverse the token before is the one to the right."""
+    if segment_ids is None:
+        return None
+    beside = (0, 1) if reverse else (1, 0)
+    same = segment_ids[:, 1:] == segment_ids[:, :-1]
+    return jnp.pad(same, ((0, 0), beside), constant_values=True)
+
+
+def numbers(segment_ids: jax.Array | None) -> Any:
+    """[B, T] int32: how many segments have started up to this token, itself included; 0 for tokens
+    that go on with the initial state."""
+    if segment_ids is None:
+        return None
+    return jnp.cumsum(starts(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def reaches_start(segment_ids: jax.Array | None) -> Any:
+    """[B, T] bool: whether a token is in the first token's segment and so sees the initial
+    state."""
+    number = numbers(segment_ids)
+    return None if number is None else number == 0
+
+
+def reaches_end(segment_ids: jax.Array | None) -> Any:
+    """[B, T] bool: whether a token is in the last token's segment, so that the final state holds
+    it."""
+    number = numbers(segment_ids)
+    return None if number is None else number == number[:, -1:]

@@ -280,29 +280,6 @@ def segment_states(
     return Affine(summary, adjoint, act, act_transposed, split=False, every_segment=True)
 
 
-def starts(segment_ids: jax.Array | None) -> jax.Array | None:
-    """[B, T], whether a segment starts at a token after the first; None: nowhere."""
-    if segment_ids is None:
-        return None
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changed, ((0, 0), (1, 0)))
-
-
-def from_the_start(segment_ids: jax.Array | None) -> jax.Array | None:
-    """[B, T], the tokens of the first token's segment, up to where another starts."""
-    began = starts(segment_ids)
-    return None if began is None else jnp.cumsum(began, axis=1) == 0
-
-
-def to_the_end(segment_ids: jax.Array | None) -> jax.Array | None:
-    """[B, T], the tokens of the last token's segment, from where it starts."""
-    began = starts(segment_ids)
-    if began is None:
-        return None
-    count = jnp.cumsum(began, axis=1)
-    return count == count[:, -1:]
-
-
 def _kept(keep_B: jax.Array | None, values: Any) -> Any:
     """Zeros where not keep; arrays [B, ...]."""
     if keep_B is None:

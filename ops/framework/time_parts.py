@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .segments import document_starts
+from . import segments
 from .sharding import constrain
 
 
@@ -42,7 +42,7 @@ def documents(segment_ids: jax.Array | None, batch: int, length: int, parts: int
     part before."""
     if segment_ids is None:
         return jnp.zeros((batch * parts, length // parts), jnp.int32)
-    return jnp.cumsum(to_parts(document_starts(segment_ids), parts), axis=1)
+    return jnp.cumsum(to_parts(segments.starts(segment_ids), parts), axis=1)
 
 
 def along_parts(

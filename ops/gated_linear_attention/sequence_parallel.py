@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from ..chunks import chunking
 from ..chunks.chunking import einsum
-from ..framework.sequence_parallel import Affine, from_the_start, segment_states, to_the_end
+from ..framework import segments
+from ..framework.sequence_parallel import Affine, segment_states
 
 
 def _prefix_log(decay_log, length):
@@ -53,7 +54,7 @@ def _transition(prefix_log, keep_BT, batch, heads):
 def _queries(local, q, decay_log, segment_ids, heads):
     """E [B, T, H, K] and A."""
     log = None if decay_log is None else _prefix_log(decay_log, q.shape[1])
-    keep = from_the_start(segment_ids)
+    keep = segments.reaches_start(segment_ids)
     q = local.static["scale"] * chunking.repeat_heads(q, heads)
     return _weighted(q, log, keep), _transition(log, keep, q.shape[0], heads)
 
@@ -64,7 +65,7 @@ def summary(local, q, k, v, decay_log, segment_ids):
     k_end = _weighted(
         chunking.repeat_heads(k, heads),
         None if decay_log is None else _suffix_log(decay_log, length),
-        to_the_end(segment_ids),
+        segments.reaches_end(segment_ids),
     )
     M = einsum("bthk,bthv->bhkv", k_end, v.astype(jnp.float32))
     zero = jnp.zeros((batch, heads, k.shape[-1], value_size), jnp.float32)
@@ -88,8 +89,8 @@ OVER_TIME = Affine(summary, adjoint, jnp.multiply, jnp.multiply, split=False)
 def _segment_transition(local, q, k, v, decay_log, segment_ids):
     """A with `num_segments`, [B, S, H, K or 1, 1]."""
     del q, k
-    (batch, length, heads, _), segments = v.shape, local.static["num_segments"]
-    member = segment_ids[..., None] == jnp.arange(segments)[None, None]
+    (batch, length, heads, _), count = v.shape, local.static["num_segments"]
+    member = segment_ids[..., None] == jnp.arange(count)[None, None]
     if decay_log is None:
         g = jnp.zeros((batch, length, heads, 1), jnp.float32)
     elif decay_log.ndim == 1:

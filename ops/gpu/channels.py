@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from ..framework import segments
 from . import tiles as gpu
 
 # Programs of one warp that count as one of `gpu.FILLING_PROGRAMS`, of four: three, so that 1024
@@ -42,12 +43,9 @@ def parts(length: int, programs: int) -> int:
 
 
 def keep_states(segment_ids: jax.Array | None) -> jax.Array | None:
-    """[B, T] int32, 0 for tokens that start a segment; the first continues that of the initial
-    state."""
-    if segment_ids is None:
-        return None
-    same = segment_ids[:, 1:] == segment_ids[:, :-1]
-    return jnp.pad(same.astype(jnp.int32), ((0, 0), (1, 0)), constant_values=1)
+    """`segments.continues` as the int32 that kernels load."""
+    keep = segments.continues(segment_ids)
+    return None if keep is None else keep.astype(jnp.int32)
 
 
 def pad_last(x: jax.Array, size: int) -> jax.Array:

@@ -34,14 +34,6 @@ from . import tiles as gpu
 CHANNELS = 32  # channels of a tile where each has its own decay
 
 
-def segment_numbers(segment_ids: jax.Array | None) -> jax.Array | None:
-    """[B, T] int32, counted up where the id changes; None for one segment."""
-    if segment_ids is None:
-        return None
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(jnp.cumsum(changes, 1, dtype=jnp.int32), ((0, 0), (1, 0)))
-
-
 class Segments(NamedTuple):
     """Numbers of a chunk's tokens [C], of the token before the chunk and of its last token."""
 

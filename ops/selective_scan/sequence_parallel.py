@@ -9,7 +9,8 @@ exp(A sum_t delta_t), or what the op makes of ones without input where factors a
 
 import jax.numpy as jnp
 
-from ..framework.sequence_parallel import Affine, from_the_start
+from ..framework import segments
+from ..framework.sequence_parallel import Affine
 from .gating import step_sizes
 
 
@@ -19,7 +20,7 @@ def _transition(local, x, delta, A, B, C, bias, segment_ids):
         steps = step_sizes(delta, bias, local.static["delta_softplus"])
         total_BD = jnp.sum(steps.astype(jnp.float32), axis=1)
         factor_BDN = jnp.exp(total_BD[:, :, None] * A.astype(jnp.float32)[None])
-        keep = from_the_start(segment_ids)
+        keep = segments.reaches_start(segment_ids)
         return factor_BDN if keep is None else jnp.where(keep[:, -1, None, None], factor_BDN, 0)
     ones = jnp.ones((batch, channels, A.shape[1]), jnp.float32)
     nothing = jnp.zeros_like(x)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..chunks.chunking import einsum
+from ..framework import segments
 from . import gating
 
 
@@ -44,16 +45,6 @@ def _write(x_BD, delta_BD, B_BN):
     return (delta_BD * x_BD)[:, None, :] * B_BN[:, :, None]
 
 
-def _keep(segment_ids):
-    """Whether a token continues the segment of the one before [B, T]; the first continues that of
-    the initial state."""
-    if segment_ids is None:
-        return None
-    return jnp.pad(
-        segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True
-    )
-
-
 def _to_chunks(array, chunk, fill=0):
     """[B, T, ...] -> [G, C, B, ...], time padded at the end; with delta = 0 a padded token leaves
     the state alone."""
@@ -64,8 +55,8 @@ def _to_chunks(array, chunk, fill=0):
 
 
 def _keep_chunks(segment_ids, chunk):
-    """`_keep` [G, C, B]; padded tokens continue."""
-    keep_BT = _keep(segment_ids)
+    """Whether a token continues a segment [G, C, B]; padded ones do."""
+    keep_BT = segments.continues(segment_ids)
     return None if keep_BT is None else _to_chunks(keep_BT, chunk, fill=True)
 
 

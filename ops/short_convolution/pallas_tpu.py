@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..framework import segments
 from ..tpu.blocks import LANES
-from ..tpu.channels import SUBLANES, Blocks, call, cut, keep_states, pad_channels
+from ..tpu.channels import SUBLANES, Blocks, call, cut, pad_channels
 from . import xla
 
 
@@ -156,7 +157,7 @@ def _convolution(x, w, segment_ids) -> tuple[_Convolution, jax.Array | None]:
     conv = _Convolution(blocks, w.shape[0], segment_ids is not None)
     if segment_ids is None:
         return conv, None
-    keep_BT, length = keep_states(segment_ids).astype(jnp.int32), x.shape[1]
+    keep_BT, length = segments.continues(segment_ids).astype(jnp.int32), x.shape[1]
     depth_BT = jnp.zeros_like(keep_BT)
     for lag in reversed(range(w.shape[0] - 1)):
         ahead = jnp.pad(keep_BT, ((0, 0), (lag, 0)), constant_values=1)[:, :length]

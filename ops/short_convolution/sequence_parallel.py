@@ -6,12 +6,13 @@ first W - 1 outputs alone."""
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ..framework.sequence_parallel import CARRIED, Line, to_the_end
+from ..framework import segments
+from ..framework.sequence_parallel import CARRIED, Line
 
 
 def _tail(x, segment_ids, taps):
     """The state that these inputs leave [B, W - 1, D]."""
-    keep_BT = to_the_end(segment_ids)
+    keep_BT = segments.reaches_end(segment_ids)
     x = x if keep_BT is None else jnp.where(keep_BT[..., None], x, 0)
     return x[:, x.shape[1] - (taps - 1) :].astype(jnp.float32)
 

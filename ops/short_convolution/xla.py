@@ -20,6 +20,7 @@ ahead of time, four taps; not measured)."""
 import jax.numpy as jnp
 
 from ..chunks.chunking import einsum
+from ..framework import segments
 
 
 def _inputs(x, initial_state):
@@ -32,9 +33,8 @@ def _runs(segment_ids, taps):
     another), or None."""
     if segment_ids is None:
         return None
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     # The inputs before the first token are in its segment, run 0.
-    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (taps, 0)))
+    return jnp.pad(segments.numbers(segment_ids), ((0, 0), (taps - 1, 0)))
 
 
 def _keep(array_BXD, runs_BX, runs):

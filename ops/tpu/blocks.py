@@ -301,11 +301,6 @@ def valid_rows(blocks: Blocks, chunk_index: jax.Array) -> jax.Array | None:
     )
 
 
-def segment_starts(segment_ids: jax.Array) -> jax.Array:
-    """[B, T] bool: tokens before which the state is dropped."""
-    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-
-
 def chunk_rows(x_BHT: jax.Array, blocks: Blocks) -> jax.Array:
     """[B, n heads, T] -> [B, n, G, heads, C] in float32, or [B, 1, G, 1, C] of one head for all.
 

@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..framework import segments
 from .blocks import LANES, VMEM_BYTES
 
 SUBLANES = 8
@@ -201,14 +202,6 @@ def call(
     )(*arrays)
 
 
-def keep_states(segment_ids: jax.Array) -> jax.Array:
-    """[B, T] bool: tokens that continue the segment of the one before; the first continues the
-    initial state's."""
-    return jnp.pad(
-        segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True
-    )
-
-
 def keep_scalars(
     segment_ids: jax.Array | None, blocks: Blocks, reverse: bool = False, *, past: int
 ) -> tuple[jax.Array, pl.BlockSpec]:
@@ -217,7 +210,7 @@ def keep_scalars(
     keep = (
         jnp.ones((blocks.batch, blocks.length), jnp.int32)
         if segment_ids is None
-        else keep_states(segment_ids).astype(jnp.int32)
+        else segments.continues(segment_ids).astype(jnp.int32)
     )
     padding = ((0, 0), (0, blocks.chunks * blocks.chunk - blocks.length))
     keep = jnp.pad(keep, padding, constant_values=past)

@@ -38,17 +38,8 @@ import numpy as np
 from jax import lax
 
 from ..chunks.chunking import einsum
-from .blocks import (
-    LOG_ZERO,
-    Blocks,
-    Matmul,
-    chunk_rows,
-    flat,
-    indices,
-    read,
-    segment_starts,
-    valid_rows,
-)
+from ..framework import segments
+from .blocks import LOG_ZERO, Blocks, Matmul, chunk_rows, flat, indices, read, valid_rows
 
 SUBLANES = 8  # rows of a float32 register
 SMALL_LEVELS = (1, 2, 4)
@@ -110,7 +101,7 @@ def decay(
     else:
         log_BHT = decay_log.astype(jnp.float32).swapaxes(1, 2)
     if segment_ids is not None:
-        log_BHT = jnp.where(segment_starts(segment_ids)[:, None], LOG_ZERO, log_BHT)
+        log_BHT = jnp.where(segments.starts(segment_ids)[:, None], LOG_ZERO, log_BHT)
     return ScalarDecay.inputs(matmul, blocks, chunk_rows(log_BHT, blocks), reverse)
 
 
@@ -303,7 +294,7 @@ class VectorDecay:
             )
         ]
         if segment_ids is not None:
-            rows = chunk_rows(segment_starts(segment_ids)[:, None], blocks)
+            rows = chunk_rows(segments.starts(segment_ids)[:, None], blocks)
             inputs.append((rows, blocks.rows(rows, reverse)))
         return VectorDecay(matmul, blocks, parts, segment_ids is not None), inputs
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ..framework.sequence_parallel import CARRIED, Line, to_the_end
+from ..framework import segments
+from ..framework.sequence_parallel import CARRIED, Line
 from ..framework.sharding import SEQUENCE
 from . import ring
 
@@ -32,7 +33,7 @@ def _kept(keep, x):
 
 def _tail(k, v, segment_ids, past):
     """The state that these tokens leave by themselves; at least `past` of them."""
-    keep = to_the_end(segment_ids)
+    keep = segments.reaches_end(segment_ids)
     keep = jnp.ones(k.shape[:2], bool) if keep is None else keep
     first = k.shape[1] - past
     keep = keep[:, first:]
@@ -95,8 +96,7 @@ def _all_runs(line: Line, ids, batch, length):
     if ids is None:
         return jnp.zeros((batch, line.size * length), jnp.int32)
     ids = lax.all_gather(ids, SEQUENCE, axis=1, tiled=True)
-    run = jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1, dtype=jnp.int32)
-    return jnp.pad(run, ((0, 0), (1, 0)))
+    return segments.numbers(ids)
 
 
 def _own(line: Line, x, length):

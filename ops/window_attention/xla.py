@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..chunks.chunking import einsum
+from ..framework import segments
 
 # Below this length the products are too small to be worth a block of their own; above, the logits
 # of all blocks at once would be too large to keep.
@@ -30,8 +31,7 @@ def _runs(segment_ids, valid_past, batch, length):
     if segment_ids is None:
         runs_BT = jnp.zeros((batch, length), jnp.int32)
     else:
-        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-        runs_BT = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+        runs_BT = segments.numbers(segment_ids)
     return jnp.concatenate([jnp.where(valid_past, 0, -1), runs_BT], axis=1)
 
 

@@ -51,10 +51,11 @@ import jax
 import jax.numpy as jnp
 
 from ...chunks.chunking import einsum, flip
+from ...framework import segments
 from ...gpu import pieces
 from ...gpu import tiles as gpu
 from ...gpu.chunks import Sizes, key_dtypes
-from ...gpu.decay import channel_scores_adjoint, segment_numbers
+from ...gpu.decay import channel_scores_adjoint
 from .gradients import chunk_gradients
 from .walks import Given, Writes, compute_writes, given_inputs, state_width, walk, walk_back
 
@@ -143,7 +144,7 @@ def _backward(
             q,
             k,
             decay_log,
-            segment_numbers(segment_ids),
+            segments.numbers(segment_ids),
             made.by_channel,
             scale,
             sizes.chunk,

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from ...framework import segments
 from ...gpu import tiles as gpu
 from ...gpu.chunks import Chunk, Inputs, Sizes
-from ...gpu.decay import channel_scores, segment_numbers
+from ...gpu.decay import channel_scores
 from ...gpu.inverse import unit_lower_inverse
 
 
@@ -44,7 +45,7 @@ class Writes(NamedTuple):
 def given_inputs(q, k, v, beta, decay_log, segment_ids, scale, interpret) -> tuple[Sizes, Given]:
     (batch, length, heads, value), key = v.shape, q.shape[-1]
     chunk, dtype = chunk_length(length, key), gpu.matmul_dtype(q, k, v)
-    numbers = segment_numbers(segment_ids)
+    numbers = segments.numbers(segment_ids)
     if decay_log is None or decay_log.ndim < 4:
         sizes = Sizes(batch, length, heads, key, value, chunk, dtype, scale, interpret)
         return sizes, Given(Inputs(q, k, decay_log, numbers), v, beta)

@@ -34,10 +34,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from ...framework import segments
 from ...gpu import pieces
 from ...gpu import tiles as gpu
 from ...gpu.chunks import Chunk, Inputs, Sizes, chunk_length, key_dtypes
-from ...gpu.decay import ChannelDecay, channel_scores, channel_scores_adjoint, segment_numbers
+from ...gpu.decay import ChannelDecay, channel_scores, channel_scores_adjoint
 from .gradients import chunk_gradients
 
 MAX_SIZE = 256  # of K and V: what fits registers
@@ -66,7 +67,7 @@ def _inputs(
     (batch, length, heads, value), key = v.shape, q.shape[-1]
     dtype = gpu.matmul_dtype(q, k, v)
     chunk = chunk_length(length)
-    numbers = segment_numbers(segment_ids)
+    numbers = segments.numbers(segment_ids)
     if not _by_channel(decay_log):
         sizes = Sizes(batch, length, heads, key, value, chunk, dtype, scale, interpret)
         return sizes, Inputs(q, k, decay_log, numbers)
@@ -292,7 +293,7 @@ def _backward(
             q,
             k,
             decay_log,
-            segment_numbers(segment_ids),
+            segments.numbers(segment_ids),
             ChannelDecay(*of_keys, total=dlog),
             scale,
             sizes.chunk,

@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..chunks.segment_states import scan_segments
-
 
 def delta_rule(q, k, v, beta, decay_log, scale, initial_state, segment_ids, num_segments=None):
-    """D_t = Diag(exp(decay_log_t)) S_{t-1},   S_t = D_t + beta_t k_t^T (v_t - k_t D_t),   o_t =
-                                               scale q_t S_t.
+    """D_t = Diag(exp(decay_log_t)) S_{t-1}
+    S_t = D_t + beta_t k_t^T (v_t - k_t D_t)
+    o_t = scale q_t S_t
 
     Shapes as in `api.py`, `initial_state` [B, H, K, V] or [B, S, H, K, V] given. Returns o [B, T,
     H, V] and the final state, both float32."""
@@ -26,23 +25,28 @@ def delta_rule(q, k, v, beta, decay_log, scale, initial_state, segment_ids, num_
         g = decay_log.astype(jnp.float32)
         g = {1: lambda: g[None, None, :, None], 3: lambda: g[..., None], 4: lambda: g}[g.ndim]()
         decay_BTHK = jnp.exp(jnp.broadcast_to(g, (batch, length, heads, key_size)))
-    if segment_ids is None or num_segments is not None:
-        keep_BT = jnp.ones((batch, length), jnp.float32)
-    else:  # the first token continues the initial state
-        same = segment_ids[:, 1:] == segment_ids[:, :-1]
-        keep_BT = jnp.concatenate([jnp.ones((batch, 1), bool), same], axis=1).astype(jnp.float32)
+    keep_BT, segment_BT = jnp.ones((batch, length)), jnp.zeros((batch, length), jnp.int32)
+    if num_segments is not None:  # each token takes and leaves the state of its own segment
+        segment_BT, states_BSHKV = segment_ids, initial_state
+    else:  # one state, dropped where a segment starts; the first token continues the initial one
+        states_BSHKV = initial_state[:, None]
+        if segment_ids is not None:
+            same = segment_ids[:, 1:] == segment_ids[:, :-1]
+            keep_BT = jnp.pad(same, ((0, 0), (1, 0)), constant_values=True).astype(jnp.float32)
+    every_B = jnp.arange(batch)
 
-    def step(S_BHKV, token):
-        q_BHK, k_BHK, v_BHV, beta_BH, decay_BHK, keep_B = token
+    def step(states_BSHKV, token):
+        q_BHK, k_BHK, v_BHV, beta_BH, decay_BHK, keep_B, segment_B = token
+        S_BHKV = states_BSHKV[every_B, segment_B]
         D_BHKV = keep_B[:, None, None, None] * decay_BHK[..., None] * S_BHKV
         read_BHV = jnp.einsum("bhk,bhkv->bhv", k_BHK, D_BHKV, precision=lax.Precision.HIGHEST)
         write_BHV = beta_BH[..., None] * (v_BHV - read_BHV)
         S_BHKV = D_BHKV + k_BHK[..., None] * write_BHV[..., None, :]
         o_BHV = jnp.einsum("bhk,bhkv->bhv", scale * q_BHK, S_BHKV, precision=lax.Precision.HIGHEST)
-        return S_BHKV, o_BHV
+        return states_BSHKV.at[every_B, segment_B].set(S_BHKV), o_BHV
 
-    tokens = (q_BTHK, k_BTHK, v_BTHV, beta_BTH, decay_BTHK, keep_BT)
+    tokens = (q_BTHK, k_BTHK, v_BTHV, beta_BTH, decay_BTHK, keep_BT, segment_BT)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
-    segment_TB = None if num_segments is None or segment_ids is None else segment_ids.T
-    state, o_TBHV = scan_segments(step, initial_state.astype(jnp.float32), tokens, segment_TB)
+    states_BSHKV, o_TBHV = lax.scan(step, states_BSHKV.astype(jnp.float32), tokens)
+    state = states_BSHKV[:, 0] if num_segments is None else states_BSHKV
     return jnp.moveaxis(o_TBHV, 0, 1), state

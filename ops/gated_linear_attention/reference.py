@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..chunks.segment_states import scan_segments
-
 
 def gated_linear_attention(
     q, k, v, decay_log, scale, initial_state, segment_ids, num_segments=None
@@ -27,24 +25,28 @@ def gated_linear_attention(
         g = decay_log.astype(jnp.float32)
         g = {1: lambda: g[None, None, :, None], 3: lambda: g[..., None], 4: lambda: g}[g.ndim]()
         decay_BTHK = jnp.exp(jnp.broadcast_to(g, (batch, length, heads, key_size)))
-    if segment_ids is None or num_segments is not None:
-        keep_BT = jnp.ones((batch, length), jnp.float32)
-    else:  # the first token continues the initial state
-        same = segment_ids[:, 1:] == segment_ids[:, :-1]
-        keep_BT = jnp.concatenate([jnp.ones((batch, 1), bool), same], axis=1).astype(jnp.float32)
+    keep_BT, segment_BT = jnp.ones((batch, length)), jnp.zeros((batch, length), jnp.int32)
+    if num_segments is not None:  # each token takes and leaves the state of its own segment
+        segment_BT, states_BSHKV = segment_ids, initial_state
+    else:  # one state, dropped where a segment starts; the first token continues the initial one
+        states_BSHKV = initial_state[:, None]
+        if segment_ids is not None:
+            same = segment_ids[:, 1:] == segment_ids[:, :-1]
+            keep_BT = jnp.pad(same, ((0, 0), (1, 0)), constant_values=True).astype(jnp.float32)
+    every_B = jnp.arange(batch)
 
-    def step(S_BHKV, token):
-        q_BHK, k_BHK, v_BHV, decay_BHK, keep_B = token
+    def step(states_BSHKV, token):
+        q_BHK, k_BHK, v_BHV, decay_BHK, keep_B, segment_B = token
+        S_BHKV = states_BSHKV[every_B, segment_B]
         S_BHKV = (
             keep_B[:, None, None, None] * decay_BHK[..., None] * S_BHKV
             + k_BHK[..., None] * v_BHV[..., None, :]
         )
         o_BHV = jnp.einsum("bhk,bhkv->bhv", scale * q_BHK, S_BHKV, precision=lax.Precision.HIGHEST)
-        return S_BHKV, o_BHV
+        return states_BSHKV.at[every_B, segment_B].set(S_BHKV), o_BHV
 
-    tokens = jax.tree.map(
-        lambda x: jnp.moveaxis(x, 1, 0), (q_BTHK, k_BTHK, v_BTHV, decay_BTHK, keep_BT)
-    )
-    segment_TB = None if num_segments is None or segment_ids is None else segment_ids.T
-    state, o_TBHV = scan_segments(step, initial_state.astype(jnp.float32), tokens, segment_TB)
+    tokens = (q_BTHK, k_BTHK, v_BTHV, decay_BTHK, keep_BT, segment_BT)
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    states_BSHKV, o_TBHV = lax.scan(step, states_BSHKV.astype(jnp.float32), tokens)
+    state = states_BSHKV[:, 0] if num_segments is None else states_BSHKV
     return jnp.moveaxis(o_TBHV, 0, 1), state

@@ -8,13 +8,11 @@ memory, forward or backward. Besides the inputs the states before every `CHUNK` 
 the backward pass, which recomputes the others between them: at N = 16 four bytes for four tokens of
 a channel. Without them the states would have to be walked through once more, from the first to the
 last, before the walk back can begin. Step sizes are not kept: the TPU kernels make them where they
-use them; the other implementations, through `forward` and `backward` here, leave them to XLA,
-inside the rules. On a GPU a kernel would compute them in each of the four threads that share a
+use them; the other implementations leave them to XLA, inside the rules. On a GPU a kernel would compute them in each of the four threads that share a
 channel of N = 16, in each of its passes: eight exponentials and logarithms for a token and channel
 take half a clock of a multiprocessor, in which memory has ten bytes; leaving them to XLA costs
 eight, of float32 steps from a bfloat16 `delta`."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,34 +37,18 @@ def step_sizes(delta: jax.Array, bias: jax.Array | None, softplus: bool) -> jax.
     return jax.nn.softplus(delta.astype(jnp.float32)) if softplus else delta
 
 
-def forward(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward rule of step sizes as one of what they are made of."""
-
-    @functools.wraps(rule)
-    def with_bias(x, delta, A, B, C, D, z, bias, *rest, delta_softplus, **static):
-        steps = step_sizes(delta, bias, delta_softplus)
-        return rule(x, steps, A, B, C, D, z, *rest, **static)
-
-    return with_bias
-
-
-def backward(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Likewise a backward rule, the gradient of `bias` [D] (None without) after that of z."""
-
-    @functools.wraps(rule)
-    def with_bias(x, delta, A, B, C, D, z, bias, *rest, delta_softplus, **static):
-        steps, pull = delta, None
-        if bias is not None or delta_softplus:
-            steps, pull = jax.vjp(
-                lambda delta, bias: step_sizes(delta, bias, delta_softplus),
-                delta.astype(jnp.float32),
-                None if bias is None else bias.astype(jnp.float32),
-            )
-        dx, ddelta, *gradients, dz, dinitial = rule(x, steps, A, B, C, D, z, *rest, **static)
-        ddelta, dbias = pull(ddelta) if pull else (ddelta, None)
-        return dx, ddelta, *gradients, dz, dbias, dinitial
-
-    return with_bias
+def step_sizes_vjp(
+    delta: jax.Array, bias: jax.Array | None, softplus: bool
+) -> tuple[jax.Array, Callable[..., Any]]:
+    """`step_sizes` [B, T, D], and the function that makes of their gradient those of `delta` and
+    `bias` (None without)."""
+    if bias is None and not softplus:
+        return delta, lambda dsteps: (dsteps, None)
+    return jax.vjp(
+        lambda delta, bias: step_sizes(delta, bias, softplus),
+        delta.astype(jnp.float32),
+        None if bias is None else bias.astype(jnp.float32),
+    )
 
 
 def gate(y: jax.Array, z: jax.Array) -> jax.Array:

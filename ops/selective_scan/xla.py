@@ -69,12 +69,25 @@ def _cast(*arrays):
     return tuple(array.astype(jnp.float32) for array in arrays)
 
 
-@gating.forward
 def forward(
-    x, delta, A, B, C, D, z, initial_state, segment_ids, *, eigenvalue_range, with_starts=False
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    initial_state,
+    segment_ids,
+    *,
+    delta_softplus,
+    eigenvalue_range,
+    with_starts=False,
 ):
-    """Shapes as in `api.py`; returns y in float32, the final state and the starts of `around.py`,
-    or None."""
+    """y in float32, the final state, and the states at the starts of chunks (`gating.py`) or None;
+    shapes as in `api.py`."""
+    delta = gating.step_sizes(delta, bias, delta_softplus)
     keeps = with_starts and gating.keeps_starts(x, A)
     chunk = gating.CHUNK if keeps else x.shape[1]
     x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, h_BDN = _cast(x, delta, A, B, C, initial_state)
@@ -104,7 +117,6 @@ def forward(
     return y_BTD, state_BND.swapaxes(1, 2), starts
 
 
-@gating.backward
 def backward(
     x,
     delta,
@@ -113,16 +125,19 @@ def backward(
     C,
     D,
     z,
+    bias,
     initial_state,
     segment_ids,
     starts,
     dout,
     dfinal_state,
     *,
+    delta_softplus,
     eigenvalue_range,
 ):
-    """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state, in
-    float32; starts: those of `forward`, or None."""
+    """Gradients of x, delta, A, B, C, D, z, bias (of these three None where they are) and
+    initial_state, in float32; starts: what `forward` left, or None."""
+    delta, pull_delta = gating.step_sizes_vjp(delta, bias, delta_softplus)
     x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, h_BDN = _cast(x, delta, A, B, C, initial_state)
     dy = per_y = dout.astype(jnp.float32)
     if z is not None:
@@ -197,4 +212,5 @@ def backward(
         y = None if y is None else y + skip * x_BTD
     dz = None if y is None else per_y * y
     dA = dA_BND.sum(0).T
-    return dx, ddelta, dA, dB, dC, dD, dz, dinitial_BND.swapaxes(1, 2)
+    ddelta, dbias = pull_delta(ddelta)
+    return dx, ddelta, dA, dB, dC, dD, dz, dbias, dinitial_BND.swapaxes(1, 2)

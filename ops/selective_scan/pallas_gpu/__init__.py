@@ -26,7 +26,7 @@ k_t h_{t-1}:
     dx_t = delta_t du_t + D dy_t                  ddelta_t = x_t du_t + sum_n A dw_t           dD =
     sum_bt dy_t x_t
 
-The states at the starts of chunks of 64 tokens are those that the forward rule kept (`around.py`),
+The states at the starts of chunks of 64 tokens are those that the forward rule kept (`gating.py`),
 or a first kernel makes them. A program takes chunk after chunk from the last to the first: it walks
 through one, leaving the state before every fourth token in memory of its own (of which the
 second-level cache holds that of all running programs), and goes back over it four tokens at a time,
@@ -84,7 +84,6 @@ def _sum_channels(tiles: Sequence[jax.Array]) -> jax.Array:
     return total.sum(0)
 
 
-@gating.forward
 def forward(
     x,
     delta,
@@ -93,15 +92,18 @@ def forward(
     C,
     D,
     z,
+    bias,
     initial_state,
     segment_ids,
     *,
+    delta_softplus,
     eigenvalue_range,
     with_starts=False,
     interpret=False,
 ):
-    """Shapes as in `api.py`; returns y in x's dtype, the final state in float32 and the starts of
-    `around.py`, or None."""
+    """y in x's dtype, the final state in float32, and the states at the starts of chunks
+    (`gating.py`) or None; shapes as in `api.py`."""
+    delta = gating.step_sizes(delta, bias, delta_softplus)
     (batch, length, channels), states = x.shape, A.shape[1]
     row = lanes(batch, channels, states)
     sizes = walks.make_sizes(x, A, eigenvalue_range, 1, row, interpret)
@@ -115,7 +117,6 @@ def forward(
     return y[:, :length, :channels], final[:, -1, :channels, :states], starts
 
 
-@gating.backward
 def backward(
     x,
     delta,
@@ -124,17 +125,20 @@ def backward(
     C,
     D,
     z,
+    bias,
     initial_state,
     segment_ids,
     starts,
     dout,
     dfinal_state,
     *,
+    delta_softplus,
     eigenvalue_range,
     interpret=False,
 ):
-    """Cotangents of x, delta, A, B, C, D, z (None without D, without z) and initial_state; starts:
-    those of `forward`, or None."""
+    """Gradients of x, delta, A, B, C, D, z, bias (of these three None where they are) and
+    initial_state; starts: what `forward` left, or None."""
+    delta, pull_delta = gating.step_sizes_vjp(delta, bias, delta_softplus)
     (batch, length, channels), states = x.shape, A.shape[1]
     sizes = walks.make_sizes(x, A, eigenvalue_range, ROWS, LANES, interpret)
     inputs = walks.make_inputs(sizes, x, delta, A, B, C, D, segment_ids, dout)
@@ -283,13 +287,15 @@ def backward(
         interpret=interpret,
     )
     dB, dC = (z.sum(1)[:, :length, :states] for z in (dB, dC))
+    ddelta, dbias = pull_delta(ddelta[:, :length, :channels])
     return (
         dx[:, :length, :channels],
-        ddelta[:, :length, :channels],
+        ddelta,
         dA.sum((0, 1))[:channels, :states],
         dB,
         dC,
         dD[0].sum((0, 1))[:channels] if dD else None,
         dz,
+        dbias,
         dinitial[:, 0, :channels, :states],
     )

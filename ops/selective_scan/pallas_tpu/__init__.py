@@ -10,7 +10,7 @@ for all blocks of channels. The sums over n wait for the end of 8 tokens: stored
 stride of 8 rows, they need one addition per register.
 
 Backward runs from the last chunk to the first. The states at the starts of the chunks are those
-that the forward rule kept (`around.py`), or a first kernel makes them; within a chunk the states
+that the forward rule kept (`gating.py`), or a first kernel makes them; within a chunk the states
 before each token, and e, are recomputed into fast memory. With g_t the gradient of h_t, k_t zero
 where a segment starts, and h_{t-1} standing for k_t h_{t-1}, from the last token to the first:
 
@@ -86,8 +86,8 @@ def forward(
     with_starts=False,
     interpret=False,
 ):
-    """Shapes as in `api.py`; returns y in x's dtype, the final state in float32 and the starts of
-    `around.py`, or None."""
+    """y in x's dtype, the final state in float32, and the states at the starts of chunks
+    (`gating.py`) or None; shapes as in `api.py`."""
     options = segment_ids, delta_softplus, eigenvalue_range
     keeps = with_starts and gating.keeps_starts(x, A)
     scan = _scan(x, A, z, bias, *options, TUNING.chunk, whole=keeps)

@@ -236,6 +236,7 @@ def test_forward_rules_keep_the_states_before_every_64_tokens(name, length, monk
             delta_softplus=True,
             eigenvalue_range=(0, 1),
             with_starts=True,
+            **({} if name == "xla" else {"interpret": True}),
         )
         return starts
 

@@ -30,6 +30,8 @@ from models.parts.short_convolution import ShortConvolution
 class BaseConv(nnx.Module):
     """x_BTD -> y_BTD; the state is {"conv" [B, conv_width - 1, D]}, float32."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -61,11 +63,6 @@ class BaseConv(nnx.Module):
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
         return {"conv": self.conv.init_state(batch)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return self.conv.state_bytes
 
 
 Mixer = BaseConv

@@ -64,6 +64,8 @@ def feature_count(size: int) -> int:
 class BasedLinearAttention(nnx.Module):
     """x_BTD -> y_BTD; the state is {"memory" [B,H,F,V+1]}, float32."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -118,11 +120,6 @@ class BasedLinearAttention(nnx.Module):
                 (batch, self.heads, self.features, self.value_size + 1), jnp.float32
             )
         }
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return 4 * self.heads * self.features * (self.value_size + 1)
 
 
 Mixer = BasedLinearAttention

@@ -50,6 +50,8 @@ class DiagAttention(nnx.Module):
     "position" is where the next token stands when `positions` is not given; keys are stored
     rotated."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -113,13 +115,6 @@ class DiagAttention(nnx.Module):
             batch, self.block, self.heads, self.head_size, self.head_size, self.compute_dtype
         )
         return {"window": window, "position": jnp.zeros((batch,), jnp.int32)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        # One byte: is it there?
-        token = 2 * self.heads * self.head_size * self.compute_dtype.itemsize + 1
-        return (self.block - 1) * token + 4
 
 
 Mixer = DiagAttention

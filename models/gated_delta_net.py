@@ -34,17 +34,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.discretisation import dt_bias
 from models.parts.norms import l2_normalise, rms_norm
 from models.parts.options import check_choice
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
 from models.parts.short_convolution import ShortConvolution
-from models.parts.step_size import dt_bias
 from ops.delta_rule.api import delta_rule
 
 
 class GatedDeltaNet(nnx.Module):
     """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V]}, all
     float32."""
+
+    causal = True
 
     def __init__(
         self,
@@ -130,12 +132,6 @@ class GatedDeltaNet(nnx.Module):
             "conv_v": self.conv_v.init_state(batch),
             "memory": jnp.zeros((batch, self.heads, self.key_size, self.value_size), jnp.float32),
         }
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        convolutions = self.conv_q.state_bytes + self.conv_k.state_bytes + self.conv_v.state_bytes
-        return convolutions + 4 * self.heads * self.key_size * self.value_size
 
 
 Mixer = GatedDeltaNet

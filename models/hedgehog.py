@@ -86,6 +86,8 @@ class Hedgehog(nnx.Module):
     "position" is where the next token stands when `positions` is not given.
     """
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -164,11 +166,6 @@ class Hedgehog(nnx.Module):
         """The state before the first token: zeros."""
         memory = jnp.zeros((batch, self.heads, 2 * self.head_size, self.head_size + 1), jnp.float32)
         return {"memory": memory, "position": jnp.zeros((batch,), jnp.int32)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return 4 * self.heads * 2 * self.head_size * (self.head_size + 1) + 4
 
 
 Mixer = Hedgehog

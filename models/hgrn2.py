@@ -78,6 +78,8 @@ class HGRN2(nnx.Module):
     `shared` is this layer's slice of what `LowerBounds` computes; without it lb = 0, as in a
     network's first layer."""
 
+    causal = True
+
     Shared = LowerBounds
 
     def __init__(
@@ -146,11 +148,6 @@ class HGRN2(nnx.Module):
         return {
             "memory": jnp.zeros((batch, self.heads, self.head_size, self.head_size), jnp.float32)
         }
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return 4 * self.heads * self.head_size**2
 
 
 Mixer = HGRN2

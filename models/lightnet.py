@@ -51,6 +51,8 @@ from ops.gated_linear_attention.api import gated_linear_attention
 class LightNetAttention(nnx.Module):
     """x_BTD -> y_BTD; the state is {"memory" [B,H,K,V], "normaliser_log" [B,HK]}, float32."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -115,11 +117,6 @@ class LightNetAttention(nnx.Module):
             "memory": jnp.zeros((batch, self.heads, self.head_size, self.head_size), jnp.float32),
             "normaliser_log": jnp.full((batch, self.width), self.empty_log, jnp.float32),
         }
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return 4 * (self.heads * self.head_size**2 + self.width)
 
 
 Mixer = LightNetAttention

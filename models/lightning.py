@@ -39,7 +39,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.layer_constant import LayerConstant
 from models.parts.norms import simple_rms_norm
 from models.parts.options import check_choice
 from models.parts.positions import count_positions
@@ -51,6 +50,7 @@ from models.parts.projections import (
     split_heads,
 )
 from models.parts.rotary import LearnedRotation
+from models.parts.variables import LayerConstant
 from ops.gated_linear_attention.api import gated_linear_attention
 
 DECAYS = ("paper", "alibi", "receptive")
@@ -86,6 +86,8 @@ class LightningAttention(nnx.Module):
 
     "position" is where the next token stands when `positions` is not given.
     """
+
+    causal = True
 
     def __init__(
         self,
@@ -166,11 +168,6 @@ class LightningAttention(nnx.Module):
         """The state before the first token: zeros."""
         memory = jnp.zeros((batch, self.heads, self.head_size, self.head_size), jnp.float32)
         return {"memory": memory, "position": jnp.zeros((batch,), jnp.int32)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return 4 * self.heads * self.head_size**2 + 4
 
 
 Mixer = LightningAttention

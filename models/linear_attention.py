@@ -52,6 +52,8 @@ class LinearAttention(nnx.Module):
     """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V or V+1]}, all
     float32."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -134,14 +136,6 @@ class LinearAttention(nnx.Module):
             "conv_v": self.conv_v.init_state(batch),
             "memory": jnp.zeros((batch, self.heads, self.key_size, columns), jnp.float32),
         }
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        convolutions = self.conv_q.state_bytes + self.conv_k.state_bytes + self.conv_v.state_bytes
-        return convolutions + 4 * self.heads * self.key_size * (
-            self.value_size + (self.norm is None)
-        )
 
 
 Mixer = LinearAttention

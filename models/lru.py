@@ -44,6 +44,8 @@ LECUN_NORMAL = nnx.initializers.lecun_normal()
 class LinearRecurrentUnit(nnx.Module):
     """x_BTD -> y_BTD; the state is {"memory": (real [B,N], imaginary [B,N])}, float32."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -125,11 +127,6 @@ class LinearRecurrentUnit(nnx.Module):
         """The state before the first token: zeros."""
         zeros_BN = jnp.zeros((batch, self.state_size), jnp.float32)
         return {"memory": (zeros_BN, zeros_BN)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return 2 * 4 * self.state_size
 
 
 Mixer = LinearRecurrentUnit

@@ -71,6 +71,8 @@ def legs_factors(size: int) -> dict[str, np.ndarray]:
 class LSSL(nnx.Module):
     """x_BTD -> y_BTD; the state is {"memory" [B, D, N]}, float32."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -187,11 +189,6 @@ class LSSL(nnx.Module):
         """The state before the first token: zeros."""
         shape = (batch, self.width, self.state_size)
         return {"memory": jnp.zeros(shape, jnp.float32)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return 4 * self.width * self.state_size
 
 
 Mixer = LSSL

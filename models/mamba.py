@@ -37,15 +37,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.discretisation import dt_bias
 from models.parts.options import check_choice
 from models.parts.projections import FAN_IN_UNIFORM, projection
 from models.parts.short_convolution import ShortConvolution
-from models.parts.step_size import dt_bias
 from ops.selective_scan.api import selective_scan
 
 
 class Mamba(nnx.Module):
     """x_BTD -> y_BTD; the state is {"conv" [B,W-1,E], "memory" [B,E,N]}, float32."""
+
+    causal = True
 
     def __init__(
         self,
@@ -132,11 +134,6 @@ class Mamba(nnx.Module):
         """The state before the first token: zeros."""
         memory = jnp.zeros((batch, self.inner, self.state_size), jnp.float32)
         return {"conv": self.conv.init_state(batch), "memory": memory}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return self.conv.state_bytes + 4 * self.inner * self.state_size
 
 
 Mixer = Mamba

@@ -33,17 +33,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.discretisation import dt_bias
 from models.parts.norms import rms_norm
 from models.parts.options import check_choice
 from models.parts.projections import FAN_IN_UNIFORM, head_size, merge_heads, projection, split_heads
 from models.parts.short_convolution import ShortConvolution
-from models.parts.step_size import dt_bias
 from ops.gated_linear_attention.api import gated_linear_attention
 
 
 class Mamba2(nnx.Module):
     """x_BTD -> y_BTD; the state is {"conv_x", "conv_B", "conv_C", "memory" [B,H,N,P]}, all
     float32."""
+
+    causal = True
 
     def __init__(
         self,
@@ -144,12 +146,6 @@ class Mamba2(nnx.Module):
             "conv_C": self.conv_C.init_state(batch),
             "memory": jnp.zeros((batch, self.heads, self.state_size, self.head_size), jnp.float32),
         }
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        convolutions = self.conv_x.state_bytes + self.conv_B.state_bytes + self.conv_C.state_bytes
-        return convolutions + 4 * self.heads * self.state_size * self.head_size
 
 
 Mixer = Mamba2

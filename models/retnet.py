@@ -49,6 +49,8 @@ class Retention(nnx.Module):
     "position" is where the next token stands when `positions` is not given.
     """
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -123,11 +125,6 @@ class Retention(nnx.Module):
         """The state before the first token: zeros."""
         memory = jnp.zeros((batch, self.heads, self.key_size, self.value_size), jnp.float32)
         return {"memory": memory, "position": jnp.zeros((batch,), jnp.int32)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return 4 * self.heads * self.key_size * self.value_size + 4
 
 
 Mixer = Retention

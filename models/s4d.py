@@ -96,6 +96,8 @@ class S4D(nnx.Module):
     """x_BTD -> y_BTD; the state is {"memory": (real [B, D M], imaginary [B, D M])}, float32; [B, D
     M] of "real"."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -275,11 +277,6 @@ class S4D(nnx.Module):
         """The state before the first token: zeros."""
         zeros = jnp.zeros((batch, self.width * self.modes), jnp.float32)
         return {"memory": (zeros, zeros) if self.is_complex else zeros}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return (8 if self.is_complex else 4) * self.width * self.modes
 
 
 def _number(real_DM: jax.Array, imaginary_DM: nnx.Param | None) -> jax.Array:

@@ -59,6 +59,8 @@ from ops.diagonal_scan.api import diagonal_scan
 class S5(nnx.Module):
     """x_BTD -> y_BTD; the state is {"memory": (real [B,N], imaginary [B,N])}, float32."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -178,11 +180,6 @@ class S5(nnx.Module):
         """The state before the first token: zeros."""
         zeros_BN = jnp.zeros((batch, self.modes), jnp.float32)
         return {"memory": (zeros_BN, zeros_BN)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return 2 * 4 * self.modes
 
 
 Mixer = S5

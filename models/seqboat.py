@@ -159,6 +159,8 @@ class SeqBoat(nnx.Module):
     """x_BTD -> y_BTD; the state is {"memory" [B, D N], "window": the last w activated tokens,
     "position" [B] int32}."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -292,13 +294,6 @@ class SeqBoat(nnx.Module):
             "window": window,
             "position": jnp.zeros((batch,), jnp.int32),
         }
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        # One byte: is it there?
-        token = (self.key_size + self.value_size) * self.compute_dtype.itemsize + 1
-        return 4 * self.width * self.state_size + self.window * token + 4
 
 
 Mixer = SeqBoat

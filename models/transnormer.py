@@ -50,6 +50,8 @@ class NormAttention(nnx.Module):
     "position" is where the next token stands when `positions` is not given.
     """
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -107,11 +109,6 @@ class NormAttention(nnx.Module):
         """The state before the first token: zeros."""
         memory = jnp.zeros((batch, self.heads, self.head_size, self.head_size), jnp.float32)
         return {"memory": memory, "position": jnp.zeros((batch,), jnp.int32)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return 4 * self.heads * self.head_size**2 + 4
 
 
 Mixer = NormAttention

@@ -51,6 +51,8 @@ class WindowAttention(nnx.Module):
     "position" is where the next token stands when `positions` is not given; keys are stored
     rotated."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -147,13 +149,6 @@ class WindowAttention(nnx.Module):
             self.compute_dtype,
         )
         return {"window": window, "position": jnp.zeros((batch,), jnp.int32)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        # One byte: is it there?
-        token = 2 * self.key_value_heads * self.head_size * self.compute_dtype.itemsize + 1
-        return (self.window - 1) * token + 4
 
 
 Mixer = WindowAttention

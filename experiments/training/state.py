@@ -5,7 +5,8 @@ vmap trains the replicas together; with one seed there is no such axis."""
 
 import functools
 import importlib
-import re
+import inspect
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -17,14 +18,13 @@ from flax import nnx
 from jax import P
 from jax.sharding import Mesh
 
+import models.networks
 from experiments.objectives.objective import objective
 from experiments.training.accumulation import in_parts
-from experiments.training.checkout import CHECKOUT
 from experiments.training.config import Config
 from experiments.training.mesh import HOST_MEMORY, named, optimizer_specs, parameter_specs
 from experiments.training.task import Task
-
-NETWORKS = CHECKOUT / "models/networks"
+from models.networks.stack import state_bytes
 
 
 @functools.partial(
@@ -61,14 +61,12 @@ class Blueprint:
 
 def available_models() -> tuple[str, ...]:
     """Names of the files in models/networks that define `build`."""
-    files = NETWORKS.glob("*.py")
-    return tuple(
-        sorted(
-            file.stem
-            for file in files
-            if re.search(r"^def build\(", file.read_text("utf-8"), re.MULTILINE)
-        )
-    )
+    names = (module.name for module in pkgutil.iter_modules(models.networks.__path__))
+    return tuple(sorted(name for name in names if hasattr(find_network(name), "build")))
+
+
+def find_network(name: str) -> Any:
+    return importlib.import_module(f"models.networks.{name}")
 
 
 def make_blueprint(config: Config, task: Task) -> Blueprint:
@@ -82,14 +80,17 @@ def make_blueprint(config: Config, task: Task) -> Blueprint:
         raise ValueError(
             f"config.model.name must be one of {', '.join(available_models())}; got {name!r}"
         )
-    module = importlib.import_module(f"models.networks.{name}")
+    module = find_network(name)
+    sizes = {"vocabulary": task.vocabulary_size}
+    named = inspect.signature(module.build).parameters
+    sizes = {size: value for size, value in sizes.items() if size in named}
 
     def build(seed: jax.Array) -> nnx.Module:
         # Streams of their own: dropout does not change how the parameters start.
         default, params, dropout = jax.random.split(jax.random.key(seed), 3)
         return module.build(
             options,
-            vocabulary_size=task.vocabulary_size,
+            **sizes,
             param_dtype=config.param_dtype,
             compute_dtype=config.compute_dtype,
             rngs=nnx.Rngs(default, params=params, dropout=dropout),
@@ -97,7 +98,7 @@ def make_blueprint(config: Config, task: Task) -> Blueprint:
 
     abstract = nnx.eval_shape(build, jax.ShapeDtypeStruct((), jnp.uint32))
     graphdef, params, _ = nnx.split(abstract, nnx.Param, ...)
-    return Blueprint(build, graphdef, params, getattr(abstract, "state_bytes", None))
+    return Blueprint(build, graphdef, params, state_bytes(abstract))
 
 
 def over_replicas(

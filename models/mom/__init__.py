@@ -57,6 +57,8 @@ class MixtureOfMemories(nnx.Module):
     """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v" [B,E,W-1,X], "memory"
     [B,E,H,K,V]}, all float32."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -242,13 +244,6 @@ class MixtureOfMemories(nnx.Module):
                 (batch, self.memories, self.heads, self.key_size, self.value_size), jnp.float32
             ),
         }
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        convolutions = self.conv_q.state_bytes + self.conv_k.state_bytes + self.conv_v.state_bytes
-        matrix = 4 * self.heads * self.key_size * self.value_size
-        return self.memories * (convolutions + matrix)
 
 
 Mixer = MixtureOfMemories

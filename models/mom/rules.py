@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.discretisation import dt_bias
 from models.parts.norms import l2_normalise
 from models.parts.projections import split_heads
-from models.parts.step_size import dt_bias
 from ops.delta_rule.api import delta_rule
 from ops.gated_linear_attention.api import gated_linear_attention
 

@@ -123,6 +123,8 @@ class MonarchMixer(nnx.Module):
     """x_BTD -> y_BTD; the state is {"conv" [B,2,3D], "past" [B,L-1,2D]: the last z and u},
     float32."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -216,11 +218,6 @@ class MonarchMixer(nnx.Module):
         """The state before the first token: zeros."""
         shape = (batch, self.context_length - 1, 2 * self.width)
         return {"conv": self.conv.init_state(batch), "past": jnp.zeros(shape, jnp.float32)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return self.conv.state_bytes + 4 * (self.context_length - 1) * 2 * self.width
 
 
 Mixer = MonarchMixer

@@ -1,17 +1,17 @@
-"""An autoencoder over a pattern of mixers: all tokens of a sequence read back from the last state
-of the stack.
+"""An autoencoder over a pattern of mixers: all tokens of a sequence are read back from the stack's
+output at the last one.
 
 The compression task of MAD (Poli et al., "Mechanistic Design and Scaling of Hybrid Architectures",
 ICML 2024, arXiv 2403.17844):
 
     h = norm(stack(embedding[tokens])_T)            the last position alone
-    logits_t = gelu((h + p_t) W_1 + b_1) W_2 + b_2   p_t: sinusoidal position embedding (arXiv
-    1706.03762)
+    logits_t = gelu((h + p_t) W_1 + b_1) W_2 + b_2
+    p_t                                             sinusoidal position embedding, arXiv 1706.03762
 
 What the mixers carry to the last token is all that the decoder has.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,64 +19,42 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.networks.stack import Stack
-from models.parts.norms import rms_norm
-from models.parts.options import check_options
+from models.networks.backbone import Backbone, build_network, token_embedding
 from models.parts.projections import projection
 
 
-class Compressor(nnx.Module):
+class Compressor(Backbone):
     """Tokens [B, T] to logits [B, T, W] of the same tokens; see `build` for the options."""
+
+    causal = False  # every logit depends on the last token
 
     def __init__(
         self,
         *,
-        vocabulary_size: int,
+        vocabulary: int,
         width: int,
-        depth: int,
-        pattern: Sequence[str],
-        mixers: Mapping[str, Mapping[str, Any]],
-        mlp: str = "swiglu",
-        mlp_ratio: float = 4.0,
-        norm_eps: float = 1e-5,
         embedding_std: float = 0.02,
-        scan_layers: bool = True,
-        remat: str = "none",
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
+        **backbone: Any,
     ):
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
-        self.compute_dtype = compute_dtype
-        self.embedding = nnx.Embed(
-            vocabulary_size,
-            width,
-            dtype=jnp.float32,
-            param_dtype=param_dtype,
-            embedding_init=nnx.initializers.normal(embedding_std),
-            embedding_metadata={"out_sharding": ("vocabulary", "embed")},
-            rngs=rngs,
-        )
-        self.stack = Stack(
-            width,
-            depth=depth,
-            pattern=pattern,
-            mixers=mixers,
-            mlp=mlp,
-            mlp_ratio=mlp_ratio,
-            norm_eps=norm_eps,
-            scan_layers=scan_layers,
-            remat=remat,
+        super().__init__(
+            token_embedding(
+                vocabulary, width, std=embedding_std, rngs=rngs, param_dtype=param_dtype
+            ),
+            width=width,
             rngs=rngs,
             **dtypes,
+            **backbone,
         )
-        self.norm = rms_norm(width, eps=norm_eps, axis="embed", rngs=rngs, param_dtype=param_dtype)
         init = nnx.initializers.lecun_normal()
         self.decoder = projection(
             width, width, ("embed", "mlp"), init=init, bias=True, rngs=rngs, **dtypes
         )
         self.head = projection(
-            width, vocabulary_size, ("mlp", None), init=init, bias=True, rngs=rngs, **dtypes
+            width, vocabulary, ("mlp", None), init=init, bias=True, rngs=rngs, **dtypes
         )
 
     def __call__(
@@ -87,9 +65,7 @@ class Compressor(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         """Logits float32 of all tokens, and no state: decoding needs the whole sequence."""
-        x_BTD, _ = self.stack(
-            self.embedding(tokens_BT), None, positions=positions, segment_ids=segment_ids
-        )
+        x_BTD, _ = self.hidden(tokens_BT, positions=positions, segment_ids=segment_ids)
         h_BD = self.norm(x_BTD[:, -1])
         places_TD = sinusoids(tokens_BT.shape[1], h_BD.shape[-1])
         h_BTD = (h_BD[:, None, :] + places_TD[None]).astype(self.compute_dtype)
@@ -98,8 +74,7 @@ class Compressor(nnx.Module):
 
 
 def sinusoids(length: int, width: int) -> jax.Array:
-    """[T, D]: sines in the even channels, cosines in the odd ones, wavelengths 2 pi to 20,000
-    pi."""
+    """[T, D]: sines in the even channels, cosines in the odd ones, wavelengths 2 pi to 20000 pi."""
     channel_D = jnp.arange(width)
     frequency_D = 10_000.0 ** (-(channel_D // 2 * 2) / width)
     angle_TD = jnp.arange(length)[:, None] * frequency_D[None, :]
@@ -109,29 +84,25 @@ def sinusoids(length: int, width: int) -> jax.Array:
 def build(
     model_config: Mapping[str, Any],
     *,
-    vocabulary_size: int,
+    vocabulary: int,
+    rngs: nnx.Rngs,
     param_dtype: DTypeLike,
     compute_dtype: DTypeLike,
-    rngs: nnx.Rngs,
 ) -> Compressor:
     """The model of a config's `model` section (without its name), with the options of
-    models/networks/lm.py.
+    models/networks/backbone.py and `embedding_std`, as in models/networks/lm.py.
 
-    The entries that only a language model has, tie_embeddings and embedding_dropout, must be off.
-    Raises ValueError for unknown, missing or impossible options, with what is possible."""
-    options = {"mixers": {}, **model_config}
-    for name in ("tie_embeddings", "embedding_dropout"):
-        if options.pop(name, False):
-            raise ValueError(f"model compressor has no {name}; set it to 0 or False")
-    check_options(
-        "model compressor",
-        "model",
-        options,
+    `tie_embeddings`, which only a language model has, must be off. Raises ValueError for unknown,
+    missing or impossible options, with what is possible."""
+    options = dict(model_config)
+    if options.pop("tie_embeddings", False):
+        raise ValueError("model compressor has no tie_embeddings; set it to False")
+    return build_network(
         Compressor,
-        supplied=("vocabulary_size", "param_dtype", "compute_dtype", "rngs"),
+        "compressor",
+        options,
+        vocabulary=vocabulary,
+        rngs=rngs,
+        param_dtype=param_dtype,
+        compute_dtype=compute_dtype,
     )
-    dtypes: dict[str, Any] = {
-        "param_dtype": jnp.dtype(param_dtype),
-        "compute_dtype": jnp.dtype(compute_dtype),
-    }
-    return Compressor(vocabulary_size=vocabulary_size, rngs=rngs, **dtypes, **options)

@@ -45,6 +45,8 @@ from ops.gated_linear_attention.api import gated_linear_attention
 class LinearSelfAttention(nnx.Module):
     """Prompts of any length to predictions of the query's label."""
 
+    causal = False
+
     def __init__(
         self,
         *,
@@ -167,30 +169,22 @@ class LinearSelfAttention(nnx.Module):
 def build(
     model_config: Mapping[str, Any],
     *,
-    vocabulary_size: int,
+    rngs: nnx.Rngs,
     param_dtype: DTypeLike,
     compute_dtype: DTypeLike,
-    rngs: nnx.Rngs,
 ) -> LinearSelfAttention:
-    """The model of a config's `model` section (without its name).
+    """The model of a config's `model` section (without its name); it reads vectors, no tokens.
 
-    dimension       d, the number of regressors
-    depth           layers
-    mask_query      mask the query token out of the keys, and predict minus its label entry
-    init            "gaussian": N(0, init_scale^2); "guaranteed": the structured start with sigma =
-                    init_scale
+    dimension     d, the number of regressors
+    depth         layers
+    mask_query    mask the query token out of the keys, and predict minus its label entry
+    init          "gaussian": N(0, init_scale^2); "guaranteed": Theorem 4.1's, sigma = init_scale
 
-    There is no vocabulary: `vocabulary_size` must be 0, as the regression task has it. Raises
-    ValueError otherwise, and for unknown or missing options."""
+    Raises ValueError for unknown or missing options."""
     supplied = ("rngs", "param_dtype", "compute_dtype")  # here depth is an option
     check_options(
         "model linear_self_attention", "model", model_config, LinearSelfAttention, supplied=supplied
     )
-    if vocabulary_size:
-        raise ValueError(
-            "linear_self_attention reads real vectors, not tokens: got"
-            f" vocabulary_size={vocabulary_size}"
-        )
     dtypes: dict[str, Any] = {
         "param_dtype": jnp.dtype(param_dtype),
         "compute_dtype": jnp.dtype(compute_dtype),

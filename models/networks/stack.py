@@ -1,12 +1,8 @@
 """The stack of residual blocks between a model's input and its head, run as a scan over layers.
 
-    x <- x + mixer(norm(x));   x <- x + mlp(norm(x))            per block; the second half only with
-    an MLP
-
 The mixers of the blocks follow a pattern of file names. Its shortest period is one scanned unit, so
 that the program holds each distinct block once however deep the network is; blocks left over by the
-last incomplete period follow unrolled. The residual stream is float32; norms are computed in
-float32; mixers and MLPs see the compute dtype.
+last incomplete period follow unrolled.
 
 What all layers of a mixer share, such as a parameter of the whole network, is a module that the
 mixer's class names `Shared`: `Shared(width, layers=L)`, L the layers of this mixer. Called once per
@@ -15,7 +11,6 @@ forward pass, it returns arrays with a leading axis of L, and layer l of the mix
 
 import functools
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,8 +21,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 import models
-from models.parts.mlp import SwiGLU
-from models.parts.norms import rms_norm
+from models.networks.block import Block, BlockOptions, Context
 from models.parts.options import check_choice, check_options
 from ops.framework.sequence_parallel import CARRIED
 from ops.framework.sharding import constrain
@@ -69,63 +63,6 @@ def shortest_period(names: Sequence[str]) -> int:
     )
 
 
-class Block(nnx.Module):
-    """One residual block: a mixer and, unless mlp is "none", an MLP, each behind its norm."""
-
-    def __init__(
-        self,
-        name: str,
-        width: int,
-        *,
-        depth: int,
-        layer: jax.Array | int,
-        options: Mapping[str, Any],
-        mlp: str,
-        mlp_ratio: float,
-        norm_eps: float,
-        rngs: nnx.Rngs,
-        param_dtype: DTypeLike,
-        compute_dtype: DTypeLike,
-    ):
-        norm = functools.partial(
-            rms_norm, width, eps=norm_eps, axis="embed", rngs=rngs, param_dtype=param_dtype
-        )
-        common: dict[str, Any] = {
-            "depth": depth,
-            "rngs": rngs,
-            "param_dtype": param_dtype,
-            "compute_dtype": compute_dtype,
-        }
-        mixer = find_mixer(name)
-        # Only a mixer whose equations depend on its place in the network asks for it.
-        place = {"layer": layer} if "layer" in inspect.signature(mixer.__init__).parameters else {}
-        self.compute_dtype = compute_dtype
-        self.mixer_norm = norm()
-        self.mixer = mixer(width, **common, **place, **options)
-        self.mlp_norm = norm() if mlp == "swiglu" else None
-        self.mlp = SwiGLU(width, ratio=mlp_ratio, **common) if mlp == "swiglu" else None
-
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        state: Any,
-        positions: jax.Array | None,
-        segment_ids: jax.Array | None,
-        shared: Any,
-    ) -> tuple[jax.Array, Any]:
-        h_BTD = self.mixer_norm(x_BTD).astype(self.compute_dtype)
-        given = {} if shared is None else {"shared": shared}
-        y_BTD, state = self.mixer(
-            h_BTD, state, positions=positions, segment_ids=segment_ids, **given
-        )
-        x_BTD = x_BTD + y_BTD.astype(jnp.float32)
-        if self.mlp is not None and self.mlp_norm is not None:
-            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD).astype(self.compute_dtype)).astype(
-                jnp.float32
-            )
-        return x_BTD, state
-
-
 class Stack(nnx.Module):
     """`depth` blocks, block i with the mixer pattern[i % len(pattern)]; x_BTD float32 -> float32.
 
@@ -141,63 +78,48 @@ class Stack(nnx.Module):
         depth: int,
         pattern: Sequence[str],
         mixers: Mapping[str, Mapping[str, Any]],
-        mlp: str,
-        mlp_ratio: float,
-        norm_eps: float,
+        block: BlockOptions,
         scan_layers: bool,
         remat: str,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
     ):
-        if isinstance(pattern, str):
-            raise ValueError(
-                f"pattern must be a tuple of mixer names; got the string {pattern!r}:"
-                f" write ({pattern!r},)"
-            )
-        if not 1 <= len(pattern) <= depth:
-            raise ValueError(
-                f"pattern must name between 1 and depth={depth} mixers, so that each"
-                f" occurs; got {pattern!r}"
-            )
-        check_choice("mlp", mlp, ("swiglu", "none"))
         check_choice("remat", remat, tuple(REMAT_POLICIES))
-        for name in dict.fromkeys((*pattern, *mixers)):
-            check_options(
-                f"mixer {name}", f"model.mixers.{name}", mixers.get(name, {}), find_mixer(name)
-            )
-        self.scan_layers, self.remat = scan_layers, remat
-
+        check_pattern(pattern, depth)
+        classes = {name: find_mixer(name) for name in dict.fromkeys((*pattern, *mixers))}
+        for name, mixer in classes.items():
+            check_options(f"mixer {name}", f"model.mixers.{name}", mixers.get(name, {}), mixer)
         names = tuple(pattern[i % len(pattern)] for i in range(depth))
         period = shortest_period(names)
+        self.scan_layers, self.remat = scan_layers, remat
         self.names, self.repeats = names, depth // period
+        self.conditioned = block.condition_width > 0
+        self.without_state = tuple(m for m in dict.fromkeys(names) if not classes[m].causal)
         self.shared = nnx.Dict(
             {
-                name: find_mixer(name).Shared(width, layers=names.count(name))
+                name: classes[name].Shared(width, layers=names.count(name))
                 for name in dict.fromkeys(names)
-                if hasattr(find_mixer(name), "Shared")
+                if hasattr(classes[name], "Shared")
             }
         )
 
         def blocks(
             names: Sequence[str], first_layer: jax.Array | int, rngs: nnx.Rngs
         ) -> nnx.List[Block]:
-            make = functools.partial(
-                Block,
-                width=width,
-                depth=depth,
-                mlp=mlp,
-                mlp_ratio=mlp_ratio,
-                norm_eps=norm_eps,
-                rngs=rngs,
-                param_dtype=param_dtype,
-                compute_dtype=compute_dtype,
-            )
             return nnx.List(
-                [
-                    make(name, layer=first_layer + i, options=mixers.get(name, {}))
-                    for i, name in enumerate(names)
-                ]
+                Block(
+                    classes[name],
+                    width,
+                    depth=depth,
+                    layer=first_layer + i,
+                    mixer_options=mixers.get(name, {}),
+                    options=block,
+                    rngs=rngs,
+                    param_dtype=param_dtype,
+                    compute_dtype=compute_dtype,
+                )
+                for i, name in enumerate(names)
             )
 
         @nnx.split_rngs(splits=self.repeats)
@@ -214,9 +136,23 @@ class Stack(nnx.Module):
         x_BTD: jax.Array,
         state: Mapping[str, Any] | None,
         *,
-        positions: jax.Array | None,
-        segment_ids: jax.Array | None,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        condition: jax.Array | None = None,
+        grid: tuple[int, ...] | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
+        """The stream after the last block and the state after the last token.
+
+        `state` None is the state before the first token; `Context` explains the other arguments.
+        Raises ValueError for a missing or superfluous condition."""
+        if self.conditioned != (condition is not None):
+            raise ValueError(
+                "condition must be [B, C] for a stack with condition_width=C and None without; got"
+                f" {None if condition is None else condition.shape} for a stack"
+                f" {'with' if self.conditioned else 'without'} a condition"
+            )
+        context = Context(positions, segment_ids, condition, grid)
+
         def run(
             x_BTD: jax.Array, blocks: nnx.List[Block], states: Any, shared: Any
         ) -> tuple[jax.Array, tuple[Any, ...]]:
@@ -224,9 +160,7 @@ class Stack(nnx.Module):
             for block, block_state, block_shared in zip(
                 blocks, states or [None] * len(blocks), shared, strict=True
             ):
-                x_BTD, final = block(
-                    constrain(x_BTD, "BTD"), block_state, positions, segment_ids, block_shared
-                )
+                x_BTD, final = block(constrain(x_BTD, "BTD"), block_state, block_shared, context)
                 finals.append(final)
             return x_BTD, tuple(finals)
 
@@ -277,8 +211,20 @@ class Stack(nnx.Module):
             tuple(entries(i) for i in range(scanned, depth)),
         )
 
+    @property
+    def causal(self) -> bool:
+        """Whether every mixer is causal, so that the stack has a state."""
+        return not self.without_state
+
     def init_state(self, batch: int) -> dict[str, Any]:
-        """The state before the first token of `batch` sequences."""
+        """The state before the first token of `batch` sequences.
+
+        Raises ValueError for mixers that are not causal, and names them."""
+        if self.without_state:
+            raise ValueError(
+                f"a stack with {', '.join(self.without_state)} has no state to decode from: the"
+                " mixer is not causal, a token's output depends on later tokens"
+            )
 
         def repeated(leaf: jax.Array) -> jax.Array:
             return jnp.broadcast_to(leaf[None], (self.repeats, *leaf.shape))
@@ -289,8 +235,25 @@ class Stack(nnx.Module):
             "remainder": tuple(block.mixer.init_state(batch) for block in self.remainder),
         }
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence, all layers together."""
-        period = sum(block.mixer.state_bytes for block in self.period)
-        return self.repeats * period + sum(block.mixer.state_bytes for block in self.remainder)
+
+def check_pattern(pattern: Sequence[str], depth: int) -> None:
+    """Raises ValueError unless `pattern` is a sequence of 1 to `depth` names."""
+    if isinstance(pattern, str):
+        raise ValueError(
+            f"pattern must be a tuple of mixer names; got the string {pattern!r}:"
+            f" write ({pattern!r},)"
+        )
+    if not 1 <= len(pattern) <= depth:
+        raise ValueError(
+            f"pattern must name between 1 and depth={depth} mixers, so that each"
+            f" occurs; got {pattern!r}"
+        )
+
+
+def state_bytes(module: Any) -> int | None:
+    """Bytes of state per sequence that a network or a mixer carries from token to token; None if it
+    is not causal and has none."""
+    if not module.causal:
+        return None
+    state = jax.eval_shape(lambda: module.init_state(1))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

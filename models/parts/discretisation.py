@@ -1,5 +1,5 @@
-"""From the eigenvalues of a continuous diagonal system h' = Lambda h + u to the recurrence h_t =
-Lbar h_{t-1} + f u_t.
+"""From a continuous diagonal system h' = Lambda h + u to the recurrence h_t = Lbar h_{t-1} + f u_t,
+and the step sizes Delta with which Mamba and the gated delta rules start.
 
     zoh         Lbar = exp(z)                      f = (exp(z) - 1) / Lambda        z = Lambda Delta
     bilinear    Lbar = (1 + z/2) / (1 - z/2)       f = Delta / (1 - z/2)
@@ -7,6 +7,7 @@ Lbar h_{t-1} + f u_t.
 Both have the steady state -u / Lambda of the continuous system exactly; they agree to second order
 in z."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -36,3 +37,13 @@ DISCRETISATIONS: dict[str, Callable[[jax.Array, jax.Array], tuple[jax.Array, jax
     "zoh": zero_order_hold,
     "bilinear": bilinear,
 }
+
+
+def dt_bias(key: jax.Array, channels: int, smallest: float, largest: float) -> jax.Array:
+    """b with softplus(b) log-uniform on [smallest, largest], not below 1e-4."""
+    dt_E = jnp.exp(
+        jax.random.uniform(key, (channels,), jnp.float32, math.log(smallest), math.log(largest))
+    )
+    dt_E = jnp.maximum(dt_E, 1e-4)
+    # The inverse of softplus; log(1 - e^-dt) itself would cancel.
+    return dt_E + jnp.log(-jnp.expm1(-dt_E))

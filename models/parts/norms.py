@@ -21,6 +21,45 @@ def rms_norm(
     )
 
 
+def layer_norm(
+    features: int, *, eps: float, axis: str | None = None, rngs: nnx.Rngs, param_dtype: DTypeLike
+) -> nnx.LayerNorm:
+    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last dimension, in float32."""
+    return nnx.LayerNorm(
+        features,
+        epsilon=eps,
+        use_fast_variance=False,  # mean(x^2) - mean(x)^2 cancels
+        dtype=jnp.float32,
+        param_dtype=param_dtype,
+        scale_metadata={"out_sharding": (axis,)},
+        bias_metadata={"out_sharding": (axis,)},
+        rngs=rngs,
+    )
+
+
+def batch_norm(
+    features: int, *, eps: float, axis: str | None = None, rngs: nnx.Rngs, param_dtype: DTypeLike
+) -> nnx.BatchNorm:
+    """(x - mean) / sqrt(var + eps) * scale + bias per channel; returns float32.
+
+    Mean and variance are taken over all other dimensions, and each call moves the running ones a
+    tenth of the way there; under `model.eval()` the running ones are used and do not change."""
+    return nnx.BatchNorm(
+        features,
+        epsilon=eps,
+        momentum=0.9,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        param_dtype=param_dtype,
+        scale_metadata={"out_sharding": (axis,)},
+        bias_metadata={"out_sharding": (axis,)},
+        rngs=rngs,
+    )
+
+
+NORMS = {"rms": rms_norm, "layer": layer_norm, "batch": batch_norm}
+
+
 def simple_rms_norm(x: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) over the last dimension, without a learned scale; float32."""
     x = x.astype(jnp.float32)

@@ -13,17 +13,18 @@ def check_options(
     what: str,
     where: str,
     options: Mapping[str, Any],
-    configured: type,
+    *configured: type,
     supplied: tuple[str, ...] = SUPPLIED,
 ) -> None:
-    """Raises ValueError unless `options` are keyword arguments of `configured(...)` and include all
-    that have no default.
+    """Raises ValueError unless `options` are keyword arguments of the `configured` classes, and all
+    that have no default are among them.
 
     `what` names the configured thing and `where` the config field, for the message; `supplied` are
     arguments that come from the caller."""
     parameters = {
         name: parameter
-        for name, parameter in inspect.signature(configured.__init__).parameters.items()
+        for one in configured
+        for name, parameter in inspect.signature(one.__init__).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in supplied
     }
     known = ", ".join(sorted(parameters))

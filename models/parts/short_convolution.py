@@ -61,8 +61,3 @@ class ShortConvolution(nnx.Module):
         if self.width == 0:
             return None
         return jnp.zeros((batch, self.width - 1, self.channels), jnp.float32)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes per sequence."""
-        return 4 * max(self.width - 1, 0) * self.channels

@@ -1,4 +1,5 @@
-"""What a layer tells its trainer besides its output: auxiliary losses and statistics.
+"""Variables of a layer that are no parameters: what it reports to its trainer, and what its paper
+fixes per layer.
 
 A layer calls `report`; the trainer wraps the model's call in `nnx.capture(..., Report)` and gets
 what was reported, stacked over scanned layers. Without such a trainer (decoding, a model called by
@@ -34,3 +35,11 @@ def mean_over_layers(reports: Any) -> dict[str, jax.Array]:
     for path, variable in nnx.to_flat_state(reports):
         layers.setdefault(str(path[-1]), []).append(jnp.ravel(variable[...]))
     return {name: jnp.mean(jnp.concatenate(v)) for name, v in sorted(layers.items())}
+
+
+class LayerConstant(nnx.Variable):
+    """An array that follows from a layer's index and is never trained: the optimizer takes
+    `nnx.Param` alone.
+
+    A variable and not a Python number, because the layers of a scan are one program: what differs
+    between them is data, stacked like their parameters."""

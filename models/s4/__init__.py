@@ -80,6 +80,8 @@ SLOWEST = 1e-4  # the least initial -Re Lambda, whose logarithm is the parameter
 class S4(nnx.Module):
     """x_BTD -> y_BTD; the state is {"memory" [B, D, N]}, float32."""
 
+    causal = True
+
     def __init__(
         self,
         width: int,
@@ -258,11 +260,6 @@ class S4(nnx.Module):
         """The state before the first token: zeros."""
         shape = (batch, self.width, self.state_size)
         return {"memory": jnp.zeros(shape, jnp.float32)}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state per sequence."""
-        return 4 * self.width * self.state_size
 
 
 Mixer = S4

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 from models.networks.lm import LM, build
-from models.networks.stack import available_mixers
+from models.networks.stack import available_mixers, state_bytes
 from tests.support.layers import parts
 
 # A sequence is two pieces of PIECE tokens and one of one token: three lengths, three programs per
@@ -185,7 +185,7 @@ def make(name: str, *, seed: int = 0, compute_dtype: str = "float32", **model: A
         **model,
     }
     dtypes: dict[str, Any] = {"param_dtype": "float32", "compute_dtype": compute_dtype}
-    build_row = functools.partial(build, config, vocabulary_size=VOCABULARY, **dtypes)
+    build_row = functools.partial(build, config, vocabulary=VOCABULARY, **dtypes)
     graphdef, params, variables = parts(lambda: build_row(rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(seed)
 
@@ -325,7 +325,7 @@ def test_first_and_returned_states_have_one_structure(name):
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 def test_state_bytes_are_the_bytes_of_the_state(name, compute_dtype):
     lm = make(name, compute_dtype=compute_dtype)
-    assert 3 * lm.state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(lm.init_state(3)))
+    assert 3 * state_bytes(lm) == sum(leaf.nbytes for leaf in jax.tree.leaves(lm.init_state(3)))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_gradients_of_a_fresh_model_over_4096_tokens_are_finite(name, compute_dt
     config = {"width": 32, "depth": row.depth, "pattern": row.pattern, **row.model}
     lm = build(
         config | {"mixers": mixers},
-        vocabulary_size=VOCABULARY,
+        vocabulary=VOCABULARY,
         param_dtype="float32",
         compute_dtype=compute_dtype,
         rngs=nnx.Rngs(0),

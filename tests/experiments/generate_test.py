@@ -79,7 +79,7 @@ def test_decoding_is_the_parallel_form_up_to_rounding(model: Model):
 
 def test_a_decode_path_that_differs_is_reported():
     class Echo(nnx.Module):
-        state_bytes = 4
+        causal = True
 
         def __call__(self, tokens_BT: jax.Array, state: Any = None, *, positions: jax.Array) -> Any:
             logits_BTW = jax.nn.one_hot(tokens_BT, 3)

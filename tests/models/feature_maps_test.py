@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from models import based, diag_attention, hedgehog, transnormer
+from models.networks.stack import state_bytes
 from tests.support.layers import (
     FLOAT32,
     array,
@@ -113,7 +114,7 @@ def test_based_features_give_the_taylor_series_and_a_denominator_of_at_least_hal
 def test_based_state_has_its_closed_form_at_the_published_size():
     mixer = nnx.eval_shape(lambda: based.Mixer(1024, depth=27, rngs=nnx.Rngs(0), **FLOAT32))
     state = jax.eval_shape(lambda: mixer.init_state(1))
-    assert mixer.state_bytes == 4 * 16 * 153 * (1024 // 16 + 1) == 4 * state["memory"].size
+    assert state_bytes(mixer) == 4 * 16 * 153 * (1024 // 16 + 1) == 4 * state["memory"].size
 
 
 def turned(mixer, x_THK):

@@ -187,7 +187,7 @@ def build_lm(pattern: tuple[str, ...], depth: int, **model: Any) -> Any:
         **model,
     }
     return lm.build(
-        config, vocabulary_size=11, param_dtype="float32", compute_dtype="float32", rngs=nnx.Rngs(0)
+        config, vocabulary=11, param_dtype="float32", compute_dtype="float32", rngs=nnx.Rngs(0)
     )
 
 

@@ -83,10 +83,10 @@ def test_a_scalar_transition_makes_mambas_scan_linear_attention():
 
 
 @pytest.mark.parametrize(
-    ("mixer", "vocabulary_size", "parameters"),
+    ("mixer", "vocabulary", "parameters"),
     [("mamba", 50280, 129_135_360), ("mamba2", 50288, 128_989_632)],
 )
-def test_the_published_130m_models_have_as_many_parameters(mixer, vocabulary_size, parameters):
+def test_the_published_130m_models_have_as_many_parameters(mixer, vocabulary, parameters):
     config = {
         "width": 768,
         "depth": 24,
@@ -97,7 +97,7 @@ def test_the_published_130m_models_have_as_many_parameters(mixer, vocabulary_siz
     }
     dtypes = {"param_dtype": "float32", "compute_dtype": "float32"}
     model = nnx.eval_shape(
-        lambda: lm.build(config, vocabulary_size=vocabulary_size, rngs=nnx.Rngs(0), **dtypes)
+        lambda: lm.build(config, vocabulary=vocabulary, rngs=nnx.Rngs(0), **dtypes)
     )
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
     assert sum(leaf.size for leaf in leaves) == parameters

@@ -293,7 +293,7 @@ def test_reports_come_stacked_from_scanned_and_rematerialised_layers():
         "mlp": "none",
         "remat": "full",
     }
-    lm = randomised(lambda: build(config, vocabulary_size=7, rngs=nnx.Rngs(0), **FLOAT32))
+    lm = randomised(lambda: build(config, vocabulary=7, rngs=nnx.Rngs(0), **FLOAT32))
     graphdef, params = nnx.split(lm)
 
     @jax.jit

@@ -196,7 +196,7 @@ def check_reads(config: Any, length: int) -> None:
     def logits(tokens: jax.Array) -> jax.Array:
         lm = build(
             model,
-            vocabulary_size=260,
+            vocabulary=260,
             param_dtype=jnp.float32,
             compute_dtype=jnp.float32,
             rngs=nnx.Rngs(0),

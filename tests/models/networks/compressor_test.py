@@ -18,7 +18,7 @@ OPTIONS = {"width": 8, "depth": 2, "pattern": ("gla",), "mixers": {"gla": {"head
 def make(**options):
     return build(
         OPTIONS | options,
-        vocabulary_size=11,
+        vocabulary=11,
         rngs=nnx.Rngs(0),
         param_dtype=jnp.float32,
         compute_dtype=jnp.float32,

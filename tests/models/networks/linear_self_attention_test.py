@@ -26,9 +26,7 @@ def prompts(
 
 def build_lsa(**model: Any) -> Any:
     config = {"dimension": 4, **model}
-    return lsa.build(
-        config, vocabulary_size=0, param_dtype="float32", compute_dtype="float32", rngs=nnx.Rngs(0)
-    )
+    return lsa.build(config, param_dtype="float32", compute_dtype="float32", rngs=nnx.Rngs(0))
 
 
 def test_linear_self_attention_computes_its_definition():

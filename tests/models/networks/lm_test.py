@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from models.networks import lm
+from models.networks.mlp import inner_width
 from models.networks.stack import available_mixers, shortest_period
-from models.parts.mlp import inner_width
 from tests.support.layers import array, randomised
 
 
@@ -39,7 +39,7 @@ def test_building_needs_no_mesh():
 
 
 def test_first_values_have_the_published_sizes():
-    model = tiny_lm(width=128, depth=2, pattern=("gla",), mixers={}, vocabulary_size=256)
+    model = tiny_lm(width=128, depth=2, pattern=("gla",), mixers={}, vocabulary=256)
     block = model.stack.period[0]
     for parameter, std in (
         (model.embedding.embedding, 0.02),
@@ -64,12 +64,12 @@ def test_the_shortest_period_is_found(names, period):
 
 
 def tiny_lm(
-    *, vocabulary_size: int = 11, compute_dtype: str = "float32", seed: int = 0, **model: Any
+    *, vocabulary: int = 11, compute_dtype: str = "float32", seed: int = 0, **model: Any
 ) -> Any:
     config = {"width": 16, "depth": 2, "pattern": ("linear_attention",), "mixers": {}, **model}
     return lm.build(
         config,
-        vocabulary_size=vocabulary_size,
+        vocabulary=vocabulary,
         param_dtype="float32",
         compute_dtype=compute_dtype,
         rngs=nnx.Rngs(seed),
@@ -93,7 +93,7 @@ def tiny_lm(
         ({"mixers": {"gal": {}}}, "a mixer of .* must be one of .*; got 'gal'"),
         ({"pattern": ("window_attention",)}, "mixer window_attention needs the option 'window'"),
         ({"widht": 3}, "model lm has no option 'widht'; known options in model: .*width"),
-        ({"mlp": "relu"}, "mlp must be one of 'swiglu', 'none'; got 'relu'"),
+        ({"mlp": "relu"}, "mlp must be one of 'swiglu', 'gelu', 'none'; got 'relu'"),
         ({"remat": "some"}, "remat must be one of"),
         ({"embedding_dropout": 1.0}, r"embedding_dropout must be in \[0, 1\)"),
         (
@@ -203,7 +203,7 @@ def test_embedding_dropout_works_for_replicas_under_vmap():
                     "pattern": ("linear_attention",),
                     "embedding_dropout": 0.5,
                 },
-                vocabulary_size=11,
+                vocabulary=11,
                 param_dtype="float32",
                 compute_dtype="float32",
                 rngs=nnx.Rngs(key),

@@ -1,4 +1,4 @@
-"""The gated MLP of the blocks (SwiGLU; Shazeer 2020, arXiv 2002.05202)."""
+"""The MLPs of the blocks."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ def inner_width(width: int, ratio: float) -> int:
 
 
 class SwiGLU(nnx.Module):
-    """y = (silu(x W_gate) * (x W_up)) W_down, no biases."""
+    """y = (silu(x W_gate) * (x W_up)) W_down, no biases (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(
         self,
@@ -43,3 +43,31 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class GELU(nnx.Module):
+    """y = gelu(x W_up + b_up) W_down + b_down, ratio * width inside: the MLP of GPT-2 and of ViT
+    (arXiv 2010.11929)."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        ratio: float,
+        depth: int,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
+    ):
+        dense = functools.partial(
+            projection, bias=True, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
+        )
+        inner = round(ratio * width)
+        self.up = dense(width, inner, ("embed", "mlp"))
+        self.down = dense(inner, width, ("mlp", "embed"), init=residual_normal(depth))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(x_BTD), approximate=False))
+
+
+MLPS = {"swiglu": SwiGLU, "gelu": GELU}

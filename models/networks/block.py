@@ -1,0 +1,201 @@
+"""One residual block of the stack.
+
+    x <- x + mixer(norm(x));   x <- x + mlp(norm(x))       the second half only with an MLP
+
+With a condition c, a vector per sequence, each half becomes (adaLN-Zero; Peebles and Xie, "Scalable
+Diffusion Models with Transformers", ICCV 2023, arXiv 2212.09748):
+
+    [shift, scale, gate] = silu(c) W + b,   x <- x + gate * f(norm(x) * (1 + scale) + shift)
+
+W and b start at 0, so that a fresh block is the identity. The residual stream is float32; norms,
+modulation and sums are computed in float32; mixers and MLPs see the compute dtype."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from models.networks.mlp import MLPS
+from models.parts.norms import NORMS
+from models.parts.options import check_choice
+from models.parts.projections import projection
+from models.parts.variables import LayerConstant
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """What all blocks of a stack have in common.
+
+    mlp                "swiglu", "gelu" or "none"
+    mlp_ratio          inner width: ratio * width for "gelu", about 2/3 of that for "swiglu"
+    norm, norm_eps     "rms", "layer" or "batch", for the blocks' norms and the last norm. In
+                       training, "batch" takes its statistics over all tokens of the batch, so that
+                       a token sees later ones; under `model.eval()` it uses running statistics.
+    dropout            of what each half adds to the stream; off under `model.eval()`
+    drop_path          stochastic depth (Huang et al., arXiv 1603.09382): what a half adds is
+                       dropped for a whole sequence with a probability that rises linearly from 0
+                       in the first block to `drop_path` in the last; off under `model.eval()`
+    condition_width    size of the condition; 0: there is none
+
+    Raises ValueError for a value that is not possible."""
+
+    mlp: str = "swiglu"
+    mlp_ratio: float = 4.0
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    condition_width: int = 0
+
+    def __post_init__(self):
+        check_choice("mlp", self.mlp, (*MLPS, "none"))
+        check_choice("norm", self.norm, tuple(NORMS))
+        for name in ("dropout", "drop_path"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
+
+
+class Context(NamedTuple):
+    """What every block of one call is given beside the stream; None: there is none.
+
+    positions [B, T] and segment_ids [B, T] int; condition [B, C] float; grid: the static extents of
+    the grid whose places the tokens are, in row-major order: (height, width) for an image."""
+
+    positions: jax.Array | None = None
+    segment_ids: jax.Array | None = None
+    condition: jax.Array | None = None
+    grid: tuple[int, ...] | None = None
+
+
+class DropPath(nnx.Module):
+    """y, or 0 for a whole sequence with probability `rate`; y / (1 - rate) keeps the mean."""
+
+    def __init__(self, rate: jax.Array | float, *, rngs: nnx.Rngs):
+        self.rate = LayerConstant(jnp.asarray(rate, jnp.float32))
+        self.rngs = rngs.dropout.fork()
+        self.deterministic = False
+
+    def __call__(self, y_BTD: jax.Array) -> jax.Array:
+        if self.deterministic:
+            return y_BTD
+        share_kept = 1.0 - self.rate[...]
+        kept_B11 = jax.random.bernoulli(self.rngs(), share_kept, (y_BTD.shape[0], 1, 1))
+        return jnp.where(kept_B11, y_BTD / share_kept, 0.0)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+class Block(nnx.Module):
+    """One residual block: a mixer and, unless mlp is "none", an MLP, each behind its norm.
+
+    `mixer` is a class. A mixer whose equations depend on its place in the network names `layer` in
+    its constructor's signature; one that uses `grid` or `shared` names them in its call's."""
+
+    def __init__(
+        self,
+        mixer: Any,
+        width: int,
+        *,
+        depth: int,
+        layer: jax.Array | int,
+        mixer_options: Mapping[str, Any],
+        options: BlockOptions,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
+    ):
+        norm = functools.partial(
+            NORMS[options.norm],
+            width,
+            eps=options.norm_eps,
+            axis="embed",
+            rngs=rngs,
+            param_dtype=param_dtype,
+        )
+        common: dict[str, Any] = {
+            "depth": depth,
+            "rngs": rngs,
+            "param_dtype": param_dtype,
+            "compute_dtype": compute_dtype,
+        }
+        place = {"layer": layer} if "layer" in inspect.signature(mixer.__init__).parameters else {}
+        self.compute_dtype = compute_dtype
+        self.mixer_norm = norm()
+        self.mixer = mixer(width, **common, **place, **mixer_options)
+        mlp = MLPS.get(options.mlp)
+        self.mlp_norm = norm() if mlp else None
+        self.mlp = mlp(width, ratio=options.mlp_ratio, **common) if mlp else None
+
+        # None unless asked for: they are parameters and random states that a checkpoint would hold.
+        self.dropout = nnx.Dropout(options.dropout, rngs=rngs) if options.dropout else None
+        rate = options.drop_path * layer / max(depth - 1, 1)
+        self.drop_path = DropPath(rate, rngs=rngs) if options.drop_path else None
+        modulation = functools.partial(
+            projection,
+            options.condition_width,
+            (2 if mlp else 1) * 3 * width,
+            (None, "embed"),
+            init=nnx.initializers.zeros_init(),
+            bias=True,
+            rngs=rngs,
+            param_dtype=param_dtype,
+            compute_dtype=jnp.float32,
+        )
+        self.modulation = modulation() if options.condition_width else None
+
+    def __call__(
+        self, x_BTD: jax.Array, state: Any, shared: Any, context: Context
+    ) -> tuple[jax.Array, Any]:
+        modulations = self.modulations(context.condition, x_BTD.shape[-1])
+        named = inspect.signature(type(self.mixer).__call__).parameters
+        offered = {"grid": context.grid, "shared": shared}
+        h_BTD, gate = self.normalised(self.mixer_norm, x_BTD, modulations[0])
+        y_BTD, state = self.mixer(
+            h_BTD,
+            state,
+            positions=context.positions,
+            segment_ids=context.segment_ids,
+            **{name: value for name, value in offered.items() if name in named},
+        )
+        x_BTD = x_BTD + self.added(y_BTD, gate)
+        if self.mlp is not None:
+            h_BTD, gate = self.normalised(self.mlp_norm, x_BTD, modulations[1])
+            x_BTD = x_BTD + self.added(self.mlp(h_BTD), gate)
+        return x_BTD, state
+
+    def modulations(self, condition_BC: jax.Array | None, width: int) -> list[Any]:
+        """[shift, scale, gate], each [B, 1, D], of each half; None for both without a condition."""
+        if self.modulation is None:
+            return [None, None]
+        c_BC = jax.nn.silu(jnp.asarray(condition_BC, jnp.float32))
+        modulation_B1M = self.modulation(c_BC)[:, None, :]
+        pieces = jnp.split(modulation_B1M, modulation_B1M.shape[-1] // width, axis=-1)
+        return [pieces[:3], pieces[3:]]
+
+    def normalised(
+        self, norm: Any, x_BTD: jax.Array, modulation: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The input of a half in the compute dtype, and the gate of its output."""
+        h_BTD, gate = norm(x_BTD), None
+        if modulation is not None:
+            shift, scale, gate = modulation
+            h_BTD = h_BTD * (1 + scale) + shift
+        return h_BTD.astype(self.compute_dtype), gate
+
+    def added(self, y_BTD: jax.Array, gate: jax.Array | None) -> jax.Array:
+        """What a half with the output y adds to the stream, float32."""
+        y_BTD = y_BTD.astype(jnp.float32)
+        if gate is not None:
+            y_BTD = gate * y_BTD
+        if self.dropout is not None:
+            y_BTD = self.dropout(y_BTD)
+        return y_BTD if self.drop_path is None else self.drop_path(y_BTD)

@@ -46,6 +46,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python --project tests
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

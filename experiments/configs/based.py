@@ -13,24 +13,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    based = {"heads": 16, "feature_size": 16}
-    window = {
-        "window": 64,
-        "heads": 4,
-        "key_value_heads": 0,
-        "rope": True,
-        "rope_base": 10_000.0,
-        "qk_norm": False,
-        "norm_eps": 1e-5,
-    }
+    based = mixer_options("based")
+    window = mixer_options("window_attention", window=64)
     if config.task.name == "mqar":
         based.update(heads=2)  # as the other models there
         # Shorter than the distances that are asked for.
         window.update(heads=2, window=16)
     config.model.pattern = ("based", "window_attention")
-    config.model.mixers = ConfigDict({"based": based, "window_attention": window})
+    config.model.mixers = {"based": based, "window_attention": window}
     return config

@@ -13,20 +13,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    options = {
-        "heads": 4,
-        "expand_k": 1.0,
-        "expand_v": 1.0,
-        "conv_width": 4,
-        "eigenvalue_range": (-1, 1) if config.task.name == "state_tracking" else (0, 1),
-        "norm_eps": 1e-5,
-    }
+    options = mixer_options("delta_net")
+    if config.task.name == "state_tracking":
+        options["eigenvalue_range"] = (-1, 1)
     if config.task.name == "mqar":
-        options.update(heads=2)  # as in Zoology
+        options["heads"] = 2  # as in Zoology
     config.model.pattern = ("delta_net",)
-    config.model.mixers = ConfigDict({"delta_net": options})
+    config.model.mixers = {"delta_net": options}
     return config

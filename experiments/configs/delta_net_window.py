@@ -13,20 +13,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs import delta_net
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = delta_net.get_config(task)
     config.model.pattern = ("delta_net", "window_attention")
-    config.model.mixers.window_attention = ConfigDict(
-        {
-            "window": 64,
-            "heads": 4,
-            "key_value_heads": 0,
-            "rope": True,
-            "rope_base": 10_000.0,
-            "qk_norm": False,
-            "norm_eps": 1e-5,
-        }
-    )
+    config.model.mixers.window_attention = mixer_options("window_attention", window=64)
     return config

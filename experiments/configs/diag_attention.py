@@ -12,10 +12,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
     config.model.pattern = ("diag_attention",)
-    config.model.mixers = ConfigDict({"diag_attention": {"heads": 4, "block": 64}})
+    config.model.mixers = {"diag_attention": mixer_options("diag_attention")}
     return config

@@ -14,22 +14,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    options = {
-        "heads": 6,
-        "expand_k": 0.75,
-        "expand_v": 1.5,
-        "conv_width": 4,
-        "dt_min": 1e-3,
-        "dt_max": 1e-1,
-        "eigenvalue_range": (-1, 1) if config.task.name == "state_tracking" else (0, 1),
-        "norm_eps": 1e-5,
-    }
+    options = mixer_options("gated_delta_net")
+    if config.task.name == "state_tracking":
+        options["eigenvalue_range"] = (-1, 1)
     if config.task.name == "mqar":
-        options.update(heads=2)  # as in Zoology
+        options["heads"] = 2  # as in Zoology
     config.model.pattern = ("gated_delta_net",)
-    config.model.mixers = ConfigDict({"gated_delta_net": options})
+    config.model.mixers = {"gated_delta_net": options}
     return config

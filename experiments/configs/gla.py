@@ -11,22 +11,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    options = {
-        "heads": 4,
-        "expand_k": 0.5,
-        "expand_v": 1.0,
-        "gate_rank": 16,
-        "gate_temperature": 16.0,
-        "conv_width": 0,
-        "norm_eps": 1e-5,
-    }
+    options = mixer_options("gla")
     if config.task.name == "mqar":
         # Heads as in Zoology; convolutions as the other models have there.
         options.update(heads=2, conv_width=4)
     config.model.pattern = ("gla",)
-    config.model.mixers = ConfigDict({"gla": options})
+    config.model.mixers = {"gla": options}
     return config

@@ -12,19 +12,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    options = {
-        "heads": 4,
-        "feature_map": "softmax",
-        "temperature": 1.0,
-        "rope": True,
-        "rope_base": 10_000.0,
-    }
+    options = mixer_options("hedgehog")
     if config.task.name == "mqar":
-        options.update(heads=2)  # as the other models there
+        options["heads"] = 2  # as the other models there
     config.model.pattern = ("hedgehog",)
-    config.model.mixers = ConfigDict({"hedgehog": options})
+    config.model.mixers = {"hedgehog": options}
     return config

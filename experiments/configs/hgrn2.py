@@ -12,11 +12,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    options = {"heads": max(1, config.model.width // 128), "norm_eps": 1e-5}
+    options = mixer_options("hgrn2", heads=max(1, config.model.width // 128))
     config.model.pattern = ("hgrn2",)
-    config.model.mixers = ConfigDict({"hgrn2": options})
+    config.model.mixers = {"hgrn2": options}
     return config

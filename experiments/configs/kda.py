@@ -10,21 +10,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    options = {
-        "heads": max(1, config.model.width // 128),
-        "expand_k": 1.0,
-        "expand_v": 1.0,
-        "conv_width": 4,
-        "dt_min": 1e-3,
-        "dt_max": 1e-1,
-        "norm_eps": 1e-5,
-    }
+    options = mixer_options("kda", heads=max(1, config.model.width // 128))
     if config.task.name == "mqar":
-        options.update(heads=2)  # as in the paper's synthetic tasks
+        options["heads"] = 2  # as in the paper's synthetic tasks
     config.model.pattern = ("kda",)
-    config.model.mixers = ConfigDict({"kda": options})
+    config.model.mixers = {"kda": options}
     return config

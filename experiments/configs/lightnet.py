@@ -11,16 +11,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    options = {
-        "heads": max(1, config.model.width // 128),
-        "empty_sum": "zero",
-        "gate_rank": min(128, config.model.width),
-        "norm_eps": 1e-5,
-    }
+    width = config.model.width
+    options = mixer_options("lightnet", heads=max(1, width // 128), gate_rank=min(128, width))
     config.model.pattern = ("lightnet",)
-    config.model.mixers = ConfigDict({"lightnet": options})
+    config.model.mixers = {"lightnet": options}
     return config

@@ -12,17 +12,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    options = {
-        "heads": max(1, config.model.width // 128),
-        "decay": "paper",
-        "lrpe": "first",
-        "gate_rank": 0,
-        "norm_eps": 1e-6,
-    }
+    options = mixer_options("lightning", heads=max(1, config.model.width // 128))
     config.model.pattern = ("lightning",)
-    config.model.mixers = ConfigDict({"lightning": options})
+    config.model.mixers = {"lightning": options}
     return config

@@ -11,22 +11,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    options = {
-        "heads": 4,
-        "expand_k": 1.0,
-        "expand_v": 1.0,
-        "feature_map": "elu",
-        "normaliser": "denominator",
-        "conv_width": 0,
-        "norm_eps": 1e-5,
-    }
+    options = mixer_options("linear_attention")
     if config.task.name == "mqar":
         # The surroundings that the other models have there.
         options.update(heads=1, conv_width=4)
     config.model.pattern = ("linear_attention",)
-    config.model.mixers = ConfigDict({"linear_attention": options})
+    config.model.mixers = {"linear_attention": options}
     return config

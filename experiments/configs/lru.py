@@ -16,20 +16,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 from experiments.configs.recipes.long_range_arena import for_mixer, set_as_published
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
     config.model.mlp = "none"  # the block has its own GLU
-    options = {
-        "state_size": config.model.width,
-        "r_min": 0.9,
-        "r_max": 0.999,
-        "max_phase": 2 * math.pi,
-    }
+    options = mixer_options("lru", state_size=config.model.width, r_min=0.9, r_max=0.999)
     config.model.pattern = ("lru",)
-    config.model.mixers = ConfigDict({"lru": options})
+    config.model.mixers = {"lru": options}
     phases = (2 * math.pi,) * 5 + (math.pi / 10,)
     set_as_published(config, task, for_mixer("lru", {"max_phase": phases}))
     # The paper: a smaller one, without decay.

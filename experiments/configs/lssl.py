@@ -12,19 +12,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
     config.model.mlp = "none"  # the block has its own output map
-    options = {
-        "state_size": config.model.width,
-        "channels": 1,
-        "transition": "learned",
-        "dt_min": 1e-3,
-        "dt_max": 1e-1,
-    }
     config.model.pattern = ("lssl",)
-    config.model.mixers = ConfigDict({"lssl": options})
+    config.model.mixers = {"lssl": mixer_options("lssl", state_size=config.model.width)}
     config.optimizer.ssm_lr = min(1e-3, config.optimizer.lr)
     return config

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
@@ -23,15 +24,9 @@ def get_config(task: str) -> ConfigDict:
     config.model.mlp = "none"
     if config.task.name == "text":
         config.model.tie_embeddings = True
-    options = {
-        "expand": 2.0,
-        "state_size": 16,
-        "dt_rank": 0,
-        "dt_min": 1e-3,
-        "dt_max": 1e-1,
-        "conv_width": 4,
-        "eigenvalue_range": (-1, 1) if config.task.name == "state_tracking" else (0, 1),
-    }
+    options = mixer_options("mamba")
+    if config.task.name == "state_tracking":
+        options["eigenvalue_range"] = (-1, 1)
     config.model.pattern = ("mamba",)
-    config.model.mixers = ConfigDict({"mamba": options})
+    config.model.mixers = {"mamba": options}
     return config

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
@@ -22,17 +23,7 @@ def get_config(task: str) -> ConfigDict:
     config.model.mlp = "none"
     if config.task.name == "text":
         config.model.tie_embeddings = True
-    options = {
-        "expand": 2.0,
-        "heads": 0,
-        "groups": 1,
-        "state_size": min(128, config.model.width),
-        "dt_min": 1e-3,
-        "dt_max": 1e-1,
-        "conv_width": 4,
-        "norm": "after_gate",
-        "norm_eps": 1e-5,
-    }
+    options = mixer_options("mamba2", state_size=min(128, config.model.width))
     config.model.pattern = ("mamba2",)
-    config.model.mixers = ConfigDict({"mamba2": options})
+    config.model.mixers = {"mamba2": options}
     return config

@@ -13,31 +13,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    options = {
-        "memories": 4,
-        "top_k": 2,
-        "shared_memory": True,
-        "rule": "gated_delta_net",
-        "execution": "padded",
-        "load_balancing": "global_batch",
-        "micro_batch_size": 1,
-        "balance_weight": 0.01,
-        "heads": 4,
-        "expand_k": 1.0,
-        "expand_v": 1.0,
-        "conv_width": 4,
-        "dt_min": 1e-3,
-        "dt_max": 1e-1,
-        "gate_rank": 16,
-        "gate_temperature": 16.0,
-        "norm_eps": 1e-5,
-    }
+    options = mixer_options("mom")
     if config.task.name == "mqar":
-        options.update(heads=2)  # as the other models have there
+        options["heads"] = 2  # as the other models have there
     config.model.pattern = ("mom",)
-    config.model.mixers = ConfigDict({"mom": options})
+    config.model.mixers = {"mom": options}
     return config

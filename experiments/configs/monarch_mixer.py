@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 from experiments.configs.recipes.long_range_arena import ARGUMENTS, sequence_length
 
 
@@ -24,14 +25,7 @@ def get_config(task: str) -> ConfigDict:
         context_length = config.task.get_ref("sequence_length")
     if task.removesuffix(",smoke") in ARGUMENTS:
         context_length = sequence_length(config.task)
-    options = {
-        "context_length": context_length,
-        "transform": "fft",
-        "filter_hidden": 128,
-        "conv_width": 3,
-        "blocks": 4,
-        "expand": 4,
-    }
+    options = mixer_options("monarch_mixer", context_length=context_length)
     config.model.pattern = ("monarch_mixer",)
-    config.model.mixers = ConfigDict({"monarch_mixer": options})
+    config.model.mixers = {"monarch_mixer": options}
     return config

@@ -13,6 +13,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.configs.recipes.defaults import mixer_options
+
 
 def get_config(mixer: str) -> ConfigDict:
     """The config of `mixer` for mqar, "<mixer>" or "<mixer>,smoke", under BaseConv."""
@@ -21,5 +23,5 @@ def get_config(mixer: str) -> ConfigDict:
     config: Any = module.get_config(",".join(["mqar", *variant]))
     config.model.pattern = ("base_conv", *config.model.pattern)
     config.model.depth = len(config.model.pattern)
-    config.model.mixers.base_conv = ConfigDict({"conv_width": 3})
+    config.model.mixers.base_conv = mixer_options("base_conv")
     return config

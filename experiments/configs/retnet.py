@@ -12,15 +12,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    options = {"heads": 4, "expand_v": 2.0, "rope_base": 10_000.0, "norm_eps": 1e-5}
-    if config.task.name == "mqar":
-        options.update(heads=2)  # as the other models there
+    options = mixer_options("retnet")
     # The mixer has 8 d^2 parameters and the MLP 4 d^2, where others have 4 and 8.
     config.model.mlp_ratio = 2.0
+    if config.task.name == "mqar":
+        options["heads"] = 2  # as the other models there
     config.model.pattern = ("retnet",)
-    config.model.mixers = ConfigDict({"retnet": options})
+    config.model.mixers = {"retnet": options}
     return config

@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 from experiments.configs.recipes.long_range_arena import (
     ARGUMENTS,
     S4_LAYERS,
@@ -28,18 +29,14 @@ from experiments.configs.recipes.long_range_arena import (
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
     config.model.mlp = "none"  # the block has its own GLU
-    options = {
-        "state_size": 64 if config.model.width >= 128 else 16,
-        "init": "legs",
-        # Sequences up to this length are convolutions; the recurrence serves longer ones.
-        "kernel_length": 64 if task.startswith("images") else 1024,
-        "dt_min": 1e-3,
-        "dt_max": 1e-1,
-    }
+    # Sequences up to this length are convolutions; the recurrence serves longer ones.
+    kernel_length: Any = 64 if task.startswith("images") else 1024
     if task.removesuffix(",smoke") in ARGUMENTS:
-        options["kernel_length"] = sequence_length(config.task)
+        kernel_length = sequence_length(config.task)
+    state_size = 64 if config.model.width >= 128 else 16
+    options = mixer_options("s4", state_size=state_size, kernel_length=kernel_length)
     config.model.pattern = ("s4",)
-    config.model.mixers = ConfigDict({"s4": options})
+    config.model.mixers = {"s4": options}
     set_as_published(config, task, for_mixer("s4", S4_LAYERS))
     config.optimizer.ssm_lr = min(1e-3, config.optimizer.lr)
     return config

@@ -18,24 +18,19 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 from experiments.configs.recipes.long_range_arena import S4_LAYERS, for_mixer, set_as_published
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
     config.model.mlp = "none"  # the block has its own GLU
-    options = {
-        "state_size": 64 if config.model.width >= 128 else 16,
-        "init": "lin",
-        "dt_min": 1e-3,
-        "dt_max": 1e-1,
-        "discretisation": "zoh",
-        "parallel": "convolution",
-    }
+    state_size = 64 if config.model.width >= 128 else 16
+    options = mixer_options("s4d", state_size=state_size)
     if task == "lra_pathx":
         options["init"] = "inv"
     config.model.pattern = ("s4d",)
-    config.model.mixers = ConfigDict({"s4d": options})
+    config.model.mixers = {"s4d": options}
     set_as_published(config, task, for_mixer("s4d", S4_LAYERS))
     config.optimizer.ssm_lr = min(1e-3, config.optimizer.lr)
     return config

@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 from experiments.configs.recipes.long_range_arena import for_mixer, set_as_published
 
 ARENA = {
@@ -43,19 +44,9 @@ LAYERS = {
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
     config.model.mlp = "none"  # the block has its own gate
-    options = {
-        "state_size": config.model.width,
-        "blocks": 4,
-        "init": "legs",
-        "dt_min": 1e-3,
-        "dt_max": 1e-1,
-        "discretisation": "zoh",
-        "gate": "half_glu1",
-        "clip_eigenvalues": False,
-    }
     config.model.pattern = ("s5",)
+    config.model.mixers = {"s5": mixer_options("s5", state_size=config.model.width, blocks=4)}
     # The paper's ratios lie between 1/5 and 1/2.
     config.optimizer.ssm_lr = 0.25 * config.optimizer.lr
-    config.model.mixers = ConfigDict({"s5": options})
     set_as_published(config, task, ARENA | for_mixer("s5", LAYERS))
     return config

@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 from experiments.configs.recipes.long_range_arena import for_mixer, set_as_published
 
 NOT_KNOWN = (None,) * 5
@@ -40,18 +41,10 @@ LAYERS = {
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
     config.model.mlp = "none"
-    options = {
-        "window": 128,
-        "key_size": 64,
-        "expand_v": 2.0,
-        "state_size": 16,
-        "attention": "softmax",
-        "init_temperature": 0.3,
-        "rope_base": 10000.0,
-    }
+    options = mixer_options("seqboat")
     if config.model.width < 128:  # smoke sizes
         options.update(window=32, key_size=16)
     config.model.pattern = ("seqboat",)
-    config.model.mixers = ConfigDict({"seqboat": options})
+    config.model.mixers = {"seqboat": options}
     set_as_published(config, task, ARENA | for_mixer("seqboat", LAYERS))
     return config

@@ -14,21 +14,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
     # Longer sequences than this lose their oldest tokens; 1024 is the longest of the other tasks.
     context_length = config.task.get_ref("sequence_length") if config.task.name == "text" else 1024
-    options = {
-        "context_length": context_length,
-        "heads": 1 if config.task.name == "mqar" else 4,
-        "key_value_heads": 0,
-        "rope": True,
-        "rope_base": 10_000.0,
-        "qk_norm": False,
-        "norm_eps": 1e-5,
-    }
+    options = mixer_options("transformer", context_length=context_length)
+    if config.task.name == "mqar":
+        options["heads"] = 1
     config.model.pattern = ("transformer",)
-    config.model.mixers = ConfigDict({"transformer": options})
+    config.model.mixers = {"transformer": options}
     return config

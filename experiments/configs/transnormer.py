@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.base import recipe
+from experiments.configs.recipes.defaults import mixer_options
 from experiments.configs.recipes.long_range_arena import for_mixer, set_as_published
 
 ARENA = {
@@ -29,13 +30,11 @@ HEADS = {"heads": (8, 8, 4, 4, 8, 8)}
 
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
-    config.model.mixers = ConfigDict(
-        {"diag_attention": {"heads": 4, "block": 64}, "transnormer": {"heads": 4, "norm_eps": 1e-6}}
-    )
+    mixers = ("diag_attention", "transnormer")
+    config.model.mixers = {name: mixer_options(name) for name in mixers}
     heads = for_mixer("diag_attention", HEADS) | for_mixer("transnormer", HEADS)
     set_as_published(config, task, ARENA | heads)
     lower = config.model.depth // 2
-    config.model.pattern = ("diag_attention",) * lower + ("transnormer",) * (
-        config.model.depth - lower
-    )
+    upper = config.model.depth - lower
+    config.model.pattern = ("diag_attention",) * lower + ("transnormer",) * upper
     return config

@@ -20,7 +20,7 @@ from experiments.training.task import Examples, Task
 
 
 def tiny(**overrides: Any) -> Any:
-    config = get_config("icl_regression,smoke")
+    config: Any = get_config("icl_regression,smoke")
     config.update({"steps": 6, "batch_size": 8, "log_every_steps": 2})
     config.eval.update({"every_steps": 3, "examples": 16})
     config.checkpoint.every_steps = 100

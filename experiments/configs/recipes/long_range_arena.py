@@ -1,5 +1,5 @@
-"""The Long Range Arena (Tay et al., ICLR 2021, arXiv 2011.04006): what papers set for each of its
-tasks.
+"""The Long Range Arena (Tay et al., ICLR 2021, arXiv 2011.04006): its recipes, and what papers set
+for each of its tasks.
 
 A table has a row for each entry of the config and in it one value for all tasks, or six in the
 order of TASKS; None where the paper's is not known to us. Rows "epochs" and "warmup_epochs" become
@@ -7,6 +7,11 @@ steps; an epoch is the papers' training set, without a last batch that is not fu
 
 from collections.abc import Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.configs.recipes.base import base, language_model, shrink
+from experiments.configs.recipes.defaults import task_options
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
 # Config arguments for them at full size; ",smoke" is not published.
@@ -25,6 +30,82 @@ S4 = {
 }
 # The same of its layers, and of S4D's.
 S4_LAYERS = {"state_size": (4, 4, 4, 64, 64, 64), "dt_min": (1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-4)}
+
+
+def listops(smoke: bool) -> ConfigDict:
+    """ListOps, with expressions of our own."""
+    config = _arena("listops", task_options("listops"))
+    if smoke:
+        config.task.update({"shortest": 8, "longest": 64, "depth": 3, "arguments": 4})
+        shrink(config, steps=300, batch_size=32, width=32, lr=3e-3)
+    return config
+
+
+def lra_listops(smoke: bool) -> ConfigDict:
+    """ListOps, with the released expressions; at smoke size those of listops, which need no
+    files."""
+    config: Any = listops(smoke)
+    if not smoke:
+        config.task.data_dir = "~/lra_release/listops-1000"
+    return config
+
+
+def lra_text(smoke: bool) -> ConfigDict:
+    """Reviews of IMDB, byte by byte."""
+    config = _arena("lra_text", task_options("text_classification"))
+    if smoke:
+        config.task.length = 512
+        shrink(config, steps=300, batch_size=8, width=32, lr=3e-3)
+    return config
+
+
+def lra_retrieval(smoke: bool) -> ConfigDict:
+    """Pairs of papers, byte by byte."""
+    config = _arena("lra_retrieval", task_options("retrieval"))
+    if smoke:
+        config.task.length = 256
+        shrink(config, steps=300, batch_size=8, width=32, lr=3e-3)
+    return config
+
+
+def lra_image(smoke: bool) -> ConfigDict:
+    """CIFAR-10 in grey, its pixels as tokens where state-space papers have numbers."""
+    config = _arena("lra_image", task_options("images", dataset="cifar10", grey=True))
+    if smoke:
+        shrink(config, steps=200, batch_size=8, width=32, lr=3e-3)
+    return config
+
+
+def lra_pathfinder(smoke: bool) -> ConfigDict:
+    """Are two dots joined by a path? Images of 32 x 32."""
+    config = _arena("lra_pathfinder", task_options("pathfinder"))
+    if smoke:
+        shrink(config, steps=200, batch_size=8, width=32, lr=3e-3)
+    return config
+
+
+def lra_pathx(smoke: bool) -> ConfigDict:
+    """Path-X: Pathfinder with images of 128 x 128."""
+    released = "~/lra_release/lra_release/pathfinder128"
+    config = _arena("lra_pathx", task_options("pathfinder", data_dir=released, size=128))
+    if smoke:
+        shrink(config, steps=40, batch_size=2, width=32, lr=3e-3)
+        config.eval.examples = 8
+    return config
+
+
+def _arena(argument: str, task: Mapping[str, Any]) -> Any:
+    """A task at S4's settings, evaluated after every epoch on all that there is."""
+    config = base(
+        task=task,
+        model=language_model(width=0, depth=0),
+        steps=0,
+        batch_size=0,
+        optimizer={},
+        evaluation={"examples": 25_000, "best_metric": "validation/accuracy"},
+    )
+    set_as_published(config, argument)
+    return config
 
 
 def set_as_published(config: Any, argument: str, table: Mapping[str, Any] | None = None) -> None:

@@ -3,8 +3,6 @@
 import importlib
 import inspect
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +12,24 @@ import pytest
 from flax import nnx
 
 from experiments import train
-from experiments.configs.recipes.base import RECIPES, recipe
+from experiments.configs.recipes.base import available_recipes, recipe
+from experiments.configs.recipes.defaults import mixer_options, task_options
 from experiments.training.checkout import CHECKOUT
 from experiments.training.config import flatten, validate
-from experiments.training.task import find_task
+from experiments.training.task import available_tasks, find_task
 from models.networks.lm import build
+from models.networks.stack import available_mixers, find_mixer
 from tests.support.lra_files import prepare_reviews, write_listops, write_pairs, write_pathfinder
 
-TOKEN_SUMS = (
+SUMS = (
     "loss_sum",
     "weight_sum",
     "correct_sum",
     "sequence_correct_sum",
     "sequence_sum",
     "bytes_sum",
+    "target_square_sum",
 )
-SUMS = (*TOKEN_SUMS, "target_square_sum")
 
 
 def little_data(options: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def little_data(options: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", ["", ",smoke"])
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("name", available_recipes())
 def test_a_recipe_names_a_task_its_options_and_a_metric_of_it(
     name: str, variant: str, tmp_path: Path
 ) -> None:
@@ -65,16 +65,7 @@ def test_a_recipe_names_a_task_its_options_and_a_metric_of_it(
     task = find_task(options.pop("name"), options)
     evaluation, metric = config.eval.best_metric.split("/")
     assert evaluation in task.evaluations
-    sums = (
-        "loss_sum",
-        "weight_sum",
-        "correct_sum",
-        "sequence_correct_sum",
-        "sequence_sum",
-        "bytes_sum",
-        "target_square_sum",
-    )
-    assert metric in task.derive(dict.fromkeys(sums, 1.0))
+    assert metric in task.derive(dict.fromkeys(SUMS, 1.0))
     make = importlib.import_module(f"experiments.tasks.{config.task.name}").make
     assert set(options) == set(inspect.signature(make).parameters), (
         "an option that is not there cannot be overridden"
@@ -258,13 +249,31 @@ def test_an_arena_without_its_files_fails_before_anything_is_written(
 
 
 def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do() -> None:
-    with pytest.raises(ValueError, match=r"task of parity, .*; got 'parity,tiny'"):
+    with pytest.raises(ValueError, match=r"task of delay, .*; got 'parity,tiny'"):
         recipe("parity,tiny")
 
 
-def test_recipes_need_no_jax() -> None:
-    code = (
-        "import sys, experiments.configs.recipes.base as r; list(map(r.recipe, r.RECIPES));"
-        " assert 'jax' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKOUT)
+@pytest.mark.parametrize("name", available_mixers())
+def test_the_defaults_of_a_mixer_are_those_of_its_signature(name: str) -> None:
+    check_defaults(mixer_options(name), find_mixer(name).__init__)
+
+
+@pytest.mark.parametrize("name", available_tasks())
+def test_the_defaults_of_a_task_are_those_of_its_signature(name: str) -> None:
+    options = task_options(name)
+    assert options.pop("name") == name
+    check_defaults(options, importlib.import_module(f"experiments.tasks.{name}").make)
+
+
+def check_defaults(options: dict[str, Any], function: Any) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    assert options == {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def test_an_option_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(ValueError, match=r"mixer retnet has no option 'head'; it has .*heads"):
+        mixer_options("retnet", head=2)
+    with pytest.raises(ValueError, match=r"task delay has no option 'lag'; it has .*delay"):
+        task_options("delay", lag=2)
+    with pytest.raises(ValueError, match="there is no mixer 'rnn'"):
+        mixer_options("rnn")

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import train
 from experiments.configs.linear_self_attention import get_config
-from experiments.configs.recipes.base import RECIPES, recipe
+from experiments.configs.recipes.base import available_recipes, recipe
 from experiments.reporting.table import config_hash
 from experiments.training import command_line
 from experiments.training import config as configs
@@ -33,7 +33,7 @@ def changed(**overrides: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "argument", [f"{name}{variant}" for name in RECIPES for variant in ("", ",smoke")]
+    "argument", [f"{name}{variant}" for name in available_recipes() for variant in ("", ",smoke")]
 )
 def test_every_recipe_is_valid(argument):
     configs.validate(recipe(argument))
@@ -130,7 +130,7 @@ def test_a_missing_an_unknown_and_an_ill_typed_key_are_named():
         configs.validate(config)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", available_recipes())
 def test_a_config_survives_json(name):
     config = recipe(name)
     assert configs.from_json(configs.to_json(config)).to_dict() == config.to_dict()

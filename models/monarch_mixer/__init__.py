@@ -19,7 +19,7 @@ per token: O(D T^1/2) or O(D log T), and O(D^2) for W_in and W_out.
 
 State: no fixed one; the last L - 1 numbers of z and u, float32, O(L D) per token of decoding,
 beside the filters, which are computed in every call. Packed documents cost log T convolutions
-(ops/long_convolution/documents.py).
+(`ops/long_convolution`).
 
 Departures: causal, where the paper's released models are bidirectional and its causal models learn
 the Monarch factors of K under a degree constraint; here K has the filter of the released models.
@@ -46,7 +46,6 @@ from models.parts.projections import FAN_IN_UNIFORM, projection
 from models.parts.short_convolution import ShortConvolution
 from ops.framework import segments
 from ops.long_convolution.api import long_convolution
-from ops.long_convolution.documents import document_convolution
 
 TRANSFORMS = {"fft": long_convolution, "monarch": monarch_convolution}
 STACKED_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0,))
@@ -205,10 +204,9 @@ class MonarchMixer(nnx.Module):
             y_BTE = jnp.einsum("ble,el->be", seen_BTE[:, ::-1], kernels_ET, precision="highest")[
                 :, None
             ]
-        elif segment_ids is None:
-            y_BTE = convolve(seen_BTE, kernels_ET)
         else:
-            y_BTE = document_convolution(seen_BTE, kernels_ET, document_BT, convolve)
+            ids_BT = None if segment_ids is None else document_BT
+            y_BTE = convolve(seen_BTE, kernels_ET, segment_ids=ids_BT)
         of_last_BT1 = (document_BT == document_BT[:, -1:])[..., None]
         past_BLE = jnp.where(of_last_BT1, seen_BTE, 0.0)
         past_BLE = jnp.pad(past_BLE, ((0, 0), (kept, 0), (0, 0)))[:, lags:]

@@ -14,6 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ops.long_convolution.documents import convolve_documents
+
 
 def monarch_multiply(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
     """M x for x [..., n] and the blocks of L and R [b, b, b] (block, row, column); n = b^2. The
@@ -51,12 +53,16 @@ def _root(power: jax.Array, order: int) -> jax.Array:
     return jax.lax.complex(jnp.cos(angle), jnp.sin(angle))
 
 
-def monarch_convolution(u: jax.Array, kernel: jax.Array) -> jax.Array:
-    """y_t = sum_{l <= t} kernel_l u_{t-l} of each channel: u [B, T, D], kernel [D, T] -> [B, T, D]
-    in float32.
+def monarch_convolution(
+    u: jax.Array, kernel: jax.Array, *, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """y_t = sum_{l <= t} kernel_l u_{t-l} of each channel, float32: `ops.long_convolution` of u
+    [B, T, D], kernel [D, T] and segment_ids [B, T] in matrix products.
 
     Two Monarch products and an inverse one, of length b^2 >= 2 T: nothing wraps around.
     """
+    if segment_ids is not None:
+        return convolve_documents(u, kernel, segment_ids, monarch_convolution)
     length = u.shape[1]
     b = math.isqrt(2 * length - 1) + 1
     left, right = fourier_factors(b)

@@ -1,57 +1,71 @@
-"""A convolution as long as the sequence that stops at the boundaries of packed documents.
+"""A convolution as long as the sequence that stops where another segment starts.
 
-A convolution that is not a recurrence has no state to reset. Split time in the middle: of the pairs
-(s, t) across it, those within one document have s and t in the document that holds the middle,
-which is a contiguous stretch. So the first half, without tokens of other documents, is convolved
-into the second half and added to that document's tokens there; each half goes on by itself, and
-stretches of 16 tokens are done directly. That is exact, and costs log T convolutions instead of
-one."""
+A convolution that is not a recurrence has no state to reset. Time is split in the middle:
+
+    tokens      0  1  2  3 | 4  5  6  7
+    segments    a  a  b  b | b  c  c  c         the middle lies in segment b
+
+A pair of tokens (s, t) with s in the first half and t in the second is in one segment only where
+both are in the one that holds the middle. So tokens 2 and 3, with zeros in the place of 0 and 1,
+are convolved into the second half, and the result is added to token 4 alone. Each half then goes on
+by itself. Stretches of 16 tokens are done directly. This is exact, and costs log T convolutions
+instead of one."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from ..framework.segments import document_starts
 from ..short_convolution.api import short_convolution
 
 DIRECT = 16  # tokens
 
 
-def document_convolution(
-    x_BTD: jax.Array,
+def convolve_documents(
+    u_BTD: jax.Array,
     kernel_DT: jax.Array,
-    document_BT: jax.Array,
+    segment_ids: jax.Array,
     convolve: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """y_t = sum of kernel_l x_{t-l} over the lags l that stay in t's document; float32.
+    """y_t = sum of kernel_l u_{t-l} over the lags l that stay in t's segment: [B, T, D], float32.
 
-    document_BT: numbers of documents, non-decreasing. convolve(u [B, T, D], kernel [D, T]) is the
-    causal convolution."""
-    batch, length, width = x_BTD.shape
+    convolve(u [B, T, D], kernel [D, T]) is the causal convolution of one segment."""
+    length = u_BTD.shape[1]
     padded = max(DIRECT, 1 << (length - 1).bit_length())
-    more = padded - length
-    x_BTD = jnp.pad(x_BTD.astype(jnp.float32), ((0, 0), (0, more), (0, 0)))
-    kernel_DT = jnp.pad(kernel_DT.astype(jnp.float32), ((0, 0), (0, more)))
-    document_BT = jnp.pad(document_BT, ((0, 0), (0, more)), constant_values=-1)
+    behind = padded - length
+    u_BTD = jnp.pad(u_BTD.astype(jnp.float32), ((0, 0), (0, behind), (0, 0)))
+    kernel_DT = jnp.pad(kernel_DT.astype(jnp.float32), ((0, 0), (0, behind)))
+    # Numbers that never fall: ids may come back.
+    number_BT = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
+    number_BT = jnp.pad(number_BT, ((0, 0), (0, behind)), constant_values=-1)
 
     stretch_T = jnp.arange(padded) // DIRECT
     y_BTD, _ = short_convolution(
-        x_BTD,
+        u_BTD,
         kernel_DT[:, :DIRECT].T[::-1],
-        segment_ids=document_BT * (padded // DIRECT) + stretch_T[None],
+        segment_ids=number_BT * (padded // DIRECT) + stretch_T[None],
     )
     half = DIRECT
     while half < padded:
-        pairs = (batch, padded // (2 * half), 2, half)
-        number, x = document_BT.reshape(pairs), x_BTD.reshape(*pairs, width)
-        middle = number[:, :, 0, -1:]
-        source = jnp.where((number[:, :, 0] == middle)[..., None], x[:, :, 0], 0.0)
-        source = jnp.pad(source, ((0, 0), (0, 0), (0, half), (0, 0)))
-        across = convolve(source.reshape(-1, 2 * half, width), kernel_DT[:, : 2 * half]).reshape(
-            *pairs, width
-        )[:, :, 1]
-        across = jnp.where((number[:, :, 1] == middle)[..., None], across, 0.0)
-        across = jnp.stack([jnp.zeros_like(across), across], axis=2)
-        y_BTD = y_BTD + across.reshape(x_BTD.shape)
+        y_BTD = y_BTD + _across_middles(u_BTD, kernel_DT[:, : 2 * half], number_BT, convolve)
         half *= 2
     return y_BTD[:, :length]
+
+
+def _across_middles(
+    u_BTD: jax.Array,
+    kernel_DL: jax.Array,
+    number_BT: jax.Array,
+    convolve: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """What passes over the middle of each stretch of L tokens: [B, T, D]."""
+    half, width = kernel_DL.shape[1] // 2, u_BTD.shape[-1]
+    pairs = (u_BTD.shape[0], -1, 2, half)  # sequence, stretch, first or second half, token
+    number, u = number_BT.reshape(pairs), u_BTD.reshape(*pairs, width)
+    middle = number[:, :, 0, -1:]
+    source = jnp.where((number[:, :, 0] == middle)[..., None], u[:, :, 0], 0.0)
+    source = jnp.pad(source, ((0, 0), (0, 0), (0, half), (0, 0)))
+    y = convolve(source.reshape(-1, 2 * half, width), kernel_DL).reshape(*pairs, width)[:, :, 1]
+    y = jnp.where((number[:, :, 1] == middle)[..., None], y, 0.0)
+    return jnp.stack([jnp.zeros_like(y), y], axis=2).reshape(u_BTD.shape)

@@ -2,7 +2,6 @@
 transcription."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from flax import nnx
 from models import monarch_mixer
 from models.monarch_mixer.monarch import fourier_factors, monarch_convolution, monarch_multiply
 from ops import long_convolution
-from ops.long_convolution.documents import document_convolution
 from tests.support.layers import (
     FLOAT32,
     LENGTH,
@@ -90,22 +88,12 @@ def test_a_convolution_by_monarch_products_is_the_direct_one(length):
     np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
 
-@pytest.mark.parametrize(
-    "convolve", [long_convolution, pytest.param(monarch_convolution, marks=pytest.mark.full)]
-)
-def test_a_convolution_of_packed_documents_is_that_of_each_alone(convolve):
-    length, cuts = 83, ((0, 30, 31, 83), (0, 64, 70, 83))
-    x, kernel = convolution_case(length)
-    number = np.zeros((2, length), np.int32)
-    want = np.zeros(x.shape)
-    for row, starts in enumerate(cuts):
-        for count, (a, b) in enumerate(itertools.pairwise(starts)):
-            number[row, a:b] = count
-            want[row, a:b] = long_convolution(
-                x[row : row + 1, a:b], kernel[:, : b - a], implementation="reference"
-            )[0]
-    run = jax.jit(document_convolution, static_argnums=3)
-    got = run(x, kernel, jnp.asarray(number), convolve)
+@pytest.mark.full
+def test_a_convolution_of_packed_documents_by_monarch_products_is_the_direct_one():
+    x, kernel = convolution_case(83)
+    ids = jnp.asarray([np.searchsorted(cuts, np.arange(83)) for cuts in ([29, 30], [63, 69])])
+    want = long_convolution(x, kernel, segment_ids=ids, implementation="reference")
+    got = jax.jit(monarch_convolution)(x, kernel, segment_ids=ids)
     np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
 

@@ -1,6 +1,8 @@
 """Long convolution against its defining sum, numpy's convolution and the recurrence that it is the
 parallel form of."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,17 +21,20 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 
 @jax.jit
-def values_and_gradients(u, kernel, dy):
+def values_and_gradients(u, kernel, dy, segment_ids=None):
     def of(implementation):
-        y, pullback = jax.vjp(
-            lambda u, kernel: long_convolution(u, kernel, implementation=implementation),
-            *(u, kernel),
-        )
+        def call(u, kernel):
+            return long_convolution(
+                u, kernel, segment_ids=segment_ids, implementation=implementation
+            )
+
+        y, pullback = jax.vjp(call, u, kernel)
         return dict(zip(("y", "du", "dkernel"), (y, *pullback(dy.astype(y.dtype))), strict=True))
 
     return of("xla"), of("reference")
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("length", "dtype"),
     [
@@ -40,13 +45,32 @@ def values_and_gradients(u, kernel, dy):
         pytest.param(LENGTH, "bfloat16", marks=pytest.mark.full),
     ],
 )
-def test_values_and_gradients_equal_the_reference(length, dtype):
+def test_values_and_gradients_equal_the_reference(length, dtype, packed):
     u = normal(0, BATCH, length, WIDTH, dtype=dtype)
     kernel = normal(1, WIDTH, length)
-    got, expected = values_and_gradients(u, kernel, normal(2, *u.shape))
+    ids = None
+    if packed:  # ids come back: only a change counts
+        starts = np.random.default_rng(3).random((BATCH, length)) < 0.06
+        ids = jnp.asarray(np.cumsum(starts, axis=1) % 3)
+    got, expected = values_and_gradients(u, kernel, normal(2, *u.shape), ids)
     for name in expected:
         assert got[name].dtype == expected[name].dtype, name
         assert_close(name, got[name], expected[name], TOLERANCE[str(got[name].dtype)])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_packed_documents_equal_separate_ones(implementation):
+    length, rows = 83, ((0, 30, 31, 83), (0, 64, 70, 83))
+    u, kernel = normal(0, len(rows), length, WIDTH), normal(1, WIDTH, length)
+    ids, expected = np.zeros((len(rows), length), np.int32), np.zeros(u.shape)
+    for row, cuts in enumerate(rows):
+        for document, (a, b) in enumerate(itertools.pairwise(cuts)):
+            ids[row, a:b] = (5, 0, 5)[document]
+            expected[row, a:b] = long_convolution(
+                u[row : row + 1, a:b], kernel[:, : b - a], implementation="reference"
+            )[0]
+    got = convolve(u, kernel, segment_ids=ids, implementation=implementation)
+    assert_close("y", got, expected)
 
 
 def test_it_is_numpys_convolution_cut_to_the_length():
@@ -99,6 +123,8 @@ GOOD = {"u": ones(2, 5, 3), "kernel": ones(3, 5)}
         ("kernel", {"kernel": ones(5, 3)}),
         ("kernel", {"kernel": ones(3, 4)}),
         ("kernel", {"kernel": ones(3, 5, dtype=np.complex64)}),
+        ("segment_ids", {"segment_ids": ones(2, 5)}),
+        ("segment_ids", {"segment_ids": ones(5, dtype=np.int32)}),
         ("implementation", {"implementation": "chunked"}),
     ],
 )

@@ -50,7 +50,8 @@ from jax.typing import DTypeLike
 
 from models.parts.options import check_choice
 from models.parts.projections import projection
-from ops.dense_scan.xla import dense_kernel, respond
+from ops.dense_scan.api import dense_scan
+from ops.dense_scan.powers import krylov_kernel
 
 
 def legs_factors(size: int) -> dict[str, np.ndarray]:
@@ -172,12 +173,12 @@ class LSSL(nnx.Module):
         x_float_BTD, (batch, length, _) = x_BTD.astype(jnp.float32), x_BTD.shape
         A_DNN, b_DN = self.system()
         read_DMN, skip_DM = self.read_DMN[...], self.skip_DM[...]
-        y_BTDM, memory_BDN = respond(
+        y_BTDM, memory_BDN = dense_scan(
+            x_float_BTD,
             A_DNN,
             b_DN,
-            lambda: read_DMN,
-            x_float_BTD,
-            kernel=functools.partial(dense_kernel, A_DNN, b_DN, read_DMN),
+            read_DMN,
+            kernel=functools.partial(krylov_kernel, A_DNN, b_DN, read_DMN),
             initial_state=None if state is None else state["memory"],
             segment_ids=segment_ids,
         )

@@ -1,48 +1,50 @@
 """S4D. Gu, Gupta, Goel, Re, "On the Parameterization and Initialization of Diagonal State Space
 Models", NeurIPS 2022, arXiv 2206.11893.
 
-    h_t = Lbar h_{t-1} + f B x_t,    y_t = 2 Re(C h_t) + D x_t          per channel, N/2 complex
-    modes each y = K * x + D x,    K_l = 2 Re(C Lbar^l f B)                        the same as a
-    convolution (Eq. 5) zoh         Lbar = exp(z),                      f = (Lbar - 1) / Lambda,
-    z = Lambda Delta
+    h_t = Lbar h_{t-1} + f B x_t,   y_t = 2 Re(C h_t) + D x_t      per channel, N/2 complex modes
+    y = K * x + D x,   K_l = 2 Re(C Lbar^l f B)                    the same, a convolution (Eq. 5)
+    zoh         Lbar = exp(z),                      f = (Lbar - 1) / Lambda,    z = Lambda Delta
     bilinear    Lbar = (1 + z / 2) / (1 - z / 2),   f = Delta / (1 - z / 2)
     out = (g W_1 + b_1) sigmoid(g W_2 + b_2),    g = gelu(y)
 
-    x           x_BTD                                   input, model width D: D systems of one input
-                                                        and one output
-    Lambda      -exp(decay_log_DM) + i angle_DM         float32; M = state_size / 2 modes; never
-    unstable Delta       exp(step_log_D)                         float32; one step size per channel
-    B           write_real_DM, write_imaginary_DM       float32 C           read_real_DM,
-    read_imaginary_DM         float32
+    x           x_BTD                           model width D: D systems, one input and output each
+    Lambda      -exp(decay_log_DM) + i angle_DM float32; M = state_size / 2 modes; always stable
+    Delta       exp(step_log_D)                 float32; one step size per channel
+    B           write_real_DM, _imaginary_DM    float32
+    C           read_real_DM, _imaginary_DM     float32
     D           skip_D
-    h           "memory", a pair of [B, D M]            float32: real and imaginary part; a
-                                                        conjugate of each is implied
+    h           "memory", a pair of [B, D M]    float32: real and imaginary part; the conjugate of
+                                                each mode is implied
 
 State: D state_size floats. Cost per token: O(D state_size + D^2). One homogeneous block: use it
 with mlp="none".
 
-Initialisation of Lambda and B, by `init` (Section 4): "legs", the normal part of HiPPO-LegS and its
-input V* B; else B = 1 and Lambda_n = -1/2 + i times
-    "inv"   N / pi (N / (2n + 1) - 1)        "lin"   pi n        "quad"   (2n + 1)^2 / pi         n
-    = 0 .. N/2 - 1 "random_imaginary"   e^g, g ~ N(0, 1)    "random_real"   pi n, with the real part
-    ~ -U(0, 1)       ablations
-"real" is S4D-Real, Lambda_n = -(n + 1) for n = 0 .. N - 1: everything is real, M = state_size, y_t
-= C h_t + D x_t, and "memory" is one array. "ptd" is S4-PTD (Yu et al., ICLR 2024, arXiv
+Initialisation of Lambda and B, by `init` (Section 4). "legs" is the normal part of HiPPO-LegS with
+its input V* B. All others but "real" and "ptd" have B = 1 and Lambda_n = -1/2 + i times, for
+n = 0 .. N/2 - 1,
+
+    "inv"               N / pi (N / (2n + 1) - 1)
+    "lin"               pi n
+    "quad"              (2n + 1)^2 / pi
+    "random_imaginary"  e^g, g ~ N(0, 1)                            an ablation
+    "random_real"       pi n, and the real part is ~ -U(0, 1)       an ablation
+
+"real" is S4D-Real, Lambda_n = -(n + 1) for n = 0 .. N - 1: everything is real, M = state_size,
+y_t = C h_t + D x_t, and "memory" is one array. "ptd" is S4-PTD (Yu et al., ICLR 2024, arXiv
 2310.01698): the modes of HiPPO-LegS after a small perturbation, with its input V^-1 B
-(models/parts/hippo.py); nothing else changes. Delta log-uniform; both parts of C ~ N(0, 1/2), a
+(models/parts/hippo.py); nothing else changes. Delta is log-uniform; both parts of C ~ N(0, 1/2), a
 real C ~ N(0, 1); D ~ N(0, 1).
 
-A call without state and segments is the convolution; any other is the recurrence, which holds T D
-state_size floats of states per sequence for the output map. parallel="recurrence" takes it always.
-Where a mesh cuts time each device convolves its part, and states pass between them.
+A call without state and segments is the convolution. Any other call is the recurrence, which holds
+T D state_size floats of states per sequence for the output map; parallel="recurrence" always takes
+it.
 
 Departures: causal only, RMSNorm of the backbone, no dropout. V* B is not clipped: the authors' code
 clips its imaginary part to +-2, but that depends on the phases of the eigenvectors, which are
 arbitrary. Only the product of B and C matters; both are trained, as in the authors' code. Powers of
 Lbar are products, not exponentials of multiples.
 
-Authors' code: https://github.com/state-spaces/s4
-"""
+Authors' code: https://github.com/state-spaces/s4"""
 
 import functools
 import math
@@ -58,12 +60,8 @@ from models.parts.discretisation import DISCRETISATIONS
 from models.parts.hippo import legs, normal_legs, perturbed_legs
 from models.parts.options import check_choice
 from models.parts.projections import projection
-from ops.dense_scan.xla import diagonal_powers, einsum
+from ops.diagonal_convolution.api import diagonal_convolution
 from ops.diagonal_scan.api import diagonal_scan
-from ops.framework.sharding import parts_as_batch, time_parts
-from ops.framework.time_parts import to_parts, to_whole
-from ops.long_convolution.api import long_convolution
-from ops.state_passing.parts import states_before
 
 INITS = ("legs", "inv", "lin", "quad", "ptd", "real", "random_real", "random_imaginary")
 
@@ -166,11 +164,17 @@ class S4D(nnx.Module):
         self.output, self.output_gate = dense(), dense()
 
     def system(self) -> tuple[jax.Array, jax.Array]:
-        """Lbar and f B, complex64 [D, M], or float32 from "real"."""
+        """Lbar and f B [D, M], complex64; float32 of "real"."""
         eigenvalue_DM = _number(-jnp.exp(self.decay_log_DM[...]), self.angle_DM)
         step_D1 = jnp.exp(self.step_log_D[...])[:, None]
         factor_DM, input_DM = DISCRETISATIONS[self.discretisation](eigenvalue_DM, step_D1)
         return factor_DM, input_DM * _number(self.write_real_DM[...], self.write_imaginary_DM)
+
+    def read(self) -> Any:
+        """The parts of 2 C [D, M]; of "real", of C."""
+        if self.read_imaginary_DM is None:
+            return (self.read_real_DM[...],)
+        return 2 * self.read_real_DM[...], 2 * self.read_imaginary_DM[...]
 
     def __call__(
         self,
@@ -182,94 +186,39 @@ class S4D(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         x_float_BTD = x_BTD.astype(jnp.float32)
         if state is None and segment_ids is None and self.parallel == "convolution":
-            y_BTD, memory = self._convolution(x_float_BTD)
+            y_BTD, memory = self.convolution(x_float_BTD)
         else:
-            y_BTD, memory = self._recurrence(x_float_BTD, state, segment_ids)
+            y_BTD, memory = self.recurrence(x_float_BTD, state, segment_ids)
         y_BTD = y_BTD + self.skip_D[...][None, None, :] * x_float_BTD
         g_BTD = jax.nn.gelu(y_BTD).astype(self.compute_dtype)
         return self.output(g_BTD) * jax.nn.sigmoid(self.output_gate(g_BTD)), {"memory": memory}
 
-    def _read_parts(self) -> tuple[jax.Array, ...]:
-        """What multiplies the parts of h in y: 2 Re C and -2 Im C, or a real C."""
-        if self.read_imaginary_DM is None:
-            return (self.read_real_DM[...],)
-        return 2 * self.read_real_DM[...], -2 * self.read_imaginary_DM[...]
-
-    def _convolution(self, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
-        parts = time_parts()
-        if parts == 1:
-            return self._convolution_from_zero(x_BTD)
-        with parts_as_batch():
-            y_PnD, written = self._convolution_from_zero(to_parts(x_BTD, parts))
-        free_PnD, memory = self._carried(written, x_BTD.shape[1] // parts, parts)
-        return to_whole(y_PnD + free_PnD, parts), memory
-
-    def _carried(self, written: Any, length: int, parts: int) -> tuple[jax.Array, Any]:
-        """y [P, n, D] of the state that comes into each of the parts of n = `length` tokens, and
-        the state after the last one; `written` is what each leaves from zero."""
-        factor_DM, _ = self.system()
-        power_E = diagonal_powers(factor_DM, length + 1)[..., -1].reshape(-1)
-        # The product with a number, on its parts.
-        A_EXX = power_E[:, None, None]
-        if self.is_complex:
-            re_E, im_E = power_E.real, power_E.imag
-            A_EXX = jnp.stack([re_E, -im_E, im_E, re_E], axis=-1).reshape(-1, 2, 2)
-        written_PEX = jnp.stack(jax.tree.leaves(written), axis=-1)
-        before_PEX, last_BEX = states_before(A_EXX, written_PEX, None, None, parts)
-
-        # As below, the powers are made anew.
-        @jax.checkpoint
-        def response(
-            factor_DM: jax.Array, read: tuple[jax.Array, ...], h_PDMX: jax.Array
-        ) -> jax.Array:
-            c_DM = jax.lax.complex(read[0], -read[1]) if self.is_complex else read[0]
-            weight_DMn = c_DM[..., None] * diagonal_powers(factor_DM, length + 1)
-            # Re(w h) is Re w Re h - Im w Im h.
-            weight = jax.tree.leaves(_parts(jnp.conj(weight_DMn[..., 1:])))
-            return einsum("xdmn,pdmx->pnd", jnp.stack(weight), h_PDMX)
-
-        h_PDMX = before_PEX.reshape(-1, *factor_DM.shape, before_PEX.shape[-1])
-        memory = tuple(jnp.unstack(last_BEX, axis=-1))
-        return response(factor_DM, self._read_parts(), h_PDMX), (
-            memory if self.is_complex else memory[0]
+    def convolution(self, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+        """K * x [B, T, D], and the memory after it."""
+        factor_DM, write_DM = self.system()
+        y_BTD, memory = diagonal_convolution(  # Eq. 5
+            x_BTD, _parts(factor_DM), _parts(write_DM), self.read()
         )
+        return y_BTD, jax.tree.map(lambda part_BDM: part_BDM.reshape(len(x_BTD), -1), memory)
 
-    def _convolution_from_zero(self, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
-        # The powers, D M T numbers, are made anew in the backward pass.
-        @jax.checkpoint
-        def kernel_and_state(
-            system: tuple[jax.Array, jax.Array], read: tuple[jax.Array, ...], x_BTD: jax.Array
-        ) -> tuple[jax.Array, Any]:
-            factor_DM, input_DM = system
-            powers_DMT = diagonal_powers(factor_DM, x_BTD.shape[1])
-            response_DMT = jax.tree.leaves(_parts(input_DM[..., None] * powers_DMT))
-            kernel_DT = einsum("pdm,pdmt->dt", jnp.stack(read), jnp.stack(response_DMT))
-            memory = [
-                einsum("dmt,btd->bdm", part_DMT[..., ::-1], x_BTD).reshape(x_BTD.shape[0], -1)
-                for part_DMT in response_DMT
-            ]
-            return kernel_DT, tuple(memory) if self.is_complex else memory[0]
-
-        kernel_DT, memory = kernel_and_state(self.system(), self._read_parts(), x_BTD)
-        return long_convolution(x_BTD, kernel_DT), memory
-
-    def _recurrence(
+    def recurrence(
         self, x_BTD: jax.Array, state: dict[str, Any] | None, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, Any]:
-        factor_DM, input_DM = self.system()
+        """2 Re(C h) [B, T, D], and the memory after the last token."""
+        factor_DM, write_DM = self.system()
 
         def written(part_DM: jax.Array) -> jax.Array:
             return (x_BTD[..., None] * part_DM[None, None]).reshape(*x_BTD.shape[:2], -1)
 
         h, memory = diagonal_scan(
             jax.tree.map(jnp.ravel, _parts(factor_DM)),
-            jax.tree.map(written, _parts(input_DM)),
+            jax.tree.map(written, _parts(write_DM)),
             initial_state=None if state is None else state["memory"],
             segment_ids=segment_ids,
         )
-        terms_BTDM = sum(
-            part.reshape(*x_BTD.shape, -1) * c_DM[None, None]
-            for part, c_DM in zip(jax.tree.leaves(h), self._read_parts(), strict=True)
+        terms_BTDM = sum(  # Re(C h) = Re C Re h - Im C Im h
+            sign * c_DM[None, None] * part.reshape(*x_BTD.shape, -1)
+            for sign, c_DM, part in zip((1, -1), self.read(), jax.tree.leaves(h), strict=False)
         )
         return jnp.sum(terms_BTDM, axis=-1), memory
 
@@ -280,13 +229,14 @@ class S4D(nnx.Module):
 
 
 def _number(real_DM: jax.Array, imaginary_DM: nnx.Param | None) -> jax.Array:
+    """The complex number of two parts, or the real one."""
     if imaginary_DM is None:
         return real_DM
     return jax.lax.complex(real_DM, imaginary_DM[...])
 
 
 def _parts(number: jax.Array) -> Any:
-    """As the diagonal scan has it: a pair of real arrays, or one."""
+    """A pair of real arrays, or one, as ops take numbers."""
     return (number.real, number.imag) if jnp.iscomplexobj(number) else number
 
 

@@ -2,6 +2,8 @@
 that are held to it."""
 
 from .delta_rule.api import delta_rule
+from .dense_scan.api import dense_scan
+from .diagonal_convolution.api import diagonal_convolution
 from .diagonal_scan.api import diagonal_scan
 from .framework.arguments import checks
 from .framework.platforms import kernels
@@ -17,6 +19,8 @@ __all__ = [
     "WindowState",
     "checks",
     "delta_rule",
+    "dense_scan",
+    "diagonal_convolution",
     "diagonal_scan",
     "gated_linear_attention",
     "init_window_state",

@@ -64,7 +64,8 @@ from models.parts.hippo import diagonal_plus_low_rank
 from models.parts.options import check_choice
 from models.parts.projections import projection
 from models.s4.cauchy import transfer, transfer_at_zero
-from ops.dense_scan.xla import einsum, power_less_one, respond
+from ops.dense_scan.api import dense_scan
+from ops.dense_scan.powers import einsum, power_less_one
 
 # init -> the HiPPO matrices that channels have in turns
 INITS = {
@@ -236,11 +237,11 @@ class S4(nnx.Module):
         def kernel(length: int) -> jax.Array:
             return self.kernel()[:, None, :length]
 
-        y_BTD1, memory_BDN = respond(
+        y_BTD1, memory_BDN = dense_scan(
+            x_float_BTD,
             E_DNN + jnp.eye(self.state_size)[None],
             b_DN,
-            lambda: self.untruncated_read(E_DNN)[:, None],
-            x_float_BTD,
+            self.untruncated_read(E_DNN)[:, None],
             kernel=kernel if length <= self.kernel_length else None,
             initial_state=None if state is None else state["memory"],
             segment_ids=segment_ids,

@@ -19,7 +19,7 @@ frequencies."""
 import jax
 import jax.numpy as jnp
 
-from ops.dense_scan.xla import einsum
+from ops.dense_scan.powers import einsum
 
 
 # The matrix of the sums, D N F numbers, is recomputed in the backward pass.

@@ -1,186 +1,168 @@
-"""Linear time-invariant systems with a dense state matrix, many at once: kernels, and recurrences
-that keep a state.
+"""Dense scan in plain JAX on every backend: a convolution where the caller has its kernel, else the
+recurrence in chunks of C tokens.
 
-    x_t = A x_{t-1} + b u_t        y_t = c x_t        kernel_l = c A^l b
-
-for D independent systems with one input and M outputs each; A, b, c are those of the discretised
-system. Everything is products with powers of A: Krylov vectors A^l b are doubled, [X, A^L X] with
-A^L squared on the way, O(log L) dense products; a kernel of length T takes about sqrt(T) of them
-and as many rows c A^(C j), and the recurrence is advanced by chunks of C tokens
-
-    y_t = sum_{s <= t} kernel_{t-s} u_s + c A^(t+1) x        x <- A^C x + sum_s A^(C-1-s) b u_s
+    y_t = sum_{s <= t} kernel_{t-s} u_s + C A^(t+1) x        x <- A^C x + sum_s A^(C-1-s) B u_s
     t, s = 0 .. C - 1
 
-so that a sequence takes T / C steps, not T. Powers must stay bounded, in float32: the models here
-have state matrices whose discretisation is a contraction. Where a mesh cuts time, each device runs
-its part from zero, states pass from part to part, and the response to the state that came in is
-added.
+A sequence takes T / C steps, not T. The work per token is C inside a chunk, N for each of writing
+and reading the state, and N^2 / C to advance it. JAX differentiates this; the backward pass
+recomputes a chunk from the state before it, which is all that is kept.
 
-Letters: D systems (channels), N state, M outputs per system, R vectors, C chunk length, G number of
-chunks."""
+Letters: D systems, N state, M outputs per system, C chunk length, G number of chunks."""
 
 import functools
-import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..framework.sharding import parts_as_batch, time_parts
-from ..framework.time_parts import documents, to_parts, to_whole
+from ..framework import segments
 from ..long_convolution.api import long_convolution
-from ..state_passing.parts import states_before
+from .powers import einsum, krylov, matrix_power
 
-# Work per token: C inside a chunk, N for each of reading and writing the state, N^2 / C to advance
-# it.
-CHUNK = 32
-
-einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+CHUNK = 32  # tokens
 
 
-def diagonal_powers(factor_DM: jax.Array, length: int) -> jax.Array:
-    """factor^l, l = 0 .. length - 1: [D, M, length] in the dtype of `factor_DM`, by doubling.
+def forward(
+    u: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    kernel: Callable[[int], jax.Array] | None,
+) -> tuple[jax.Array, jax.Array]:
+    """y [B, T, D, M] and the final state [B, D, N]; shapes as in `api.py`, float32.
 
-    Products alone, as in the recurrence; exp(l log factor) would lose the digits of the phase for
-    large l."""
-    powers, factor = jnp.ones_like(factor_DM)[..., None], factor_DM[..., None]
-    while powers.shape[-1] < length:
-        powers = jnp.concatenate([powers, powers * factor], axis=-1)
-        factor = factor * factor
-    return powers[..., :length]
-
-
-def matrix_power(A_DNN: jax.Array, exponent: int) -> jax.Array:
-    """A^exponent, by squaring."""
-    with jax.default_matmul_precision("highest"):
-        return jnp.linalg.matrix_power(A_DNN, exponent)
-
-
-def power_less_one(E_DNN: jax.Array, exponent: int) -> jax.Array:
-    """(I + E)^exponent - I, by squaring. No digit of a small E is lost, however near the identity
-    the power is."""
-    result = jnp.zeros_like(E_DNN)
-    for bit in f"{exponent:b}":  # (I + F)^2 - I = 2 F + F^2
-        result = 2 * result + einsum("dij,djk->dik", result, result)
-        if bit == "1":
-            result = result + E_DNN + einsum("dij,djk->dik", E_DNN, result)
-    return result
+    kernel: of a call without state and segments alone."""
+    if kernel is not None:
+        return convolution(u, A, B, kernel(u.shape[1]))
+    return scan_chunks(u, A, B, C, initial_state, segment_ids)
 
 
-def krylov(A_DNN: jax.Array, start_DRN: jax.Array, length: int) -> jax.Array:
-    """A^l start, l = 0 .. length - 1, of R vectors: [D, length, R, N]."""
-    vectors, power = start_DRN[:, None], A_DNN
-    while vectors.shape[1] < length:
-        vectors = jnp.concatenate([vectors, einsum("dij,dlrj->dlri", power, vectors)], axis=1)
-        power = einsum("dij,djk->dik", power, power)
-    return vectors[:, :length]
+def convolution(
+    u_BTD: jax.Array, A_DNN: jax.Array, B_DN: jax.Array, kernel_DMT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """y [B, T, D, M] and the final state [B, D, N], from a zero state."""
+    outputs = kernel_DMT.shape[1]
+    y_BTX = long_convolution(
+        jnp.repeat(u_BTD, outputs, axis=2), kernel_DMT.reshape(-1, kernel_DMT.shape[2])
+    )
+    return y_BTX.reshape(*u_BTD.shape, -1), final_state(u_BTD, A_DNN, B_DN)
 
 
-def dense_kernel(A_DNN: jax.Array, b_DN: jax.Array, c_DMN: jax.Array, length: int) -> jax.Array:
-    """c A^l b, l = 0 .. length - 1: [D, M, length]."""
-    chunk = 1 << math.isqrt(max(length - 1, 0)).bit_length()
-    columns_DCN = krylov(A_DNN, b_DN[:, None], chunk)[:, :, 0]
-    step_DNN = matrix_power(A_DNN, chunk)
-    rows_DGMN = krylov(jnp.swapaxes(step_DNN, 1, 2), c_DMN, -(-length // chunk))
-    kernel_DMGC = einsum("dgmn,dcn->dmgc", rows_DGMN, columns_DCN)
-    return kernel_DMGC.reshape(*c_DMN.shape[:2], -1)[..., :length]
-
-
-def final_state(A_DNN: jax.Array, b_DN: jax.Array, u_BTD: jax.Array) -> jax.Array:
-    """The state [B, D, N] after u, from zero: what a convolution leaves out."""
+def final_state(u_BTD: jax.Array, A_DNN: jax.Array, B_DN: jax.Array) -> jax.Array:
+    """The state [B, D, N] after u, from zero: what the output of a convolution does not say."""
     batch, length, channels = u_BTD.shape
     chunk = min(CHUNK, length)
     # Zeros in front of the first token leave the zero state alone.
     u_BTD = jnp.pad(u_BTD, ((0, 0), (-length % chunk, 0), (0, 0)))
     u_GBCD = jnp.moveaxis(u_BTD.reshape(batch, -1, chunk, channels), 1, 0)
-    write_DCN = krylov(A_DNN, b_DN[:, None], chunk)[:, ::-1, 0]
+    write_DCN = krylov(A_DNN, B_DN[:, None], chunk)[:, ::-1, 0]
     step_DNN = matrix_power(A_DNN, chunk)
 
     def advance(x_BDN: jax.Array, u_BCD: jax.Array) -> tuple[jax.Array, None]:
         x_BDN = einsum("dnk,bdk->bdn", step_DNN, x_BDN)
         return x_BDN + einsum("dcn,bcd->bdn", write_DCN, u_BCD), None
 
-    zeros_BDN = jnp.zeros((batch, channels, b_DN.shape[-1]), jnp.float32)
+    zeros_BDN = jnp.zeros((batch, channels, B_DN.shape[-1]), jnp.float32)
     return lax.scan(advance, zeros_BDN, u_GBCD)[0]
 
 
-def dense_scan(
-    A_DNN: jax.Array,
-    b_DN: jax.Array,
-    c_DMN: jax.Array,
+class ChunkMatrices(NamedTuple):
+    """What all chunks have in common."""
+
+    write_DCN: jax.Array  # A^t B
+    read_DCMN: jax.Array  # C A^(t+1)
+    toeplitz_DMCC: jax.Array  # C A^(t-s) B for s <= t, else 0
+
+
+def chunk_matrices(
+    A_DNN: jax.Array, B_DN: jax.Array, C_DMN: jax.Array, chunk: int
+) -> ChunkMatrices:
+    """`ChunkMatrices` of chunks of so many tokens."""
+    write_DCN = krylov(A_DNN, B_DN[:, None], chunk)[:, :, 0]
+    kernel_DMC = einsum("dmn,dcn->dmc", C_DMN, write_DCN)
+    lag_CC = jnp.arange(chunk)[:, None] - jnp.arange(chunk)[None, :]
+    toeplitz_DMCC = jnp.where((lag_CC >= 0)[None, None], kernel_DMC[:, :, jnp.abs(lag_CC)], 0.0)
+    return ChunkMatrices(write_DCN, read_rows(A_DNN, C_DMN, chunk), toeplitz_DMCC)
+
+
+def read_rows(A_DNN: jax.Array, C_DMN: jax.Array, chunk: int) -> jax.Array:
+    """C A^(t+1), t = 0 .. chunk - 1: [D, C, M, N], what token t reads of the state before."""
+    first_DMN = einsum("dmn,dnk->dmk", C_DMN, A_DNN)
+    return krylov(jnp.swapaxes(A_DNN, 1, 2), first_DMN, chunk)
+
+
+def scan_chunks(
     u_BTD: jax.Array,
-    *,
+    A_DNN: jax.Array,
+    B_DN: jax.Array,
+    C_DMN: jax.Array,
     initial_state: jax.Array | None,
     segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """y [B, T, D, M] and the state after the last token [B, D, N], all float32.
-
-    initial_state [B, D, N] (None: zeros) belongs to the first token's segment; the state starts
-    from zero wherever segment_ids [B, T] changes."""
+    """y [B, T, D, M] and the final state [B, D, N], by the recurrence in chunks."""
     batch, length, channels = u_BTD.shape
     chunk = min(CHUNK, length)
-    write_DCN = krylov(A_DNN, b_DN[:, None], chunk)[:, :, 0]
-    read_DCMN = krylov(jnp.swapaxes(A_DNN, 1, 2), einsum("dmn,dnk->dmk", c_DMN, A_DNN), chunk)
-    kernel_DMC = einsum("dmn,dcn->dmc", c_DMN, write_DCN)
-    lag_CC = jnp.arange(chunk)[:, None] - jnp.arange(chunk)[None, :]
-    toeplitz_DMCC = jnp.where((lag_CC >= 0)[None, None], kernel_DMC[:, :, jnp.abs(lag_CC)], 0.0)
-    # The run of equal ids that a token belongs to; that of the initial state is 0. Ids may come
-    # back.
-    runs_BT = None
-    if segment_ids is not None:
-        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-        runs_BT = jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
-
-    def advance(power_DNN, carry, tokens):
-        """One stretch of at most `chunk` tokens; `power_DNN` is A to their number."""
-        (x_BDN, run_B), (u_BCD, runs_BC) = carry, tokens
-        size = u_BCD.shape[1]
-        toeplitz = toeplitz_DMCC[:, :, :size, :size]
-        read, write = read_DCMN[:, :size], write_DCN[:, :size][:, ::-1]
-        carried_BCDM = einsum("dcmn,bdn->bcdm", read, x_BDN)
-        kept_BDN = einsum("dnk,bdk->bdn", power_DNN, x_BDN)
-        if runs_BC is None:
-            y_BCDM = einsum("dmts,bsd->btdm", toeplitz, u_BCD)
-            x_BDN = kept_BDN + einsum("dcn,bcd->bdn", write, u_BCD)
-            return (x_BDN, run_B), y_BCDM + carried_BCDM
-        same_BCC = (runs_BC[:, :, None] == runs_BC[:, None, :]).astype(jnp.float32)
-        y_BCDM = einsum("dmts,bts,bsd->btdm", toeplitz, same_BCC, u_BCD)
-        continues_BC = (runs_BC == run_B[:, None])[..., None, None]
-        last_B = runs_BC[:, -1]
-        written_BCD = jnp.where((runs_BC == last_B[:, None])[..., None], u_BCD, 0.0)
-        x_BDN = jnp.where((last_B == run_B)[:, None, None], kept_BDN, 0.0)
-        x_BDN = x_BDN + einsum("dcn,bcd->bdn", write, written_BCD)
-        return (x_BDN, last_B), y_BCDM + jnp.where(continues_BC, carried_BCDM, 0.0)
-
-    # The backward pass recomputes a chunk from the state before it.
-    advance = jax.checkpoint(advance)
+    matrices = chunk_matrices(A_DNN, B_DN, C_DMN, chunk)
+    segment_BT = segments.numbers(segment_ids)  # the initial state belongs to segment 0
     x_BDN = initial_state
     if x_BDN is None:
-        x_BDN = jnp.zeros((batch, channels, b_DN.shape[-1]), jnp.float32)
+        x_BDN = jnp.zeros((batch, channels, B_DN.shape[-1]), jnp.float32)
     carry = (x_BDN, jnp.zeros((batch,), jnp.int32))
+    advance = jax.checkpoint(functools.partial(_advance, matrices))
+
     whole = length // chunk * chunk
     chunks = jax.tree.map(
         lambda array: jnp.moveaxis(
             array[:, :whole].reshape(batch, -1, chunk, *array.shape[2:]), 1, 0
         ),
-        (u_BTD, runs_BT),
+        (u_BTD, segment_BT),
     )
     carry, y_GBCDM = lax.scan(functools.partial(advance, matrix_power(A_DNN, chunk)), carry, chunks)
     y_BTDM = jnp.moveaxis(y_GBCDM, 0, 1).reshape(batch, whole, *y_GBCDM.shape[3:])
     if whole < length:
-        rest = jax.tree.map(lambda array: array[:, whole:], (u_BTD, runs_BT))
-        power_DNN = matrix_power(A_DNN, length - whole)
-        carry, y_BCDM = advance(power_DNN, carry, rest)
+        rest = jax.tree.map(lambda array: array[:, whole:], (u_BTD, segment_BT))
+        carry, y_BCDM = advance(matrix_power(A_DNN, length - whole), carry, rest)
         y_BTDM = jnp.concatenate([y_BTDM, y_BCDM], axis=1)
     return y_BTDM, carry[0]
 
 
-def free_response(A_DNN: jax.Array, c_DMN: jax.Array, x_BDN: jax.Array, length: int) -> jax.Array:
-    """c A^(t+1) x, t = 0 .. length - 1: [B, length, D, M], what the state before the first token
+def _advance(matrices: ChunkMatrices, power_DNN: jax.Array, carry: Any, tokens: Any) -> Any:
+    """The carry (state, number of its segment) after at most a chunk of tokens, and their y.
+
+    power_DNN: A to the number of tokens."""
+    (x_BDN, segment_B), (u_BCD, segment_BC) = carry, tokens
+    size = u_BCD.shape[1]
+    toeplitz_DMCC = matrices.toeplitz_DMCC[:, :, :size, :size]
+    read_DCMN = matrices.read_DCMN[:, :size]
+    write_DCN = matrices.write_DCN[:, :size][:, ::-1]
+    from_before_BCDM = einsum("dcmn,bdn->bcdm", read_DCMN, x_BDN)
+    x_BDN = einsum("dnk,bdk->bdn", power_DNN, x_BDN)
+    if segment_BC is None:
+        y_BCDM = einsum("dmts,bsd->btdm", toeplitz_DMCC, u_BCD)
+        x_BDN = x_BDN + einsum("dcn,bcd->bdn", write_DCN, u_BCD)
+        return (x_BDN, segment_B), y_BCDM + from_before_BCDM
+
+    # The same, between tokens of one segment.
+    same_BCC = (segment_BC[:, :, None] == segment_BC[:, None, :]).astype(jnp.float32)
+    y_BCDM = einsum("dmts,bts,bsd->btdm", toeplitz_DMCC, same_BCC, u_BCD)
+    goes_on_BC = (segment_BC == segment_B[:, None])[..., None, None]
+    last_B = segment_BC[:, -1]
+    written_BCD = jnp.where((segment_BC == last_B[:, None])[..., None], u_BCD, 0.0)
+    x_BDN = jnp.where((last_B == segment_B)[:, None, None], x_BDN, 0.0)
+    x_BDN = x_BDN + einsum("dcn,bcd->bdn", write_DCN, written_BCD)
+    return (x_BDN, last_B), y_BCDM + jnp.where(goes_on_BC, from_before_BCDM, 0.0)
+
+
+def free_response(x_BDN: jax.Array, A_DNN: jax.Array, C_DMN: jax.Array, length: int) -> jax.Array:
+    """C A^(t+1) x, t = 0 .. length - 1: [B, length, D, M], what the state before the first token
     adds to y."""
     chunk = min(CHUNK, length)
-    read_DCMN = krylov(jnp.swapaxes(A_DNN, 1, 2), einsum("dmn,dnk->dmk", c_DMN, A_DNN), chunk)
+    read_DCMN = read_rows(A_DNN, C_DMN, chunk)
     step_DNN = matrix_power(A_DNN, chunk)
 
     def advance(x_BDN: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
@@ -189,51 +171,3 @@ def free_response(A_DNN: jax.Array, c_DMN: jax.Array, x_BDN: jax.Array, length: 
     _, x_GBDN = lax.scan(advance, x_BDN, length=-(-length // chunk))
     y_BGCDM = einsum("dcmn,gbdn->bgcdm", read_DCMN, x_GBDN)
     return y_BGCDM.reshape(x_BDN.shape[0], -1, *y_BGCDM.shape[3:])[:, :length]
-
-
-def respond(
-    A_DNN: jax.Array,
-    b_DN: jax.Array,
-    read: Callable[[], jax.Array],
-    u_BTD: jax.Array,
-    *,
-    kernel: Callable[[int], jax.Array] | None,
-    initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """y [B, T, D, M] and the state after the last token [B, D, N], float32, by what serves this
-    call.
-
-    Without state and segments that is the convolution with kernel(length) [D, M, length], where
-    there is one; else the recurrence with read() = c [D, M, N]. Where a mesh cuts time, each part
-    is computed by itself in that way, and c is asked for in any case."""
-    parts, (batch, length, _) = time_parts(), u_BTD.shape
-    kernel_of = kernel if initial_state is None and segment_ids is None else None
-
-    def run(
-        u: jax.Array, state: jax.Array | None, ids: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        if kernel_of is None:
-            return dense_scan(A_DNN, b_DN, read(), u, initial_state=state, segment_ids=ids)
-        kernel_DML = kernel_of(u.shape[1])
-        y = long_convolution(
-            jnp.repeat(u, kernel_DML.shape[1], axis=2), kernel_DML.reshape(-1, u.shape[1])
-        )
-        return y.reshape(*u.shape, -1), final_state(A_DNN, b_DN, u)
-
-    if parts == 1:
-        return run(u_BTD, initial_state, segment_ids)
-    ids_Pn = continues_P = None
-    if segment_ids is not None:
-        ids_Pn = documents(segment_ids, batch, length, parts)
-        continues_P = ids_Pn[:, -1] == 0
-    with parts_as_batch():
-        y_PnDM, written_PDN = run(to_parts(u_BTD, parts), None, ids_Pn)
-    size = length // parts
-    x_PDN, last_BDN = states_before(
-        matrix_power(A_DNN, size), written_PDN, continues_P, initial_state, parts
-    )
-    free_PnDM = free_response(A_DNN, read(), x_PDN, size)
-    if ids_Pn is not None:
-        free_PnDM = jnp.where((ids_Pn == 0)[..., None, None], free_PnDM, 0.0)
-    return to_whole(y_PnDM + free_PnDM, parts), last_BDN

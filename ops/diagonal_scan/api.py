@@ -6,11 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from ..framework import platforms
-from ..framework.arguments import check_float, check_segment_ids, check_shape, check_values, finite
+from ..framework.arguments import (
+    Number,
+    check_segment_ids,
+    check_shape,
+    check_values,
+    finite,
+    number_parts,
+)
 from ..framework.op import Op, run
 from . import pallas_gpu, pallas_tpu, reference, sequence_parallel, xla
-
-Number = jax.Array | tuple[jax.Array, jax.Array]
 
 
 def _states_for_inputs(inputs: Any, outputs: Any) -> Any:
@@ -72,8 +77,8 @@ def diagonal_scan(
       ValueError: for wrong forms, ranks, shapes, dtypes and names while tracing, and for a
         non-finite `a` where values can be seen (an eager call, or under `ops.checks`).
     """
-    b_parts = _parts("b", b, None)
-    a_parts = _parts("a", a, len(b_parts))
+    b_parts = number_parts("b", b)
+    a_parts = number_parts("a", a, like=("b", b_parts))
     check_shape("b", b_parts[0], "[B, T, N]", (None,) * 3)
     batch, length, channels = b_parts[0].shape
     if length == 0 or channels == 0:
@@ -85,7 +90,7 @@ def diagonal_scan(
     if initial_state is None:
         state_parts = tuple(jnp.zeros((batch, channels), jnp.float32) for _ in b_parts)
     else:
-        state_parts = _parts("initial_state", initial_state, len(b_parts))
+        state_parts = number_parts("initial_state", initial_state, like=("b", b_parts))
         check_shape("initial_state", state_parts[0], "[B, N]", (batch, channels))
     check_segment_ids(segment_ids, batch, length)
     for part in a_parts:
@@ -107,23 +112,3 @@ def diagonal_scan(
         )
     h = jax.tree.map(lambda part, like: part.astype(like.dtype), h, b_parts)
     return (h, state) if len(b_parts) == 2 else (h[0], state[0])
-
-
-def _parts(name: str, number: Any, count: int | None) -> tuple[jax.Array, ...]:
-    """(array,) or (real, imaginary); raises unless there are `count` of them, of one shape and real
-    dtypes."""
-    parts = number if isinstance(number, tuple) else (number,)
-    if len(parts) not in ((1, 2) if count is None else (count,)):
-        wanted = {
-            None: "an array or a pair of arrays",
-            1: "an array like b",
-            2: "a pair of arrays like b",
-        }[count]
-        got = f"a tuple of {len(parts)}" if isinstance(number, tuple) else "an array"
-        raise ValueError(f"{name} must be {wanted}; got {got}")
-    shapes = [jnp.shape(part) for part in parts]
-    for part in parts:
-        check_float(**{name: part})
-    if shapes[0] != shapes[-1]:
-        raise ValueError(f"{name} must have parts of one shape; got {shapes[0]} and {shapes[-1]}")
-    return tuple(jnp.asarray(part) for part in parts)

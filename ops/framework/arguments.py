@@ -19,6 +19,9 @@ from jax.experimental import checkify
 
 from .sharding import time_parts
 
+# A real array, or the real and the imaginary part of a complex number.
+Number = jax.Array | tuple[jax.Array, jax.Array]
+
 _checking = contextvars.ContextVar("checking", default=False)
 
 
@@ -69,6 +72,28 @@ def check_float(**arrays: jax.Array | None) -> None:
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             raise ValueError(f"{name} must be a floating-point array; got {jnp.result_type(array)}")
+
+
+def number_parts(
+    name: str, number: Number, *, like: tuple[str, tuple[jax.Array, ...]] | None = None
+) -> tuple[jax.Array, ...]:
+    """The parts (array,) or (real, imaginary) of a number.
+
+    Raises ValueError unless they are of one shape and real floating point, and as many as those of
+    `like`, the name and the parts of another number."""
+    parts = number if isinstance(number, tuple) else (number,)
+    if len(parts) not in ((1, 2) if like is None else (len(like[1]),)):
+        wanted = "an array or a pair of arrays"
+        if like is not None:
+            wanted = f"{'an array' if len(like[1]) == 1 else 'a pair of arrays'} like {like[0]}"
+        got = f"a tuple of {len(parts)}" if isinstance(number, tuple) else "an array"
+        raise ValueError(f"{name} must be {wanted}; got {got}")
+    shapes = [jnp.shape(part) for part in parts]
+    for part in parts:
+        check_float(**{name: part})
+    if shapes[0] != shapes[-1]:
+        raise ValueError(f"{name} must have parts of one shape; got {shapes[0]} and {shapes[-1]}")
+    return tuple(jnp.asarray(part) for part in parts)
 
 
 def check_segment_ids(

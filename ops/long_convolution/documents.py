@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ..framework.segments import document_starts
+from ..framework import segments
 from ..short_convolution.api import short_convolution
 
 DIRECT = 16  # tokens
@@ -37,8 +37,7 @@ def convolve_documents(
     u_BTD = jnp.pad(u_BTD.astype(jnp.float32), ((0, 0), (0, behind), (0, 0)))
     kernel_DT = jnp.pad(kernel_DT.astype(jnp.float32), ((0, 0), (0, behind)))
     # Numbers that never fall: ids may come back.
-    number_BT = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
-    number_BT = jnp.pad(number_BT, ((0, 0), (0, behind)), constant_values=-1)
+    number_BT = jnp.pad(segments.numbers(segment_ids), ((0, 0), (0, behind)), constant_values=-1)
 
     stretch_T = jnp.arange(padded) // DIRECT
     y_BTD, _ = short_convolution(

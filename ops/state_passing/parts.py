@@ -1,28 +1,70 @@
-"""The states between parts of time, one part for each device, of a time-invariant recurrence."""
+"""Time-invariant systems whose time is cut over devices: every device runs its part from a zero
+state, and states alone pass between them.
+
+Letters: P parts of n tokens of all sequences, as in `ops/framework/time_parts.py`."""
+
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
-from ..framework.time_parts import to_parts, to_whole
+from ..framework.sharding import parts_as_batch, time_parts
+from ..framework.time_parts import documents, to_parts, to_whole
 from .api import state_passing
+
+
+def in_parts(
+    from_zero: Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]],
+    transition: Callable[[int], jax.Array],
+    response: Callable[[jax.Array, int], jax.Array],
+    u: jax.Array,
+    *,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The output [B, T, ...] of u [B, T, ...] and the state after the last token [B, D, N].
+
+    from_zero: u and the numbers of segments [P, n] of each part (None: one segment) -> the output
+      and the state [P, D, N] that each part leaves, from a zero state before it.
+    transition: length -> A^length [D, N, N], of a part of so many tokens.
+    response: states before the parts [P, D, N], length -> what they add to the output [P, n, ...].
+    initial_state: [B, D, N]; None means zeros.
+    segment_ids: [B, T]; the state starts from zero where the id changes.
+
+    Raises ValueError for a length that is not a multiple of the devices along time.
+    """
+    parts, (batch, length) = time_parts(), u.shape[:2]
+    number_Pn = goes_on_P = None
+    if segment_ids is not None:
+        number_Pn = documents(segment_ids, batch, length, parts)
+        goes_on_P = number_Pn[:, -1] == 0
+    with parts_as_batch():
+        y_Pn, written_PDN = from_zero(to_parts(u, parts), number_Pn)
+    size = length // parts
+    x_PDN, last_BDN = states_before(transition(size), written_PDN, goes_on_P, initial_state, parts)
+    response_Pn = response(x_PDN, size)
+    if number_Pn is not None:
+        of_state_Pn = (number_Pn == 0).reshape(*number_Pn.shape, *(1,) * (y_Pn.ndim - 2))
+        response_Pn = jnp.where(of_state_Pn, response_Pn, 0.0)
+    return to_whole(y_Pn + response_Pn, parts), last_BDN
 
 
 def states_before(
     transition: jax.Array,
     written: jax.Array,
-    continues: jax.Array | None,
+    goes_on: jax.Array | None,
     initial_state: jax.Array | None,
     parts: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The state each part receives [P, D, N], and the one after the last [B, D, N], of a
-    time-invariant recurrence.
+    """The state before each part [P, D, N], and the one after the last part [B, D, N].
 
-    transition [D, N, N] is that of a whole part, written [P, D, N] what each leaves from a zero
-    state, continues [P] whether the document that comes in is the one that goes out (None: always).
-    """
+    transition [D, N, N] is that of a whole part, written [P, D, N] the state that each part leaves
+    from a zero state; goes_on [P] says whether the segment at a part's start is the one at its end
+    (None: everywhere)."""
     before, last = state_passing(
         transition,
         to_whole(written[:, None], parts),
-        keeps=None if continues is None else to_whole(continues[:, None], parts),
+        keeps=None if goes_on is None else to_whole(goes_on[:, None], parts),
         initial_state=initial_state,
     )
     return to_parts(before, parts)[:, 0], last

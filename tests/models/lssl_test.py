@@ -10,7 +10,7 @@ from flax import nnx
 
 from models import lssl
 from models.parts.hippo import legs
-from ops.dense_scan.xla import dense_kernel, krylov
+from ops.dense_scan.powers import krylov_kernel
 from tests.support.layers import (
     FLOAT32,
     array,
@@ -117,25 +117,6 @@ def test_the_transition_of_hippo_is_a_contraction_with_eigenvalues_inside_the_ci
     np.testing.assert_allclose(diagonal, (1 - half) / (1 + half), atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 5, pytest.param(50, marks=pytest.mark.slow)])
-def test_krylov_vectors_and_kernels_by_doubling_equal_one_product_after_another(length):
-    rng = np.random.default_rng(0)
-    A, b, c = (
-        jnp.asarray(rng.standard_normal(shape) / 3, jnp.float32)
-        for shape in ((2, 4, 4), (2, 4), (2, 3, 4))
-    )
-    vectors, vector = [], np.asarray(b, np.float64)
-    for _ in range(length):
-        vectors.append(vector)
-        vector = np.einsum("dij,dj->di", A, vector)
-    want = np.stack(vectors, axis=1)
-    scale = np.abs(want).max()
-    got = jax.jit(krylov, static_argnums=2)(A, b[:, None], length)[:, :, 0]
-    np.testing.assert_allclose(got, want, atol=1e-5 * scale)
-    kernel = jax.jit(dense_kernel, static_argnums=3)(A, b, c, length)
-    np.testing.assert_allclose(kernel, np.einsum("dmn,dln->dml", c, want), atol=1e-5 * scale)
-
-
 @pytest.mark.slow
 def test_a_slower_sampling_rate_is_a_longer_step():
     """The continuous kernel stays: r steps of Delta are one of r Delta, r times as strong."""
@@ -144,7 +125,7 @@ def test_a_slower_sampling_rate_is_a_longer_step():
     for factor, length in ((1.0, 64 * r), (float(r), 64)):
         mixer.step_log_D[...] = jnp.full((4,), math.log(2e-3 * factor))
         A, b = jax.jit(lambda m: m.system())(mixer)
-        kernels.append(jax.jit(dense_kernel, static_argnums=3)(A, b, mixer.read_DMN[...], length))
+        kernels.append(jax.jit(krylov_kernel, static_argnums=3)(A, b, mixer.read_DMN[...], length))
     fine, coarse = np.asarray(kernels[0][..., r // 2 :: r]), np.asarray(kernels[1])
     assert np.abs(coarse - r * fine).max() < 0.02 * np.abs(coarse).max()
 

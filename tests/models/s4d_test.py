@@ -14,7 +14,6 @@ from scipy.ndimage import gaussian_filter1d
 from models import s4d
 from models.networks.stack import state_bytes
 from models.parts.hippo import diagonal_plus_low_rank, legs, normal_legs
-from ops.dense_scan.xla import diagonal_powers
 from tests.support.layers import FLOAT32, array, build_mixer, check_layer, sigmoid, weight
 
 
@@ -109,20 +108,12 @@ def test_gradients_are_finite_over_16384_tokens(init):
         assert np.isfinite(leaf[...]).all(), f"gradient of {path}"
 
 
-@pytest.mark.parametrize("length", [1, 2, 50])
-def test_powers_by_doubling_are_powers(length):
-    factor = jnp.array([[0.5 + 0.8j, -0.3], [1.0, 0.0]])
-    powers = jax.jit(diagonal_powers, static_argnums=1)(factor, length)
-    want = np.asarray(factor)[..., None] ** np.arange(length)
-    np.testing.assert_allclose(powers, want, atol=1e-5)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("discretisation", s4d.DISCRETISATIONS)
 def test_the_sum_of_the_kernel_is_the_response_to_a_constant(discretisation):
     mixer = fresh("lin", 8, dt_min=0.1, dt_max=1.0, discretisation=discretisation)
     ones = jnp.ones((1, 400, 3))
-    y, _ = jax.jit(lambda m, x: m._convolution(x))(mixer, ones)
+    y, _ = jax.jit(lambda m, x: m.convolution(x))(mixer, ones)
     eigenvalue, write = s4d.initial_system("lin", 8)
     want = 2 * np.real((complex_pair(mixer, "read") * write / -eigenvalue).sum(1))
     np.testing.assert_allclose(y[0, -1], want, rtol=1e-3, atol=1e-4)
@@ -177,7 +168,7 @@ def test_for_a_smooth_input_legs_approaches_hippo_as_it_grows_though_its_kernel_
             getattr(mixer, f"read_{name}_DM")[...] = jnp.float32(part(V[:states]) / 2)
         mixer.step_log_D[...] = jnp.full(states, math.log(step), jnp.float32)
         x = jnp.asarray(np.tile(u[None, :, None], (1, 1, states)), jnp.float32)
-        y, _ = jax.jit(lambda m, x: m._convolution(x))(mixer, x)
+        y, _ = jax.jit(lambda m, x: m.convolution(x))(mixer, x)
         difference = np.square(np.asarray(y[0]) - want).mean(0)
         errors.append(np.sqrt(difference / np.square(want).mean(0)))
         write = V.conj().T @ legs(size)[1] / 2

@@ -1,5 +1,5 @@
-"""What every model promises: one call for training, prefill and decoding; packed documents that
-never leak; exact states.
+"""What every mixer promises: documents that never leak, gradients that reach every parameter; and
+what a causal one promises besides: one call for training, prefill and decoding, exact states.
 
 A model joins by a row: a pattern of mixers, their options and the depth. It stands in `ROWS` if it
 is the first of its kind, and in `OTHERS`, which only `make test-all` runs, if a row in `ROWS` calls
@@ -20,6 +20,7 @@ from flax import nnx
 from models.networks.lm import LM, build
 from models.networks.stack import available_mixers, state_bytes
 from tests.support.layers import parts
+from tests.support.mixers import TOYS, add_mixers
 
 # A sequence is two pieces of PIECE tokens and one of one token: three lengths, three programs per
 # row.
@@ -161,15 +162,28 @@ OTHERS = {  # mixers whose op has a row above, and further options
         ("lightning",), {"lightning": {"heads": 4, "decay": "receptive", "lrpe": "none"}}
     ),
 }
-ALL = {**ROWS, **LONGER, **OTHERS}
-every_row = pytest.mark.parametrize(
-    "name",
-    [
-        *ROWS,
-        *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER),
-        *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS),
-    ],
-)
+ENCODERS = {  # not causal
+    "segment_mean": Row(("segment_mean",), model={"mlp": "gelu"}),
+    "bidirectional_gla": Row(("bidirectional_gla",)),
+    "encoder_hybrid": Row(
+        ("bidirectional_gla", "segment_mean"),
+        {"bidirectional_gla": {"combine": "concatenation"}},
+        depth=3,
+    ),
+}
+ALL = {**ROWS, **LONGER, **OTHERS, **ENCODERS}
+CAUSAL = [
+    *ROWS,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER),
+    *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS),
+]
+causal_row = pytest.mark.parametrize("name", CAUSAL)
+every_row = pytest.mark.parametrize("name", [*CAUSAL, *ENCODERS])
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch):
+    add_mixers(monkeypatch, **TOYS)
 
 
 def make(name: str, *, seed: int = 0, compute_dtype: str = "float32", **model: Any) -> LM:
@@ -222,7 +236,7 @@ def run(
     """The row's model, always with a state and segment ids: one program per length serves most
     tests."""
     lm = model_of(name)
-    state = lm.init_state(BATCH) if state is None else state
+    state = lm.init_state(BATCH) if state is None and lm.causal else state
     return call(lm, tokens, state, jnp.zeros_like(tokens) if segment_ids is None else segment_ids)
 
 
@@ -243,11 +257,63 @@ def assert_close(got: Any, want: Any, what: str, tolerance: float = 2e-5) -> Non
         )
 
 
+def documents_of(tokens: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """Three documents and the segment ids of the sequence that they make."""
+    documents = pieces_of(tokens)
+    ids = (7, 3, 7)  # not sorted, and one comes back: only a change counts
+    segment_ids = [jnp.full_like(d, i) for d, i in zip(documents, ids, strict=True)]
+    return documents, jnp.concatenate(segment_ids, axis=1)
+
+
+def padded_of(tokens: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+    """Tokens, segment ids, and the length of the padding: sequence 0 is a prompt of PIECE tokens
+    with padding on its left, sequence 1 fills the length."""
+    padding = LENGTH - PIECE
+    segment_ids = jnp.ones_like(tokens).at[0, :padding].set(0)
+    return tokens.at[0, :padding].set(0), segment_ids, padding
+
+
 def test_every_mixer_has_a_row():
-    assert set(available_mixers()) == {mixer for row in ALL.values() for mixer in row.pattern}
+    in_rows = {mixer for row in ALL.values() for mixer in row.pattern}
+    assert set(available_mixers()) | set(TOYS) == in_rows
 
 
 @every_row
+def test_a_packed_document_is_read_as_if_alone(name):
+    tokens = tokens_of()
+    documents, segment_ids = documents_of(tokens)
+    logits, _ = run(name, tokens, segment_ids=segment_ids)
+    alone = [run(name, document)[0] for document in documents]
+    assert_close(logits, jnp.concatenate(alone, axis=1), "packed")
+
+
+@every_row
+def test_a_padded_prompt_is_read_as_if_unpadded(name):
+    tokens = tokens_of()
+    padded, segment_ids, padding = padded_of(tokens)
+    logits, _ = run(name, padded, segment_ids=segment_ids)
+    assert_close(logits[0, padding:], run(name, tokens[:, padding:])[0][0], "padded prompt")
+    assert_close(logits[1], run(name, tokens)[0][1], "its neighbour")
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_token_of_an_encoder_depends_on_every_other(name):
+    tokens = tokens_of()
+    for place in (0, PIECE, LENGTH - 1):
+        changed = tokens.at[:, place].set((tokens[:, place] + 1) % VOCABULARY)
+        difference = np.abs(np.asarray(run(name, tokens)[0] - run(name, changed)[0])).max(axis=-1)
+        assert difference.min() > 1e-4
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_has_no_state_and_says_so(name):
+    lm = model_of(name)
+    assert state_bytes(lm) is None and not jax.tree.leaves(run(name, tokens_of())[1])
+    with pytest.raises(ValueError, match=f"a stack with .*{ALL[name].pattern[-1]}.* has no state"):
+        lm.init_state(BATCH)
+
+
+@causal_row
 def test_step_by_step_equals_parallel(name):
     tokens, state, steps = tokens_of(), None, []
     for t in range(LENGTH):
@@ -256,7 +322,7 @@ def test_step_by_step_equals_parallel(name):
     assert_close((jnp.concatenate(steps, axis=1), state), run(name, tokens), "step by step")
 
 
-@every_row
+@causal_row
 def test_uneven_pieces_with_state_equal_the_whole(name):
     tokens = tokens_of()
     state, pieces = None, []
@@ -266,42 +332,32 @@ def test_uneven_pieces_with_state_equal_the_whole(name):
     assert_close((jnp.concatenate(pieces, axis=1), state), run(name, tokens), "pieces")
 
 
-@every_row
-def test_packed_documents_equal_separate_ones(name):
+@causal_row
+def test_the_state_after_packed_documents_is_that_of_the_last(name):
     tokens = tokens_of()
-    documents = pieces_of(tokens)
-    ids = (7, 3, 7)  # not sorted, and one comes back: only a change counts
-    segment_ids = jnp.concatenate(
-        [jnp.full_like(d, i) for d, i in zip(documents, ids, strict=True)], axis=1
-    )
-    logits, state = run(name, tokens, segment_ids=segment_ids)
-    alone = [run(name, document) for document in documents]
-    assert_close(logits, jnp.concatenate([logits for logits, _ in alone], axis=1), "packed")
+    documents, segment_ids = documents_of(tokens)
+    _, state = run(name, tokens, segment_ids=segment_ids)
+    _, alone = run(name, documents[-1])
     # Counters and masked entries of the states may differ; what follows may not.
-    want, _ = run(name, tokens[:, :1], alone[-1][1])
-    assert_close(run(name, tokens[:, :1], state)[0], want, "after packed documents")
+    following, want = (run(name, tokens[:, :1], s)[0] for s in (state, alone))
+    assert_close(following, want, "after packed documents")
 
 
-@every_row
-def test_left_padding_equals_no_padding(name):
+@causal_row
+def test_the_state_after_a_padded_prompt_is_that_of_the_prompt(name):
     tokens = tokens_of()
-    # Of sequence 0, a prompt of PIECE tokens; sequence 1 fills the length.
-    padding = LENGTH - PIECE
-    padded = tokens.at[0, :padding].set(0)
-    segment_ids = jnp.ones_like(tokens).at[0, :padding].set(0)
-    logits, state = run(name, padded, segment_ids=segment_ids)
-    short, short_state = run(name, tokens[:, padding:])
-    full, full_state = run(name, tokens)
-    assert_close(logits[0, padding:], short[0], "padded prompt")
-    assert_close(logits[1], full[1], "its neighbour")
+    padded, segment_ids, padding = padded_of(tokens)
+    _, state = run(name, padded, segment_ids=segment_ids)
+    _, short = run(name, tokens[:, padding:])
+    _, full = run(name, tokens)
     following, after_short, after_full = (
-        run(name, tokens[:, :1], s)[0] for s in (state, short_state, full_state)
+        run(name, tokens[:, :1], s)[0] for s in (state, short, full)
     )
     assert_close(following[0], after_short[0], "after the padded prompt")
     assert_close(following[1], after_full[1], "after its neighbour")
 
 
-@every_row
+@causal_row
 def test_future_tokens_do_not_change_the_past_and_reach_the_future(name):
     tokens = tokens_of()
     changed = tokens.at[:, PIECE].set((tokens[:, PIECE] + 1) % VOCABULARY)
@@ -310,7 +366,7 @@ def test_future_tokens_do_not_change_the_past_and_reach_the_future(name):
     assert difference[:, PIECE : PIECE + 4].min() > 1e-3
 
 
-@every_row
+@causal_row
 def test_first_and_returned_states_have_one_structure(name):
     lm = model_of(name)
     start = jax.eval_shape(lambda: lm.init_state(BATCH))
@@ -321,7 +377,7 @@ def test_first_and_returned_states_have_one_structure(name):
     ]
 
 
-@every_row
+@causal_row
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 def test_state_bytes_are_the_bytes_of_the_state(name, compute_dtype):
     lm = make(name, compute_dtype=compute_dtype)
@@ -395,7 +451,7 @@ def test_gradients_of_a_fresh_model_over_4096_tokens_are_finite(name, compute_dt
 
 
 @pytest.mark.slow
-@every_row
+@causal_row
 def test_absent_state_is_the_zero_state(name):
     assert_close(call(model_of(name), tokens_of()), run(name, tokens_of()), "no state given")
 
@@ -418,7 +474,7 @@ def test_bfloat16_compute_is_near_float32_and_keeps_logits_float32(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mamba", "hybrid"])
+@pytest.mark.parametrize("name", ["mamba", "hybrid", "encoder_hybrid"])
 def test_scanned_layers_equal_unrolled_ones(name):
     # The same parameters: they are stacked either way.
     unrolled = make(name, scan_layers=False)

@@ -11,12 +11,10 @@ from . import pallas_gpu, pallas_tpu, reference, sequence_parallel, xla
 
 NAME = "delta_rule"
 ONE_STATE = Op(
-    NAME,
-    {"xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu},
-    sequence_parallel.OVER_TIME,
+    NAME, {"xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}, sequence_parallel.RULES
 )
 # The kernels keep one state per sequence.
-SEGMENT_STATES = Op(f"{NAME} with num_segments", {"xla": xla}, sequence_parallel.SEGMENTS_OVER_TIME)
+SEGMENT_STATES = Op(f"{NAME} with num_segments", {"xla": xla}, sequence_parallel.SEGMENT_RULES)
 
 
 def delta_rule(
@@ -30,6 +28,7 @@ def delta_rule(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     num_segments: int | None = None,
+    reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Linear attention that writes the correction of what it reads, on a state that may decay.
@@ -58,6 +57,9 @@ def delta_rule(
         must then be in 0..S-1 and non-decreasing along time (of each device, where a mesh cuts
         time); a segment may be empty. `initial_state` is [B, S, H, K, V]: each segment starts from
         its own state, and an empty one returns it unchanged.
+      reverse: whether to walk from the last token to the first. `initial_state` is then the state
+        after the last token, the returned state the one before the first, and a segment starts with
+        its last token.
       implementation: "reference" (a scan over tokens), "xla" (plain JAX), "pallas_tpu" and
         "pallas_gpu" (kernels; interpreted when lowered for a CPU; without num_segments), or None
         for the best of the platform that the program is lowered for: the kernels on TPU and, where
@@ -91,7 +93,7 @@ def delta_rule(
         initial_state = jnp.zeros(shape, jnp.float32)
     if implementation == "reference":
         o, state = reference.delta_rule(
-            q, k, v, beta, decay_log, scale, initial_state, segment_ids, num_segments
+            q, k, v, beta, decay_log, scale, initial_state, segment_ids, num_segments, reverse
         )
         o = o.astype(v.dtype)
     else:
@@ -110,6 +112,7 @@ def delta_rule(
             layouts=("BTGK", "BTGK", "BTHV", "BTH", decay_layout(decay_log), states, "BT"),
             outputs=("BTHV", states),
             dtypes=(v.dtype, jnp.dtype(jnp.float32)),
+            reverse=reverse,
             scale=scale,
             **segments,
         )

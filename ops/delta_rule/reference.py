@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def delta_rule(q, k, v, beta, decay_log, scale, initial_state, segment_ids, num_segments=None):
+def delta_rule(
+    q, k, v, beta, decay_log, scale, initial_state, segment_ids, num_segments=None, reverse=False
+):
     """D_t = Diag(exp(decay_log_t)) S_{t-1}
     S_t = D_t + beta_t k_t^T (v_t - k_t D_t)
     o_t = scale q_t S_t
@@ -32,7 +34,8 @@ def delta_rule(q, k, v, beta, decay_log, scale, initial_state, segment_ids, num_
         states_BSHKV = initial_state[:, None]
         if segment_ids is not None:
             same = segment_ids[:, 1:] == segment_ids[:, :-1]
-            keep_BT = jnp.pad(same, ((0, 0), (1, 0)), constant_values=True).astype(jnp.float32)
+            first = (0, 1) if reverse else (1, 0)
+            keep_BT = jnp.pad(same, ((0, 0), first), constant_values=True).astype(jnp.float32)
     every_B = jnp.arange(batch)
 
     def step(states_BSHKV, token):
@@ -47,6 +50,6 @@ def delta_rule(q, k, v, beta, decay_log, scale, initial_state, segment_ids, num_
 
     tokens = (q_BTHK, k_BTHK, v_BTHV, beta_BTH, decay_BTHK, keep_BT, segment_BT)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
-    states_BSHKV, o_TBHV = lax.scan(step, states_BSHKV.astype(jnp.float32), tokens)
+    states_BSHKV, o_TBHV = lax.scan(step, states_BSHKV.astype(jnp.float32), tokens, reverse=reverse)
     state = states_BSHKV[:, 0] if num_segments is None else states_BSHKV
     return jnp.moveaxis(o_TBHV, 0, 1), state

@@ -15,43 +15,43 @@ from ..framework.sequence_parallel import Affine, segment_states
 WIDEST_VALUE = 256
 
 
-def _identity(local, batch, heads, key_size):
+def _identity(rules, batch, heads, key_size):
     """[B, H, K, K] or, with `num_segments`, [B, S, H, K, K]."""
-    segments = local.static.get("num_segments")
+    segments = rules.static.get("num_segments")
     states = (batch, heads) if segments is None else (batch, segments, heads)
     return jnp.broadcast_to(jnp.eye(key_size), (*states, key_size, key_size))
 
 
-def _response(local, q, k, v, beta, decay_log, segment_ids):
+def _response(rules, q, k, v, beta, decay_log, segment_ids):
     """E [B, T, H, K] and A, like `_identity`."""
     batch, length, heads, _ = v.shape
     zero = jnp.zeros((batch, length, heads, k.shape[-1]), v.dtype)
-    identity = _identity(local, batch, heads, k.shape[-1])
-    return local.forward(q, k, zero, beta, decay_log, identity, segment_ids)
+    identity = _identity(rules, batch, heads, k.shape[-1])
+    return rules.forward(q, k, zero, beta, decay_log, identity, segment_ids)
 
 
 def _transition(*inputs):
     return _response(*inputs)[1]
 
 
-def summary(local, q, k, v, beta, decay_log, segment_ids):
+def summary(rules, q, k, v, beta, decay_log, segment_ids):
     (batch, length, heads, value_size), key_size = v.shape, k.shape[-1]
     zero = jnp.zeros((batch, heads, key_size, value_size), jnp.float32)
     if value_size + key_size <= WIDEST_VALUE:
         beside = jnp.zeros((batch, length, heads, key_size), v.dtype)
-        o, state = local.forward(
+        o, state = rules.forward(
             q,
             k,
             jnp.concatenate([v, beside], axis=-1),
             beta,
             decay_log,
-            jnp.concatenate([zero, _identity(local, batch, heads, key_size)], axis=-1),
+            jnp.concatenate([zero, _identity(rules, batch, heads, key_size)], axis=-1),
             segment_ids,
         )
         (o, E), (M, A) = (jnp.split(x, [value_size], axis=-1) for x in (o, state))
     else:
-        o, M = local.forward(q, k, v, beta, decay_log, zero, segment_ids)
-        E, A = _response(local, q, k, v, beta, decay_log, segment_ids)
+        o, M = rules.forward(q, k, v, beta, decay_log, zero, segment_ids)
+        E, A = _response(rules, q, k, v, beta, decay_log, segment_ids)
 
     def read(S):
         return (o + _apply(E, S)).astype(v.dtype), None
@@ -63,9 +63,9 @@ def _apply(E, S):
     return einsum("bthk,bhkv->bthv", E.astype(jnp.float32), S)
 
 
-def adjoint(local, q, k, v, beta, decay_log, S, segment_ids, do):
+def adjoint(rules, q, k, v, beta, decay_log, S, segment_ids, do):
     del S
-    E, A = _response(local, q, k, v, beta, decay_log, segment_ids)
+    E, A = _response(rules, q, k, v, beta, decay_log, segment_ids)
     E, do = E.astype(jnp.float32), do.astype(jnp.float32)
     return A, einsum("bthk,bthv->bhkv", E, do)
 
@@ -78,5 +78,5 @@ def act_transposed(A, dS):
     return einsum("...ck,...cv->...kv", A, dS)
 
 
-OVER_TIME = Affine(summary, adjoint, act, act_transposed, split=False)
-SEGMENTS_OVER_TIME = segment_states(_transition, act, act_transposed)
+RULES = Affine(summary, adjoint, act, act_transposed, split=False)
+SEGMENT_RULES = segment_states(_transition, act, act_transposed)

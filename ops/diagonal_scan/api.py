@@ -27,7 +27,7 @@ def _states_for_inputs(inputs: Any, outputs: Any) -> Any:
 OP = Op(
     "diagonal_scan",
     {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu},
-    sequence_parallel.OVER_TIME,
+    sequence_parallel.RULES,
     _states_for_inputs,
 )
 
@@ -38,6 +38,7 @@ def diagonal_scan(
     *,
     initial_state: Number | None = None,
     segment_ids: jax.Array | None = None,
+    reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[Any, Any]:
     """A linear recurrence in each channel by itself, real or complex.
@@ -60,6 +61,9 @@ def diagonal_scan(
         first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
         id changes the state starts from zero. None means one segment.
+      reverse: whether to walk from the last token to the first. `initial_state` is then the state
+        after the last token, the returned state the one before the first, and a segment starts with
+        its last token.
       implementation: "reference" (a scan over tokens), "xla" (plain JAX with a hand-written
         backward pass), "pallas_tpu" and "pallas_gpu" (kernels; interpreted when lowered for a CPU),
         or None for the best of the platform that the program is lowered for: the kernels on TPU
@@ -98,7 +102,7 @@ def diagonal_scan(
     platforms.check_implementation(OP.name, implementation, OP.implementations)
 
     if implementation == "reference":
-        h, state = reference.diagonal_scan(a_parts, b_parts, state_parts, segment_ids)
+        h, state = reference.diagonal_scan(a_parts, b_parts, state_parts, segment_ids, reverse)
     else:
         h, state = run(
             OP,
@@ -109,6 +113,7 @@ def diagonal_scan(
             segment_ids,
             layouts=("H" if a_parts[0].ndim == 1 else "BTH", "BTH", "BH", "BT"),
             outputs=("BTH", "BH"),
+            reverse=reverse,
         )
     h = jax.tree.map(lambda part, like: part.astype(like.dtype), h, b_parts)
     return (h, state) if len(b_parts) == 2 else (h[0], state[0])

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def diagonal_scan(a, b, initial_state, segment_ids):
+def diagonal_scan(a, b, initial_state, segment_ids, reverse=False):
     """h_t = a_t h_{t-1} + b_t, in complex64 where the tuples a, b and initial_state hold two parts.
 
     Shapes as in `api.py`, each argument a tuple of its parts. Returns h [B, T, N] and the final
@@ -17,7 +17,8 @@ def diagonal_scan(a, b, initial_state, segment_ids):
         keep_BT = jnp.ones(b_BTN.shape[:2], bool)
     else:  # the first token continues the initial state
         same = segment_ids[:, 1:] == segment_ids[:, :-1]
-        keep_BT = jnp.concatenate([jnp.ones((same.shape[0], 1), bool), same], axis=1)
+        first = (0, 1) if reverse else (1, 0)
+        keep_BT = jnp.pad(same, ((0, 0), first), constant_values=True)
 
     def step(h_BN, token):
         a_BN, b_BN, keep_B = token
@@ -25,7 +26,7 @@ def diagonal_scan(a, b, initial_state, segment_ids):
         return h_BN, h_BN
 
     tokens = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (a_BTN, b_BTN, keep_BT))
-    final_BN, h_TBN = lax.scan(step, h_BN, tokens)
+    final_BN, h_TBN = lax.scan(step, h_BN, tokens, reverse=reverse)
     return _parts(jnp.moveaxis(h_TBN, 0, 1)), _parts(final_BN)
 
 

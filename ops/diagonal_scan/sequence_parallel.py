@@ -30,19 +30,19 @@ def multiply_conjugate(a, h):
     return multiply_or_zero((a[0], *(-part for part in a[1:])), h)
 
 
-def _response(local, a, like, segment_ids):
+def _response(rules, a, like, segment_ids):
     """E [B, T, N] and A [B, N]; like: a number of each token."""
     (batch, _, channels), parts = like[0].shape, len(like)
     nothing = tuple(jnp.zeros(part.shape, jnp.float32) for part in like)
     one = jnp.ones((batch, channels), jnp.float32)
     ones = (one, *(jnp.zeros_like(one),) * (parts - 1))
-    return local.forward(a, nothing, ones, segment_ids)
+    return rules.forward(a, nothing, ones, segment_ids)
 
 
-def summary(local, a, b, segment_ids):
+def summary(rules, a, b, segment_ids):
     zero = tuple(jnp.zeros_like(part[:, 0], jnp.float32) for part in b)
-    h, M = local.forward(a, b, zero, segment_ids)
-    E, A = _response(local, a, b, segment_ids)
+    h, M = rules.forward(a, b, zero, segment_ids)
+    E, A = _response(rules, a, b, segment_ids)
 
     def read(S):
         from_before = multiply_or_zero(E, tuple(part[:, None] for part in S))
@@ -51,11 +51,11 @@ def summary(local, a, b, segment_ids):
     return A, M, read
 
 
-def adjoint(local, a, h, S, segment_ids, dh):
+def adjoint(rules, a, h, S, segment_ids, dh):
     del S
-    E, A = _response(local, a, h, segment_ids)
+    E, A = _response(rules, a, h, segment_ids)
     dh = jax.tree.map(lambda x: x.astype(jnp.float32), dh)
     return A, jax.tree.map(lambda x: x.sum(axis=1), multiply_conjugate(E, dh))
 
 
-OVER_TIME = Affine(summary, adjoint, multiply_or_zero, multiply_conjugate, split=True)
+RULES = Affine(summary, adjoint, multiply_or_zero, multiply_conjugate, split=True)

@@ -58,7 +58,10 @@ def _time_first(arrays):
     return jax.tree.map(lambda array: jnp.swapaxes(array, 0, 1), arrays)
 
 
-def forward(a, b, initial_state, segment_ids):
+WALKS_BACKWARDS = True
+
+
+def forward(a, b, initial_state, segment_ids, *, reverse=False):
     """Shapes as in `api.py`, each number a tuple of its parts; returns h and the final state in
     float32."""
     a, b_BTN, h_BN = _cast(a, b, initial_state)
@@ -69,18 +72,20 @@ def forward(a, b, initial_state, segment_ids):
         h_BN = _add(_times(a_1N or a_BN, _where_kept(keep_B, h_BN)), b_BN)
         return h_BN, h_BN
 
-    tokens = _time_first((a_BTN, b_BTN, segments.continues(segment_ids)))
-    final_BN, h_TBN = lax.scan(step, h_BN, tokens)
+    tokens = _time_first((a_BTN, b_BTN, segments.continues(segment_ids, reverse=reverse)))
+    final_BN, h_TBN = lax.scan(step, h_BN, tokens, reverse=reverse)
     return _time_first(h_TBN), final_BN
 
 
-def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
+def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, reverse=False):
     """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the
     states."""
     a, h_BTN, initial_BN, dh_BTN = _cast(a, h, initial_state, dh)
     a_1N, a_BTN = _split_factor(a)
     before_BTN = tuple(
-        jnp.concatenate([first[:, None], part[:, :-1]], axis=1)
+        jnp.concatenate([part[:, 1:], first[:, None]], axis=1)
+        if reverse
+        else jnp.concatenate([first[:, None], part[:, :-1]], axis=1)
         for first, part in zip(initial_BN, h_BTN, strict=True)
     )
 
@@ -95,16 +100,17 @@ def backward(a, h, initial_state, segment_ids, dh, dfinal_state):
             return (ag_BN, None), (da_token_BN, g_BN)
         return (ag_BN, _add(da_BN, da_token_BN)), (None, g_BN)
 
-    # The last state is the last token's h.
+    # The final state is the h of the last token of the walk.
     dh_BTN = tuple(
-        part.at[:, -1].add(last) for part, last in zip(dh_BTN, dfinal_state, strict=True)
+        part.at[:, 0 if reverse else -1].add(last)
+        for part, last in zip(dh_BTN, dfinal_state, strict=True)
     )
     zeros_BN = tuple(jnp.zeros_like(part) for part in initial_BN)
     (dinitial_BN, da_BN), (da_TBN, g_TBN) = lax.scan(
         retreat,
         (zeros_BN, None if a_1N is None else zeros_BN),
-        _time_first((a_BTN, segments.continues(segment_ids), before_BTN, dh_BTN)),
-        reverse=True,
+        _time_first((a_BTN, segments.continues(segment_ids, reverse=reverse), before_BTN, dh_BTN)),
+        reverse=not reverse,
     )
     if da_BN is None:
         return _time_first(da_TBN), _time_first(g_TBN), dinitial_BN

@@ -1,14 +1,28 @@
 """What every op is made of: two rules, forward and backward, chosen by platform and cut over the
 mesh.
 
-An op is one `jax.custom_vjp`, and under a mesh its forward and its backward rule are one
-`shard_map` each. The differentiation is outside: cotangents are those of global arrays. (Inside,
-with an output that all devices along an axis hold, each of them would receive the cotangent divided
-by their number.) What is kept for the backward rule are the inputs, unless the op says that an
-output serves better in the place of one, where time is cut the state that came in from the left,
-and, if the op has them, states on the way."""
+The life of a call:
 
-from collections.abc import Callable, Mapping
+1. The public function in `api.py` checks its arguments and calls `run` with the arrays, a layout
+   for each (`sharding.py`) and what is static.
+2. `run` gathers what is static in a `_Call` and enters one `jax.custom_vjp`.
+3. Without a mesh, the rule of an implementation runs on the whole arrays. Under a mesh, one
+   `shard_map` gives each device its part of them, and the rule runs there (`DeviceRules`).
+4. Where the mesh cuts time, the op's `sequence_parallel` rules stand around that: they exchange
+   states with the other devices (`sequence_parallel.py`).
+5. `platforms.py` decides which implementation runs when the program is lowered. With `reverse` it
+   gets its arrays flipped along time, unless it walks backwards by itself.
+6. Kept for the backward pass are the inputs, unless `Op.residuals` says otherwise, and on each
+   device what its forward rule left: the state that came in, states at the starts of chunks.
+7. The backward pass goes through 3 to 5 with the cotangents. Gradients of inputs that several
+   devices share are added up at the end, in float32.
+
+The differentiation is outside of the `shard_map`: cotangents are those of global arrays. (Inside,
+with an output that all devices along an axis hold, each of them would receive the cotangent divided
+by their number.)"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -18,17 +32,19 @@ import jax.numpy as jnp
 from jax import P, lax
 from jax.sharding import AbstractMesh
 
-from . import platforms, sequence_parallel, sharding
+from . import platforms, sharding
+from .sequence_parallel import TimeAxis, current_method
 
 
-class OverTime(Protocol):
-    """An op on devices that hold consecutive parts of time; see
-    `ops/framework/sequence_parallel.py`."""
+class SequenceParallel(Protocol):
+    """The rules of an op on devices that hold consecutive parts of time; see
+    `sequence_parallel.py`."""
 
-    # (local, line, *inputs) -> outputs, carried; (local, line, carried, inputs, cotangents) ->
-    # gradients
+    # (rules, axis, *inputs) -> outputs, carried
     @property
     def forward(self) -> Callable[..., tuple[Any, Any]]: ...
+
+    # (rules, axis, carried, inputs, cotangents) -> gradients
     @property
     def backward(self) -> Callable[..., tuple[Any, ...]]: ...
 
@@ -40,18 +56,24 @@ def _inputs(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """name: of the public function; implementations: modules with `forward` and `backward`;
-    over_time: where time is cut, None for an op whose layouts leave time whole; kept: inputs and
-    outputs -> what the backward rule takes in the place of the inputs, each of the shape and layout
-    of the input, so that `supports` is asked about its dtype; starts: whether the modules'
-    `forward` returns one value more, with `with_starts=True` the states at the starts of chunks (or
-    None), which `backward` takes after the inputs."""
+    """A public function by its rules.
+
+    name: of the function, for messages.
+    implementations: modules by their public names, with a `forward` and a `backward` each. A module
+      may say what it takes, by `supports` and `SUPPORTED`, and with `WALKS_BACKWARDS = True` that
+      its rules take `reverse`.
+    sequence_parallel: the rules where time is cut; None for an op whose layouts leave time whole.
+    residuals: (inputs, outputs) -> what the backward rule takes in the place of the inputs, each of
+      the shape and layout of that input, so that `supports` can be asked about it.
+    keeps_chunk_states: whether `forward` takes `with_chunk_states` and returns one value more: if
+      true the states at the starts of chunks, in the order of the walk, or None. `backward` takes
+      them after the inputs."""
 
     name: str
     implementations: Mapping[str, ModuleType]
-    over_time: OverTime | None = None
-    kept: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...]] = _inputs
-    starts: bool = False
+    sequence_parallel: SequenceParallel | None = None
+    residuals: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...]] = _inputs
+    keeps_chunk_states: bool = False
 
 
 class _Call(NamedTuple):
@@ -60,70 +82,130 @@ class _Call(NamedTuple):
     op: Op
     candidates: tuple[str, ...]  # implementations to choose from
     named: bool  # by the caller: the one candidate runs or raises
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    dtypes: tuple[Any, ...]
+    inputs: tuple[str, ...]  # layouts
+    outputs: tuple[str, ...]  # layouts; outputs that are not floats come last
+    dtypes: tuple[Any, ...]  # of the outputs
     input_dtypes: tuple[Any, ...]  # those of gradients
+    reverse: bool
     static: tuple[tuple[str, Any], ...]
     mesh: AbstractMesh | None
-    method: str
+    method: str  # how states travel
 
     @property
     def implementations(self) -> Mapping[str, ModuleType]:
         return {name: self.op.implementations[name] for name in self.candidates}
 
+    def turned(self, values: Sequence[Any], layouts: Sequence[str]) -> tuple[Any, ...]:
+        """Values in the order of the walk from those in the order of tokens, and back."""
+        if not self.reverse:
+            return tuple(values)
+        segments = dict(self.static).get("num_segments")
+        return tuple(
+            _turned(value, layout, segments) for value, layout in zip(values, layouts, strict=False)
+        )
 
-class Local(NamedTuple):
-    """The rules of a call on the arrays of one device.
 
-    partial: places of the inputs whose gradients other devices still add to; they stay float32
-    until then;
-    differentiated: whether a backward rule will follow; starts: what its forward rule left, or
-    None."""
+def _turned(value: Any, layout: str, num_segments: int | None) -> Any:
+    """A value flipped along time. Segments that have states of their own come in the opposite
+    order, too, and their ids count from the other end: along a walk ids never fall."""
+    letters = "TLS" if num_segments is not None else "TL"
+    axes = tuple(axis for axis, letter in enumerate(layout) if letter in letters)
+
+    def turn(x: jax.Array) -> jax.Array:
+        if num_segments is not None and jnp.issubdtype(x.dtype, jnp.integer):
+            x = num_segments - 1 - x
+        return jnp.flip(x, axes)
+
+    return jax.tree.map(turn, value) if axes else value
+
+
+class DeviceRules(NamedTuple):
+    """The rules of a call on the arrays of one device."""
 
     call: _Call
+    # Indices of inputs whose gradients are summed over devices afterwards, and float32 until then.
     partial: frozenset[int] = frozenset()
-    differentiated: bool = False
-    starts: Any = None
+    differentiated: bool = False  # whether a backward rule will follow
+    chunk_states: Any = None  # those that the forward rule left
 
     @property
     def static(self) -> dict[str, Any]:
         return dict(self.call.static)
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
-        return self._replace(differentiated=False).forward_and_starts(*inputs)[0]
+        """The outputs."""
+        return self._replace(differentiated=False).forward_and_chunk_states(*inputs)[0]
 
-    def forward_and_starts(self, *inputs: Any) -> tuple[tuple[Any, ...], Any]:
+    def forward_and_chunk_states(self, *inputs: Any) -> tuple[tuple[Any, ...], Any]:
         """The outputs, and the states at the starts of chunks where the backward rule will take
         them, else None."""
         call, static, dtypes = self.call, self.static, self.call.dtypes
-        if call.op.starts:
-            static["with_starts"] = self.differentiated
-            dtypes = *dtypes, jnp.dtype(jnp.float32)
-        values = platforms.call(
-            call.implementations, "forward", *inputs, named=call.named, dtypes=dtypes, **static
-        )
-        return (values[:-1], values[-1]) if call.op.starts else (values, None)
+        results = call.outputs
+        if call.op.keeps_chunk_states:
+            static["with_chunk_states"] = self.differentiated
+            dtypes, results = (*dtypes, jnp.dtype(jnp.float32)), (*results, "")
+        values = self._run("forward", inputs, call.inputs, results, dtypes, static)
+        return (values[:-1], values[-1]) if call.op.keeps_chunk_states else (values, None)
 
     def backward(self, inputs: Any, cotangents: Any) -> tuple[Any, ...]:
-        """Gradients of the inputs, given what the op keeps for them, up to the last that has
-        one."""
+        """Gradients of the inputs, given their residuals, up to the last that has one."""
         call = self.call
 
-        def dtype(place: int) -> Any:
-            wide = jnp.dtype(jnp.float32) if place in self.partial else None
-            return jax.tree.map(lambda dtype: wide or dtype, call.input_dtypes[place])
+        def dtype(index: int) -> Any:
+            wide = jnp.dtype(jnp.float32) if index in self.partial else None
+            return jax.tree.map(lambda dtype: wide or dtype, call.input_dtypes[index])
 
-        return platforms.call(
-            call.implementations,
-            "backward",
-            *inputs,
-            *((self.starts,) if call.op.starts else ()),
-            *cotangents,
-            named=call.named,
-            dtypes=tuple(dtype(place) for place in range(len(inputs))),
-            **self.static,
+        dtypes = tuple(dtype(index) for index in range(len(inputs)))
+        chunk_states, none = (
+            ((self.chunk_states,), ("",)) if call.op.keeps_chunk_states else ((), ())
         )
+        arguments = *inputs, *chunk_states, *cotangents
+        layouts = *call.inputs, *none, *call.outputs
+        return self._run("backward", arguments, layouts, call.inputs, dtypes, self.static)
+
+    def _run(
+        self,
+        rule: str,
+        arguments: Sequence[Any],
+        layouts: tuple[str, ...],
+        results: tuple[str, ...],
+        dtypes: tuple[Any, ...],
+        static: dict[str, Any],
+    ) -> tuple[Any, ...]:
+        """layouts: of the arguments; results: layouts of what the rule returns."""
+        call = self.call
+
+        def in_order_of_tokens(module: ModuleType) -> Callable[..., Any]:
+            function = getattr(module, rule)
+            if not call.reverse:
+                return function
+            if getattr(module, "WALKS_BACKWARDS", False):
+                return _walking_backwards(function)
+            return _Turned(function, call, layouts, results)
+
+        modules = call.implementations
+        rules = {name: in_order_of_tokens(module) for name, module in modules.items()}
+        return platforms.call(modules, rules, *arguments, named=call.named, dtypes=dtypes, **static)
+
+
+@functools.cache  # one function for all calls, so that jax compiles it once
+def _walking_backwards(function: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(function, reverse=True)
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """A rule of an implementation that walks from the first row to the last, as one of arrays in
+    the order of tokens that are walked from the last to the first."""
+
+    function: Callable[..., Any]
+    call: _Call
+    arguments: tuple[str, ...]  # layouts
+    results: tuple[str, ...]  # layouts
+
+    def __call__(self, *arguments: Any, **static: Any) -> tuple[Any, ...]:
+        arguments = self.call.turned(arguments, self.arguments)
+        return self.call.turned(self.function(*arguments, **static), self.results)
 
 
 def run(
@@ -133,14 +215,19 @@ def run(
     layouts: tuple[str, ...],
     outputs: tuple[str, ...],
     dtypes: tuple[Any, ...] = (),
+    reverse: bool = False,
     **static: Any,
 ) -> Any:
     """The outputs of an op, differentiable in its inputs but those that its backward rules leave
     out at the end.
 
-    inputs: arrays, trees of arrays or None; layouts: of each, in the letters of
-    `ops/framework/sharding.py`; outputs: layouts of the outputs; dtypes: of the outputs, where
-    implementations would write others."""
+    inputs: arrays, trees of arrays or None.
+    layouts: of each input, in the letters of `sharding.py`.
+    outputs: layouts of the outputs; those that are not floats come last.
+    dtypes: of the outputs, where implementations would write others.
+    reverse: the op walks from the last token to the first: its initial state is the one after the
+      last token, its final state the one before the first.
+    static: arguments of the rules that are no arrays."""
     call = _Call(
         op,
         platforms.candidates(op.implementations, implementation),
@@ -149,39 +236,43 @@ def run(
         sharding.in_context(outputs),
         dtypes,
         jax.tree.map(lambda x: x.dtype, inputs),
+        reverse,
         tuple(sorted(static.items())),
         sharding.ambient_mesh(),
-        sequence_parallel.current_method(),
+        current_method(),
     )
     return _run(call, *inputs)
 
 
 def _forward(call: _Call, *inputs: Any) -> Any:
-    return _outputs(Local(call), inputs)[0]
+    return _outputs(DeviceRules(call), inputs)[0]
 
 
 def _forward_rule(call: _Call, *inputs: Any) -> tuple[Any, Any]:
-    outputs, carried = _outputs(Local(call, differentiated=True), inputs)
-    return outputs, (call.op.kept(inputs, outputs), carried)
+    outputs, carried = _outputs(DeviceRules(call, differentiated=True), inputs)
+    return outputs, (call.op.residuals(inputs, outputs), carried)
 
 
-def _outputs(local: Local, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+def _outputs(rules: DeviceRules, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     """The outputs, and what each device keeps for itself: where time is cut what came in, else the
-    starts."""
-    call, mesh = local.call, local.call.mesh
+    states at the starts of chunks."""
+    call, mesh = rules.call, rules.call.mesh
     if mesh is None:
-        return local.forward_and_starts(*inputs)
+        return rules.forward_and_chunk_states(*inputs)
     in_specs = sharding.specs(call.op.name, mesh, call.inputs, inputs)
-    line, everywhere = _line(call, mesh), P(mesh.axis_names)
+    axis, everywhere = _time_axis(call, mesh), P(mesh.axis_names)
 
     def on_device(*inputs: Any) -> tuple[Any, Any]:
-        if line is None or call.op.over_time is None:
-            outputs, carried = local.forward_and_starts(*inputs)
+        if axis is None:
+            outputs, carried = rules.forward_and_chunk_states(*inputs)
         else:
-            outputs, carried = call.op.over_time.forward(local, line, *inputs)
+            cut = _sequence_parallel(call)
+            walking = rules._replace(call=call._replace(reverse=False))
+            outputs, carried = cut.forward(walking, axis, *call.turned(inputs, call.inputs))
+            outputs = call.turned(outputs, call.outputs)
         return outputs, jax.tree.map(lambda x: x[None], carried)
 
-    shapes = jax.eval_shape(local.forward, *inputs)
+    shapes = jax.eval_shape(rules.forward, *inputs)
     out_specs = sharding.specs(call.op.name, mesh, call.outputs, shapes)
     return jax.shard_map(
         on_device, mesh=mesh, in_specs=in_specs, out_specs=(out_specs, everywhere), check_vma=False
@@ -191,29 +282,32 @@ def _outputs(local: Local, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
 def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     (inputs, carried), mesh = residuals, call.mesh
     # An output that is not a float has no cotangent.
-    floats = [i for i, x in enumerate(cotangents) if _is_float(x)]
-    cotangents = tuple(cotangents[i] for i in floats)
+    cotangents = tuple(x for x in cotangents if _is_float(x))
     if mesh is None:
-        gradients = Local(call, starts=carried).backward(inputs, cotangents)
+        gradients = DeviceRules(call, chunk_states=carried).backward(inputs, cotangents)
         return _padded(gradients, inputs)
     in_specs = sharding.specs(call.op.name, mesh, call.inputs, inputs)
-    cotangent_layouts = [call.outputs[i] for i in floats]
-    cotangent_specs = sharding.specs(call.op.name, mesh, cotangent_layouts, cotangents)
-    line, everywhere = _line(call, mesh), P(mesh.axis_names)
+    layouts = call.outputs[: len(cotangents)]
+    cotangent_specs = sharding.specs(call.op.name, mesh, layouts, cotangents)
+    axis, everywhere = _time_axis(call, mesh), P(mesh.axis_names)
     # An input that several devices share collects what each of them computed.
     computing = sharding.axes_of(in_specs)
     missing = [
         tuple(sorted(computing - _held(layout, spec)))
         for layout, spec in zip(call.inputs, in_specs, strict=True)
     ]
-    local = Local(call, frozenset(i for i, axes in enumerate(missing) if axes))
+    rules = DeviceRules(call, frozenset(i for i, axes in enumerate(missing) if axes))
 
     def on_device(inputs: Any, carried: Any, cotangents: Any) -> tuple[Any, ...]:
         carried = jax.tree.map(lambda x: x[0], carried)
-        if line is None or call.op.over_time is None:
-            gradients = local._replace(starts=carried).backward(inputs, cotangents)
+        if axis is None:
+            gradients = rules._replace(chunk_states=carried).backward(inputs, cotangents)
         else:
-            gradients = call.op.over_time.backward(local, line, carried, inputs, cotangents)
+            cut = _sequence_parallel(call)
+            walking = rules._replace(call=call._replace(reverse=False))
+            inputs, turned = call.turned(inputs, call.inputs), call.turned(cotangents, layouts)
+            gradients = cut.backward(walking, axis, carried, inputs, turned)
+            gradients = call.turned(gradients, call.inputs)
         return tuple(
             _summed(gradient, axes, dtypes)
             for gradient, axes, dtypes in zip(
@@ -233,15 +327,22 @@ def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
 
 
 def _padded(gradients: tuple[Any, ...], inputs: Any) -> tuple[Any, ...]:
-    """None for the inputs after the last that has a gradient."""
+    """The gradients, and None for the inputs after the last that has one."""
     return (*gradients, *(None,) * (len(inputs) - len(gradients)))
 
 
-def _line(call: _Call, mesh: Any) -> sequence_parallel.Line | None:
+def _time_axis(call: _Call, mesh: Any) -> TimeAxis | None:
+    """The devices that time is cut over; None where it is whole."""
     size = sharding.axis_size(mesh, sharding.SEQUENCE)
-    if size == 1 or not any("T" in layout for layout in call.inputs):
+    is_cut = size > 1 and any("T" in layout for layout in call.inputs)
+    if call.op.sequence_parallel is None or not is_cut:
         return None
-    return sequence_parallel.Line(size, call.method)
+    return TimeAxis(size, call.method, call.reverse)
+
+
+def _sequence_parallel(call: _Call) -> SequenceParallel:
+    assert call.op.sequence_parallel is not None
+    return call.op.sequence_parallel
 
 
 def _is_float(value: Any) -> bool:
@@ -256,6 +357,7 @@ def _held(layout: str, spec: Any) -> set[str]:
 
 
 def _summed(gradient: Any, axes: tuple[str, ...], dtypes: Any) -> Any:
+    """The gradient summed over these axes of the mesh."""
     if gradient is None or not axes:
         return gradient
     gradient = lax.psum(gradient, axes)

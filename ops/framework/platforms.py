@@ -66,26 +66,26 @@ def check_implementation(
 
 def call(
     modules: Mapping[str, ModuleType],
-    rule: str,
+    rules: Mapping[str, Callable[..., Sequence[Any]]],
     *args: Any,
     named: bool,
     dtypes: Sequence[Any] = (),
     **static: Any,
 ) -> Any:
-    """The results of `rule` ("forward" or "backward") of one of `modules`, given `args` (pytrees of
-    arrays) and `static`.
+    """The results of one of `rules`, given `args` (pytrees of arrays) and `static`.
 
-    modules: the candidates by name, in any order; named: there is one, which runs or raises
-    ValueError. Otherwise the kernels of the lowering platform run where their module's `supports`
-    agrees, else `xla`. dtypes: one (or a tree) for each result at least, which the results take: a
-    kernel writes its own, and alternatives must agree."""
+    modules, rules: of the candidates, by name; a rule is hashable, and equal in equal calls. named:
+    there is one candidate, which runs or raises ValueError. Otherwise the kernels of the lowering
+    platform run where their module's `supports` agrees, else `xla`. dtypes: one (or a tree) for
+    each result at least, which the results take: a kernel writes its own, and alternatives must
+    agree."""
     supported = {name: m for name, m in modules.items() if _supports(m, args, static)}
     if named and not supported:
         ((name, module),) = modules.items()
         shapes = ", ".join(f"{x.dtype}{x.shape}" for x in jax.tree.leaves(args))
         raise ValueError(f"implementation {name!r} takes {module.SUPPORTED}; got {shapes}")
-    rules = tuple((name, getattr(module, rule)) for name, module in supported.items())
-    return _run(_Choice(rules, named, tuple(dtypes), tuple(sorted(static.items()))), *args)
+    runnable = tuple((name, rules[name]) for name in supported)
+    return _run(_Choice(runnable, named, tuple(dtypes), tuple(sorted(static.items()))), *args)
 
 
 def _supports(module: ModuleType, args: Any, static: Mapping[str, Any]) -> bool:

@@ -72,24 +72,38 @@ def current_method() -> str:
     return _method.get()
 
 
-class Line(NamedTuple):
-    """The devices along time; every method is for the inside of a shard_map."""
+class TimeAxis(NamedTuple):
+    """The devices along time, ranked in the order in which a walk over time visits them; every
+    method is for the inside of a shard_map.
+
+    size: R, the number of devices; method: how states travel; reverse: the walk begins at the last
+    token, so that ranks count from the other end."""
 
     size: int
     method: str
+    reverse: bool = False
 
     @property
     def rank(self) -> jax.Array:
-        return lax.axis_index(SEQUENCE)
+        """r of this device."""
+        device = lax.axis_index(SEQUENCE)
+        return self.size - 1 - device if self.reverse else device
 
     def shift(self, values: Any, *, by: int = 1) -> Any:
-        """What the device `by` places to the left holds; zeros where there is none."""
+        """What the device of rank r - `by` holds; zeros where there is none."""
         pairs = [(r, r + by) for r in range(self.size) if 0 <= r + by < self.size]
+        if self.reverse:
+            pairs = [(self.size - 1 - source, self.size - 1 - target) for source, target in pairs]
         return jax.tree.map(lambda x: lax.ppermute(x, SEQUENCE, pairs), values)
 
-    def from_device(self, values: Any, device: int) -> Any:
+    def gather(self, array: jax.Array) -> jax.Array:
+        """What all devices hold, on all, by rank: [R, ...]."""
+        gathered = lax.all_gather(array, SEQUENCE)
+        return gathered[::-1] if self.reverse else gathered
+
+    def from_device(self, values: Any, rank: int) -> Any:
         """What one device holds, on all."""
-        mine = self.rank == device
+        mine = self.rank == rank
         return jax.tree.map(
             lambda x: lax.psum(jnp.where(mine, x, jnp.zeros_like(x)), SEQUENCE), values
         )
@@ -147,7 +161,7 @@ class Line(NamedTuple):
         leaves, tree = jax.tree.flatten((A, M))
         batch = leaves[0].shape[0]
         flat = jnp.concatenate([leaf.reshape(batch, -1) for leaf in leaves], axis=1)
-        flat_RBX = lax.all_gather(flat, SEQUENCE)
+        flat_RBX = self.gather(flat)
         ends = itertools.accumulate(leaf.size // batch for leaf in leaves)
         parts = jnp.split(flat_RBX, list(ends)[:-1], axis=2)
         gathered = jax.tree.unflatten(
@@ -203,11 +217,11 @@ class Affine:
     """An op whose state is an affine function of the state before; the last two inputs are that
     state and the ids.
 
-    summary(local, *tokens, segment_ids) -> A, M, read: of the tokens of one device; read(S) -> the
+    summary(rules, *tokens, segment_ids) -> A, M, read: of the tokens of one device; read(S) -> the
     output from state S,
       and the states at the starts of chunks where the backward rule takes them
       (`ops/framework/op.py`), else None
-    adjoint(local, *tokens, S, segment_ids, do) -> A, E^T do, of what the op keeps of its inputs
+    adjoint(rules, *tokens, S, segment_ids, do) -> A, E^T do, of what the op keeps of its inputs
     act(A, S), act_transposed(A, lambda) -> A S, A^T lambda
     split: an entry of A belongs to one column (last axis) of the state
     every_segment: each segment has a state, which goes on where the segment does, on any device
@@ -220,29 +234,29 @@ class Affine:
     split: bool
     every_segment: bool = False
 
-    def forward(self, local: Any, line: Line, *inputs: Any) -> tuple[Any, Any]:
+    def forward(self, rules: Any, axis: TimeAxis, *inputs: Any) -> tuple[Any, Any]:
         *tokens, initial_state, segment_ids = inputs
-        entered = None if self.every_segment else line.entered(segment_ids)
-        A, M, read = self.summary(local, *tokens, segment_ids)
-        S, final = line.prefix(self.act, _kept(entered, A), M, initial_state, self.split)
+        entered = None if self.every_segment else axis.entered(segment_ids)
+        A, M, read = self.summary(rules, *tokens, segment_ids)
+        S, final = axis.prefix(self.act, _kept(entered, A), M, initial_state, self.split)
         S, entered = checkpoint_name((_kept(entered, S), entered), CARRIED)
-        output, starts = read(S)
-        return (output, final), (S, entered, starts)
+        output, chunk_states = read(S)
+        return (output, final), (S, entered, chunk_states)
 
     def backward(
-        self, local: Any, line: Line, carried: Any, inputs: Any, cotangents: Any
+        self, rules: Any, axis: TimeAxis, carried: Any, inputs: Any, cotangents: Any
     ) -> tuple[Any, ...]:
         *tokens, initial_state, segment_ids = inputs
-        (S, entered, starts), (do, dfinal) = carried, cotangents
-        local = local._replace(starts=starts)
-        A, dM = self.adjoint(local, *tokens, S, segment_ids, do)
+        (S, entered, chunk_states), (do, dfinal) = carried, cotangents
+        rules = rules._replace(chunk_states=chunk_states)
+        A, dM = self.adjoint(rules, *tokens, S, segment_ids, do)
         # What is sent comes first: then a kernel that recomputes the states within this part, where
         # the op has one, runs while it travels, because nothing needs to arrive for it.
         *tokens, S, A, dM = lax.optimization_barrier((*tokens, S, A, dM))
-        dS, dinitial = line.suffix(
+        dS, dinitial = axis.suffix(
             self.act_transposed, _kept(entered, A), _kept(entered, dM), dfinal, self.split
         )
-        gradients = local.backward((*tokens, S, segment_ids), (do, dS))
+        gradients = rules.backward((*tokens, S, segment_ids), (do, dS))
         return *gradients[:-1], jax.tree.map(
             lambda gradient, x: gradient.astype(x.dtype), dinitial, initial_state
         )
@@ -253,29 +267,29 @@ def segment_states(
     act: Callable[[Any, Any], Any],
     act_transposed: Callable[[Any, Any], Any],
 ) -> Affine:
-    """`Affine` of a matrix state per segment (`num_segments`); transition(local, *tokens,
+    """`Affine` of a matrix state per segment (`num_segments`); transition(rules, *tokens,
     segment_ids) -> A.
 
     Tokens of a segment that follow each other may lie far apart: the op runs again from the states
     that came in."""
 
-    def summary(local: Any, *inputs: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+    def summary(rules: Any, *inputs: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
         *tokens, segment_ids = inputs
         _, k, v = tokens[:3]
         batch, _, heads, value_size = v.shape
-        state = (local.static["num_segments"], heads, k.shape[-1], value_size)
+        state = (rules.static["num_segments"], heads, k.shape[-1], value_size)
         zero = jnp.zeros((batch, *state), jnp.float32)
-        _, M = local.forward(*tokens, zero, segment_ids)
+        _, M = rules.forward(*tokens, zero, segment_ids)
 
         def read(S: jax.Array) -> tuple[jax.Array, None]:
-            return local.forward(*tokens, S, segment_ids)[0], None
+            return rules.forward(*tokens, S, segment_ids)[0], None
 
-        return transition(local, *tokens, segment_ids), M, read
+        return transition(rules, *tokens, segment_ids), M, read
 
-    def adjoint(local: Any, *inputs: Any) -> tuple[Any, Any]:
+    def adjoint(rules: Any, *inputs: Any) -> tuple[Any, Any]:
         *tokens, S, segment_ids, do = inputs
-        gradients = local.backward((*tokens, S, segment_ids), (do, jnp.zeros_like(S)))
-        return transition(local, *tokens, segment_ids), gradients[len(tokens)]
+        gradients = rules.backward((*tokens, S, segment_ids), (do, jnp.zeros_like(S)))
+        return transition(rules, *tokens, segment_ids), gradients[len(tokens)]
 
     return Affine(summary, adjoint, act, act_transposed, split=False, every_segment=True)
 

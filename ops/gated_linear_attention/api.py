@@ -11,12 +11,10 @@ from . import pallas_gpu, pallas_tpu, reference, sequence_parallel, xla
 
 NAME = "gated_linear_attention"
 ONE_STATE = Op(
-    NAME,
-    {"xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu},
-    sequence_parallel.OVER_TIME,
+    NAME, {"xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}, sequence_parallel.RULES
 )
 # The kernels keep one state per sequence.
-SEGMENT_STATES = Op(f"{NAME} with num_segments", {"xla": xla}, sequence_parallel.SEGMENTS_OVER_TIME)
+SEGMENT_STATES = Op(f"{NAME} with num_segments", {"xla": xla}, sequence_parallel.SEGMENT_RULES)
 
 
 def gated_linear_attention(
@@ -29,6 +27,7 @@ def gated_linear_attention(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     num_segments: int | None = None,
+    reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Linear attention whose matrix state decays: not at all, by head, by token, or by token and
@@ -53,6 +52,9 @@ def gated_linear_attention(
         must then be in 0..S-1 and non-decreasing along time (of each device, where a mesh cuts
         time); a segment may be empty. `initial_state` is [B, S, H, K, V]: each segment starts from
         its own state, and an empty one returns it unchanged.
+      reverse: whether to walk from the last token to the first. `initial_state` is then the state
+        after the last token, the returned state the one before the first, and a segment starts with
+        its last token.
       implementation: "reference" (a scan over tokens), "xla" (plain JAX), "pallas_tpu" and
         "pallas_gpu" (kernels; interpreted when lowered for a CPU; without num_segments), or None
         for the best of the platform that the program is lowered for: the kernels on TPU and GPU
@@ -84,7 +86,7 @@ def gated_linear_attention(
     inputs = q, k, v, decay_log
     if implementation == "reference":
         o, state = reference.gated_linear_attention(
-            *inputs, scale, initial_state, segment_ids, num_segments
+            *inputs, scale, initial_state, segment_ids, num_segments, reverse
         )
         o = o.astype(v.dtype)
     else:
@@ -99,6 +101,7 @@ def gated_linear_attention(
             layouts=("BTGK", "BTGK", "BTHV", decay_layout(decay_log), states, "BT"),
             outputs=("BTHV", states),
             dtypes=(v.dtype, jnp.dtype(jnp.float32)),
+            reverse=reverse,
             scale=scale,
             **segments,
         )

@@ -7,7 +7,7 @@ from jax import lax
 
 
 def gated_linear_attention(
-    q, k, v, decay_log, scale, initial_state, segment_ids, num_segments=None
+    q, k, v, decay_log, scale, initial_state, segment_ids, num_segments=None, reverse=False
 ):
     """S_t = Diag(exp(decay_log_t)) S_{t-1} + k_t^T v_t,   o_t = scale q_t S_t.
 
@@ -32,7 +32,8 @@ def gated_linear_attention(
         states_BSHKV = initial_state[:, None]
         if segment_ids is not None:
             same = segment_ids[:, 1:] == segment_ids[:, :-1]
-            keep_BT = jnp.pad(same, ((0, 0), (1, 0)), constant_values=True).astype(jnp.float32)
+            first = (0, 1) if reverse else (1, 0)
+            keep_BT = jnp.pad(same, ((0, 0), first), constant_values=True).astype(jnp.float32)
     every_B = jnp.arange(batch)
 
     def step(states_BSHKV, token):
@@ -47,6 +48,6 @@ def gated_linear_attention(
 
     tokens = (q_BTHK, k_BTHK, v_BTHV, decay_BTHK, keep_BT, segment_BT)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
-    states_BSHKV, o_TBHV = lax.scan(step, states_BSHKV.astype(jnp.float32), tokens)
+    states_BSHKV, o_TBHV = lax.scan(step, states_BSHKV.astype(jnp.float32), tokens, reverse=reverse)
     state = states_BSHKV[:, 0] if num_segments is None else states_BSHKV
     return jnp.moveaxis(o_TBHV, 0, 1), state

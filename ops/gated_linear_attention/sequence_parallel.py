@@ -51,17 +51,17 @@ def _transition(prefix_log, keep_BT, batch, heads):
     return jnp.swapaxes(_weighted(one, last, keep), 1, 2).swapaxes(2, 3)
 
 
-def _queries(local, q, decay_log, segment_ids, heads):
+def _queries(rules, q, decay_log, segment_ids, heads):
     """E [B, T, H, K] and A."""
     log = None if decay_log is None else _prefix_log(decay_log, q.shape[1])
     keep = segments.reaches_start(segment_ids)
-    q = local.static["scale"] * chunking.repeat_heads(q, heads)
+    q = rules.static["scale"] * chunking.repeat_heads(q, heads)
     return _weighted(q, log, keep), _transition(log, keep, q.shape[0], heads)
 
 
-def summary(local, q, k, v, decay_log, segment_ids):
+def summary(rules, q, k, v, decay_log, segment_ids):
     batch, length, heads, value_size = v.shape
-    E, A = _queries(local, q, decay_log, segment_ids, heads)
+    E, A = _queries(rules, q, decay_log, segment_ids, heads)
     k_end = _weighted(
         chunking.repeat_heads(k, heads),
         None if decay_log is None else _suffix_log(decay_log, length),
@@ -69,7 +69,7 @@ def summary(local, q, k, v, decay_log, segment_ids):
     )
     M = einsum("bthk,bthv->bhkv", k_end, v.astype(jnp.float32))
     zero = jnp.zeros((batch, heads, k.shape[-1], value_size), jnp.float32)
-    o, _ = local.forward(q, k, v, decay_log, zero, segment_ids)
+    o, _ = rules.forward(q, k, v, decay_log, zero, segment_ids)
 
     def read(S):
         return (o + einsum("bthk,bhkv->bthv", E, S)).astype(o.dtype), None
@@ -77,19 +77,19 @@ def summary(local, q, k, v, decay_log, segment_ids):
     return A, M, read
 
 
-def adjoint(local, q, k, v, decay_log, S, segment_ids, do):
+def adjoint(rules, q, k, v, decay_log, S, segment_ids, do):
     del k, S
-    E, A = _queries(local, q, decay_log, segment_ids, v.shape[2])
+    E, A = _queries(rules, q, decay_log, segment_ids, v.shape[2])
     return A, einsum("bthk,bthv->bhkv", E, do.astype(jnp.float32))
 
 
-OVER_TIME = Affine(summary, adjoint, jnp.multiply, jnp.multiply, split=False)
+RULES = Affine(summary, adjoint, jnp.multiply, jnp.multiply, split=False)
 
 
-def _segment_transition(local, q, k, v, decay_log, segment_ids):
+def _segment_transition(rules, q, k, v, decay_log, segment_ids):
     """A with `num_segments`, [B, S, H, K or 1, 1]."""
     del q, k
-    (batch, length, heads, _), count = v.shape, local.static["num_segments"]
+    (batch, length, heads, _), count = v.shape, rules.static["num_segments"]
     member = segment_ids[..., None] == jnp.arange(count)[None, None]
     if decay_log is None:
         g = jnp.zeros((batch, length, heads, 1), jnp.float32)
@@ -101,4 +101,4 @@ def _segment_transition(local, q, k, v, decay_log, segment_ids):
     return jnp.exp(log)[..., None]
 
 
-SEGMENTS_OVER_TIME = segment_states(_segment_transition, jnp.multiply, jnp.multiply)
+SEGMENT_RULES = segment_states(_segment_transition, jnp.multiply, jnp.multiply)

@@ -11,8 +11,8 @@ from . import pallas_gpu, pallas_tpu, reference, sequence_parallel, xla
 OP = Op(
     "selective_scan",
     {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu},
-    sequence_parallel.OVER_TIME,
-    starts=True,
+    sequence_parallel.RULES,
+    keeps_chunk_states=True,
 )
 EIGENVALUE_RANGES = ((0, 1), (-1, 1))
 
@@ -31,6 +31,7 @@ def selective_scan(
     eigenvalue_range: tuple[int, int] = (0, 1),
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """A diagonal state-space model per channel whose step size, input and output maps depend on the
@@ -58,6 +59,9 @@ def selective_scan(
         the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
         id changes the state starts from zero. None means one segment.
+      reverse: whether to walk from the last token to the first. `initial_state` is then the state
+        after the last token, the returned state the one before the first, and a segment starts with
+        its last token.
       implementation: "reference" (a scan over tokens), "xla" (plain JAX with a hand-written
         backward pass), "pallas_tpu" and "pallas_gpu" (kernels; interpreted when lowered for a CPU),
         or None for the best of the platform that the program is lowered for: the kernels on TPU
@@ -131,6 +135,7 @@ def selective_scan(
             eigenvalue_range,
             initial_state,
             segment_ids,
+            reverse,
         )
         y = y.astype(x.dtype)
     else:
@@ -150,6 +155,7 @@ def selective_scan(
             layouts=(*("BTH", "BTH", "HN", "BTN", "BTN", "H", "BTH", "H"), *("BHN", "BT")),
             outputs=("BTH", "BHN"),
             dtypes=(x.dtype, jnp.dtype(jnp.float32)),
+            reverse=reverse,
             delta_softplus=delta_softplus,
             eigenvalue_range=eigenvalue_range,
         )

@@ -23,7 +23,7 @@ CHUNK = 64  # tokens between the states that are kept for the backward pass
 MAX_KEPT_STATES = 32  # of a channel; more would take more memory than the inputs do
 
 
-def keeps_starts(x: jax.Array, A: jax.Array) -> bool:
+def keeps_chunk_states(x: jax.Array, A: jax.Array) -> bool:
     """Whether forward rules keep the states at the starts of chunks [B, T / CHUNK, N, D] for the
     backward rules, which otherwise make them anew; all implementations agree, for a program has one
     memory layout on all platforms."""

@@ -19,6 +19,7 @@ def selective_scan(
     eigenvalue_range,
     initial_state,
     segment_ids,
+    reverse=False,
 ):
     """h_t = abar_t h_{t-1} + delta_t x_t B_t,   y_t = (h_t C_t + D x_t) silu(z_t),
 
@@ -37,9 +38,8 @@ def selective_scan(
         keep_BT = jnp.ones(x.shape[:2], jnp.float32)
     else:  # the first token continues the initial state
         same = segment_ids[:, 1:] == segment_ids[:, :-1]
-        keep_BT = jnp.concatenate([jnp.ones((x.shape[0], 1), bool), same], axis=1).astype(
-            jnp.float32
-        )
+        first = (0, 1) if reverse else (1, 0)
+        keep_BT = jnp.pad(same, ((0, 0), first), constant_values=True).astype(jnp.float32)
 
     def step(h_BDN, token):
         x_BD, delta_BD, B_BN, C_BN, keep_B = token
@@ -53,7 +53,7 @@ def selective_scan(
     tokens = jax.tree.map(
         lambda array: jnp.moveaxis(array, 1, 0), (x_BTD, delta_BTD, B_BTN, C_BTN, keep_BT)
     )
-    state, y_TBD = lax.scan(step, initial_state.astype(jnp.float32), tokens)
+    state, y_TBD = lax.scan(step, initial_state.astype(jnp.float32), tokens, reverse=reverse)
     y_BTD = jnp.moveaxis(y_TBD, 0, 1)
     if D is not None:
         y_BTD = y_BTD + D.astype(jnp.float32)[None, None, :] * x_BTD

@@ -14,10 +14,10 @@ from ..framework.sequence_parallel import Affine
 from .gating import step_sizes
 
 
-def _transition(local, x, delta, A, B, C, bias, segment_ids):
+def _transition(rules, x, delta, A, B, C, bias, segment_ids):
     batch, _, channels = x.shape
-    if local.static["eigenvalue_range"] == (0, 1):
-        steps = step_sizes(delta, bias, local.static["delta_softplus"])
+    if rules.static["eigenvalue_range"] == (0, 1):
+        steps = step_sizes(delta, bias, rules.static["delta_softplus"])
         total_BD = jnp.sum(steps.astype(jnp.float32), axis=1)
         factor_BDN = jnp.exp(total_BD[:, :, None] * A.astype(jnp.float32)[None])
         keep = segments.reaches_start(segment_ids)
@@ -25,25 +25,25 @@ def _transition(local, x, delta, A, B, C, bias, segment_ids):
     ones = jnp.ones((batch, channels, A.shape[1]), jnp.float32)
     nothing = jnp.zeros_like(x)
     inputs = nothing, delta, A, B, C, None, None, bias, ones, segment_ids
-    return local.forward(*inputs)[1]
+    return rules.forward(*inputs)[1]
 
 
-def summary(local, x, delta, A, B, C, D, z, bias, segment_ids):
+def summary(rules, x, delta, A, B, C, D, z, bias, segment_ids):
     zero = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
-    _, M = local.forward(x, delta, A, B, C, None, None, bias, zero, segment_ids)
+    _, M = rules.forward(x, delta, A, B, C, None, None, bias, zero, segment_ids)
 
     def read(S):
         inputs = x, delta, A, B, C, D, z, bias, S, segment_ids
-        (y, _), starts = local.forward_and_starts(*inputs)
-        return y, starts
+        (y, _), chunk_states = rules.forward_and_chunk_states(*inputs)
+        return y, chunk_states
 
-    return _transition(local, x, delta, A, B, C, bias, segment_ids), M, read
+    return _transition(rules, x, delta, A, B, C, bias, segment_ids), M, read
 
 
-def adjoint(local, x, delta, A, B, C, D, z, bias, S, segment_ids, dout):
+def adjoint(rules, x, delta, A, B, C, D, z, bias, S, segment_ids, dout):
     inputs = x, delta, A, B, C, D, z, bias, S, segment_ids
-    dS = local.backward(inputs, (dout, jnp.zeros_like(S)))[-1]
-    return _transition(local, x, delta, A, B, C, bias, segment_ids), dS
+    dS = rules.backward(inputs, (dout, jnp.zeros_like(S)))[-1]
+    return _transition(rules, x, delta, A, B, C, bias, segment_ids), dS
 
 
-OVER_TIME = Affine(summary, adjoint, jnp.multiply, jnp.multiply, split=True)
+RULES = Affine(summary, adjoint, jnp.multiply, jnp.multiply, split=True)

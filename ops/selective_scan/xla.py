@@ -31,6 +31,8 @@ from ..chunks.chunking import einsum
 from ..framework import segments
 from . import gating
 
+WALKS_BACKWARDS = True
+
 
 def _factor(delta_BD, A_ND, keep_B, eigenvalue_range):
     """The factor a [B, N, D] and its derivative da/dw; both zero where a segment starts."""
@@ -45,24 +47,32 @@ def _write(x_BD, delta_BD, B_BN):
     return (delta_BD * x_BD)[:, None, :] * B_BN[:, :, None]
 
 
-def _to_chunks(array, chunk, fill=0):
-    """[B, T, ...] -> [G, C, B, ...], time padded at the end; with delta = 0 a padded token leaves
-    the state alone."""
+def _to_chunks(array, chunk, reverse, fill=0):
+    """[B, T, ...] -> [G, C, B, ...], time padded where the walk ends; with delta = 0 a padded token
+    leaves the state alone."""
     pad = -array.shape[1] % chunk
-    padding = ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2)
+    padding = ((0, 0), (pad, 0) if reverse else (0, pad)) + ((0, 0),) * (array.ndim - 2)
     array = jnp.moveaxis(jnp.pad(array, padding, constant_values=fill), 0, 1)
     return array.reshape(-1, chunk, *array.shape[1:])
 
 
-def _keep_chunks(segment_ids, chunk):
+def _keep_chunks(segment_ids, chunk, reverse):
     """Whether a token continues a segment [G, C, B]; padded ones do."""
-    keep_BT = segments.continues(segment_ids)
-    return None if keep_BT is None else _to_chunks(keep_BT, chunk, fill=True)
+    keep_BT = segments.continues(segment_ids, reverse=reverse)
+    return None if keep_BT is None else _to_chunks(keep_BT, chunk, reverse, fill=True)
 
 
-def _from_chunks(array_GCBX, length):
+def _from_chunks(array_GCBX, length, reverse):
     """[G, C, B, X] -> [B, T, X]."""
-    return jnp.moveaxis(array_GCBX.reshape(-1, *array_GCBX.shape[2:])[:length], 0, 1)
+    array_TBX = array_GCBX.reshape(-1, *array_GCBX.shape[2:])
+    array_TBX = array_TBX[-length:] if reverse else array_TBX[:length]
+    return jnp.moveaxis(array_TBX, 0, 1)
+
+
+def _walking_order(states_GBND, reverse):
+    """States at the starts of chunks, the first of the walk first, from their order in time; and
+    back."""
+    return states_GBND[::-1] if reverse else states_GBND
 
 
 def _cast(*arrays):
@@ -83,12 +93,13 @@ def forward(
     *,
     delta_softplus,
     eigenvalue_range,
-    with_starts=False,
+    with_chunk_states=False,
+    reverse=False,
 ):
     """y in float32, the final state, and the states at the starts of chunks (`gating.py`) or None;
     shapes as in `api.py`."""
     delta = gating.step_sizes(delta, bias, delta_softplus)
-    keeps = with_starts and gating.keeps_starts(x, A)
+    keeps = with_chunk_states and gating.keeps_chunk_states(x, A)
     chunk = gating.CHUNK if keeps else x.shape[1]
     x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, h_BDN = _cast(x, delta, A, B, C, initial_state)
     A_ND = A_DN.T
@@ -100,20 +111,24 @@ def forward(
         return h_BND, einsum("bnd,bn->bd", h_BND, C_BN)
 
     def step_chunk(h_BND, tokens):
-        last_BND, y_CBD = lax.scan(step, h_BND, tokens)
+        last_BND, y_CBD = lax.scan(step, h_BND, tokens, reverse=reverse)
         return last_BND, (h_BND if keeps else None, y_CBD)
 
     chunks = (
-        *(_to_chunks(array, chunk) for array in (x_BTD, delta_BTD, B_BTN, C_BTN)),
-        _keep_chunks(segment_ids, chunk),
+        *(_to_chunks(array, chunk, reverse) for array in (x_BTD, delta_BTD, B_BTN, C_BTN)),
+        _keep_chunks(segment_ids, chunk, reverse),
     )
-    state_BND, (starts_GBND, y_GCBD) = lax.scan(step_chunk, h_BDN.swapaxes(1, 2), chunks)
-    y_BTD = _from_chunks(y_GCBD, x.shape[1])
+    state_BND, (starts_GBND, y_GCBD) = lax.scan(
+        step_chunk, h_BDN.swapaxes(1, 2), chunks, reverse=reverse
+    )
+    y_BTD = _from_chunks(y_GCBD, x.shape[1], reverse)
     if D is not None:
         y_BTD = y_BTD + D.astype(jnp.float32)[None, None, :] * x_BTD
     if z is not None:
         y_BTD = gating.gate(y_BTD, z.astype(jnp.float32))
-    starts = None if starts_GBND is None else jnp.swapaxes(starts_GBND, 0, 1)
+    starts = None
+    if starts_GBND is not None:
+        starts = jnp.swapaxes(_walking_order(starts_GBND, reverse), 0, 1)
     return y_BTD, state_BND.swapaxes(1, 2), starts
 
 
@@ -134,6 +149,7 @@ def backward(
     *,
     delta_softplus,
     eigenvalue_range,
+    reverse=False,
 ):
     """Gradients of x, delta, A, B, C, D, z, bias (of these three None where they are) and
     initial_state, in float32; starts: what `forward` left, or None."""
@@ -148,9 +164,9 @@ def backward(
     chunk = -(-length // -(-length // gating.CHUNK)) if starts is None else gating.CHUNK
     A_ND, h_BND = A_DN.T, h_BDN.swapaxes(1, 2)
     x_GCBD, delta_GCBD, B_GCBN, C_GCBN, dy_GCBD = (
-        _to_chunks(z, chunk) for z in (x_BTD, delta_BTD, B_BTN, C_BTN, dy)
+        _to_chunks(z, chunk, reverse) for z in (x_BTD, delta_BTD, B_BTN, C_BTN, dy)
     )
-    keep_GCB = _keep_chunks(segment_ids, chunk)
+    keep_GCB = _keep_chunks(segment_ids, chunk, reverse)
 
     def advance(h_BND, token):
         x_BD, delta_BD, B_BN, keep_B = token
@@ -158,7 +174,10 @@ def backward(
         return a * h_BND + _write(x_BD, delta_BD, B_BN)
 
     def skip_chunk(h_BND, tokens):
-        return (lax.scan(lambda h, token: (advance(h, token), None), h_BND, tokens)[0], h_BND)
+        last_BND, _ = lax.scan(
+            lambda h, token: (advance(h, token), None), h_BND, tokens, reverse=reverse
+        )
+        return last_BND, h_BND
 
     def recompute(h_BND, token):  # dC and y need the state only
         C_BN, dy_BD, *token = token
@@ -186,24 +205,26 @@ def backward(
     def retreat_chunk(carry, chunk):
         x_CBD, delta_CBD, B_CBN, C_CBN, dy_CBD, keep_CB, start_BND = chunk
         _, (before_CBND, dC_CBN, y_CBD) = lax.scan(
-            recompute, start_BND, (C_CBN, dy_CBD, x_CBD, delta_CBD, B_CBN, keep_CB)
+            recompute, start_BND, (C_CBN, dy_CBD, x_CBD, delta_CBD, B_CBN, keep_CB), reverse=reverse
         )
         tokens = (x_CBD, delta_CBD, B_CBN, C_CBN, dy_CBD, keep_CB, before_CBND)
-        carry, (dx_CBD, ddelta_CBD, dB_CBN) = lax.scan(retreat, carry, tokens, reverse=True)
+        carry, (dx_CBD, ddelta_CBD, dB_CBN) = lax.scan(retreat, carry, tokens, reverse=not reverse)
         return carry, (dx_CBD, ddelta_CBD, dB_CBN, dC_CBN, y_CBD)
 
     if starts is not None:
-        starts_GBND = jnp.swapaxes(starts, 0, 1)
+        starts_GBND = _walking_order(jnp.swapaxes(starts, 0, 1), reverse)
     elif length <= chunk:
         starts_GBND = h_BND[None]
     else:
-        _, starts_GBND = lax.scan(skip_chunk, h_BND, (x_GCBD, delta_GCBD, B_GCBN, keep_GCB))
+        _, starts_GBND = lax.scan(
+            skip_chunk, h_BND, (x_GCBD, delta_GCBD, B_GCBN, keep_GCB), reverse=reverse
+        )
     carry = (dfinal_state.swapaxes(1, 2), jnp.zeros_like(h_BND))
     chunks = (x_GCBD, delta_GCBD, B_GCBN, C_GCBN, dy_GCBD, keep_GCB, starts_GBND)
-    (dinitial_BND, dA_BND), of_tokens = lax.scan(retreat_chunk, carry, chunks, reverse=True)
+    (dinitial_BND, dA_BND), of_tokens = lax.scan(retreat_chunk, carry, chunks, reverse=not reverse)
 
     dx, ddelta, dB, dC, y = (
-        None if values is None else _from_chunks(values, length) for values in of_tokens
+        None if values is None else _from_chunks(values, length, reverse) for values in of_tokens
     )
     dD = None
     if D is not None:

@@ -9,7 +9,7 @@ from ..framework.arguments import check_float, check_segment_ids, check_shape
 from ..framework.op import Op, run
 from . import pallas_tpu, reference, sequence_parallel, xla
 
-OP = Op("short_convolution", {"xla": xla, "pallas_tpu": pallas_tpu}, sequence_parallel.OVER_TIME)
+OP = Op("short_convolution", {"xla": xla, "pallas_tpu": pallas_tpu}, sequence_parallel.RULES)
 
 
 def short_convolution(
@@ -18,6 +18,7 @@ def short_convolution(
     *,
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal convolution of each channel over W tokens of its segment; the last tap multiplies the
@@ -35,6 +36,9 @@ def short_convolution(
         means zeros. It belongs to the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
         id changes a segment starts. None means one segment.
+      reverse: whether to walk from the last token to the first. `initial_state` is then the state
+        after the last token, the returned state the one before the first, and a segment starts with
+        its last token. "Oldest first" is then the last token first.
       implementation: "reference" (a scan over tokens), "xla" (shifted multiply-adds in plain JAX),
         "pallas_tpu" (kernels; interpreted when lowered for a CPU), or None for the best of the
         platform that the program is lowered for: the kernels on TPU, else "xla". A named
@@ -66,7 +70,7 @@ def short_convolution(
     if initial_state is None:
         initial_state = jnp.zeros((batch, taps - 1, channels), jnp.float32)
     if implementation == "reference":
-        y, state = reference.short_convolution(x, w, initial_state, segment_ids)
+        y, state = reference.short_convolution(x, w, initial_state, segment_ids, reverse)
     else:
         y, state = run(
             OP,
@@ -77,5 +81,6 @@ def short_convolution(
             segment_ids,
             layouts=("BTH", "WH", "BWH", "BT"),
             outputs=("BTH", "BWH"),
+            reverse=reverse,
         )
     return y.astype(x.dtype), state

@@ -9,7 +9,7 @@ from ..framework.arguments import check_float, check_shape
 from ..framework.op import Op, run
 from . import reference, sequence_parallel, xla
 
-OP = Op("state_passing", {"xla": xla}, sequence_parallel.OVER_TIME)
+OP = Op("state_passing", {"xla": xla}, sequence_parallel.RULES)
 
 
 def state_passing(

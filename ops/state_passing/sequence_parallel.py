@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ..framework.sequence_parallel import CARRIED, Line
+from ..framework.sequence_parallel import CARRIED, TimeAxis
 
 
 def _act(transition, S_BND):
@@ -41,28 +41,28 @@ def _turned(state):
     return jnp.swapaxes(state, 1, 2)
 
 
-class OverTime:
-    def forward(self, local, line: Line, A, written, keeps, initial_state):
-        _, M = local.forward(A, written, keeps, jnp.zeros_like(initial_state))
+class Rules:
+    def forward(self, rules, axis: TimeAxis, A, written, keeps, initial_state):
+        _, M = rules.forward(A, written, keeps, jnp.zeros_like(initial_state))
         power, keep = _transition(A, written, keeps)
-        S, last = line.prefix(
+        S, last = axis.prefix(
             _act, keep, _turned(M), _turned(initial_state), split=True, common=power
         )
         S = checkpoint_name(_turned(S), CARRIED)
-        before, _ = local.forward(A, written, keeps, S)
+        before, _ = rules.forward(A, written, keeps, S)
         return (before, _turned(last)), S
 
-    def backward(self, local, line: Line, carried, inputs, cotangents):
+    def backward(self, rules, axis: TimeAxis, carried, inputs, cotangents):
         A, written, keeps, initial_state = inputs
         S, (dbefore, dlast) = carried, cotangents
         inputs = A, written, keeps, S
-        *_, dM = local.backward(inputs, (dbefore, jnp.zeros_like(S)))
+        *_, dM = rules.backward(inputs, (dbefore, jnp.zeros_like(S)))
         power, keep = _transition(A, written, keeps)
-        dS, dinitial = line.suffix(
+        dS, dinitial = axis.suffix(
             _act_transposed, keep, _turned(dM), _turned(dlast), split=True, common=power
         )
-        *gradients, _ = local.backward(inputs, (dbefore, _turned(dS)))
+        *gradients, _ = rules.backward(inputs, (dbefore, _turned(dS)))
         return *gradients, _turned(dinitial).astype(initial_state.dtype)
 
 
-OVER_TIME = OverTime()
+RULES = Rules()

@@ -13,7 +13,7 @@ from . import pallas_tpu, reference, sequence_parallel, xla
 
 ACTIVATIONS = ("softmax", "squared_relu")
 
-OP = Op("window_attention", {"xla": xla, "pallas_tpu": pallas_tpu}, sequence_parallel.OVER_TIME)
+OP = Op("window_attention", {"xla": xla, "pallas_tpu": pallas_tpu}, sequence_parallel.RULES)
 
 
 class WindowState(NamedTuple):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..chunks.chunking import einsum
-from ..framework.sequence_parallel import Line
+from ..framework.sequence_parallel import TimeAxis
 from ..framework.sharding import SEQUENCE
 
 QUERIES = 512  # per block
@@ -37,18 +37,18 @@ class _Keys(NamedTuple):
     device: jax.Array
 
 
-def _onward(values: Any, line: Line) -> Any:
+def _onward(values: Any, axis: TimeAxis) -> Any:
     """From each device to the next, from the last to the first."""
-    pairs = [(r, (r + 1) % line.size) for r in range(line.size)]
+    pairs = [(r, (r + 1) % axis.size) for r in range(axis.size)]
     return jax.tree.map(lambda x: lax.ppermute(x, SEQUENCE, pairs), values)
 
 
-def _held_together(q, k, v, runs, line: Line):
+def _held_together(q, k, v, runs, axis: TimeAxis):
     """q, and what travels.
 
     Tied to q, so that no part of the masks is known without it: differentiation would compute the
     known part on its own, the masks of all blocks and all devices at once."""
-    return lax.optimization_barrier((q, _Keys(k, v, runs, line.rank)))
+    return lax.optimization_barrier((q, _Keys(k, v, runs, axis.rank)))
 
 
 def _logits(q, number, q_runs, rank, keys: _Keys, window, scale):
@@ -81,16 +81,16 @@ def _joined(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _round(line: Line, visit: Callable[[Any, Any], Any], mine: Any, travelling: Any):
+def _round(axis: TimeAxis, visit: Callable[[Any, Any], Any], mine: Any, travelling: Any):
     """visit(mine, travelling) -> both, with what each device holds in turn; one step from home at
     the end."""
     mine, travelling = visit(mine, travelling)
 
     def step(carry, _):
         mine, travelling = carry
-        return visit(mine, _onward(travelling, line)), None
+        return visit(mine, _onward(travelling, axis)), None
 
-    (mine, travelling), _ = lax.scan(step, (mine, travelling), None, length=line.size - 1)
+    (mine, travelling), _ = lax.scan(step, (mine, travelling), None, length=axis.size - 1)
     return mine, travelling
 
 
@@ -104,12 +104,12 @@ def _block(length: int) -> int:
     return max(c for c in range(1, min(length, QUERIES) + 1) if length % c == 0)
 
 
-def forward(line: Line, q, k, v, runs, *, window, scale):
+def forward(axis: TimeAxis, q, k, v, runs, *, window, scale):
     """o [B, n, H, V] and the log sums of exponentials [B, n, M, R], float32; runs [B, n] count over
     all devices."""
     batch, length, heads, _ = q.shape
     key_heads, block = k.shape[2], _block(length)
-    q, own = _held_together(q, k, v, runs, line)
+    q, own = _held_together(q, k, v, runs, axis)
     numbers = jnp.arange(length // block)
     q_blocks, runs_blocks = _cut(_grouped(q, key_heads), block), _cut(own.runs, block)
 
@@ -134,18 +134,18 @@ def forward(line: Line, q, k, v, runs, *, window, scale):
 
     shape = (length // block, batch, key_heads, heads // key_heads, block)
     nothing = (jnp.full(shape, LOWEST), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1])))
-    (m, l, o), _ = _round(line, visit, nothing, own)
+    (m, l, o), _ = _round(axis, visit, nothing, own)
     o, log_sum = o / l[..., None], m + jnp.log(l)
     # [G, B, M, R, C, ...] -> [B, n, M, R, ...]
     o, log_sum = (_joined(jnp.moveaxis(x, 4, 2)) for x in (o, log_sum))
     return o.reshape(batch, length, heads, -1), log_sum
 
 
-def backward(line: Line, q, k, v, runs, o, log_sum, do, *, window, scale):
+def backward(axis: TimeAxis, q, k, v, runs, o, log_sum, do, *, window, scale):
     """Cotangents of q, k and v in float32."""
     length, key_heads = k.shape[1:3]
     block = _block(length)
-    q, own = _held_together(q, k, v, runs, line)
+    q, own = _held_together(q, k, v, runs, axis)
     do = _grouped(do, key_heads)
     correction = jnp.sum(do * _grouped(o, key_heads), axis=-1)
     blocks = (
@@ -182,6 +182,6 @@ def backward(line: Line, q, k, v, runs, o, log_sum, do, *, window, scale):
 
     zeros = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     travelling = (own, *zeros)
-    dq, (_, dk, dv) = _round(line, visit, jnp.zeros_like(blocks[1]), travelling)
-    dk, dv = _onward((dk, dv), line)  # the last step, home
+    dq, (_, dk, dv) = _round(axis, visit, jnp.zeros_like(blocks[1]), travelling)
+    dk, dv = _onward((dk, dv), axis)  # the last step, home
     return _joined(dq).reshape(q.shape), dk, dv

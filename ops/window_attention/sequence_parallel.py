@@ -13,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ..framework import segments
-from ..framework.sequence_parallel import CARRIED, Line
+from ..framework.sequence_parallel import CARRIED, TimeAxis
 from ..framework.sharding import SEQUENCE
 from . import ring
 
@@ -40,102 +40,102 @@ def _tail(k, v, segment_ids, past):
     return _kept(keep, k[:, first:]), _kept(keep, v[:, first:]), keep
 
 
-class OverTime:
-    def forward(self, local, line: Line, q, k, v, k_past, v_past, valid_past, ids):
-        past = local.static["window"] - 1
+class Rules:
+    def forward(self, rules, axis: TimeAxis, q, k, v, k_past, v_past, valid_past, ids):
+        past = rules.static["window"] - 1
         first = _past(k, v, k_past, v_past, valid_past, past)
-        if _in_a_ring(local, line, k.shape[1], valid_past):
-            (o, log_sum), final = _ring(local, line, q, k, v, first, ids)
+        if _in_a_ring(rules, axis, k.shape[1], valid_past):
+            (o, log_sum), final = _ring(rules, axis, q, k, v, first, ids)
             o, log_sum = checkpoint_name((o.astype(v.dtype), log_sum), CARRIED)
             return (o, *final), (o, log_sum)
         if k.shape[1] < past:
-            before, final = _gathered(line, k, v, first, ids)
+            before, final = _gathered(axis, k, v, first, ids)
             carried = None
         else:
-            tail, entered = _tail(k, v, ids, past), line.entered(ids)
+            tail, entered = _tail(k, v, ids, past), axis.entered(ids)
             before = jax.tree.map(
-                lambda x, y: jnp.where(line.rank == 0, x, y), first, line.shift(tail)
+                lambda x, y: jnp.where(axis.rank == 0, x, y), first, axis.shift(tail)
             )
             if entered is not None:
                 before = (*before[:2], before[2] & entered[:, None])
-            final = line.from_device((*tail[:2], tail[2].astype(jnp.int32)), line.size - 1)
+            final = axis.from_device((*tail[:2], tail[2].astype(jnp.int32)), axis.size - 1)
             final = (*final[:2], final[2] != 0)
             before = carried = checkpoint_name(before, CARRIED)
-        o, *_ = local.forward(q, k, v, *before, ids)
+        o, *_ = rules.forward(q, k, v, *before, ids)
         return (o, *final), carried
 
-    def backward(self, local, line: Line, carried, inputs, cotangents):
+    def backward(self, rules, axis: TimeAxis, carried, inputs, cotangents):
         q, k, v, k_past, v_past, valid_past, ids = inputs
         do, dk_last, dv_last = cotangents
-        past = local.static["window"] - 1
-        if _in_a_ring(local, line, k.shape[1], valid_past):
-            return *_ring_backward(local, line, carried, inputs, cotangents), *(None,) * 3
+        past = rules.static["window"] - 1
+        if _in_a_ring(rules, axis, k.shape[1], valid_past):
+            return *_ring_backward(rules, axis, carried, inputs, cotangents), *(None,) * 3
         if k.shape[1] < past:
-            dq, dk, dv, dk_first, dv_first = _gathered_backward(local, line, inputs, cotangents)
+            dq, dk, dv, dk_first, dv_first = _gathered_backward(rules, axis, inputs, cotangents)
         else:
             near = None if ids is None else ids[:, :past]
             rows = (x[:, :past] for x in (q, k, v))
             nothing = jnp.zeros_like(dk_last), jnp.zeros_like(dv_last)
             dbefore = (dk_last[:, :0], dv_last[:, :0])
             if past:
-                dbefore = local.backward((*rows, *carried, near), (do[:, :past], *nothing))[3:5]
+                dbefore = rules.backward((*rows, *carried, near), (do[:, :past], *nothing))[3:5]
             dtail = jax.tree.map(
-                lambda x, y: jnp.where(line.rank == line.size - 1, x, y),
+                lambda x, y: jnp.where(axis.rank == axis.size - 1, x, y),
                 (dk_last, dv_last),
-                line.shift(dbefore, by=-1),
+                axis.shift(dbefore, by=-1),
             )
-            dq, dk, dv, *_ = local.backward((q, k, v, *carried, ids), (do, *dtail))
-            dk_first, dv_first = line.from_device(dbefore, 0)
+            dq, dk, dv, *_ = rules.backward((q, k, v, *carried, ids), (do, *dtail))
+            dk_first, dv_first = axis.from_device(dbefore, 0)
         if valid_past is None:
             return dq, dk, dv, None, None, None
         return (dq, dk, dv, dk_first.astype(k_past.dtype), dv_first.astype(v_past.dtype), None)
 
 
-def _all_runs(line: Line, ids, batch, length):
+def _all_runs(axis: TimeAxis, ids, batch, length):
     """[B, T], the run of equal ids that each token of all devices belongs to."""
     if ids is None:
-        return jnp.zeros((batch, line.size * length), jnp.int32)
+        return jnp.zeros((batch, axis.size * length), jnp.int32)
     ids = lax.all_gather(ids, SEQUENCE, axis=1, tiled=True)
     return segments.numbers(ids)
 
 
-def _own(line: Line, x, length):
+def _own(axis: TimeAxis, x, length):
     """This device's part of [B, T, ...]."""
-    return lax.dynamic_slice_in_dim(x, line.rank * length, length, axis=1)
+    return lax.dynamic_slice_in_dim(x, axis.rank * length, length, axis=1)
 
 
-def _in_a_ring(local, line: Line, length: int, valid_past) -> bool:
-    wide = length < local.static["window"] - 1
-    softmax = local.static["activation"] == "softmax"
-    return line.method == "ring" and softmax and wide and valid_past is None
+def _in_a_ring(rules, axis: TimeAxis, length: int, valid_past) -> bool:
+    wide = length < rules.static["window"] - 1
+    softmax = rules.static["activation"] == "softmax"
+    return axis.method == "ring" and softmax and wide and valid_past is None
 
 
-def _ring(local, line: Line, q, k, v, first, ids):
+def _ring(rules, axis: TimeAxis, q, k, v, first, ids):
     """The outputs with their log sums, and the state after the tokens of all devices."""
-    (batch, length), static = k.shape[:2], local.static
-    own = _own(line, _all_runs(line, ids, batch, length), length)
-    sums = ring.forward(line, q, k, v, own, window=static["window"], scale=static["scale"])
-    return sums, _gathered(line, k, v, first, ids)[1]
+    (batch, length), static = k.shape[:2], rules.static
+    own = _own(axis, _all_runs(axis, ids, batch, length), length)
+    sums = ring.forward(axis, q, k, v, own, window=static["window"], scale=static["scale"])
+    return sums, _gathered(axis, k, v, first, ids)[1]
 
 
-def _ring_backward(local, line: Line, carried, inputs, cotangents):
+def _ring_backward(rules, axis: TimeAxis, carried, inputs, cotangents):
     """Gradients of q, k and v."""
     q, k, v, _, _, _, ids = inputs
     (o, log_sum), (do, *dlast) = carried, cotangents
-    (batch, length), static = k.shape[:2], local.static
-    runs = _all_runs(line, ids, batch, length)
-    own = _own(line, runs, length)
+    (batch, length), static = k.shape[:2], rules.static
+    runs = _all_runs(axis, ids, batch, length)
+    own = _own(axis, runs, length)
     dq, dk, dv = ring.backward(
-        line, q, k, v, own, o, log_sum, do, window=static["window"], scale=static["scale"]
+        axis, q, k, v, own, o, log_sum, do, window=static["window"], scale=static["scale"]
     )
-    everything, past = line.size * length, static["window"] - 1
+    everything, past = axis.size * length, static["window"] - 1
     # The last state's gradient, of which every device has all: its tokens are those at the end of
     # the sequence.
     dk_last, dv_last = (
         _kept(
             own == runs[:, -1:],
             _own(
-                line,
+                axis,
                 jnp.pad(x, ((0, 0), (max(0, everything - past), 0), (0, 0), (0, 0)))[
                     :, -everything:
                 ],
@@ -147,15 +147,15 @@ def _ring_backward(local, line: Line, carried, inputs, cotangents):
     return dq, dk + dk_last, dv + dv_last
 
 
-def _gathered(line: Line, k, v, first, ids):
+def _gathered(axis: TimeAxis, k, v, first, ids):
     """The state before this device's tokens, and the one after the tokens of all devices."""
     (batch, length), past = k.shape[:2], first[2].shape[1]
-    everything = line.size * length
+    everything = axis.size * length
     k, v = (
         jnp.concatenate([before, lax.all_gather(x, SEQUENCE, axis=1, tiled=True)], 1)
         for before, x in zip(first, (k, v), strict=False)
     )
-    run = _all_runs(line, ids, batch, length)
+    run = _all_runs(axis, ids, batch, length)
     # The run of equal ids that a token belongs to; -1 for what is not there.
     run = jnp.concatenate([jnp.where(first[2], 0, -1), run], axis=1)
 
@@ -167,28 +167,28 @@ def _gathered(line: Line, k, v, first, ids):
         )
         return _kept(runs == own, k_part), _kept(runs == own, v_part), runs == own
 
-    start = line.rank * length
+    start = axis.rank * length
     return state(start, start + past), state(everything, everything + past - 1)
 
 
-def _gathered_backward(local, line: Line, inputs, cotangents):
+def _gathered_backward(rules, axis: TimeAxis, inputs, cotangents):
     """Gradients of q, k, v and of the keys and values of the state before the first token."""
     q, k, v, k_past, v_past, valid_past, ids = inputs
     do, *dlast = cotangents
-    *first, valid = _past(k, v, k_past, v_past, valid_past, local.static["window"] - 1)
+    *first, valid = _past(k, v, k_past, v_past, valid_past, rules.static["window"] - 1)
 
     def before_and_after(k, v, *first):
-        before, after = _gathered(line, k, v, (*first, valid), ids)
+        before, after = _gathered(axis, k, v, (*first, valid), ids)
         return before[:2], after[:2], before[2]
 
     before, _, kept = before_and_after(k, v, *first)
     _, pullback = jax.vjp(lambda *arrays: before_and_after(*arrays)[:2], k, v, *first)
     nothing = [jnp.zeros_like(x) for x in dlast]
-    dq, dk, dv, *dbefore = local.backward((q, k, v, *before, kept, ids), (do, *nothing))[:5]
+    dq, dk, dv, *dbefore = rules.backward((q, k, v, *before, kept, ids), (do, *nothing))[:5]
     # What all devices hold is counted on one.
-    dlast = [jnp.where(line.rank == line.size - 1, x, 0) for x in dlast]
+    dlast = [jnp.where(axis.rank == axis.size - 1, x, 0) for x in dlast]
     dk_all, dv_all, *dfirst = pullback((tuple(dbefore), tuple(dlast)))
     return dq, dk + dk_all, dv + dv_all, *lax.psum(tuple(dfirst), SEQUENCE)
 
 
-OVER_TIME = OverTime()
+RULES = Rules()

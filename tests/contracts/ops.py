@@ -193,6 +193,17 @@ class OpContract:
         np.testing.assert_array_equal(o[:, :cut], o_changed[:, :cut])
         assert not np.array_equal(o[:, cut:], o_changed[:, cut:])
 
+    def test_walking_in_reverse_is_walking_along_flipped_tokens(self, variant, implementation):
+        inputs, state, ids = self.data(variant, LENGTH, seed=9)
+        expected = _values_and_gradients(
+            flipped(type(self)), "reference", (), inputs, state, ids, jax.random.key(7)
+        )
+        for name in ("reference", implementation):
+            got = self.values_and_gradients(name, inputs, state, ids, reverse=True)
+            assert got.keys() == expected.keys()
+            for tensor in expected:
+                assert_close(f"{tensor} of {name}", got[tensor], expected[tensor])
+
     @pytest.mark.full
     def test_vmap_and_remat_change_nothing(self, variant, implementation):
         inputs, state, _ = self.data(variant, DOCUMENT, seed=8)
@@ -258,6 +269,46 @@ class SegmentStatesContract:
         assert got.keys() == expected.keys()
         for name in expected:
             assert_close(name, got[name], expected[name])
+
+    def test_walking_in_reverse_takes_each_segment_from_its_last_token(
+        self, variant, implementation
+    ):
+        inputs, states, ids = self.data(variant)
+        run = functools.partial(self.contract.values_and_gradients, num_segments=5, reverse=True)
+        expected = run("reference", inputs, states, ids)
+        got = run(implementation, inputs, states, ids)
+        assert got.keys() == expected.keys()
+        for name in expected:
+            assert_close(name, got[name], expected[name])
+
+    @pytest.mark.parametrize("implementation", ["reference"])
+    def test_a_segment_in_reverse_equals_a_call_of_its_own(self, variant, implementation):
+        inputs, states, ids = self.data(variant)
+        options = {"implementation": implementation, "reverse": True}
+        o, finals = self.contract.call(inputs, states, ids, num_segments=5, **options)
+        part = self.contract.part(inputs, 32, 97)  # segment 2 of row 0
+        o_alone, alone = self.contract.call(part, states[:, 2], None, **options)
+        assert_close("o", o[0, 32:97], o_alone[0])
+        assert_close("final state", finals[0, 2], alone[0])
+
+
+@functools.cache
+def flipped(contract: type[OpContract]) -> type[OpContract]:
+    """The contract of the same op, which it calls with its tokens flipped, its outputs flipped
+    back."""
+
+    def flip(x: jax.Array) -> jax.Array:
+        has_time = x.ndim >= 2 and x.shape[:2] == (BATCH, LENGTH)
+        return x[:, ::-1] if has_time else x
+
+    class Flipped(contract):
+        @classmethod
+        def call(cls, inputs, state, segment_ids, implementation, **options):
+            inputs, segment_ids = jax.tree.map(flip, (inputs, segment_ids))
+            o, final = super().call(inputs, state, segment_ids, implementation, **options)
+            return flip(o), final
+
+    return Flipped
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

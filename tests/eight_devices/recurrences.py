@@ -90,6 +90,34 @@ def test_values_states_and_gradients_of_ops(op, variant, method, shape, packed):
         assert_close(name, got[name], value)
 
 
+REVERSED_IN_MAKE_TEST = {
+    ("gated_linear_attention", "vector", "ring", (1, 1, 4, 1)),
+    ("selective_scan", "positive", "all_gather", (2, 1, 2, 2)),
+    ("diagonal_scan", "complex, per token", "all_gather", (1, 1, 4, 1)),
+    ("short_convolution", "4 taps", "all_gather", (2, 1, 2, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "variant", "method", "shape"),
+    [
+        pytest.param(*case, marks=() if case in REVERSED_IN_MAKE_TEST else pytest.mark.full)
+        for case in CASES
+    ],
+)
+def test_walking_in_reverse(op, variant, method, shape):
+    contract = CONTRACTS[op]()
+    inputs, state, ids = contract.data(variant, LENGTH)
+    ids = ids.at[0, LENGTH // 2 :].add(5)
+    expected = contract.values_and_gradients("xla", inputs, state, ids, reverse=True)
+    with jax.set_mesh(mesh_of(*shape)), ops.sequence_method(method):
+        got = jax.jit(lambda *case: values_and_gradients(contract, *case, reverse=True))(
+            inputs, state, ids
+        )
+    for name, value in expected.items():
+        assert_close(name, got[name], value)
+
+
 @pytest.mark.parametrize(
     ("op", "variant"),
     [
@@ -259,13 +287,14 @@ def test_gradients_of_shared_inputs_are_added_up_in_float32():
 # --------------------------------------------------------------------------------------------------
 
 
-def loss_of(op: str) -> Any:
+def loss_of(op: str, reverse: bool = False) -> Any:
     def loss(q, k, v, g, ids):
         g = -jnp.abs(g)
+        options = {"segment_ids": ids, "reverse": reverse}
         if op == "delta_rule":
-            o, _ = ops.delta_rule(q, k, v, jnp.exp(g), g, segment_ids=ids)
+            o, _ = ops.delta_rule(q, k, v, jnp.exp(g), g, **options)
         else:
-            o, _ = ops.gated_linear_attention(q, k, v, g, segment_ids=ids)
+            o, _ = ops.gated_linear_attention(q, k, v, g, **options)
         return jnp.sum(jnp.sin(o))
 
     return loss
@@ -282,14 +311,16 @@ def arguments(mesh: Mesh, length: int, packed: bool) -> list[Any]:
     return [matrix, matrix, matrix, array(1, length, 2), ids]
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("op", ["gated_linear_attention", "delta_rule"])
-def test_one_gather_forward_and_one_backward_whose_size_is_not_that_of_time(op):
+def test_one_gather_forward_and_one_backward_whose_size_is_not_that_of_time(op, reverse):
     mesh, programs = mesh_of(1, 1, 8, 1), []
     with jax.set_mesh(mesh):
         for length in (64, 512):
             given = arguments(mesh, length, packed=False)
-            gradient = jax.grad(loss_of(op), argnums=(0, 1, 2, 3))
-            programs.append([collectives(loss_of(op), *given), collectives(gradient, *given)])
+            loss = loss_of(op, reverse)
+            gradient = jax.grad(loss, argnums=(0, 1, 2, 3))
+            programs.append([collectives(loss, *given), collectives(gradient, *given)])
     short, long = programs
     assert short == long
     forward, both = short
@@ -313,11 +344,13 @@ def test_rematerialisation_that_keeps_what_came_in_gathers_it_once():
     assert 1 <= len(found["collective-permute"]) <= 2
 
 
-def test_ring_sends_a_state_from_device_to_device():
+@pytest.mark.parametrize("reverse", [False, True])
+def test_ring_sends_a_state_from_device_to_device(reverse):
     mesh = mesh_of(1, 1, 8, 1)
     with jax.set_mesh(mesh), ops.sequence_method("ring"):
         given = arguments(mesh, 64, packed=False)
-        gradient = jax.grad(loss_of("gated_linear_attention"), argnums=(0, 1, 2, 3))
+        loss = loss_of("gated_linear_attention", reverse)
+        gradient = jax.grad(loss, argnums=(0, 1, 2, 3))
         found = collectives(gradient, *given)
     assert len(found["collective-permute"]) == 2 * 7 and "all-gather" not in found
 

@@ -61,9 +61,9 @@ class TestDiagonalScan(OpContract):
         )
 
     @classmethod
-    def call(cls, inputs, state, segment_ids, implementation):
+    def call(cls, inputs, state, segment_ids, implementation, **options):
         call = functools.partial(
-            diagonal_scan, segment_ids=segment_ids, implementation=implementation
+            diagonal_scan, segment_ids=segment_ids, implementation=implementation, **options
         )
         if "a" in inputs:
             return call(**inputs, initial_state=state)

@@ -17,7 +17,8 @@ from ops.selective_scan.pallas_gpu import walks
 from tests.contracts.ops import BATCH, DOCUMENT, LENGTH, TOLERANCE, OpContract, assert_close
 
 scan = jax.jit(
-    selective_scan, static_argnames=("delta_softplus", "eigenvalue_range", "implementation")
+    selective_scan,
+    static_argnames=("delta_softplus", "eigenvalue_range", "reverse", "implementation"),
 )
 WIDTH, STATE = SHAPES["test"]["width"], SHAPES["test"]["state"]
 # Per channel and state: steps of order one times these are decays from none to total, side by side.
@@ -69,7 +70,7 @@ class TestSelectiveScan(OpContract):
         return jax.random.normal(key, (BATCH, WIDTH, STATE))
 
     @classmethod
-    def call(cls, inputs, state, segment_ids, implementation):
+    def call(cls, inputs, state, segment_ids, implementation, **options):
         return scan(
             **inputs,
             delta_softplus="delta_bias" in inputs,
@@ -77,6 +78,7 @@ class TestSelectiveScan(OpContract):
             initial_state=state,
             segment_ids=segment_ids,
             implementation=implementation,
+            **options,
         )
 
     @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
@@ -235,7 +237,7 @@ def test_forward_rules_keep_the_states_before_every_64_tokens(name, length, monk
             segment_ids=ids,
             delta_softplus=True,
             eigenvalue_range=(0, 1),
-            with_starts=True,
+            with_chunk_states=True,
             **({} if name == "xla" else {"interpret": True}),
         )
         return starts
@@ -250,7 +252,7 @@ def test_forward_rules_keep_the_states_before_every_64_tokens(name, length, monk
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_all_forward_rules_agree_on_what_they_keep(name):
-    def kept(length, states, with_starts=True):
+    def kept(length, states, with_chunk_states=True):
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         tokens, columns = shape((3, length, 8)), shape((3, length, states))
         state = shape((3, 8, states))
@@ -259,7 +261,7 @@ def test_all_forward_rules_agree_on_what_they_keep(name):
             IMPLEMENTATIONS[name].forward,
             delta_softplus=False,
             eigenvalue_range=(0, 1),
-            with_starts=with_starts,
+            with_chunk_states=with_chunk_states,
         )
         return jax.eval_shape(rule, tokens, tokens, *parameters, state, None)[2]
 
@@ -267,7 +269,7 @@ def test_all_forward_rules_agree_on_what_they_keep(name):
     assert kept(300, 5).shape == (3, 5, 5, 8)
     assert kept(64, 32) is None
     assert kept(300, 33) is None
-    assert kept(300, 5, with_starts=False) is None
+    assert kept(300, 5, with_chunk_states=False) is None
 
 
 # D, N: two blocks of channels with part of a tile, registers of states, chunks of 32 tokens.

@@ -141,7 +141,7 @@ def _selective_programs(direction: str) -> Iterator[Program]:
                 getattr(selective_scan, direction),
                 delta_softplus=gated,
                 eigenvalue_range=(-1, 1) if kind == "negative" else (0, 1),
-                **({"with_starts": kind == "training"} if forward else {}),
+                **({"with_chunk_states": kind == "training"} if forward else {}),
             ),
             (
                 *(x, delta, shape(D, N), b, c, shape(D), *gate, state, ids),

@@ -78,7 +78,7 @@ def _program(
             getattr(kernels, direction),
             delta_softplus=gated,
             eigenvalue_range=(-1, 1) if negative else (0, 1),
-            **({"with_starts": training} if forward else {}),
+            **({"with_chunk_states": training} if forward else {}),
         ),
         arguments=arguments,
         kernels=1 if forward or keeps else 2,

@@ -98,7 +98,7 @@ def forward(
     *,
     delta_softplus,
     eigenvalue_range,
-    with_starts=False,
+    with_chunk_states=False,
     interpret=False,
 ):
     """y in x's dtype, the final state in float32, and the states at the starts of chunks
@@ -111,7 +111,7 @@ def forward(
     entering = walks.padded(initial_state, sizes)[:, None]
     of_parts = walks.part_starts(sizes, inputs, entering, reverse=False)
     z = None if z is None else pad_last(z, sizes.width)
-    keeps = with_starts and gating.keeps_starts(x, A)
+    keeps = with_chunk_states and gating.keeps_chunk_states(x, A)
     y, final, starts = walks.along(sizes, inputs, of_parts, z, x.dtype, keeps)
     starts = None if starts is None else starts[:, :, :states, :channels]
     return y[:, :length, :channels], final[:, -1, :channels, :states], starts

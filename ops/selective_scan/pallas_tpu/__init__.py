@@ -83,13 +83,13 @@ def forward(
     *,
     delta_softplus,
     eigenvalue_range,
-    with_starts=False,
+    with_chunk_states=False,
     interpret=False,
 ):
     """y in x's dtype, the final state in float32, and the states at the starts of chunks
     (`gating.py`) or None; shapes as in `api.py`."""
     options = segment_ids, delta_softplus, eigenvalue_range
-    keeps = with_starts and gating.keeps_starts(x, A)
+    keeps = with_chunk_states and gating.keeps_chunk_states(x, A)
     scan = _scan(x, A, z, bias, *options, TUNING.chunk, whole=keeps)
     blocks, columns = scan.blocks, _columns(B, C, scan)
     state = blocks.sequence(scan.states)

@@ -1,5 +1,5 @@
-"""What all chunked forms of matrix-state recurrences share: cutting time, and products of decays
-over intervals.
+"""What all chunked forms of matrix-state recurrences share: the cut of time into chunks, and
+products of decays over intervals.
 
 Letters: B batch, T time, H heads, C chunk length, G number of chunks, K key, V value, E = K or 1
 (decay per channel, or one for all). Arrays cut into chunks are [G, B, H, C, ...]; functions on
@@ -17,8 +17,7 @@ and `decay_tree` gives all of them without ever dividing, subtracting logs or fo
 1: in a block of 2b tokens each pair with j in the first half and i in the second splits at the
 middle,
 
-    W_ij = suffix_j * prefix_i,   suffix_j = a_{j+1} .. a_{middle - 1},   prefix_i = a_middle ..
-                                  a_i,
+    W_ij = suffix_j * prefix_i,  suffix_j = a_{j+1} .. a_{middle - 1},  prefix_i = a_middle .. a_i,
 
 so one outer product per level b = 1, 2, 4, .. C/2 covers all pairs i > j of a chunk. The relative
 error of W is about log2(C) rounding errors whatever the decays are: -1e4 beside -1e-3 costs
@@ -76,7 +75,7 @@ def _power_of_two(n: int) -> int:
 def to_chunks(
     x_BTHX: jax.Array, chunk: int, fill: float = 0.0, segments: SegmentChunks | None = None
 ) -> jax.Array:
-    """[B, T, H, X] -> [G, B, H, C, X] in float32; rows without a token, at the end of time or of a
+    """[G, B, H, C, X] in float32 of [B, T, H, X]; rows without a token, at the end of time or of a
     segment, are `fill`."""
     x = x_BTHX.astype(jnp.float32)
     if segments is None:
@@ -94,7 +93,8 @@ def to_chunks(
 def from_chunks(
     x_GBHCX: jax.Array, length: int, segments: SegmentChunks | None = None
 ) -> jax.Array:
-    """[G, B, H, C, X] -> [B, T, H, X]: inverse of `to_chunks`, rows without a token left out."""
+    """[B, T, H, X] of [G, B, H, C, X]: the inverse of `to_chunks`, without rows that have no
+    token."""
     chunks, batch, heads, chunk, size = x_GBHCX.shape
     x = x_GBHCX.transpose(1, 0, 3, 2, 4).reshape(batch, chunks * chunk, heads, size)
     if segments is None:
@@ -114,12 +114,12 @@ def flipped_copy(x: jax.Array) -> jax.Array:
 
 
 def repeat_heads(x_BTHX: jax.Array, heads: int) -> jax.Array:
-    """Grouped heads: value head h reads key head h // (heads / key heads)."""
+    """[B, T, H, X] of [B, T, HK, X]: value head h reads key head h // (H / HK)."""
     return jnp.repeat(x_BTHX, heads // x_BTHX.shape[2], axis=2)
 
 
 def sum_heads(x_BTHX: jax.Array, key_heads: int) -> jax.Array:
-    """Adjoint of `repeat_heads`."""
+    """The adjoint of `repeat_heads`: [B, T, HK, X]."""
     batch, length, heads, size = x_BTHX.shape
     return x_BTHX.reshape(batch, length, key_heads, heads // key_heads, size).sum(3)
 
@@ -154,7 +154,7 @@ def decay_factors(
 def decay_cotangent(
     dg_GBHCE: jax.Array, decay_log: jax.Array, length: int, segments: SegmentChunks | None = None
 ) -> jax.Array:
-    """Cotangent of `decay_log` from that of the logs of `decay_factors`."""
+    """The gradient of `decay_log` from that of the logs of `decay_factors`."""
     dg_BTHE = from_chunks(dg_GBHCE, length, segments)
     return dg_BTHE.sum((0, 1, 3)) if decay_log.ndim == 1 else dg_BTHE.reshape(decay_log.shape)
 
@@ -162,10 +162,11 @@ def decay_cotangent(
 class DecayTree(NamedTuple):
     """Interval products of one chunk (see the top of the file); E = K or 1.
 
-    levels: per block length b = 1, 2, 4, .. C/2 the pair (prefix [..., C/2b, b, E] of the second
-    halves, suffix of the first) prefix [..., C, E]: from the start of the chunk up to and including
-    the token suffix [..., C, E]: from the token, excluded, to the end of the chunk total [..., 1,
-    E]: of the whole chunk"""
+    levels: for each block length b = 1, 2, 4, .. C/2 the prefix of the second halves and the suffix
+      of the first, [..., C/2b, b, E] each.
+    prefix: [..., C, E], from the start of the chunk up to the token, itself included.
+    suffix: [..., C, E], from the token, itself excluded, to the end of the chunk.
+    total: [..., 1, E], of the whole chunk."""
 
     levels: Sequence[tuple[jax.Array, jax.Array]]
     prefix: jax.Array
@@ -174,7 +175,7 @@ class DecayTree(NamedTuple):
 
 
 def decay_tree(a: jax.Array) -> DecayTree:
-    """Builds the interval products of a [..., C, E], C a power of two."""
+    """The interval products of a [..., C, E], C a power of two."""
     *leading, chunk, size = a.shape
     prefix = a.reshape(*leading, chunk, 1, size)
     suffix = jnp.ones_like(prefix)
@@ -192,21 +193,21 @@ def decay_tree(a: jax.Array) -> DecayTree:
 
 
 def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[..., 2n, b, X] -> the n even and the n odd blocks."""
+    """The n even and the n odd blocks [..., n, b, X] of [..., 2n, b, X]."""
     *leading, blocks, block, size = x.shape
     x = x.reshape(*leading, blocks // 2, 2, block, size)
     return x[..., 0, :, :], x[..., 1, :, :]
 
 
 def split(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """[..., C, X] -> first and second halves [..., C/2b, b, X] of all blocks of 2b rows."""
+    """The first and the second halves [..., C/2b, b, X] of all blocks of 2b rows of [..., C, X]."""
     *leading, chunk, size = x.shape
     x = x.reshape(*leading, chunk // (2 * block), 2, block, size)
     return x[..., 0, :, :], x[..., 1, :, :]
 
 
 def merge(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Inverse of `split`."""
+    """The inverse of `split`: [..., C, X]."""
     *leading, blocks, block, size = first.shape
     return jnp.stack([first, second], axis=-3).reshape(*leading, 2 * blocks * block, size)
 
@@ -233,7 +234,7 @@ def below_blocks(x: jax.Array) -> list[jax.Array]:
 
 
 def lower(x: jax.Array, strict: bool = False) -> jax.Array:
-    """Keeps the lower triangle of [..., C, C], without the diagonal if `strict`."""
+    """The lower triangle of [..., C, C], zero above; without the diagonal if `strict`."""
     row, column = _indices(x)
     return jnp.where(row > column if strict else row >= column, x, 0.0)
 
@@ -262,7 +263,7 @@ def _interval_matrix(tree: DecayTree) -> jax.Array:
 
 
 def decay_scores(q: jax.Array, k: jax.Array, tree: DecayTree | None) -> jax.Array:
-    """P_ij = sum_c q_ic k_jc W_ijc for i >= j, zero above: [..., C, K] twice -> [..., C, C]."""
+    """P_ij = sum_c q_ic k_jc W_ijc for i >= j, zero above: [..., C, C], of q and k [..., C, K]."""
     if tree is None or tree.prefix.shape[-1] == 1:
         P = einsum("...ik,...jk->...ij", q, k)
         return lower(P) if tree is None else P * _interval_matrix(tree)
@@ -275,10 +276,11 @@ def decay_scores(q: jax.Array, k: jax.Array, tree: DecayTree | None) -> jax.Arra
 
 
 class ScoreGradient(NamedTuple):
-    """Where the log-gradient of `decay_scores` goes: one of the two.
+    """The log-gradient of the decays in `decay_scores`, in one of two forms.
 
-    levels: per level of the tree (of prefix in the second halves, of suffix in the first), for a
-    decay per channel tokens [..., C, 1]: straight to the token, for one decay per token"""
+    levels: of a decay per channel: for each level of the tree that of the prefix of the second
+      halves and that of the suffix of the first.
+    tokens: of one decay per token: [..., C, 1], that of each token."""
 
     levels: Sequence[tuple[jax.Array, jax.Array]] = ()
     tokens: jax.Array | None = None
@@ -287,11 +289,8 @@ class ScoreGradient(NamedTuple):
 def decay_scores_gradient(
     dP: jax.Array, P: jax.Array, q: jax.Array, k: jax.Array, tree: DecayTree | None
 ) -> tuple[jax.Array, jax.Array, ScoreGradient]:
-    """Adjoint of `decay_scores`, P its result: cotangents of q and k, and the log-gradient of the
-    decays.
-
-    dP may hold anything above the diagonal.
-    """
+    """Gradients of q and k, and the log-gradient of the decays, from the gradient dP of P =
+    `decay_scores(q, k, tree)`. dP may hold anything above the diagonal."""
     if tree is None:
         dP = lower(dP)
         dq, dk = (
@@ -329,12 +328,12 @@ def decay_scores_gradient(
 def decay_log_gradient(
     prefix: jax.Array, suffix: jax.Array, total: jax.Array, *scores: ScoreGradient, like: jax.Array
 ) -> jax.Array:
-    """Cotangent of log a [..., C, E] from the log-gradients of everything that `decay_tree`
+    """The gradient of log a [..., C, E] from the log-gradients of everything that `decay_tree`
     returned.
 
-    prefix, suffix [..., C, K], total [..., 1, K]: factor times cotangent; scores from
-    `decay_scores_gradient`. like: the factors a, over whose size-1 axes (E, broadcast batch or
-    heads) the result is summed."""
+    prefix, suffix [..., C, K], total [..., 1, K]: factor times gradient of each.
+    scores: from `decay_scores_gradient`.
+    like: the factors a; the result is summed over axes of size 1 (E, batch or heads that share)."""
 
     def channels(x: jax.Array) -> jax.Array:
         return x.sum(-1, keepdims=True) if like.shape[-1] == 1 else x

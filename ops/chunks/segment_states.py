@@ -1,8 +1,8 @@
-"""Cutting time where every segment keeps a state of its own (`num_segments`).
+"""How time is cut into chunks where every segment has a state of its own (`num_segments`).
 
-Each segment starts a chunk, so that inside a chunk there is no boundary and what the chunked forms
-compute there stays as it is; the scan over chunks takes and leaves the state of the chunk's
-segment. Letters as in `chunking.py`, S the number of segments."""
+Each segment starts a chunk, so that a chunk has no boundary inside and what the chunked forms
+compute there stays as it is. The scan over chunks reads and writes the state of the chunk's
+segment. Letters as in `chunking.py`; S is the number of segments."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from jax import lax
 
 
 class SegmentChunks(NamedTuple):
-    """A cut of T tokens in which every segment starts a chunk of its own, so that no chunk holds
-    tokens of two.
+    """A cut of T tokens into G chunks of C rows, each with tokens of one segment only.
 
-    token [B, G C]: the token in each row, T in rows that fill up a chunk; row [B, T]: the row of
-    each token segment [G, B]: whose chunk it is; a chunk without tokens changes no state, whosever
-    it is"""
+    token: [B, G C], the token in each row, T in rows that fill up a chunk.
+    row: [B, T], the row of each token.
+    segment: [G, B], the segment of each chunk; a chunk without tokens has any, and changes no
+      state."""
 
     token: jax.Array
     row: jax.Array
@@ -28,8 +28,8 @@ class SegmentChunks(NamedTuple):
 def segment_chunks(segment_ids: jax.Array, num_segments: int, chunk: int) -> SegmentChunks:
     """The cut for `segment_ids` [B, T] in 0..S-1, non-decreasing along time; segments may be empty.
 
-    Its static length: segments of n_s tokens fill sum_s ceil(n_s / C) <= (T + S (C - 1)) / C
-    chunks, whatever the n_s."""
+    G is static: segments of n_s tokens fill sum_s ceil(n_s / C) <= (T + S (C - 1)) / C chunks,
+    whatever the n_s are."""
     length = segment_ids.shape[1]
     chunks = min(length, (length + num_segments * (chunk - 1)) // chunk)
     number_S, number_G = jnp.arange(num_segments), jnp.arange(chunks)
@@ -54,7 +54,7 @@ def segment_chunks(segment_ids: jax.Array, num_segments: int, chunk: int) -> Seg
 
 
 def chunk_owners(segments: SegmentChunks | None) -> jax.Array | None:
-    """The segment of each chunk [G, B], None where the sequence has one state."""
+    """The segment of each chunk [G, B]; None where the sequence has one state."""
     return None if segments is None else segments.segment
 
 
@@ -66,10 +66,11 @@ def scan_segments(
     *,
     reverse: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """`lax.scan` of step(state [B, ...], input) -> (state, result) over tokens or chunks.
+    """The final state and the results of `lax.scan`, of step(state [B, ...], chunk) -> (state,
+    result).
 
-    With `segment`, whose each of them is [G, B], `states` is [B, S, ...], and each takes and leaves
-    the state of its own segment."""
+    segment: [G, B], whose state each of the G steps reads and writes; `states` and the final ones
+    are then [B, S, ...]."""
     if segment is None:
         return lax.scan(step, states, inputs, reverse=reverse)
     every = jnp.arange(states.shape[0])

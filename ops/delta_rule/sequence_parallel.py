@@ -1,10 +1,9 @@
-"""The delta rule with time cut over devices: what `ops/framework/sequence_parallel.py` asks of an
-op.
+"""The delta rule with time cut over devices, by the rules of `ops/framework/sequence_parallel.py`.
 
-The transition of a stretch of tokens is a K x K matrix, and with what its tokens read from the
-state before, E, it is what the op itself computes for v = 0 from the identity as the state: o_t =
-E_t I and A I. Forward both runs are one, with the columns of values and of the identity side by
-side."""
+The transition A of a device's tokens is a K x K matrix. The op itself computes it, and E, from the
+identity as the initial state and v = 0: the outputs are then E_t I = E_t and the final state is
+A I = A. Forward, this run and the one for M are one, with the columns of values and of the identity
+side by side."""
 
 import jax.numpy as jnp
 
@@ -16,14 +15,14 @@ WIDEST_VALUE = 256
 
 
 def _identity(rules, batch, heads, key_size):
-    """[B, H, K, K] or, with `num_segments`, [B, S, H, K, K]."""
+    """The identity [B, H, K, K] or, with `num_segments`, [B, S, H, K, K]."""
     segments = rules.static.get("num_segments")
     states = (batch, heads) if segments is None else (batch, segments, heads)
     return jnp.broadcast_to(jnp.eye(key_size), (*states, key_size, key_size))
 
 
 def _response(rules, q, k, v, beta, decay_log, segment_ids):
-    """E [B, T, H, K] and A, like `_identity`."""
+    """E [B, T, H, K], and A of the shape of `_identity`."""
     batch, length, heads, _ = v.shape
     zero = jnp.zeros((batch, length, heads, k.shape[-1]), v.dtype)
     identity = _identity(rules, batch, heads, k.shape[-1])
@@ -35,6 +34,7 @@ def _transition(*inputs):
 
 
 def summary(rules, q, k, v, beta, decay_log, segment_ids):
+    """A [B, H, K, K], M [B, H, K, V], and the outputs as a function of the state before."""
     (batch, length, heads, value_size), key_size = v.shape, k.shape[-1]
     zero = jnp.zeros((batch, heads, key_size, value_size), jnp.float32)
     if value_size + key_size <= WIDEST_VALUE:
@@ -64,6 +64,7 @@ def _apply(E, S):
 
 
 def adjoint(rules, q, k, v, beta, decay_log, S, segment_ids, do):
+    """A, and E^T do [B, H, K, V]."""
     del S
     E, A = _response(rules, q, k, v, beta, decay_log, segment_ids)
     E, do = E.astype(jnp.float32), do.astype(jnp.float32)

@@ -1,30 +1,32 @@
 """The (gated) delta rule by chunks, in plain JAX on every backend.
 
-With S the state at the start of a chunk and the interval products of `ops/chunks/chunking.py` (W_ij
-of tokens j+1..i; all <= 1):
+With S the state at the start of a chunk, S' the one at its end, and the interval products of
+`ops/chunks/chunking.py` (W_ij of tokens j+1..i, prefix_i, suffix_j and total; all <= 1):
 
-    Q0 = Q . prefix    K0 = K . prefix    K1 = K . suffix
-    P_ij = sum_c q_ic k_jc W_ijc (i >= j)           A_ij = beta_i sum_c k_ic k_jc W_ijc (i > j)
-    N  = M (beta . (V - K0 S)),  M = (I + A)^-1     the corrected values that the chunk's tokens
-    write
-    O  = Q0 S + P N                                 S' = Diag(total) S + K1^T N
+    Q0   = Q . prefix         K0 = K . prefix         K1 = K . suffix                          (1)
+    P_ij = sum_c q_ic k_jc W_ijc  (i >= j)                                                     (2)
+    A_ij = beta_i sum_c k_ic k_jc W_ijc  (i > j)      M = (I + A)^-1                           (3)
+    N    = M (beta . (V - K0 S))                                                               (4)
+    O    = Q0 S + P N                                                                          (5)
+    S'   = Diag(total) S + K1^T N                                                              (6)
 
-One scan over the chunks does all of it, so that what a chunk needs is made and used while it is in
-cache. M is computed by forward substitution in diagonal blocks and merging of blocks, never by
-squaring A: with identical keys the powers of A overflow float32 while M itself stays below 2.
+N are the corrected values that the chunk's tokens write. One scan over the chunks does all of it,
+so that what a chunk needs is made and used while it is in cache. M is computed by forward
+substitution in diagonal blocks and merging of blocks, never by squaring A: with identical keys the
+powers of A overflow float32 while M itself stays below 2.
 
-Backward, with dS' the gradient of the state at a chunk's end; D is the gradient of beta . (V - K0
-S):
+Backward, with dS' the gradient of S' and D that of beta . (V - K0 S):
 
-    D  = M^T (P^T dO + K1 dS')                      dS = Diag(total) dS' + Q0^T dO - K0^T (beta . D)
-    dP = dO N^T (i >= j)    dA = -D N^T (i > j)     dV = beta . D
+    D    = M^T (P^T dO + K1 dS')                                                               (7)
+    dS   = Diag(total) dS' + Q0^T dO - K0^T (beta . D)                                         (8)
+    dP   = dO N^T  (i >= j)   dA = -D N^T  (i > j)    dV = beta . D                            (9)
 
-and the rest follows from the definitions of P, A, Q0, K0, K1. Only the inputs are kept; a first
-scan recomputes the states, M and N. (Yang et al., Parallelizing Linear Transformers with the Delta
-Rule, arXiv 2406.06484, section 3; with decay: Gated Delta Networks, arXiv 2412.06464.)
+and the rest follows from Eq. 1 to 3. Only the inputs are kept; a first scan recomputes the states,
+M and N. (Yang et al., Parallelizing Linear Transformers with the Delta Rule, arXiv 2406.06484,
+section 3; with decay: Gated Delta Networks, arXiv 2412.06464.)
 
 With num_segments each segment starts a chunk, and the scan over chunks keeps one state per segment.
-"""
+States are transposed here, [V, K], and so are arrays whose name ends in T."""
 
 from typing import NamedTuple
 
@@ -62,8 +64,8 @@ def unit_lower_inverse(A: jax.Array) -> jax.Array:
 
 
 class _Chunk(NamedTuple):
-    """Inputs [..., C, size] in float32, q scaled, heads repeated; of one chunk or, with a leading
-    axis, of all."""
+    """The inputs of one chunk [B, H, C, size] or of all [G, B, H, C, size], in float32, q scaled,
+    key heads repeated."""
 
     q: jax.Array
     k: jax.Array
@@ -73,7 +75,7 @@ class _Chunk(NamedTuple):
 
 
 def _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments):
-    """All chunks, and the cut by segments with `num_segments`."""
+    """The inputs of all chunks, and the cut by segments with `num_segments`."""
     length, heads = v.shape[1:3]
     size = max(k.shape[-1], v.shape[-1])
     chunk, segment_ids, segments = chunking.cut(length, size, segment_ids, num_segments)
@@ -86,7 +88,7 @@ def _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments):
 
 
 def _intervals(chunk: _Chunk):
-    """The decay tree, q0, k0 and k1."""
+    """The decay tree, Q0, K0 and K1 (Eq. 1)."""
     if chunk.a is None:
         return None, chunk.q, chunk.k, chunk.k
     tree = chunking.decay_tree(chunk.a)
@@ -94,26 +96,27 @@ def _intervals(chunk: _Chunk):
 
 
 def _advance(S, chunk: _Chunk, tree, k0, k1):
-    """S [..., V, K] at the chunk's end; K K^T with its decays, M, (V - K0 S)^T and N^T."""
+    """S' [..., V, K]; K K^T with its decays, M, (V - K0 S)^T and N^T."""
     KK = chunking.lower(chunking.decay_scores(chunk.k, chunk.k, tree), strict=True)
-    M = unit_lower_inverse(chunk.beta * KK)
+    M = unit_lower_inverse(chunk.beta * KK)  # Eq. 3
     missingT = flip(chunk.v) - einsum("...vk,...ck->...vc", S, k0)
-    NT = einsum("...vj,...ij->...vi", missingT, M * flip(chunk.beta))
+    NT = einsum("...vj,...ij->...vi", missingT, M * flip(chunk.beta))  # Eq. 4
+    # Eq. 6
     after = (S if tree is None else tree.total * S) + einsum("...vc,...ck->...vk", NT, k1)
     return after, (KK, M, missingT, NT)
 
 
 def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, num_segments=None):
-    """Shapes as in `api.py`; returns o in float32 and the final state."""
+    """o in float32 and the final state; shapes as in `api.py`."""
     chunks, segments = _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments)
 
     def step(S, chunk):
         tree, q0, k0, k1 = _intervals(chunk)
         after, (*_, NT) = _advance(S, chunk, tree, k0, k1)
-        P = chunking.decay_scores(chunk.q, chunk.k, tree)
-        return after, flip(
-            einsum("...vk,...ck->...vc", S, q0) + einsum("...vj,...ij->...vi", NT, P)
-        )
+        P = chunking.decay_scores(chunk.q, chunk.k, tree)  # Eq. 2
+        # Eq. 5
+        oT = einsum("...vk,...ck->...vc", S, q0) + einsum("...vj,...ij->...vi", NT, P)
+        return after, flip(oT)
 
     final, o = scan_segments(step, flip(initial_state), chunks, chunk_owners(segments))
     return chunking.from_chunks(o, v.shape[1], segments), flip(final)
@@ -133,7 +136,7 @@ def backward(
     scale,
     num_segments=None,
 ):
-    """Cotangents of q, k, v, beta, decay_log and initial_state, in float32."""
+    """Gradients of q, k, v, beta, decay_log and initial_state, in float32."""
     length, key_heads = k.shape[1:3]
     chunks, segments = _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments)
     owners = chunk_owners(segments)
@@ -150,14 +153,17 @@ def backward(
         P = chunking.decay_scores(q, k, tree)
         doT = chunking.flipped_copy(do)
 
+        # Eq. 7
         DT = einsum("...vi,...ij->...vj", doT, P) + einsum("...vk,...ck->...vc", dS, k1)
         DT = einsum("...vi,...ij->...vj", DT, M)
         D, N = chunking.flipped_copy(DT), chunking.flipped_copy(NT)
+        # Eq. 8
         before = einsum("...vc,...ck->...vk", doT, q0) - einsum(
             "...vc,...ck->...vk", DT * flip(beta), k0
         )
         before += dS if tree is None else tree.total * dS
 
+        # Eq. 9
         dP = einsum("...iv,...vj->...ij", do, NT)
         dA = -chunking.lower(einsum("...iv,...vj->...ij", D, NT), strict=True)
         dq, dk, scores_P = chunking.decay_scores_gradient(dP, P, q, k, tree)

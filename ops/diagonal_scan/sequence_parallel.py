@@ -1,9 +1,9 @@
-"""The diagonal scan with time cut over devices: what `ops/framework/sequence_parallel.py` asks of
-an op.
+"""The diagonal scan with time cut over devices, by the rules of
+`ops/framework/sequence_parallel.py`.
 
-What a token holds of the state before the device is the product E_t of the factors up to t, which
-the op itself computes from ones without input; the last one is the transition A. For complex
-numbers transposition is that of a pair of reals: a product with the conjugate."""
+E_t is the product of the factors up to t, which the op itself computes from ones without input; the
+last one is the transition A. For complex numbers, as pairs of reals, the transposed of a product
+with a is one with its conjugate."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from ..framework.sequence_parallel import Affine
 
 
 def multiply(a, h):
-    """Product of two numbers, each a tuple of one real array or of real and imaginary part."""
+    """The product of two numbers, each a tuple of one real array or of real and imaginary part."""
     if len(a) == 1:
         return (a[0] * h[0],)
     (a_re, a_im), (h_re, h_im) = a, h
@@ -27,11 +27,12 @@ def multiply_or_zero(a, h):
 
 
 def multiply_conjugate(a, h):
+    """conj(a) h, zero where one of them is."""
     return multiply_or_zero((a[0], *(-part for part in a[1:])), h)
 
 
 def _response(rules, a, like, segment_ids):
-    """E [B, T, N] and A [B, N]; like: a number of each token."""
+    """E [B, T, N] and A [B, N]; like: a number [B, T, N]."""
     (batch, _, channels), parts = like[0].shape, len(like)
     nothing = tuple(jnp.zeros(part.shape, jnp.float32) for part in like)
     one = jnp.ones((batch, channels), jnp.float32)
@@ -40,6 +41,7 @@ def _response(rules, a, like, segment_ids):
 
 
 def summary(rules, a, b, segment_ids):
+    """A, M [B, N], and h as a function of the state before."""
     zero = tuple(jnp.zeros_like(part[:, 0], jnp.float32) for part in b)
     h, M = rules.forward(a, b, zero, segment_ids)
     E, A = _response(rules, a, b, segment_ids)
@@ -52,6 +54,7 @@ def summary(rules, a, b, segment_ids):
 
 
 def adjoint(rules, a, h, S, segment_ids, dh):
+    """A, and E^T dh [B, N]."""
     del S
     E, A = _response(rules, a, h, segment_ids)
     dh = jax.tree.map(lambda x: x.astype(jnp.float32), dh)

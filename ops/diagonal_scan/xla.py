@@ -1,10 +1,12 @@
 """Diagonal scan in plain JAX on every backend: token by token.
 
-With dh_t the cotangent of h_t (of the last token: plus that of the final state), the gradient g_t
-with respect to h_t runs from the end to the start, and h_{t-1} is zero where a segment starts:
+Let dh_t be the gradient of h_t as an output (of the last token: plus that of the final state) and
+g_t its gradient as a state, which runs from the end to the start; h_{t-1} is zero where a segment
+starts:
 
-    g_t = dh_t + conj(a_{t+1}) g_{t+1}        da_t = g_t conj(h_{t-1})        db_t = g_t
-    dh_{-1} = conj(a_0) g_0
+    g_t     = dh_t + conj(a_{t+1}) g_{t+1}                                                     (1)
+    da_t    = g_t conj(h_{t-1})        db_t = g_t                                              (2)
+    dh_{-1} = conj(a_0) g_0                                                                    (3)
 
 where the gradient of a pair of reals is written as the complex number of its two parts. The states
 h are the op's own output, so that nothing is computed again and b is not needed. No factor is
@@ -49,7 +51,7 @@ def _cast(*numbers):
 
 
 def _split_factor(a):
-    """The factor of all tokens [1, N], or None; and the factor of each [B, T, N], or None."""
+    """The factor of all tokens [1, N] or None, and the factor of each [B, T, N] or None."""
     return (tuple(part[None, :] for part in a), None) if a[0].ndim == 1 else (None, a)
 
 
@@ -62,8 +64,7 @@ WALKS_BACKWARDS = True
 
 
 def forward(a, b, initial_state, segment_ids, *, reverse=False):
-    """Shapes as in `api.py`, each number a tuple of its parts; returns h and the final state in
-    float32."""
+    """h and the final state in float32; shapes as in `api.py`, each number a tuple of its parts."""
     a, b_BTN, h_BN = _cast(a, b, initial_state)
     a_1N, a_BTN = _split_factor(a)
 
@@ -78,7 +79,7 @@ def forward(a, b, initial_state, segment_ids, *, reverse=False):
 
 
 def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, reverse=False):
-    """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the
+    """Gradients of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the
     states."""
     a, h_BTN, initial_BN, dh_BTN = _cast(a, h, initial_state, dh)
     a_1N, a_BTN = _split_factor(a)
@@ -90,11 +91,11 @@ def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, reverse=Fals
     )
 
     def retreat(carry, token):
-        # conj(a_{t+1}) g_{t+1}, da: of a constant factor summed over time.
+        # conj(a_{t+1}) g_{t+1}; the sum over time so far of the gradient of a constant factor.
         ag_BN, da_BN = carry
         a_BN, keep_B, before_BN, dh_BN = token
-        g_BN = _add(dh_BN, ag_BN)
-        da_token_BN = _times(g_BN, _conjugate(_where_kept(keep_B, before_BN)))
+        g_BN = _add(dh_BN, ag_BN)  # Eq. 1
+        da_token_BN = _times(g_BN, _conjugate(_where_kept(keep_B, before_BN)))  # Eq. 2
         ag_BN = _where_kept(keep_B, _times(_conjugate(a_1N or a_BN), g_BN))
         if a_1N is None:
             return (ag_BN, None), (da_token_BN, g_BN)

@@ -26,7 +26,7 @@ _checking = contextvars.ContextVar("checking", default=False)
 
 
 def checks(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function`, compiled, with every value promise of the ops inside it checked on the
+    """`function`, compiled, with every promise about values that the ops inside make checked on the
     device.
 
     `ops.checks(step)(...)` raises `jax.experimental.checkify.JaxRuntimeError` naming the argument
@@ -56,8 +56,8 @@ def _visible_values() -> Iterator[None]:
 def check_shape(
     name: str, array: jax.Array, layout: str, expected: tuple[int | None, ...], like: str = ""
 ) -> None:
-    """Raises unless `array` has the shape `expected` (None = any size), described to the reader as
-    `layout`."""
+    """Raises ValueError unless `array` has the shape `expected` (None: any size), which the message
+    calls `layout`."""
     shape = jnp.shape(array)
     matches = len(shape) == len(expected) and all(
         want in (None, got) for want, got in zip(expected, shape, strict=True)
@@ -68,7 +68,7 @@ def check_shape(
 
 
 def check_float(**arrays: jax.Array | None) -> None:
-    """Raises unless every given array is real floating point."""
+    """Raises ValueError unless every array that is given is of real floating-point numbers."""
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             raise ValueError(f"{name} must be a floating-point array; got {jnp.result_type(array)}")
@@ -99,8 +99,9 @@ def number_parts(
 def check_segment_ids(
     segment_ids: jax.Array | None, batch: int, length: int, num_segments: int | None = None
 ) -> None:
-    """Raises unless `segment_ids` is None or an integer array [B, T]; with `num_segments` it must
-    be there, and visible values must be in 0..num_segments-1 and never fall along time."""
+    """Raises ValueError unless `segment_ids` is None or an integer array [B, T]. With
+    `num_segments` it must be given, and values that can be seen must be in 0..num_segments-1 and
+    never fall along time."""
     if num_segments is not None and (not isinstance(num_segments, int) or num_segments < 1):
         raise ValueError(
             f"num_segments must be None or a Python integer of at least 1; got {num_segments!r}"
@@ -126,7 +127,7 @@ def check_segment_ids(
 
 
 def _never_falls(x: Any) -> Any:
-    """True where x [B, T] is at least its left neighbour on the same device along time."""
+    """[B, T] bool: whether x is at least its left neighbour on the same device along time."""
     numpy = x.__array_namespace__()
     starts = numpy.arange(x.shape[1]) % (x.shape[1] // time_parts()) == 0
     return (numpy.diff(x, axis=1, prepend=x[:, :1]) >= 0) | starts[None]
@@ -135,8 +136,8 @@ def _never_falls(x: Any) -> Any:
 def check_values(
     name: str, array: jax.Array | None, expectation: str, predicate: Callable[[Any], Any]
 ) -> None:
-    """Raises if a visible value of `array` fails `predicate` (elementwise, on a numpy or a JAX
-    array)."""
+    """Raises ValueError if a value of `array` that can be seen fails `predicate`, which is
+    elementwise, of a numpy or a JAX array."""
     if array is None:
         return
     if isinstance(array, Tracer):
@@ -153,8 +154,7 @@ def check_values(
 
 
 def finite(x: Any) -> Any:
-    """True where `x` is neither infinite nor NaN; comparisons only, so that it serves numpy and JAX
-    arrays."""
+    """Whether `x` is neither infinite nor NaN, by a comparison that numpy and JAX arrays have."""
     return abs(x) < float("inf")
 
 
@@ -167,8 +167,8 @@ def check_matrix_state(
     segment_ids: jax.Array | None,
     num_segments: int | None = None,
 ) -> None:
-    """Checks what the recurrences with a matrix state [B, H, K, V] have in common, layouts as in
-    their `api.py`."""
+    """Raises ValueError for what the recurrences with a matrix state [B, H, K, V] refuse in common;
+    layouts as in their `api.py`."""
     check_float(q=q, k=k, v=v, decay_log=decay_log, initial_state=initial_state)
     check_shape("q", q, "[B, T, HK, K]", (None,) * 4)
     batch, length, key_heads, key_size = q.shape

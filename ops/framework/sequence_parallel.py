@@ -1,22 +1,21 @@
-"""Recurrences whose time is cut over devices: device r holds tokens r n .. (r + 1) n - 1 and meets
-the others through states alone, whose size does not depend on n.
+"""Recurrences whose time is cut over devices: device r holds tokens r n .. (r + 1) n - 1 and
+exchanges states with the others, whose size does not depend on n.
 
-A stretch of tokens maps the state before it to the state after it, and what it reads from it,
-affinely:
+The state after the tokens of a device, and the outputs of these tokens, are affine functions of the
+state before them:
 
-    S_{r+1} = A_r S_r + M_r        o_r = o_r(0) + E_r S_r
+    S_{r+1} = A_r S_r + M_r        o_r = o_r(0) + E_r S_r                                      (1)
 
-with M_r and o_r(0) from a zero state. Two stretches compose, (A', M') o (A, M) = (A' A, A' M + M'),
-so that the state before each device is a prefix over devices of (A_r, M_r); and with lambda_r the
-gradient of S_r, backward the suffix of
+where M_r and o_r(0) are computed from a zero state. Two such maps compose to a third,
+(A', M') o (A, M) = (A' A, A' M + M'), so that the states before the devices are a prefix over
+(A_r, M_r). With lambda_r the gradient of S_r, the gradients are a suffix over devices:
 
-    lambda_r = A_r^T lambda_{r+1} + E_r^T do_r
+    lambda_r = A_r^T lambda_{r+1} + E_r^T do_r                                                 (2)
 
-after which device r runs the ordinary backward rule from S_r and lambda_{r+1}. Where a segment
-starts on the first token of a device, nothing comes in: its A_r and E_r^T do_r count as zero for
-the others.
+Device r then runs the ordinary backward rule from S_r and lambda_{r+1}. Where a segment starts with
+the first token of a device, no state comes in: A_r and E_r^T do_r are zero for the other devices.
 
-How states travel (`method`), forward and likewise backward:
+The ways in which states travel (`method`), forward and backward alike:
 
     all_gather   LASP-2 (Sun et al., 2025, arXiv 2502.07563): one all-gather of (A_r, M_r), the
                  prefix on every device
@@ -57,8 +56,8 @@ _method = contextvars.ContextVar("sequence_method", default="all_gather")
 
 @contextlib.contextmanager
 def sequence_method(name: str) -> Iterator[None]:
-    """How states travel, for ops that are traced inside: one of METHODS. A program that was traced
-    before keeps its own. Raises ValueError for another name."""
+    """A context in which the states of ops that are traced travel as `name` says, one of METHODS. A
+    program that was traced before keeps its own. Raises ValueError for another name."""
     if name not in METHODS:
         raise ValueError(f"sequence_method must be one of {', '.join(METHODS)}; got {name!r}")
     token = _method.set(name)
@@ -69,6 +68,7 @@ def sequence_method(name: str) -> Iterator[None]:
 
 
 def current_method() -> str:
+    """The method of the context."""
     return _method.get()
 
 
@@ -109,7 +109,7 @@ class TimeAxis(NamedTuple):
         )
 
     def entered(self, segment_ids: jax.Array | None) -> jax.Array | None:
-        """[B], whether the first token's segment began before this device; None: everywhere."""
+        """[B] bool: whether the first token's segment began before this device; None: all did."""
         if segment_ids is None:
             return None
         return (self.rank == 0) | (self.shift(segment_ids[:, -1]) == segment_ids[:, 0])
@@ -123,9 +123,11 @@ class TimeAxis(NamedTuple):
         split: bool,
         common: Any = None,
     ) -> tuple[Any, Any]:
-        """S_r and, on all devices, S_R of S_{r+1} = A_r S_r + M_r from S_0 = first. act((common,
-        A), S) is A S, or act(A, S) without `common`, the part of A that all devices know; split: an
-        entry of A belongs to one column (last axis) of S."""
+        """S_r, and S_R on all devices, of S_{r+1} = A_r S_r + M_r with S_0 = first.
+
+        act: (A, S) -> A S, or ((common, A), S) -> A S with `common`, the part of A that all devices
+          know and that is not sent.
+        split: whether each entry of A acts on one column (last axis) of S."""
         return self._travel(act, A, M, first, split, common, reverse=False)
 
     def suffix(
@@ -137,15 +139,15 @@ class TimeAxis(NamedTuple):
         split: bool,
         common: Any = None,
     ) -> tuple[Any, Any]:
-        """lambda_{r+1} and, on all devices, lambda_0 of lambda_r = A_r lambda_{r+1} + M_r from
-        lambda_R = last."""
+        """lambda_{r+1}, and lambda_0 on all devices, of lambda_r = A_r lambda_{r+1} + M_r with
+        lambda_R = last; arguments as in `prefix`."""
         return self._travel(act, A, M, last, split, common, reverse=True)
 
     def _travel(self, act, A, M, first, split, common, *, reverse):
+        """`prefix`, or `suffix` in reverse, in float32."""
         M = jax.tree.map(lambda x: x.astype(jnp.float32), M)
         first = jax.tree.map(lambda x: x.astype(jnp.float32), first)
         if self.method == "all_gather":
-            # What all know is not sent.
             whole = act if common is None else lambda A, S: act((common, A), S)
             return self._gathered(whole, A, M, first, reverse)
         A = A if common is None else (common, A)
@@ -158,6 +160,8 @@ class TimeAxis(NamedTuple):
         return self._passed_on(act, blocks, count, place, step)
 
     def _gathered(self, act, A, M, first, reverse):
+        """`_travel` by one all-gather, of A and M side by side; the recurrence over devices runs on
+        each of them."""
         leaves, tree = jax.tree.flatten((A, M))
         batch = leaves[0].shape[0]
         flat = jnp.concatenate([leaf.reshape(batch, -1) for leaf in leaves], axis=1)
@@ -183,8 +187,8 @@ class TimeAxis(NamedTuple):
         return mine, last
 
     def _passed_on(self, act, blocks, count, place, step):
-        """The state visits the devices in `count` blocks [count, ...]; device p handles block j at
-        time p + j."""
+        """`_travel` from device to device: the p-th that the state visits (`place`) advances block
+        j of `count` blocks [count, ...] at time p + j."""
         A, M, first = blocks
         S = _where(place == 0, first, jax.tree.map(jnp.zeros_like, first))
 
@@ -214,18 +218,18 @@ class TimeAxis(NamedTuple):
 
 @dataclass(frozen=True)
 class Affine:
-    """An op whose state is an affine function of the state before; the last two inputs are that
-    state and the ids.
+    """The rules of an op whose state is an affine function of the state before, Eq. 1 and 2. The
+    last two inputs of the op are the initial state and the segment ids.
 
-    summary(rules, *tokens, segment_ids) -> A, M, read: of the tokens of one device; read(S) -> the
-    output from state S,
-      and the states at the starts of chunks where the backward rule takes them
-      (`ops/framework/op.py`), else None
-    adjoint(rules, *tokens, S, segment_ids, do) -> A, E^T do, of what the op keeps of its inputs
-    act(A, S), act_transposed(A, lambda) -> A S, A^T lambda
-    split: an entry of A belongs to one column (last axis) of the state
-    every_segment: each segment has a state, which goes on where the segment does, on any device
-    """
+    summary: (rules, *tokens, segment_ids) -> A, M, read, of the tokens of one device; read(S) gives
+      their outputs from state S and, where the backward rule takes them, the states at the starts
+      of chunks (`op.py`), else None.
+    adjoint: (rules, *residuals, S, segment_ids, do) -> A, E^T do; residuals of the tokens.
+    act: (A, S) -> A S.
+    act_transposed: (A, lambda) -> A^T lambda.
+    split: whether each entry of A acts on one column (last axis) of the state.
+    every_segment: whether each segment has a state of its own, which goes on wherever the segment
+      does, on any device."""
 
     summary: Callable[..., tuple[Any, Any, Callable[[Any], Any]]]
     adjoint: Callable[..., tuple[Any, Any]]
@@ -235,6 +239,7 @@ class Affine:
     every_segment: bool = False
 
     def forward(self, rules: Any, axis: TimeAxis, *inputs: Any) -> tuple[Any, Any]:
+        """The output and the final state, and what `backward` takes."""
         *tokens, initial_state, segment_ids = inputs
         entered = None if self.every_segment else axis.entered(segment_ids)
         A, M, read = self.summary(rules, *tokens, segment_ids)
@@ -246,6 +251,7 @@ class Affine:
     def backward(
         self, rules: Any, axis: TimeAxis, carried: Any, inputs: Any, cotangents: Any
     ) -> tuple[Any, ...]:
+        """Gradients of the tokens' inputs and of the initial state."""
         *tokens, initial_state, segment_ids = inputs
         (S, entered, chunk_states), (do, dfinal) = carried, cotangents
         rules = rules._replace(chunk_states=chunk_states)
@@ -267,11 +273,10 @@ def segment_states(
     act: Callable[[Any, Any], Any],
     act_transposed: Callable[[Any, Any], Any],
 ) -> Affine:
-    """`Affine` of a matrix state per segment (`num_segments`); transition(rules, *tokens,
-    segment_ids) -> A.
+    """The rules of an op with a matrix state per segment (`num_segments`).
 
-    Tokens of a segment that follow each other may lie far apart: the op runs again from the states
-    that came in."""
+    transition: (rules, *tokens, segment_ids) -> A of each segment. Its tokens may lie far apart, so
+    that no E is formed: the op runs again from the states that came in."""
 
     def summary(rules: Any, *inputs: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
         *tokens, segment_ids = inputs
@@ -295,7 +300,7 @@ def segment_states(
 
 
 def _kept(keep_B: jax.Array | None, values: Any) -> Any:
-    """Zeros where not keep; arrays [B, ...]."""
+    """Arrays [B, ...], zeros where `keep_B` is false; None keeps all."""
     if keep_B is None:
         return values
     return jax.tree.map(lambda x: jnp.where(keep_B.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), values)
@@ -310,7 +315,7 @@ def _add(values: Any, others: Any) -> Any:
 
 
 def _in_blocks(A: Any, M: Any, first: Any, split: bool, count: int) -> Any:
-    """Columns of the state in blocks [count, ...]."""
+    """A, M and the first state with their columns in blocks [count, ...]."""
 
     def cut(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
@@ -324,6 +329,8 @@ def _in_blocks(A: Any, M: Any, first: Any, split: bool, count: int) -> Any:
 
 
 def _from_blocks(values: Any, count: int) -> Any:
+    """Arrays whose columns were in blocks [count, ...]."""
+
     def join(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, -2)
         return x.reshape(*x.shape[:-2], count * x.shape[-1])

@@ -10,6 +10,7 @@ dimensions of an array by letters, and the letters say which mesh axes cut them:
     G       key heads                   tensor; likewise
     C       channels of an op that needs all of time: tensor x sequence
     P       parts of time of all sequences as a batch, the first parts first: sequence x data x fsdp
+    L       time that is whole on each device: not cut
     _       left to the compiler, in `constrain`
     others  not cut
 
@@ -48,12 +49,12 @@ DECAY_LAYOUTS = {1: "H", 3: "BTH", 4: "BTHK"}
 
 
 def decay_layout(decay_log: jax.Array | None) -> str:
-    """Of a decay by its rank: per head, per token, or per token and key channel."""
+    """The layout of a decay: per head, per token, or per token and key channel; "" for None."""
     return "" if decay_log is None else DECAY_LAYOUTS[decay_log.ndim]
 
 
 def ambient_mesh() -> AbstractMesh | None:
-    """The mesh that an op has to be put on: None without one, where it has one device along every
+    """The mesh that an op is put on. None without a mesh, where the mesh has one device along every
     axis that an op knows, and inside a shard_map over such an axis, where arrays are local already.
     Raises ValueError for axes that are explicit."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -73,6 +74,7 @@ def ambient_mesh() -> AbstractMesh | None:
 
 
 def axis_size(mesh: AbstractMesh | None, axis: str) -> int:
+    """The number of devices along an axis; 1 without a mesh, or one that has no such axis."""
     return mesh.shape.get(axis, 1) if mesh is not None else 1
 
 
@@ -86,8 +88,8 @@ _parts_as_batch = contextvars.ContextVar("parts_as_batch", default=False)
 
 @contextlib.contextmanager
 def parts_as_batch() -> Iterator[None]:
-    """For ops inside whose batch is [parts of time x B]: a device computes its part, and nothing
-    passes to the next."""
+    """A context in which the batch of ops is [parts of time x B]: each device computes its part of
+    time as sequences of their own, and no state passes on."""
     token = _parts_as_batch.set(True)
     try:
         yield
@@ -112,7 +114,8 @@ def cutting_axes(mesh: AbstractMesh, letter: str, size: int) -> tuple[str, ...]:
 
 
 def spec(op: str, mesh: AbstractMesh, layout: str, array: Any) -> P:
-    """Of one array of an op. Raises ValueError for a dimension that its axes do not divide."""
+    """Where one array of an op lies. Raises ValueError for a dimension that its axes do not
+    divide."""
     cuts = []
     for letter, size in zip(layout, array.shape, strict=True):
         if letter == "_":
@@ -133,7 +136,7 @@ def spec(op: str, mesh: AbstractMesh, layout: str, array: Any) -> P:
 def specs(
     op: str, mesh: AbstractMesh, layouts: Sequence[str], values: Sequence[Any]
 ) -> tuple[Any, ...]:
-    """Of each value, a tree of arrays of one layout; None where the value is None."""
+    """Where each value lies, a tree of arrays of one layout; None for None."""
     return tuple(
         jax.tree.map(lambda array, layout=layout: spec(op, mesh, layout, array), value)
         for layout, value in zip(layouts, values, strict=True)

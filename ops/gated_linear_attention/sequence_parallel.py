@@ -1,5 +1,5 @@
-"""Gated linear attention with time cut over devices: what `ops/framework/sequence_parallel.py` asks
-of an op.
+"""Gated linear attention with time cut over devices, by the rules of
+`ops/framework/sequence_parallel.py`.
 
 With prefix_t, suffix_t, total the products of the decays of a device's tokens up to t, after t, and
 of all, its tokens map the state S before them by
@@ -19,7 +19,7 @@ from ..framework.sequence_parallel import Affine, segment_states
 
 
 def _prefix_log(decay_log, length):
-    """Sums of logs up to each token, itself included [B or 1, T, H, K or 1]."""
+    """[B or 1, T, H, K or 1]: the sum of logs up to each token, itself included."""
     g = decay_log.astype(jnp.float32)
     if g.ndim == 1:
         return jnp.arange(1, length + 1)[None, :, None, None] * g[None, None, :, None]
@@ -27,7 +27,7 @@ def _prefix_log(decay_log, length):
 
 
 def _suffix_log(decay_log, length):
-    """Sums of logs after each token."""
+    """[B or 1, T, H, K or 1]: the sum of logs after each token."""
     if decay_log.ndim == 1:
         after = jnp.arange(length - 1, -1, -1)[None, :, None, None]
         return after * decay_log.astype(jnp.float32)[None, None, :, None]
@@ -36,7 +36,7 @@ def _suffix_log(decay_log, length):
 
 
 def _weighted(x_BTHK, log, keep_BT):
-    """x . exp(log) in float32, zeros where not keep."""
+    """x . exp(log) in float32, zero where `keep_BT` is false; None for no logs, for all kept."""
     x_BTHK = x_BTHK.astype(jnp.float32)
     if log is not None:
         x_BTHK = x_BTHK * jnp.exp(log)
@@ -44,7 +44,7 @@ def _weighted(x_BTHK, log, keep_BT):
 
 
 def _transition(prefix_log, keep_BT, batch, heads):
-    """A, [B, H, K or 1, 1]."""
+    """A [B, H, K or 1, 1]."""
     one = jnp.ones((batch, 1, heads, 1), jnp.float32)
     last = None if prefix_log is None else prefix_log[:, -1:]
     keep = None if keep_BT is None else keep_BT[:, -1:]
@@ -60,6 +60,7 @@ def _queries(rules, q, decay_log, segment_ids, heads):
 
 
 def summary(rules, q, k, v, decay_log, segment_ids):
+    """A, M [B, H, K, V], and the outputs as a function of the state before."""
     batch, length, heads, value_size = v.shape
     E, A = _queries(rules, q, decay_log, segment_ids, heads)
     k_end = _weighted(
@@ -78,6 +79,7 @@ def summary(rules, q, k, v, decay_log, segment_ids):
 
 
 def adjoint(rules, q, k, v, decay_log, S, segment_ids, do):
+    """A, and E^T do [B, H, K, V]."""
     del k, S
     E, A = _queries(rules, q, decay_log, segment_ids, v.shape[2])
     return A, einsum("bthk,bthv->bhkv", E, do.astype(jnp.float32))
@@ -87,7 +89,7 @@ RULES = Affine(summary, adjoint, jnp.multiply, jnp.multiply, split=False)
 
 
 def _segment_transition(rules, q, k, v, decay_log, segment_ids):
-    """A with `num_segments`, [B, S, H, K or 1, 1]."""
+    """A of each segment [B, S, H, K or 1, 1]."""
     del q, k
     (batch, length, heads, _), count = v.shape, rules.static["num_segments"]
     member = segment_ids[..., None] == jnp.arange(count)[None, None]

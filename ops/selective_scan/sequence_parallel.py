@@ -1,11 +1,11 @@
-"""The selective scan with time cut over devices: what `ops/framework/sequence_parallel.py` asks of
-an op.
+"""The selective scan with time cut over devices, by the rules of
+`ops/framework/sequence_parallel.py`.
 
-What a token reads from the state before the device, C_t times the product of the factors up to t,
-is D x N numbers per token and is never formed: the op runs from a zero state for the state that it
-leaves, and again from the state that came in; backward likewise. The product of all factors is
-exp(A sum_t delta_t), or what the op makes of ones without input where factors are not exponentials.
-"""
+E_t, which is C_t times the product of the factors up to t, would be D x N numbers per token and is
+never formed. The op runs twice instead: from a zero state for the state M that it leaves, then from
+the state that came in; backward likewise. The transition is the product of all factors, exp(A sum_t
+delta_t). Where factors are not exponentials, it is the final state of the op from ones without
+input."""
 
 import jax.numpy as jnp
 
@@ -15,6 +15,7 @@ from .gating import step_sizes
 
 
 def _transition(rules, x, delta, A, B, C, bias, segment_ids):
+    """The transition [B, D, N]."""
     batch, _, channels = x.shape
     if rules.static["eigenvalue_range"] == (0, 1):
         steps = step_sizes(delta, bias, rules.static["delta_softplus"])
@@ -29,6 +30,7 @@ def _transition(rules, x, delta, A, B, C, bias, segment_ids):
 
 
 def summary(rules, x, delta, A, B, C, D, z, bias, segment_ids):
+    """The transition, M [B, D, N], and the outputs as a function of the state before."""
     zero = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
     _, M = rules.forward(x, delta, A, B, C, None, None, bias, zero, segment_ids)
 
@@ -41,6 +43,7 @@ def summary(rules, x, delta, A, B, C, D, z, bias, segment_ids):
 
 
 def adjoint(rules, x, delta, A, B, C, D, z, bias, S, segment_ids, dout):
+    """The transition, and E^T dout [B, D, N]."""
     inputs = x, delta, A, B, C, D, z, bias, S, segment_ids
     dS = rules.backward(inputs, (dout, jnp.zeros_like(S)))[-1]
     return _transition(rules, x, delta, A, B, C, bias, segment_ids), dS

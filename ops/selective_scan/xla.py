@@ -4,10 +4,11 @@ recomputes states by chunks.
 With h the state, w_t = delta_t A and a_t = exp(w_t) or 2 exp(w_t) - 1, the gradient g_t of h_t runs
 from the end to the start:
 
-    g_t = C_t dy_t + a_{t+1} g_{t+1}          dw_t = g_t h_{t-1} da_t/dw_t
-    dC_t = sum_d h_t dy_t                     dB_t = sum_d g_t delta_t x_t
-    dx_t = delta_t sum_n B_t g_t + D dy_t     ddelta_t = x_t sum_n B_t g_t + sum_n A dw_t      dA =
-    sum_bt delta_t dw_t
+    g_t      = C_t dy_t + a_{t+1} g_{t+1}                                                      (1)
+    dw_t     = g_t h_{t-1} da_t/dw_t              dA   = sum_bt delta_t dw_t                   (2)
+    dC_t     = sum_d h_t dy_t                     dB_t = sum_d g_t delta_t x_t                 (3)
+    dx_t     = delta_t sum_n B_t g_t + D dy_t                                                  (4)
+    ddelta_t = x_t sum_n B_t g_t + sum_n A dw_t                                                (5)
 
 where da/dw = exp(w) or 2 exp(w), which is a or a + 1.
 
@@ -44,6 +45,7 @@ def _factor(delta_BD, A_ND, keep_B, eigenvalue_range):
 
 
 def _write(x_BD, delta_BD, B_BN):
+    """delta x B [B, N, D]."""
     return (delta_BD * x_BD)[:, None, :] * B_BN[:, :, None]
 
 
@@ -182,7 +184,7 @@ def backward(
     def recompute(h_BND, token):  # dC and y need the state only
         C_BN, dy_BD, *token = token
         next_BND = advance(h_BND, token)
-        dC_BN = einsum("bnd,bd->bn", next_BND, dy_BD)
+        dC_BN = einsum("bnd,bd->bn", next_BND, dy_BD)  # Eq. 3
         y_BD = None if z is None else einsum("bnd,bn->bd", next_BND, C_BN)
         return next_BND, (h_BND, dC_BN, y_BD)
 
@@ -191,11 +193,11 @@ def backward(
         ag_BND, dA_BND = carry
         x_BD, delta_BD, B_BN, C_BN, dy_BD, keep_B, before_BND = token
         a, da = _factor(delta_BD, A_ND, keep_B, eigenvalue_range)
-        g_BND = ag_BND + C_BN[:, :, None] * dy_BD[:, None, :]
-        dw_BND = g_BND * before_BND * da
+        g_BND = ag_BND + C_BN[:, :, None] * dy_BD[:, None, :]  # Eq. 1
+        dw_BND = g_BND * before_BND * da  # Eq. 2
         dwrite_BD = einsum("bnd,bn->bd", g_BND, B_BN)
-        dB_BN = einsum("bnd,bd->bn", g_BND, delta_BD * x_BD)
-        ddelta_BD = x_BD * dwrite_BD + (dw_BND * A_ND[None, :, :]).sum(1)
+        dB_BN = einsum("bnd,bd->bn", g_BND, delta_BD * x_BD)  # Eq. 3
+        ddelta_BD = x_BD * dwrite_BD + (dw_BND * A_ND[None, :, :]).sum(1)  # Eq. 5
         return (a * g_BND, dA_BND + dw_BND * delta_BD[:, None, :]), (
             delta_BD * dwrite_BD,
             ddelta_BD,

@@ -7,8 +7,8 @@ from jax import lax
 
 
 def short_convolution(x, w, initial_state, segment_ids, reverse=False):
-    """y_t = w_{W-1} x_t + sum_j w_j buffer_j; the buffer holds the W - 1 inputs that were met before
-    x_t, oldest first.
+    """y_t = w_{W-1} x_t + sum_j w_j buffer_j; the buffer holds the W - 1 inputs before x_t, oldest
+    first.
 
     Shapes as in `api.py`, `initial_state` [B, W - 1, D] given. Returns y [B, T, D] and the final
     buffer, both float32."""

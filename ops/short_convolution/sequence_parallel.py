@@ -1,7 +1,7 @@
-"""The short convolution with time cut over devices: each hands its last W - 1 inputs to the next.
+"""The short convolution with time cut over devices: each sends its last W - 1 inputs to the next.
 
-Backward it receives from there the gradient of these inputs, which the next device has from its
-first W - 1 outputs alone."""
+Backward it receives their gradient from there, which the next device computes from its first W - 1
+outputs alone."""
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -11,18 +11,23 @@ from ..framework.sequence_parallel import CARRIED, TimeAxis
 
 
 def _tail(x, segment_ids, taps):
-    """The state that these inputs leave [B, W - 1, D]."""
+    """The state after these inputs [B, W - 1, D]."""
     keep_BT = segments.reaches_end(segment_ids)
     x = x if keep_BT is None else jnp.where(keep_BT[..., None], x, 0)
     return x[:, x.shape[1] - (taps - 1) :].astype(jnp.float32)
 
 
 def _kept(keep_B, x):
+    """x [B, ...], zero where `keep_B` is false; None keeps all."""
     return x if keep_B is None else jnp.where(keep_B[:, None, None], x, 0)
 
 
 class Rules:
+    """See `SequenceParallel` in `ops/framework/op.py`."""
+
     def forward(self, rules, axis: TimeAxis, x, w, initial_state, segment_ids):
+        """y and the final state; for `backward` the state that came in, and whether the first
+        segment did."""
         taps = w.shape[0]
         if x.shape[1] < taps - 1:
             raise ValueError(
@@ -37,6 +42,7 @@ class Rules:
         return (y, final), (before, entered)
 
     def backward(self, rules, axis: TimeAxis, carried, inputs, cotangents):
+        """Gradients of x, w and the initial state."""
         (x, w, initial_state, segment_ids), (dy, dfinal) = inputs, cotangents
         (before, entered), halo = carried, w.shape[0] - 1
         if not halo:

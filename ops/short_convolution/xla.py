@@ -4,8 +4,9 @@ backend.
 Letters: W taps, S = W - 1 + T the inputs with the W - 1 before the first token in front, z_BSD. Tap
 i of output t reads input t + i:
 
-    y_t = sum_i w_i z_{t+i} m_{t,i}        dz_s = sum_i w_i dy_{s-i} m_{s-i,i}        dw_i = sum_bt
-    z_{t+i} dy_t m_{t,i}
+    y_t  = sum_i w_i z_{t+i} m_{t,i}                                                           (1)
+    dz_s = sum_i w_i dy_{s-i} m_{s-i,i}                                                        (2)
+    dw_i = sum_bt z_{t+i} dy_t m_{t,i}                                                         (3)
 
 m_{t,i} is 1 where the input and output t lie in one run of equal segment ids, else 0. The backward
 rule is written as shifts too (and not left to autodiff, whose residuals are W copies of the inputs
@@ -29,8 +30,7 @@ def _inputs(x, initial_state):
 
 
 def _runs(segment_ids, taps):
-    """[B, S] the index of the run of equal ids that an input belongs to (ids that come back start
-    another), or None."""
+    """[B, S] int32: the number of the segment that an input belongs to, None for one segment."""
     if segment_ids is None:
         return None
     # The inputs before the first token are in its segment, run 0.
@@ -38,7 +38,7 @@ def _runs(segment_ids, taps):
 
 
 def _keep(array_BXD, runs_BX, runs):
-    """Zero where the two run indices differ."""
+    """The array, zero where the two numbers of segments differ."""
     return (
         array_BXD if runs_BX is None else jnp.where((runs_BX == runs)[:, :, None], array_BXD, 0.0)
     )
@@ -53,7 +53,7 @@ def _last(runs_BS):
 
 
 def forward(x, w, initial_state, segment_ids):
-    """Shapes as in `api.py`; returns y in float32 and the final state."""
+    """y in float32 and the final state; shapes as in `api.py`."""
     (taps, _), length = w.shape, x.shape[1]
     z_BSD, w_WD = _inputs(x, initial_state), w.astype(jnp.float32)
     runs_BS = _runs(segment_ids, taps)
@@ -61,12 +61,12 @@ def forward(x, w, initial_state, segment_ids):
     y_BTD = jnp.zeros(x.shape, jnp.float32)
     for i in range(taps):
         z_BTD = _keep(z_BSD[:, i : i + length], _slice(runs_BS, i, length), runs_BT)
-        y_BTD = y_BTD + w_WD[None, None, i, :] * z_BTD
+        y_BTD = y_BTD + w_WD[None, None, i, :] * z_BTD  # Eq. 1
     return y_BTD, _keep(z_BSD[:, length:], _slice(runs_BS, length, taps - 1), _last(runs_BS))
 
 
 def backward(x, w, initial_state, segment_ids, dy, dfinal_state):
-    """Cotangents of x, w and initial_state, in float32."""
+    """Gradients of x, w and initial_state, in float32."""
     (taps, _), (_, length, _) = w.shape, x.shape
     z_BSD, w_WD = _inputs(x, initial_state), w.astype(jnp.float32)
     runs_BS = _runs(segment_ids, taps)
@@ -83,7 +83,7 @@ def backward(x, w, initial_state, segment_ids, dy, dfinal_state):
         dy_BSD = _keep(
             dy_padded[:, start : start + total], _slice(runs_padded, start, total), runs_BS
         )
-        dz_BSD = dz_BSD + w_WD[None, None, i, :] * dy_BSD
+        dz_BSD = dz_BSD + w_WD[None, None, i, :] * dy_BSD  # Eq. 2
         z_BTD = _keep(z_BSD[:, i : i + length], _slice(runs_BS, i, length), runs_BT)
-        dw_D.append(einsum("btd,btd->d", z_BTD, dy))
+        dw_D.append(einsum("btd,btd->d", z_BTD, dy))  # Eq. 3
     return dz_BSD[:, taps - 1 :], jnp.stack(dw_D), dz_BSD[:, : taps - 1]

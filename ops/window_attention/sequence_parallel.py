@@ -1,11 +1,11 @@
 """Window attention with time cut over devices.
 
-A device needs the window - 1 tokens before its own. Where they fit on its neighbour it receives
-them from there, and backward returns their gradient, which it has from its first window - 1 queries
-alone. A wider window, up to full attention, gathers the keys and values of all devices (LASP-2H,
-arXiv 2502.07563), and backward sums their gradients where they came from; with
-`sequence_method("ring")`, softmax and no state before the first token, they visit one device after
-another instead (`ring.py`)."""
+A device needs the window - 1 tokens before its own. Where the device before holds as many, it
+sends them, and backward it receives their gradient, which comes from the first window - 1 queries
+alone. For a wider window, up to full attention, the keys and values of all devices are gathered
+(LASP-2H, arXiv 2502.07563), and backward their gradients are added up where they came from. With
+`sequence_method("ring")`, softmax and no state before the first token, keys and values visit one
+device after another instead (`ring.py`)."""
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,12 @@ def _past(k, v, k_past, v_past, valid_past, past):
 
 
 def _kept(keep, x):
+    """x [B, T, ...], zero where keep [B, T] is false."""
     return jnp.where(keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim)), x, 0)
 
 
 def _tail(k, v, segment_ids, past):
-    """The state that these tokens leave by themselves; at least `past` of them."""
+    """k, v and valid of the last `past` tokens, of at least as many: the state that they leave."""
     keep = segments.reaches_end(segment_ids)
     keep = jnp.ones(k.shape[:2], bool) if keep is None else keep
     first = k.shape[1] - past
@@ -41,6 +42,8 @@ def _tail(k, v, segment_ids, past):
 
 
 class Rules:
+    """See `SequenceParallel` in `ops/framework/op.py`."""
+
     def forward(self, rules, axis: TimeAxis, q, k, v, k_past, v_past, valid_past, ids):
         past = rules.static["window"] - 1
         first = _past(k, v, k_past, v_past, valid_past, past)
@@ -92,7 +95,7 @@ class Rules:
 
 
 def _all_runs(axis: TimeAxis, ids, batch, length):
-    """[B, T], the run of equal ids that each token of all devices belongs to."""
+    """[B, T] int32: the number of the segment of each token, of all devices."""
     if ids is None:
         return jnp.zeros((batch, axis.size * length), jnp.int32)
     ids = lax.all_gather(ids, SEQUENCE, axis=1, tiled=True)
@@ -100,11 +103,12 @@ def _all_runs(axis: TimeAxis, ids, batch, length):
 
 
 def _own(axis: TimeAxis, x, length):
-    """This device's part of [B, T, ...]."""
+    """This device's part of time [B, n, ...] of [B, T, ...]."""
     return lax.dynamic_slice_in_dim(x, axis.rank * length, length, axis=1)
 
 
 def _in_a_ring(rules, axis: TimeAxis, length: int, valid_past) -> bool:
+    """Whether keys and values visit one device after another."""
     wide = length < rules.static["window"] - 1
     softmax = rules.static["activation"] == "softmax"
     return axis.method == "ring" and softmax and wide and valid_past is None
@@ -156,7 +160,7 @@ def _gathered(axis: TimeAxis, k, v, first, ids):
         for before, x in zip(first, (k, v), strict=False)
     )
     run = _all_runs(axis, ids, batch, length)
-    # The run of equal ids that a token belongs to; -1 for what is not there.
+    # The number of a token's segment; -1 for what is not there.
     run = jnp.concatenate([jnp.where(first[2], 0, -1), run], axis=1)
 
     def state(start, token):

@@ -28,6 +28,7 @@ SHORTEST_BLOCK, LONGEST_BLOCK = 32, 1024
 
 
 def _runs(segment_ids, valid_past, batch, length):
+    """[B, P + T] int32: the number of a token's segment, -1 for a token that is not there."""
     if segment_ids is None:
         runs_BT = jnp.zeros((batch, length), jnp.int32)
     else:
@@ -36,6 +37,7 @@ def _runs(segment_ids, valid_past, batch, length):
 
 
 def _pad_time(x, before, after, fill=0):
+    """[B, T, ...] with `before` rows of `fill` in front and `after` behind."""
     return jnp.pad(x, ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
 
 
@@ -105,8 +107,8 @@ def _attend_in_turn(q, k, v, q_runs, k_runs, window, scale, activation, block):
 class Joined(NamedTuple):
     """Keys and values [B, P + T, ...] of past and present.
 
-    runs [B, P + T]: index of the run of equal ids that a token belongs to, -1 for what is not
-    there; no key before `first` is."""
+    runs: [B, P + T], the number of a token's segment, -1 for a token that is not there.
+    first: the index of the first key that can be there."""
 
     k: jax.Array
     v: jax.Array
@@ -115,7 +117,7 @@ class Joined(NamedTuple):
 
 
 def join(k, v, k_past, v_past, valid_past, segment_ids, window) -> Joined:
-    """The initial state before the tokens, zeros where there is none."""
+    """Keys and values with the initial state in front of them, zeros where there is none."""
     batch, length = k.shape[:2]
     past, first = window - 1, 0
     if valid_past is None:
@@ -128,17 +130,16 @@ def join(k, v, k_past, v_past, valid_past, segment_ids, window) -> Joined:
 
 
 def last_state(joined: Joined, length: int):
-    """k, v and valid of the last window - 1 tokens; zeros where not valid."""
+    """The parts of the state after the tokens: k, v and valid of the last window - 1 of them, zeros
+    where not valid."""
     valid = joined.runs[:, length:] == joined.runs[:, -1:]
     k, v = (jnp.where(valid[:, :, None, None], x[:, length:], 0) for x in (joined.k, joined.v))
     return k, v, valid
 
 
 def forward(q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale, activation):
-    """Shapes as in `api.py`, the initial state by its parts or three times None.
-
-    Returns o in float32 and the parts of the final state; keys and values that are not valid are
-    zeros."""
+    """o in float32 and the parts of the final state, whose keys and values are zeros where not
+    valid; shapes as in `api.py`, the initial state by its parts or three times None."""
     batch, length = q.shape[:2]
     dtypes, past = (k.dtype, v.dtype), window - 1
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
@@ -182,7 +183,7 @@ def backward(
     scale,
     activation,
 ):
-    """Cotangents of q, k, v, k_past and v_past (None without initial state), and None for
+    """Gradients of q, k, v, k_past and v_past (None without initial state), and None for
     valid_past."""
 
     def outputs(q, k, v, k_past, v_past):

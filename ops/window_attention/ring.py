@@ -10,7 +10,7 @@ values travel with them and end where they belong. (Liu, Zaharia, Abbeel, Ring A
 Blockwise Transformers, ICLR 2024, arXiv 2310.01889.)
 
 Blocks of queries take turns, so that the logits of one block with one device's keys are all there
-is. Letters as in `chunked.py`, R = H / M query heads per key head; n tokens per device."""
+is. Letters as in `xla.py`, R = H / M query heads per key head; n tokens per device."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -120,7 +120,7 @@ def sample(key: jax.Array, logits_BW: jax.Array, *, temperature: float, top_k: i
 
 def main() -> None:
     options = flags.FLAGS
-    run = load_run(Path(options.workdir), options.step)
+    run = load_run(Path(options.workdir), options.step, averaged=options.averaged)
     if not 0 <= options.replica < len(run.seeds):
         raise ValueError(
             f"--replica must be in 0..{len(run.seeds) - 1} (seeds {run.seeds}); got"
@@ -147,6 +147,7 @@ if __name__ == "__main__":
         "prompt", None, "Text to continue; may be given several times.", required=True
     )
     flags.DEFINE_string("step", "latest", "Step of the checkpoint: a number, latest or best.")
+    flags.DEFINE_bool("averaged", False, "The average of the parameters (config.ema_decay).")
     flags.DEFINE_integer("tokens", 200, "New tokens per prompt.")
     flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the most probable token.")
     flags.DEFINE_integer(

@@ -52,7 +52,8 @@ from experiments.training import command_line
 from experiments.training import config as configs
 from experiments.training.config import Config
 from experiments.training.mesh import make_mesh, traced_on
-from experiments.training.program import abstract_run, filling_batch_size, shard_bytes
+from experiments.training.program import filling_batch_size, make_program, shard_bytes
+from experiments.training.speed import count_weights, model_flops
 
 
 def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any]:
@@ -65,8 +66,9 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
     mesh = make_mesh(config.mesh, devices)
     recipe_batch_size = config.batch_size
     config.batch_size = filling_batch_size(config, mesh)
-    run = abstract_run(config, mesh)
-    state, batch = run.state, run.batch
+    run = make_program(config, mesh)
+    state, batch, work = run.state, run.batch, run.work
+    flops = model_flops(count_weights(run.blueprint.params), work)
 
     plan: dict[str, Any] = {
         "topology": where.name,
@@ -75,7 +77,9 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
         "recipe_batch_size": recipe_batch_size,
-        "sequence_length": run.sequence_length,
+        "sequence_length": work.length,
+        "unit": work.unit,
+        "units": work.count,
         "replicas": len(config.seeds),
         "parameters": run.blueprint.parameter_count,
     }
@@ -92,7 +96,7 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
     # --- Compile
     began = time.perf_counter()
     with traced_on(mesh, config):
-        traced = run.step.trace(state, batch)
+        traced = run.step.trace(state, batch, jax.ShapeDtypeStruct((), np.int32))
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
@@ -110,7 +114,7 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
     fits = memory["total"] <= where.chip.hbm_bytes
     plan["advice"] = "" if fits else advice(plan, config)
     program = CompiledProgram(compiled.as_text() or "")
-    flops = matmul_flops(program, kernel_flops(traced.jaxpr))
+    computed = matmul_flops(program, kernel_flops(traced.jaxpr))
     places = np.array([device.coords for device in mesh.devices.flat])
     rows = by_kind_and_axes(
         (
@@ -121,10 +125,10 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
     )
     plan["collectives"] = [vars(row) for row in rows]
     plan["work"] = {
-        "matmul_flops": flops.flops,
-        "matmul_pass_flops": flops.passes,
+        "matmul_flops": computed.flops,
+        "matmul_pass_flops": computed.passes,
         "hbm_bytes": hbm_bytes(program),
-        "model_flops": run.model_flops,
+        "model_flops": None if flops is None else len(config.seeds) * flops,
         "loops_counted_once": program.unknown_loops,
     }
     plan["time"] = step_time(plan, where)
@@ -150,9 +154,9 @@ def step_time(plan: dict[str, Any], where: Slice) -> dict[str, Any]:
     for name, seconds in (("overlapped", max(parts.values())), ("serial", sum(parts.values()))):
         speeds[name] = {"step_s": seconds}
         if work["model_flops"] is not None:
-            tokens = plan["batch_size"] * plan["sequence_length"] * plan["replicas"]
+            units = plan["units"] * plan["replicas"]
             speeds[name] |= {
-                "tokens_per_s": tokens / seconds,
+                "units_per_s": units / seconds,
                 "model_flops_utilisation": work["model_flops"] / (seconds * plan["devices"] * peak),
             }
     return {

@@ -30,12 +30,15 @@ def format_plan(plan: dict[str, Any]) -> str:
     """What was compiled, memory, collectives, work, and the modelled time of a step."""
     memory, work, modelled = plan["memory"], plan["work"], plan["time"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    batch = f"{plan['batch_size']:,} x {plan['sequence_length']:,}"
+    batch = f"{plan['batch_size']:,}"
+    if plan["sequence_length"] is not None:
+        batch += f" x {plan['sequence_length']:,}"
     if plan["batch_size"] != plan["recipe_batch_size"]:
         batch += f" (raised from {plan['recipe_batch_size']:,} to fill data x fsdp)"
     if plan["replicas"] > 1:
         batch += f", for each of {plan['replicas']} replicas"
     versions = ", ".join(f"{name} {v}" for name, v in plan["versions"].items())
+    unit = f"{plan['unit']}/s"
     lines = [
         f"{plan['topology']}, {plan['devices']} x {plan['device_kind']}: compiled ahead of"
         f" time ({versions}) and modelled, not timed",
@@ -83,9 +86,9 @@ def format_plan(plan: dict[str, Any]) -> str:
     for key, name in names.items():
         speed = modelled["speeds"][key]
         line = f"  {name:<20}{speed['step_s'] * 1e3:>10.2f} ms"
-        if "tokens_per_s" in speed:
+        if "units_per_s" in speed:
             line += (
-                f"   {si(speed['tokens_per_s'], 'tokens/s')}, model flops utilisation"
+                f"   {si(speed['units_per_s'], unit)}, model flops utilisation"
                 f" {speed['model_flops_utilisation']:.1%}"
             )
         lines.append(line)

@@ -64,7 +64,7 @@ def make(
         return Examples(fetch)
 
     return Task(
-        vocabulary_size=levels,
+        sizes={"vocabulary": levels},
         train=lambda seed: stream(f"train/{seed}"),
         evaluations={"test": stream("test")},
     )

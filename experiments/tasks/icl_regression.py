@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.objectives.objective import squared_error_loss, squared_error_metrics
+from experiments.objectives.squared_error import SquaredError
 from experiments.tasks.sources.random_streams import normals, uniforms
 from experiments.training.task import Batch, Examples, Task
 
@@ -100,11 +100,10 @@ def make(
         )
 
     return Task(
-        vocabulary_size=0,
+        sizes={},
         train=lambda seed: stream(f"train/{seed}", training),
         evaluations={name: stream("test", law) for name, law in laws.items()},
-        loss=squared_error_loss,
-        derive=squared_error_metrics,
+        objective=SquaredError(),
     )
 
 

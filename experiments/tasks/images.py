@@ -98,7 +98,7 @@ def make(
         return Examples(fetch, len(numbers))
 
     return Task(
-        vocabulary_size=levels + source.classes,
+        sizes={"vocabulary": levels + source.classes},
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
         provenance={"images": source.origin, "train_images": len(source.splits["train"][0])},

@@ -42,7 +42,7 @@ def make(length: int = 256, vocabulary_size: int = 16, test_lengths: tuple[int, 
         return Examples(functools.partial(draw, "test", size))
 
     return Task(
-        vocabulary_size=vocabulary_size,
+        sizes={"vocabulary": vocabulary_size},
         train=lambda seed: Examples(functools.partial(draw, f"train/{seed}", length)),
         evaluations={
             "test": test(length),

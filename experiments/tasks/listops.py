@@ -98,7 +98,7 @@ def make(
         return Examples(fetch, length)
 
     return Task(
-        vocabulary_size=ANSWER + DIGITS,
+        sizes={"vocabulary": ANSWER + DIGITS},
         train=lambda seed: examples(f"train/{seed}", train_examples or None),
         evaluations={name: examples(name, test_examples) for name in ("validation", "test")},
     )
@@ -137,7 +137,7 @@ def _released(data_dir: str, longest: int) -> Task:
 
     splits = {split: examples(split) for split in FILES}
     return Task(
-        vocabulary_size=ANSWER + DIGITS,
+        sizes={"vocabulary": ANSWER + DIGITS},
         train=lambda seed: splits["train"],
         evaluations={split: splits[split] for split in ("validation", "test")},
         provenance={"expressions": f"files of {directory.name}"},

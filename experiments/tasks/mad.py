@@ -99,7 +99,7 @@ def make(
         return Examples(functools.partial(draw, "test", size, True))
 
     return Task(
-        vocabulary_size=vocabulary_size,
+        sizes={"vocabulary": vocabulary_size},
         train=training,
         evaluations={
             "test": test(length),

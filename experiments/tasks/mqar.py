@@ -78,7 +78,7 @@ def make(
         )
 
     return Task(
-        vocabulary_size=vocabulary_size,
+        sizes={"vocabulary": vocabulary_size},
         train=lambda seed: tuple(training_set(seed, *setting) for setting in train),
         evaluations={
             f"length_{length}_pairs_{pairs}": Examples(

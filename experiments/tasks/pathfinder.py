@@ -63,7 +63,7 @@ def make(data_dir: str = "~/lra_release/lra_release/pathfinder32", size: int = 3
         return Examples(fetch, len(numbers))
 
     return Task(
-        vocabulary_size=LEVELS + 2,
+        sizes={"vocabulary": LEVELS + 2},
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
         provenance={"images": f"files of {directory.name}", "train_images": len(splits["train"])},

@@ -53,7 +53,7 @@ def make(data_dir: str = "~/lra_release/lra_release/tsv_data", length: int = 400
         return Examples(fetch, len(table.labels))
 
     return Task(
-        vocabulary_size=ANSWER + 2,
+        sizes={"vocabulary": ANSWER + 2},
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
         provenance={

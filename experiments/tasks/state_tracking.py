@@ -23,7 +23,7 @@ from itertools import permutations
 
 import numpy as np
 
-from experiments.objectives.objective import token_metrics
+from experiments.objectives.next_token import NextToken, token_metrics
 from experiments.tasks.sources.random_streams import integers, uniforms
 from experiments.training.task import Batch, Examples, Task
 
@@ -146,10 +146,10 @@ def make(
         return metrics | {"scaled_accuracy": (metrics["accuracy"] - of.chance) / (1 - of.chance)}
 
     return Task(
-        vocabulary_size=of.vocabulary_size + (inputs == "every_fourth"),
+        sizes={"vocabulary": of.vocabulary_size + (inputs == "every_fourth")},
         train=lambda seed: examples(f"train/{seed}", ranges["in_distribution"], supervision),
         evaluations={name: examples(name, lengths, published) for name, lengths in ranges.items()},
-        derive=derive,
+        objective=NextToken(derive=derive),
     )
 
 

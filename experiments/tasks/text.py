@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from experiments.objectives.objective import token_metrics
+from experiments.objectives.next_token import NextToken, token_metrics
 from experiments.tasks.sources.text_builder import (
     WindowsConfig,
     prepare_windows,
@@ -84,10 +84,10 @@ def make(
         return Examples(fetch, len(sources[split]))
 
     return Task(
-        vocabulary_size=len(coder.token_bytes),
+        sizes={"vocabulary": len(coder.token_bytes)},
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
-        derive=text_metrics,
+        objective=NextToken(derive=text_metrics),
         provenance={
             "text": corpus.source,
             "text_files": corpus.files,

@@ -64,7 +64,7 @@ def make(
         evaluations = {"validation": examples("train", train[held_out]), **evaluations}
         train = train[~held_out]
     return Task(
-        vocabulary_size=ANSWER + classes,
+        sizes={"vocabulary": ANSWER + classes},
         train=lambda seed: examples("train", train),
         evaluations=evaluations,
         provenance={"texts": builder.info.full_name, "train_texts": len(train)},

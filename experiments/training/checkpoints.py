@@ -20,7 +20,7 @@ from jax import NamedSharding, P
 from orbax.checkpoint import v1
 
 from experiments.training.mesh import parameter_name
-from experiments.training.notices import warn
+from experiments.training.progress import warn
 
 policies = v1.training.preservation_policies
 
@@ -146,7 +146,23 @@ def restore_latest(
     return None
 
 
-def _check_shapes(path: Path, name: str, tree: Any) -> None:
+def stored_shapes(directory: Path, name: str) -> Any:
+    """Shapes and types of part `name` of the newest checkpoint that can say them, a tree of
+    jax.ShapeDtypeStruct. Raises DamagedCheckpointError if none can."""
+    problems = []
+    for step in reversed(steps(directory)):
+        try:
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype),
+                _metadata(directory / str(step), name),
+            )
+        except DamagedCheckpointError as error:
+            problems.append(str(error))
+    raise DamagedCheckpointError("; ".join(problems))
+
+
+def _metadata(path: Path, name: str) -> Any:
+    """What a checkpoint says of the arrays of its part `name`."""
     try:
         metadata: Any = v1.metadata(str(path), checkpointable_name=name).metadata
     # As in reading: the storage layers have no error of their own for damage.
@@ -156,9 +172,13 @@ def _check_shapes(path: Path, name: str, tree: Any) -> None:
         ) from error
     if metadata is None:
         raise DamagedCheckpointError(f"{path} (the metadata of {name} cannot be read)")
+    return metadata["tree"]
+
+
+def _check_shapes(path: Path, name: str, tree: Any) -> None:
     old = {
         parameter_name(leaf_path): tuple(leaf.shape)
-        for leaf_path, leaf in jax.tree.leaves_with_path(metadata["tree"])
+        for leaf_path, leaf in jax.tree.leaves_with_path(_metadata(path, name))
     }
     new = {
         parameter_name(leaf_path): leaf.shape for leaf_path, leaf in jax.tree.leaves_with_path(tree)

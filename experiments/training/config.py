@@ -5,6 +5,7 @@ A config is an ml_collections.ConfigDict from a file in experiments/configs. The
 is listed in KEYS."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -22,6 +23,7 @@ KEYS: dict[str, type] = {
     "batch_size": int,
     "accumulate": int,
     "z_loss": float,
+    "ema_decay": float,
     "log_every_steps": int,
     "param_dtype": str,
     "compute_dtype": str,
@@ -41,9 +43,11 @@ KEYS: dict[str, type] = {
     "optimizer.weight_decay": float,
     "optimizer.clip_norm": float,
     "optimizer.ssm_lr": float,
+    "optimizer.frozen": tuple,
     "optimizer.offload": bool,
     "eval.every_steps": int,
     "eval.examples": int,
+    "eval.averaged": bool,
     "eval.best_metric": str,
     "eval.best_mode": str,
     "checkpoint.every_steps": int,
@@ -60,7 +64,10 @@ KEYS: dict[str, type] = {
 ADDED = {
     "accumulate": 1,
     "z_loss": 0.0,
+    "ema_decay": 0.0,
+    "optimizer.frozen": (),
     "optimizer.offload": False,
+    "eval.averaged": False,
     "mesh.zero": 3,
     "mesh.sequence_method": "all_gather",
     "heartbeat_timeout_seconds": 100,
@@ -188,6 +195,21 @@ def validate(config: Config) -> None:
         "a tuple of distinct integers in [0, 2^32), such as (0,) or (0, 1)",
         seeds,
     )
+    _require(0 <= values["ema_decay"] < 1, "ema_decay", "in [0, 1)", values["ema_decay"])
+    _require(
+        values["ema_decay"] > 0 or not values["eval.averaged"],
+        "eval.averaged",
+        "False without an average of the weights (config.ema_decay)",
+        values["eval.averaged"],
+    )
+    for pattern in values["optimizer.frozen"]:
+        try:
+            re.compile(pattern)
+        except (TypeError, re.error) as error:
+            raise ValueError(
+                "config.optimizer.frozen must be a tuple of regular expressions; got"
+                f" {pattern!r}: {error}"
+            ) from error
     profile_range(values["profile_steps"], steps)
 
 
@@ -217,7 +239,7 @@ def to_json(config: Config) -> dict[str, Any]:
     new."""
     values = json.loads(json.dumps(config.to_dict()))
     for section, name, value in _added(values):
-        if section.get(name) == value:
+        if section.get(name) == json.loads(json.dumps(value)):
             del section[name]
     return values
 

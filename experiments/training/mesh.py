@@ -14,7 +14,6 @@ devices, follows from where the mesh puts its devices."""
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,12 +22,10 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import NamedSharding, P
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 import ops
 from experiments.training.config import MESH_AXES, Config
-from experiments.training.task import batch_length
 
 # Logical axis of a parameter -> mesh axis. Layers are never sharded: the scan over them slices that
 # axis.
@@ -52,35 +49,6 @@ def traced_on(mesh: Mesh, config: Config) -> Iterator[None]:
         ops.kernels(config.kernels),
     ):
         yield
-
-
-def join_processes(heartbeat_timeout_seconds: int) -> None:
-    """Joins the other processes of this run, if the environment says that there are any.
-
-    That is: JAX_COORDINATOR_ADDRESS (host:port) with JAX_NUM_PROCESSES and JAX_PROCESS_ID, a Slurm
-    step of several tasks, or a TPU slice of several hosts. To be called before anything asks jax
-    for devices. From then on a process that gives no sign of life for `heartbeat_timeout_seconds`
-    is lost, and jax aborts all others, however deep in a collective they wait for it; the same
-    command then goes on from the last checkpoint."""
-    variables = os.environ
-    if (
-        "JAX_COORDINATOR_ADDRESS" in variables
-        or "MEGASCALE_COORDINATOR_ADDRESS" in variables
-        or int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-        or "," in variables.get("TPU_WORKER_HOSTNAMES", "")
-    ):
-        count, place = (variables.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None,
-            process_id=int(place) if place else None,
-            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
-        )
-
-
-def wait_for_all_processes(place: str) -> None:
-    """Returns when every process has come to this `place`."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(place)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -199,12 +167,17 @@ def optimizer_specs(tx: optax.GradientTransformation, opt_state: Any, specs: Any
     )
 
 
-def check_lengths(mesh: Mesh, lengths: Mapping[str, int]) -> None:
+def check_lengths(mesh: Mesh, lengths: Mapping[str, int | None]) -> None:
     """Raises ValueError for the first of the named lengths that the sequence axis does not
     divide."""
     parts = mesh.shape["sequence"]
     for name, length in lengths.items():
-        if length % parts:
+        if length is None and parts > 1:
+            raise ValueError(
+                f"config.mesh.sequence must be 1 where batches have no time axis; got {parts} for"
+                f" {name}"
+            )
+        if length is not None and length % parts:
             raise ValueError(
                 "config.mesh.sequence must divide the length of every batch; got"
                 f" {parts} for {name}, whose length is {length}"
@@ -219,22 +192,41 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([rows[block] for block in blocks if block]))
 
 
+def batch_specs(
+    mesh: Mesh,
+    shapes: Mapping[str, tuple[int, ...]],
+    length: int | None,
+    replicated_axis: bool = False,
+) -> dict[str, P]:
+    """PartitionSpecs of a batch's arrays [B, ...] ([R, B, ...] with a replica axis).
+
+    Rows lie over data x fsdp; arrays whose next axis is `length`, that of time, lie over sequence
+    with it. The others, such as the places of answers, are not worth cutting. None: nothing is cut
+    along time."""
+    lead = int(replicated_axis)
+    cut = length is not None and mesh.shape["sequence"] > 1
+
+    def spec(shape: tuple[int, ...]) -> P:
+        has_time = cut and shape[lead + 1 : lead + 2] == (length,)
+        return P(*[None] * lead, BATCH_AXES, *["sequence"] * has_time)
+
+    return {name: spec(shape) for name, shape in shapes.items()}
+
+
 def place_batch(
-    mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int, replicated_axis: bool = False
+    mesh: Mesh,
+    batch: Mapping[str, np.ndarray],
+    batch_size: int,
+    length: int | None,
+    replicated_axis: bool = False,
 ) -> dict[str, jax.Array]:
     """Global arrays [B, ...] ([R, B, ...] with a replica axis) of a batch of which this process has
-    `process_rows`.
-
-    Rows lie over data x fsdp; arrays with a time axis, as long as the sequences that the model
-    reads, lie over sequence with it. The others, such as the places of answers, are not worth
-    cutting."""
+    `process_rows`, laid out as `batch_specs` says."""
     rows, lead = process_rows(mesh, batch_size), int(replicated_axis)
-    length = batch_length(batch, axis=lead + 1) if mesh.shape["sequence"] > 1 else None
+    shapes = {name: array.shape for name, array in batch.items()}
+    specs = batch_specs(mesh, shapes, length, replicated_axis)
 
-    def place(array: np.ndarray) -> jax.Array:
-        has_time = length is not None and array.shape[lead + 1 : lead + 2] == (length,)
-        spec = P(*[None] * lead, BATCH_AXES, *["sequence"] * has_time)
-
+    def place(array: np.ndarray, spec: P) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[lead].indices(batch_size)
             own = slice(*np.searchsorted(rows, (start, stop)))
@@ -243,4 +235,4 @@ def place_batch(
         shape = (*array.shape[:lead], batch_size, *array.shape[lead + 1 :])
         return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
 
-    return {name: place(array) for name, array in batch.items()}
+    return {name: place(array, specs[name]) for name, array in batch.items()}

@@ -21,7 +21,7 @@ from tensorboardX import SummaryWriter
 
 from experiments.objectives.objective import report_metrics
 from experiments.training.checkpoints import Best
-from experiments.training.speed import SpeedMeter, Work
+from experiments.training.speed import Interval, SpeedMeter
 
 FILE = "metrics.jsonl"
 Row = Mapping[str, Any]
@@ -105,7 +105,7 @@ def finite(value: Any) -> Any:
 
 
 def training_row(
-    step: int, window: Any, work: Work, schedule: Callable[[float], Any], meter: SpeedMeter
+    step: int, window: Any, interval: Interval, schedule: Callable[[float], Any], meter: SpeedMeter
 ) -> dict[str, Any]:
     """The row of a window of training steps that ended with `step`; waits until that step is
     done."""
@@ -127,7 +127,7 @@ def training_row(
     row["train/learning_rate"] = [float(schedule(float(count))) for count in updates]
     row["train/rejected_steps"] = window["rejected_steps"].tolist()
     row["train/longest_rejected_run"] = window["longest_rejected_run"].tolist()
-    return row | meter.speeds(work)
+    return row | meter.speeds(interval)
 
 
 def run_summary(rows: Sequence[Row], best: Best) -> dict[str, Any]:

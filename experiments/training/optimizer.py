@@ -1,7 +1,8 @@
 """The optimizer of a run: clipping, an optax optimizer with a warmup schedule, parameter groups,
 and the guard that rejects non-finite steps."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from experiments.training.config import OPTIMIZERS, REFINED, SCHEDULES
 from experiments.training.refined_schedule import refined_schedule
 
 # "matrix": a linear map between hidden vectors, which decays, and is what Muon is for. "decay": all
-# else that decays.
-GROUPS = ("matrix", "decay", "no_decay", "ssm")
+# else that decays. "frozen": keeps the value it starts with.
+FROZEN = "frozen"
+GROUPS = ("matrix", "decay", "no_decay", "ssm", FROZEN)
 
 WSD_DECAY = 0.2  # the last fifth of the run
 
@@ -30,15 +32,24 @@ MUON_RMS = 0.2
 NEVER = 2**31 - 2
 
 
-def parameter_groups(params: nnx.State) -> dict[str, Any]:
+def parameter_groups(params: nnx.State, frozen: Sequence[str] = ()) -> dict[str, Any]:
     """The group of every (abstract) parameter, as a tree of names.
 
-    A parameter's `group` metadata wins. Otherwise vectors (norms, biases, gates) do not decay,
-    where the leading axis that the scan over layers adds does not count, and all else does: as a
-    matrix if its last two axes have logical names, none of them the vocabulary. Embeddings, heads
-    and convolutions are no such matrices."""
+    A parameter whose whole path, such as stack/period/0/mixer/query/kernel, matches one of the
+    regular expressions `frozen` is "frozen". Otherwise its `group` metadata wins. Otherwise vectors
+    (norms, biases, gates) do not decay, where the leading axis that the scan over layers adds does
+    not count, and all else does: as a matrix if its last two axes have logical names, none of them
+    the vocabulary. Embeddings, heads and convolutions are no such matrices.
+
+    Raises ValueError for an expression that matches nothing, and if nothing is left to train."""
+    unused = set(frozen)
 
     def group(path: tuple[Any, ...], param: Any) -> str:
+        name = "/".join(map(str, path))
+        matching = {pattern for pattern in frozen if re.fullmatch(pattern, name)}
+        unused.difference_update(matching)
+        if matching:
+            return FROZEN
         metadata = param.get_metadata()
         axes = metadata.get("out_sharding") or ()
         if len(param.shape) - ("layers" in axes) < 2:
@@ -47,14 +58,20 @@ def parameter_groups(params: nnx.State) -> dict[str, Any]:
             default = "decay"
         else:
             default = "matrix"
-        name = metadata.get("group", default)
-        if name not in GROUPS:
-            raise ValueError(
-                f"parameter {'/'.join(map(str, path))}: group must be one of {GROUPS}; got {name!r}"
-            )
-        return name
+        chosen = metadata.get("group", default)
+        if chosen not in GROUPS:
+            raise ValueError(f"parameter {name}: group must be one of {GROUPS}; got {chosen!r}")
+        return chosen
 
     flat = [(path, group(path, param)) for path, param in nnx.to_flat_state(params)]
+    names = ["/".join(map(str, path)) for path, _ in flat]
+    if unused:
+        raise ValueError(
+            "config.optimizer.frozen must be regular expressions that match whole paths of"
+            f" parameters; {', '.join(map(repr, sorted(unused)))} match none of {', '.join(names)}"
+        )
+    if all(chosen == FROZEN for _, chosen in flat):
+        raise ValueError("config.optimizer.frozen leaves no parameter to train")
     return nnx.to_pure_dict(nnx.from_flat_state(flat))
 
 
@@ -109,7 +126,8 @@ def make_optimizer(
     Only the groups "matrix" and "decay" have weight decay. Muon trains the group "matrix", leading
     axes (layers, experts) being batches of matrices, and AdamW everything else beside it. The
     learning rate of the group "ssm" follows the same schedule, scaled to the peak ssm_lr (0: lr).
-    clip_norm bounds the global norm of all gradients together (0: off). A step with a non-finite
+    clip_norm bounds the global norm of all gradients together (0: off). The group "frozen" is never
+    updated and has no moments. A step with a non-finite
     gradient changes nothing and is counted in the state (ApplyIfFiniteState). Raises ValueError for
     an unknown name."""
     decaying = jax.tree.map(lambda group: group in ("matrix", "decay"), groups)
@@ -147,4 +165,8 @@ def make_optimizer(
     if options["ssm_lr"]:
         in_ssm = jax.tree.map(lambda group: group == "ssm", groups)
         chain.append(optax.masked(optax.scale(options["ssm_lr"] / options["lr"]), in_ssm))
-    return optax.with_extra_args_support(optax.apply_if_finite(optax.chain(*chain), NEVER))
+    update = optax.chain(*chain)
+    if FROZEN in jax.tree.leaves(groups):
+        trained = jax.tree.map(lambda group: group != FROZEN, groups)
+        update = optax.partition({True: update, False: optax.set_to_zero()}, trained)
+    return optax.with_extra_args_support(optax.apply_if_finite(update, NEVER))

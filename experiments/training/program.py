@@ -1,76 +1,140 @@
-"""A run's train step with nothing in it: mesh, state and batch as shapes that say where they lie.
+"""Everything that a run compiles, assembled once: by training, by planning for devices that are not
+there, and by benchmarks."""
 
-Built as experiments/train.py builds them, over any devices, such as those of a TPU slice that is
-not there. Nothing of the model's or the batch's size is allocated."""
-
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
-from jax import NamedSharding, P
+import optax
+from jax import NamedSharding
 from jax.sharding import Mesh
 
+from experiments.objectives.objective import Work
 from experiments.training.config import Config
-from experiments.training.mesh import BATCH_AXES, HOST_MEMORY
+from experiments.training.mesh import (
+    HOST_MEMORY,
+    batch_specs,
+    check_batch_size,
+    parameter_name,
+    place_batch,
+    traced_on,
+)
 from experiments.training.optimizer import make_optimizer, make_schedule, parameter_groups
-from experiments.training.speed import count_weights
 from experiments.training.state import (
     Blueprint,
     TrainState,
+    average_of,
+    empty_window,
     initial_state,
     make_blueprint,
-    make_step,
     state_shardings,
     state_specs,
     sum_names,
     with_shardings,
 )
-from experiments.training.task import Examples, Task, batch_length, configured_task
+from experiments.training.step import make_step
+from experiments.training.task import Examples, Task, configured_task
 
 
 @dataclass(frozen=True)
-class AbstractRun:
-    """What is compiled, `step(state, batch)`, and facts about it; model_flops is None where batches
-    have no tokens."""
+class Program:
+    """The programs of a run on a mesh, and what they are made of. Nothing is computed yet.
 
+    task, blueprint, schedule   what is learned, by which model, at which rates
+    sums            names of the sums of the objective
+    state           the abstract state, with the shardings it has between steps
+    batch           an abstract training batch, the longest if lengths differ, likewise
+    work            of that batch, one replica
+    initial         () -> the state before the first step
+    step            (state, batch, number) -> state; takes the memory of the state that comes in
+    empty_window    () -> an empty window
+    """
+
+    config: Config
+    mesh: Mesh
+    task: Task
     blueprint: Blueprint
-    step: Any
+    schedule: optax.Schedule
+    sums: tuple[str, ...]
     state: TrainState
     batch: dict[str, Any]
-    sequence_length: int
-    model_flops: float | None
+    work: Work
+    initial: Callable[[], TrainState]
+    step: Callable[[TrainState, Any, Any], TrainState]
+    empty_window: Callable[[], dict[str, Any]]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(self.config.seeds)
+
+    def place(self, batch: Mapping[str, np.ndarray]) -> tuple[dict[str, jax.Array], Work]:
+        """A batch of the training iterator as global arrays, and its work, that of one replica."""
+        several = len(self.seeds) > 1
+        length = self.task.objective.work(_one_replica(batch, several)).length
+        placed = place_batch(self.mesh, batch, self.config.batch_size, length, several)
+        return placed, self.task.objective.work(_one_replica(placed, several))
+
+    def start(self, params: Mapping[str, jax.Array] | None = None) -> TrainState:
+        """The state before the first step, with `params` by path in the place of its own."""
+        state = self.initial()
+        if not params:
+            return state
+        own = jax.tree.map_with_path(
+            lambda path, leaf: params.get(parameter_name(path), leaf), state.params
+        )
+        if state.average is None:
+            return replace(state, params=own)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.average)
+        average = jax.jit(average_of, out_shardings=shardings)(own)
+        return replace(state, params=own, average=average)
 
 
-def abstract_run(config: Config, mesh: Mesh) -> AbstractRun:
-    """The run of a config on a mesh. Raises ValueError for what cannot work."""
-    task = configured_task(config)
-    seeds, offload = tuple(config.seeds), config.optimizer.offload
+def make_program(config: Config, mesh: Mesh) -> Program:
+    """The programs of a validated config. Raises ValueError for what cannot work; traces, but
+    compiles nothing."""
+    check_batch_size(mesh, config.batch_size, config.accumulate)
+    task, seeds = configured_task(config), tuple(config.seeds)
     blueprint = make_blueprint(config, task)
     schedule = make_schedule(config.optimizer, config.steps)
-    tx = make_optimizer(config.optimizer, schedule, parameter_groups(blueprint.params))
-    example = _abstract_batch(task, config.batch_size, seeds[0])
-    sums = sum_names(blueprint, task, example)
-    state = jax.eval_shape(lambda: initial_state(blueprint, tx, sums, seeds))
-    specs = state_specs(mesh, blueprint, tx, state, seeds, config.mesh.zero)
-    shardings = state_shardings(mesh, specs, offload)
-    step = jax.jit(
-        make_step(blueprint, task, tx, seeds, accumulate=config.accumulate, offload=offload),
-        donate_argnums=0,
-        out_shardings=shardings,
-    )
-    model_flops = None
-    if "tokens" in example:
-        body, table = count_weights(blueprint.params)
-        tokens, targets = example["tokens"].size, example["targets"].size
-        model_flops = 6.0 * len(seeds) * (body * tokens + table * targets)
-    return AbstractRun(
+    groups = parameter_groups(blueprint.params, config.optimizer.frozen)
+    tx = make_optimizer(config.optimizer, schedule, groups)
+    batch = _abstract_batch(task, config.batch_size, seeds[0])
+    work = task.objective.work(batch)
+    with traced_on(mesh, config):
+        part = _rows(batch, config.batch_size // config.accumulate)
+        sums = sum_names(blueprint, task.objective, part)
+
+    def initial() -> TrainState:
+        return initial_state(blueprint, tx, sums, seeds, averaged=config.ema_decay > 0)
+
+    abstract = jax.eval_shape(initial)
+    specs = state_specs(mesh, blueprint, tx, abstract, seeds, config.mesh.zero)
+    shardings = state_shardings(mesh, specs, config.optimizer.offload)
+    step = make_step(
         blueprint,
-        step,
-        with_shardings(state, shardings),
-        _laid_out(mesh, example, replicas=len(seeds)),
-        batch_length(example),
-        model_flops,
+        task.objective,
+        tx,
+        groups,
+        seeds,
+        accumulate=config.accumulate,
+        offload=config.optimizer.offload,
+        ema_decay=config.ema_decay,
+    )
+    return Program(
+        config=config,
+        mesh=mesh,
+        task=task,
+        blueprint=blueprint,
+        schedule=schedule,
+        sums=sums,
+        state=with_shardings(abstract, shardings),
+        batch=_laid_out(mesh, batch, work.length, replicas=len(seeds)),
+        work=work,
+        initial=jax.jit(initial, out_shardings=shardings),
+        step=jax.jit(step, donate_argnums=0, out_shardings=shardings),
+        empty_window=jax.jit(lambda: empty_window(sums, seeds), out_shardings=shardings.window),
     )
 
 
@@ -78,36 +142,6 @@ def filling_batch_size(config: Config, mesh: Mesh) -> int:
     """The config's batch size, raised to what its parts can fill data x fsdp with."""
     shards = config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-config.batch_size // shards) * shards
-
-
-def _abstract_batch(task: Task, batch_size: int, seed: int) -> dict[str, Any]:
-    """Shapes [B, ...] of a training batch, the longest if lengths differ; one example is made, not
-    B."""
-    parts = task.train(seed)
-    parts = (parts,) if isinstance(parts, Examples) else parts
-    ones = [part.fetch(np.arange(1)) for part in parts]
-    one = max(ones, key=batch_length)
-    return {
-        name: jax.ShapeDtypeStruct(
-            (batch_size, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
-        )
-        for name, array in one.items()
-    }
-
-
-def _laid_out(mesh: Mesh, batch: dict[str, Any], replicas: int) -> dict[str, Any]:
-    """With the shardings of `experiments.training.mesh.place_batch`, and its replica axis."""
-    length = batch_length(batch)
-    lead = (replicas,) if replicas > 1 else ()
-
-    def laid_out(array: Any) -> Any:
-        has_time = mesh.shape["sequence"] > 1 and array.shape[1:2] == (length,)
-        spec = P(*[None] * len(lead), BATCH_AXES, *["sequence"] * has_time)
-        return jax.ShapeDtypeStruct(
-            (*lead, *array.shape), array.dtype, sharding=NamedSharding(mesh, spec)
-        )
-
-    return {name: laid_out(array) for name, array in batch.items()}
 
 
 def shard_bytes(tree: Any, on_host: bool = False) -> int:
@@ -118,3 +152,50 @@ def shard_bytes(tree: Any, on_host: bool = False) -> int:
         for leaf in jax.tree.leaves(tree)
         if (leaf.sharding.memory_kind == HOST_MEMORY) == on_host
     )
+
+
+def _abstract_batch(task: Task, batch_size: int, seed: int) -> dict[str, Any]:
+    """Shapes [B, ...] of a training batch, of the part with the most work if there are several; one
+    example is made, not B."""
+    parts = task.train(seed)
+    parts = (parts,) if isinstance(parts, Examples) else parts
+    ones = [part.fetch(np.arange(1)) for part in parts]
+    one = max(ones, key=lambda batch: task.objective.work(batch).count)
+    return _rows(
+        {
+            name: array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+            for name, array in one.items()
+        },
+        batch_size,
+    )
+
+
+def _rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    return {
+        name: jax.ShapeDtypeStruct(
+            (rows, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
+        )
+        for name, array in batch.items()
+    }
+
+
+def _one_replica(batch: Mapping[str, Any], several: bool) -> dict[str, Any]:
+    """Shapes without the replica axis."""
+    return {
+        name: jax.ShapeDtypeStruct(array.shape[several:], array.dtype)
+        for name, array in batch.items()
+    }
+
+
+def _laid_out(
+    mesh: Mesh, batch: Mapping[str, Any], length: int | None, replicas: int
+) -> dict[str, Any]:
+    lead = (replicas,) if replicas > 1 else ()
+    shapes = {name: (*lead, *array.shape) for name, array in batch.items()}
+    specs = batch_specs(mesh, shapes, length, replicated_axis=replicas > 1)
+    return {
+        name: jax.ShapeDtypeStruct(
+            shapes[name], array.dtype, sharding=NamedSharding(mesh, specs[name])
+        )
+        for name, array in batch.items()
+    }

@@ -1,4 +1,5 @@
-"""What a person watching a run sees: a bar on a terminal, plain lines elsewhere."""
+"""What a person watching a run sees: a bar on a terminal, plain lines elsewhere, and warnings apart
+from the log lines of libraries."""
 
 import datetime
 import sys
@@ -8,6 +9,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PER_DEVICE = "_per_second_per_device"
+
+
+def warn(message: str) -> None:
+    """Prints one line on standard error."""
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 class ProgressReport:
@@ -56,8 +64,10 @@ class ProgressReport:
         step, parts = row["step"], []
         if "train/loss" in row:
             parts.append(f"loss {spread(row['train/loss'])}")
-        if row.get("speed/tokens_per_second_per_device"):
-            parts.append(f"{row['speed/tokens_per_second_per_device']:,.0f} tokens/s/device")
+        speed = next((name for name in row if name.endswith(PER_DEVICE)), None)
+        if speed is not None:
+            unit = speed.removeprefix("speed/").removesuffix(PER_DEVICE)
+            parts.append(f"{row[speed]:,.0f} {unit}/s/device")
         elif row.get("speed/steps_per_second"):
             parts.append(f"{row['speed/steps_per_second']:.3g} steps/s")
         if row.get("speed/model_flops_utilisation"):

@@ -22,12 +22,11 @@ class PromptCoder:
 def find_prompt_coder(config: Config, task: Task) -> PromptCoder:
     """The coder of a run's task: its tokenizer for text; numbers separated by spaces for other
     tokens."""
-    if not task.vocabulary_size:
+    vocabulary = task.sizes.get("vocabulary")
+    if not vocabulary:
         raise ValueError(f"task {config.task.name} has no tokens, so there is nothing to generate")
     if config.task.name != "text":
-        return PromptCoder(
-            _numbers(task.vocabulary_size), lambda tokens: " ".join(map(str, tokens))
-        )
+        return PromptCoder(_numbers(vocabulary), lambda tokens: " ".join(map(str, tokens)))
     if config.task.tokenizer == "bytes":
         return PromptCoder(
             lambda prompt: list(prompt.encode("utf-8")),

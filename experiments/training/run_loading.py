@@ -8,14 +8,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import NamedSharding
 from jax.sharding import Mesh
 
 from experiments.training import checkpoints, run_record
 from experiments.training.config import Config
-from experiments.training.mesh import make_mesh, named, parameter_specs
+from experiments.training.mesh import make_mesh, named, parameter_name, parameter_specs
 from experiments.training.metrics import read_rows
-from experiments.training.notices import warn
-from experiments.training.state import Blueprint, initial_model, make_blueprint, with_shardings
+from experiments.training.program import Program
+from experiments.training.progress import warn
+from experiments.training.state import (
+    Blueprint,
+    average_of,
+    by_path,
+    initial_model,
+    make_blueprint,
+    with_shardings,
+)
 from experiments.training.task import Task, configured_task
 
 
@@ -43,44 +52,49 @@ class LoadedRun:
         return jax.device_put(both, jax.local_devices()[0])
 
 
-def load_run(workdir: Path, step: str = "latest") -> LoadedRun:
-    """The run in `workdir` at a checkpoint: "latest" (the newest whole one), "best" or a step.
+def load_run(workdir: Path, step: str = "latest", *, averaged: bool = False) -> LoadedRun:
+    """The run in `workdir` at a checkpoint: "latest" (the newest whole one), "best" or a step; with
+    averaged=True the average of its parameters.
 
     Parameters are replicated over all devices. Raises ValueError if there is no such run or
-    checkpoint."""
+    checkpoint, or no average in it."""
     workdir = workdir.expanduser().absolute()
     config = run_record.read_config(workdir)
+    if averaged and not config.ema_decay:
+        raise ValueError(
+            f"--averaged needs a run with an average (config.ema_decay); {workdir} has none"
+        )
     task = configured_task(config)
     blueprint = make_blueprint(config, task)
     mesh = make_mesh({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
-    found, params, variables = load_model(workdir, step, config, blueprint, mesh)
-    return LoadedRun(workdir, config, task, blueprint, mesh, found, params, variables)
-
-
-def load_model(
-    workdir: Path, step: str, config: Config, blueprint: Blueprint, mesh: Mesh
-) -> tuple[int, Any, Any]:
-    """(step, params, variables) of a checkpoint in `workdir`, for the model of `blueprint` with
-    `config.seeds`.
-
-    Raises ValueError if there is no such checkpoint, if it is damaged, or if it has other shapes.
-    """
-    directory = workdir / "checkpoints"
-    available = checkpoints.steps(directory)
-    if not available:
-        raise ValueError(
-            f"{workdir} holds no checkpoint (of a run that has reached"
-            " config.checkpoint.every_steps)"
-        )
     seeds = tuple(config.seeds)
     params, variables = jax.eval_shape(functools.partial(initial_model, blueprint, seeds))
-    specs = {
-        "params": parameter_specs(mesh, blueprint.params, len(seeds) > 1, config.mesh.zero),
-        "variables": jax.tree.map(lambda _: jax.P(), variables),
-    }
+    specs = parameter_specs(mesh, blueprint.params, len(seeds) > 1, config.mesh.zero)
+    places = named(mesh, specs), named(mesh, jax.tree.map(lambda _: jax.P(), variables))
     wanted = {
-        "model": with_shardings({"params": params, "variables": variables}, named(mesh, specs))
+        "model": {
+            "params": with_shardings(params, places[0]),
+            "variables": with_shardings(variables, places[1]),
+        }
     }
+    if averaged:
+        average = jax.eval_shape(average_of, params)
+        wanted["average"] = {"params": with_shardings(average, places[0])}
+    found, parts = load_parts(workdir, step, config, wanted)
+    loaded = parts["average" if averaged else "model"]["params"]
+    variables = parts["model"]["variables"]
+    return LoadedRun(workdir, config, task, blueprint, mesh, found, loaded, variables)
+
+
+def load_parts(
+    workdir: Path, step: str, config: Config, wanted: dict[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """(step, parts) of a checkpoint in `workdir`; `wanted` as in `checkpoints.restore`.
+
+    Raises ValueError if there is no such checkpoint, if it is damaged, or if it has other
+    shapes."""
+    directory = workdir / "checkpoints"
+    available = _available(workdir)
     if step == "latest":
         restored = checkpoints.restore_latest(directory, wanted)
         if restored is None:
@@ -98,7 +112,72 @@ def load_model(
             raise ValueError(
                 f"damaged checkpoint: {error}; choose another --step of {available}"
             ) from error
-    return found, parts["model"]["params"], parts["model"]["variables"]
+    return found, parts
+
+
+def matching_params(source: Path, program: Program) -> dict[str, jax.Array]:
+    """The parameters of the newest whole checkpoint in `source` that a run has too, with the same
+    path and shape, by path; as the run's programs want them.
+
+    Warns of what is left out on either side. Raises ValueError if there is no checkpoint, or if
+    nothing fits."""
+    source = source.expanduser().absolute()
+    directory = source / "checkpoints"
+    wanted = by_path(program.state.params)
+    try:
+        _available(source)
+        stored = checkpoints.stored_shapes(directory, "model")
+        there = by_path(stored["params"])
+        fits = {
+            path for path in there if path in wanted and there[path].shape == wanted[path].shape
+        }
+        if not fits:
+            raise ValueError(_nothing_fits(source, there, wanted))
+
+        def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            name = parameter_name(path[1:])
+            fitting = path[0].key == "params" and name in fits
+            everywhere = NamedSharding(program.mesh, jax.P())
+            sharding = wanted[name].sharding if fitting else everywhere
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        restored = checkpoints.restore_latest(
+            directory, {"model": jax.tree.map_with_path(placed, stored)}
+        )
+    except (ValueError, checkpoints.DamagedCheckpointError) as error:
+        raise ValueError(f"config.init_from: {error}") from error
+    assert restored is not None
+    _, parts, damaged = restored
+    for problem in damaged:
+        warn(f"config.init_from: damaged checkpoint {problem}: using an older one")
+    for what, names in (
+        ("not taken from the checkpoint", there.keys() - fits),
+        ("not in the checkpoint, starting from the seed", wanted.keys() - fits),
+    ):
+        if names:
+            warn(f"config.init_from: {what}: {', '.join(sorted(names))}")
+    loaded = by_path(parts["model"]["params"])
+    return {path: loaded[path].astype(wanted[path].dtype) for path in fits}
+
+
+def _nothing_fits(source: Path, there: Any, wanted: Any) -> str:
+    shared = sorted(there.keys() & wanted.keys())
+    detail = (
+        f"{shared[0]} has shape {there[shared[0]].shape} there and {wanted[shared[0]].shape} here"
+        if shared
+        else f"it has {', '.join(sorted(there))}, and this run {', '.join(sorted(wanted))}"
+    )
+    return f"no parameter of the checkpoint in {source} fits this run: {detail}"
+
+
+def _available(workdir: Path) -> list[int]:
+    available = checkpoints.steps(workdir / "checkpoints")
+    if not available:
+        raise ValueError(
+            f"{workdir} holds no checkpoint (of a run that has reached"
+            " config.checkpoint.every_steps)"
+        )
+    return available
 
 
 def best_step(workdir: Path, config: Config, available: list[int]) -> int:

@@ -7,14 +7,13 @@ rather than too high."""
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from flax import nnx
 
 from experiments.compiled.hardware import peak_flops
+from experiments.objectives.objective import Work
 
 
 def count_weights(params: nnx.State) -> tuple[int, int]:
@@ -31,45 +30,56 @@ def count_weights(params: nnx.State) -> tuple[int, int]:
     return body, table
 
 
+def model_flops(weights: tuple[int, int], work: Work) -> float | None:
+    """Floating point operations of a training step with this work by a model with these weights (as
+    `count_weights`), or None where the objective does not know how many places meet them."""
+    if work.places is None:
+        return None
+    body, table = weights
+    return 6.0 * (body * work.places + table * work.outputs)
+
+
 @dataclass
-class Work:
-    """What was done between two rows: steps, tokens, places with logits; over all devices and
-    replicas."""
+class Interval:
+    """What was done between two rows: steps, units of work, model FLOPs (None: not known), over all
+    devices and replicas."""
 
     steps: int = 0
-    tokens: int = 0
-    targets: int = 0
+    units: int = 0
+    flops: float | None = 0.0
 
 
 class SpeedMeter:
     """Speed of training alone: without compilation, evaluation and checkpoints."""
 
-    def __init__(self, params: nnx.State):
-        self._body, self._table = count_weights(params)
+    def __init__(self, params: nnx.State, replicas: int = 1):
+        self._weights, self._replicas = count_weights(params), replicas
         self._peak = peak_flops(jax.devices()[0].device_kind)
-        self._work = Work()
+        self._interval, self._unit = Interval(), ""
         self._seconds, self._running = 0.0, True
         self._began = self._since = time.monotonic()
         self.compile_seconds = 0.0
 
-    def count(self, batch: Mapping[str, Any]) -> None:
-        """Adds a step over `batch`, that of all devices together."""
-        self._work.steps += 1
-        if "tokens" in batch:
-            self._work.tokens += batch["tokens"].size
-            self._work.targets += batch["targets"].size
+    def count(self, work: Work) -> None:
+        """Adds a step with `work` for each replica, that of all devices together."""
+        interval, flops = self._interval, model_flops(self._weights, work)
+        interval.steps += 1
+        interval.units += self._replicas * work.count
+        known = flops is not None and interval.flops is not None
+        interval.flops = interval.flops + self._replicas * flops if known else None
+        self._unit = work.unit
 
     def compiled(self) -> None:
         """The first step is done: its time was compilation and does not count, nor does the
         step."""
         self.compile_seconds = time.monotonic() - self._began
-        self._work = Work()
+        self._interval = Interval()
         self._since = time.monotonic()
 
-    def take(self) -> Work:
-        """The work since the last call."""
-        work, self._work = self._work, Work()
-        return work
+    def take(self) -> Interval:
+        """What was done since the last call."""
+        interval, self._interval = self._interval, Interval()
+        return interval
 
     def pause(self) -> None:
         self._seconds += time.monotonic() - self._since
@@ -78,22 +88,22 @@ class SpeedMeter:
     def resume(self) -> None:
         self._since, self._running = time.monotonic(), True
 
-    def speeds(self, work: Work) -> dict[str, float]:
-        """The "speed/" entries of a row about `work`, just found done; the clock starts again at 0.
+    def speeds(self, interval: Interval) -> dict[str, float]:
+        """The "speed/" entries of a row about `interval`, just found done; the clock starts again
+        at 0.
 
-        Tokens per second and utilisation are there for batches of tokens, utilisation where the
-        peak is known."""
+        Steps per second, units of work per second and device (as tokens_per_second_per_device), and
+        the utilisation where the model FLOPs and the peak are known."""
         now = time.monotonic()
         seconds = self._seconds + (now - self._since if self._running else 0.0)
         self._seconds, self._since = 0.0, now
-        if not work.steps or seconds <= 0:
+        if not interval.steps or seconds <= 0:
             return {}
-        row = {"speed/steps_per_second": work.steps / seconds}
-        if work.tokens:
-            row["speed/tokens_per_second_per_device"] = work.tokens / seconds / jax.device_count()
-            if self._peak is not None:
-                flops = 6.0 * (self._body * work.tokens + self._table * work.targets)
-                row["speed/model_flops_utilisation"] = (
-                    flops / seconds / jax.device_count() / self._peak
-                )
+        devices = jax.device_count()
+        row = {
+            "speed/steps_per_second": interval.steps / seconds,
+            f"speed/{self._unit}_per_second_per_device": interval.units / seconds / devices,
+        }
+        if self._peak is not None and interval.flops is not None:
+            row["speed/model_flops_utilisation"] = interval.flops / seconds / devices / self._peak
         return row

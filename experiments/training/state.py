@@ -1,4 +1,4 @@
-"""What training carries from step to step, and the one compiled step that advances it.
+"""What training carries from step to step, and how it starts.
 
 Everything is a plain pytree of arrays. With R > 1 seeds every array has a leading axis [R] and one
 vmap trains the replicas together; with one seed there is no such axis."""
@@ -9,7 +9,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,35 +19,50 @@ from jax import P
 from jax.sharding import Mesh
 
 import models.networks
-from experiments.objectives.objective import objective
-from experiments.training.accumulation import in_parts
+from experiments.objectives.objective import Objective, minimised
 from experiments.training.config import Config
-from experiments.training.mesh import HOST_MEMORY, named, optimizer_specs, parameter_specs
+from experiments.training.mesh import (
+    HOST_MEMORY,
+    named,
+    optimizer_specs,
+    parameter_name,
+    parameter_specs,
+)
 from experiments.training.task import Task
 from models.networks.stack import state_bytes
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("params", "variables", "opt_state", "window"),
+    data_fields=("params", "variables", "opt_state", "window", "average"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
 class TrainState:
-    """params: trained; variables: all else the model holds, such as the keys of its dropout;
-    window: sums of what happened since the last log line, in the state so that an interrupted
-    window survives."""
+    """params      trained, or frozen
+    variables   all else the model holds, such as the keys of its dropout
+    opt_state   of the optimizer
+    window      sums of what happened since the last log line, in the state so that an interrupted
+                window survives
+    average     exponential moving average of params in float32, or None without config.ema_decay
+    """
 
     params: Any
     variables: Any
     opt_state: Any
     window: Any
+    average: Any = None
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model without numbers: what `nnx.merge` needs, abstract parameters with their metadata,
-    bytes of state."""
+    """A model without numbers.
+
+    build           seed -> the model
+    graphdef        what `nnx.merge` needs
+    params          abstract parameters with their metadata
+    state_bytes     bytes of recurrent state per sequence; None for a model that keeps none
+    """
 
     build: Callable[[jax.Array], nnx.Module]
     graphdef: Any
@@ -59,7 +74,7 @@ class Blueprint:
         return sum(param.size for param in jax.tree.leaves(self.params))
 
 
-def available_models() -> tuple[str, ...]:
+def available_networks() -> tuple[str, ...]:
     """Names of the files in models/networks that define `build`."""
     names = (module.name for module in pkgutil.iter_modules(models.networks.__path__))
     return tuple(sorted(name for name in names if hasattr(find_network(name), "build")))
@@ -72,33 +87,50 @@ def find_network(name: str) -> Any:
 def make_blueprint(config: Config, task: Task) -> Blueprint:
     """The model of the config for this task, traced but not computed.
 
-    Raises ValueError for a name or an option that does not exist, with those that do.
+    Raises ValueError for a name or an option that does not exist, with those that do, and for a
+    network that needs a size which the task does not have.
     """
     options = config.model.to_dict()
     name = options.pop("name")
-    if name not in available_models():
+    if name not in available_networks():
         raise ValueError(
-            f"config.model.name must be one of {', '.join(available_models())}; got {name!r}"
+            f"config.model.name must be one of {', '.join(available_networks())}; got {name!r}"
         )
     module = find_network(name)
-    sizes = {"vocabulary": task.vocabulary_size}
-    named = inspect.signature(module.build).parameters
-    sizes = {size: value for size, value in sizes.items() if size in named}
+    sizes = _wanted_sizes(name, module.build, task)
 
     def build(seed: jax.Array) -> nnx.Module:
         # Streams of their own: dropout does not change how the parameters start.
         default, params, dropout = jax.random.split(jax.random.key(seed), 3)
         return module.build(
             options,
-            **sizes,
             param_dtype=config.param_dtype,
             compute_dtype=config.compute_dtype,
             rngs=nnx.Rngs(default, params=params, dropout=dropout),
+            **sizes,
         )
 
     abstract = nnx.eval_shape(build, jax.ShapeDtypeStruct((), jnp.uint32))
     graphdef, params, _ = nnx.split(abstract, nnx.Param, ...)
     return Blueprint(build, graphdef, params, state_bytes(abstract))
+
+
+def _wanted_sizes(name: str, build: Any, task: Task) -> dict[str, int]:
+    """The sizes of the task that a network's `build` names."""
+    given = ("rngs", "param_dtype", "compute_dtype")
+    wanted = [
+        parameter
+        for parameter in inspect.signature(build).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name not in given
+    ]
+    for parameter in wanted:
+        if parameter.default is inspect.Parameter.empty and parameter.name not in task.sizes:
+            has = ", ".join(task.sizes) or "none"
+            raise ValueError(
+                f"config.model.name={name} needs a task with the size {parameter.name!r}; the"
+                f" sizes of config.task are: {has}"
+            )
+    return {p.name: task.sizes[p.name] for p in wanted if p.name in task.sizes}
 
 
 def over_replicas(
@@ -109,6 +141,12 @@ def over_replicas(
     return jax.vmap(function, in_axes=in_axes) if len(seeds) > 1 else function
 
 
+def seed_array(seeds: Sequence[int]) -> jax.Array:
+    """uint32 [R], or [] of one seed."""
+    seed = jnp.asarray(seeds, jnp.uint32)
+    return seed if len(seeds) > 1 else seed[0]
+
+
 def initial_model(blueprint: Blueprint, seeds: Sequence[int]) -> tuple[Any, Any]:
     """(params, variables) before the first step; to be called inside jit, so that arrays are born
     sharded."""
@@ -117,8 +155,7 @@ def initial_model(blueprint: Blueprint, seeds: Sequence[int]) -> tuple[Any, Any]
         _, params, variables = nnx.split(blueprint.build(seed), nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(variables)
 
-    seed = jnp.asarray(seeds, jnp.uint32)
-    return over_replicas(one, seeds)(seed if len(seeds) > 1 else seed[0])
+    return over_replicas(one, seeds)(seed_array(seeds))
 
 
 def initial_state(
@@ -126,17 +163,33 @@ def initial_state(
     tx: optax.GradientTransformation,
     sums: Sequence[str],
     seeds: Sequence[int],
+    averaged: bool = False,
 ) -> TrainState:
     """The state before the first step, with an empty window for the named sums; inside jit, like
     `initial_model`."""
     params, variables = initial_model(blueprint, seeds)
     return TrainState(
-        params, variables, over_replicas(tx.init, seeds)(params), empty_window(sums, seeds)
+        params,
+        variables,
+        over_replicas(tx.init, seeds)(params),
+        empty_window(sums, seeds),
+        average_of(params) if averaged else None,
     )
 
 
+def average_of(params: Any) -> Any:
+    """The average before the first step: the parameters themselves, in float32."""
+    # A copy, so that no array of the state is there twice and both can be given away.
+    return jax.tree.map(lambda param: jnp.array(param, jnp.float32, copy=True), params)
+
+
+def by_path(params: Any) -> dict[str, Any]:
+    """{"stack/period/0/mixer/kernel": array} of a tree of parameters."""
+    return {parameter_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+
+
 def empty_window(sums: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Zeros for what `make_step` collects."""
+    """Zeros for what a step collects."""
     shape = (len(seeds),) if len(seeds) > 1 else ()
     counts = ("accepted_steps", "rejected_steps", "longest_rejected_run", "rejected_in_all")
     return {
@@ -146,7 +199,7 @@ def empty_window(sums: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def sum_names(blueprint: Blueprint, task: Task, batch: Any) -> tuple[str, ...]:
+def sum_names(blueprint: Blueprint, objective: Objective, batch: Any) -> tuple[str, ...]:
     """Names of the sums that the objective returns for a batch of one replica; also shows that
     model and task fit.
 
@@ -154,9 +207,15 @@ def sum_names(blueprint: Blueprint, task: Task, batch: Any) -> tuple[str, ...]:
     compiled."""
 
     def sums(seed: jax.Array, batch: Any) -> Any:
-        return objective(task.loss, blueprint.build(seed), batch)[1]
+        return minimised(objective, blueprint.build(seed), batch, jax.random.key(seed))[1]
 
-    return tuple(jax.eval_shape(sums, jax.ShapeDtypeStruct((), jnp.uint32), batch))
+    names = tuple(jax.eval_shape(sums, jax.ShapeDtypeStruct((), jnp.uint32), batch))
+    for name in ("loss_sum", "weight_sum"):
+        if name not in names:
+            raise ValueError(
+                f"an objective's sums must have {name}; {objective} has {', '.join(names)}"
+            )
+    return names
 
 
 def state_specs(
@@ -176,6 +235,8 @@ def state_specs(
         replicated(state.variables),
         optimizer_specs(tx, state.opt_state, moments),
         replicated(state.window),
+        # Like the moments: no step but the last line of each reads it.
+        None if state.average is None else moments,
     )
 
 
@@ -197,66 +258,3 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
         abstract,
         shardings,
     )
-
-
-def make_step(
-    blueprint: Blueprint,
-    task: Task,
-    tx: optax.GradientTransformation,
-    seeds: Sequence[int],
-    *,
-    accumulate: int = 1,
-    offload: bool = False,
-) -> Callable[[TrainState, Any], TrainState]:
-    """(state, batch) -> state, pure. A step whose loss or gradient is not finite changes neither
-    parameters, nor optimizer moments, nor variables; it is counted and nothing else.
-
-    The batch is worked on in `accumulate` parts, one after the other. With `offload` the optimizer
-    state that comes in lies in the memory of the host; that the new one goes there is up to the
-    shardings of the output."""
-
-    def loss_of(params: Any, variables: Any, batch: Any) -> tuple[jax.Array, Any]:
-        model = nnx.merge(blueprint.graphdef, params, variables)
-        loss, sums = objective(task.loss, model, batch)
-        return loss, (sums, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))))
-
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
-    if accumulate > 1:
-        gradient = in_parts(gradient, accumulate)
-
-    def one(state: TrainState, batch: Any) -> TrainState:
-        (loss, (sums, variables)), grads = gradient(state.params, state.variables, batch)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        # The guard in the optimizer looks at gradients alone: a non-finite loss must reach it
-        # through them.
-        grads = jax.tree.map(lambda grad: jnp.where(finite, grad, jnp.nan), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        guard = cast(optax.ApplyIfFiniteState, opt_state)
-        params = optax.apply_updates(state.params, updates)
-        variables = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), variables, state.variables
-        )
-
-        window = state.window
-        window = {
-            "sums": jax.tree.map(
-                lambda total, new: total + jnp.where(finite, new, 0.0), window["sums"], sums
-            ),
-            "gradient_norm": window["gradient_norm"] + jnp.where(finite, norm, 0.0),
-            "accepted_steps": window["accepted_steps"] + finite,
-            "rejected_steps": window["rejected_steps"] + ~finite,
-            "longest_rejected_run": jnp.maximum(
-                window["longest_rejected_run"], guard.notfinite_count
-            ),
-            "rejected_in_all": guard.total_notfinite,
-        }
-        return TrainState(params, variables, opt_state, window)
-
-    def step(state: TrainState, batch: Any) -> TrainState:
-        if offload:
-            opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)
-            state = replace(state, opt_state=opt_state)
-        return over_replicas(one, seeds)(state, batch)
-
-    return step

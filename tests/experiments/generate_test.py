@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from experiments.evaluate import decode_difference
 from experiments.generate import generate, sample
-from experiments.objectives.objective import next_token_loss
 from experiments.training.prompts import find_prompt_coder
 from experiments.training.state import Blueprint, initial_model, make_blueprint
 from experiments.training.task import Examples, Task
@@ -25,7 +24,7 @@ Model = tuple[Blueprint, Any, Any]
 
 def task() -> Task:
     nothing = Examples(lambda indices: {})
-    return Task(VOCABULARY, lambda seed: nothing, {"test": nothing}, next_token_loss)
+    return Task({"vocabulary": VOCABULARY}, lambda seed: nothing, {"test": nothing})
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The training loop on the smallest model there is: what it computes, writes, refuses and
 survives."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from experiments import train
 from experiments.configs.linear_self_attention import get_config
 from experiments.evaluate import evaluate
-from experiments.objectives.objective import squared_error_loss, squared_error_metrics
+from experiments.objectives.squared_error import SquaredError
+from experiments.training import loop, program
 from experiments.training.run_loading import load_run
 from experiments.training.task import Examples, Task
 
@@ -52,9 +54,7 @@ def task_with(spoil: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Task:
         }
 
     clean = Examples(lambda indices: fetch(indices + 10**6))
-    return Task(
-        0, lambda seed: Examples(fetch), {"test": clean}, squared_error_loss, squared_error_metrics
-    )
+    return Task({}, lambda seed: Examples(fetch), {"test": clean}, SquaredError())
 
 
 @pytest.fixture(scope="module")
@@ -150,23 +150,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
     spoiled = task_with(lambda label, index: np.where(index == 9, np.nan, label))
     skipping = task_with(lambda label, index: label)
     skip = lambda index: np.where(index < 8, index, index + 8)  # noqa: E731
-    skipping = Task(
-        0,
-        lambda seed: Examples(lambda index: spoiled.train(seed).fetch(skip(index))),  # type: ignore
-        skipping.evaluations,
-        squared_error_loss,
-        squared_error_metrics,
+    skipping = dataclasses.replace(
+        skipping,
+        train=lambda seed: Examples(lambda index: spoiled.train(seed).fetch(skip(index))),  # type: ignore
     )
     options = {
         "task.name": "stub",
         "eval.best_metric": "test/loss",
         "optimizer.schedule": "constant",
     }
-    monkeypatch.setattr(train, "configured_task", lambda config: spoiled)
+    monkeypatch.setattr(program, "configured_task", lambda config: spoiled)
     rejected = train.run(
         tiny(**options, steps=6, log_every_steps=1), tmp_path / "spoiled", quiet=True
     )
-    monkeypatch.setattr(train, "configured_task", lambda config: skipping)
+    monkeypatch.setattr(program, "configured_task", lambda config: skipping)
     clean = train.run(tiny(**options, steps=5, log_every_steps=1), tmp_path / "clean", quiet=True)
     assert rejected["rejected_steps"] == [1] and clean["rejected_steps"] == [0]
     rows, expected = rows_of(tmp_path / "spoiled"), rows_of(tmp_path / "clean")
@@ -177,7 +174,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
 
 def test_a_run_that_only_meets_non_finite_losses_stops_and_says_so(tmp_path, monkeypatch):
     hopeless = task_with(lambda label, index: np.where(index < 16, label, np.inf))
-    monkeypatch.setattr(train, "configured_task", lambda config: hopeless)
+    monkeypatch.setattr(program, "configured_task", lambda config: hopeless)
     config = tiny(
         **{
             "task.name": "stub",
@@ -197,13 +194,13 @@ def test_a_run_that_only_meets_non_finite_losses_stops_and_says_so(tmp_path, mon
 
 def test_the_best_and_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
     scores = iter([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
-    real = train.evaluate_task
+    real = loop.evaluate_task
 
     def scripted(*args: Any, **kwargs: Any) -> Any:
         result = real(*args, **kwargs)
         return {name: metrics | {"loss": [next(scores)]} for name, metrics in result.items()}
 
-    monkeypatch.setattr(train, "evaluate_task", scripted)
+    monkeypatch.setattr(loop, "evaluate_task", scripted)
     config = tiny(**{"eval.every_steps": 1, "checkpoint.every_steps": 1, "checkpoint.keep": 2})
     summary = train.run(config, tmp_path, quiet=True)
     assert summary["best"] == {"step": 2, "value": 1.0}
@@ -230,7 +227,10 @@ def test_weights_of_another_shape_are_refused_by_name(finished, tmp_path):
     config = tiny(**{"init_from": str(finished[0]), "task.dimension": 7})
     with pytest.raises(
         ValueError,
-        match=(r"config.init_from: checkpoint .*/6 does not fit .*w_kq_LEE has shape \(1, 6"),
+        match=(
+            r"config.init_from: no parameter of the checkpoint in .* fits this run: w_kq_LEE has"
+            r" shape \(1, 6, 6\) there and \(1, 8, 8\) here"
+        ),
     ):
         train.run(config, tmp_path / "new", quiet=True)
     assert not (tmp_path / "new").exists()

@@ -66,6 +66,7 @@ def base(
             "batch_size": batch_size,  # sequences, over all devices, per replica
             "accumulate": 1,  # the batch in this many parts, one after the other
             "z_loss": 0.0,  # times log^2 of the sum of exponentials of logits; 1e-4 is usual
+            "ema_decay": 0.0,  # of an average of the parameters beside them; 0: none
             "log_every_steps": 50,
             "task": dict(task),
             "model": dict(model),
@@ -83,11 +84,13 @@ def base(
                 "weight_decay": 0.1,
                 "clip_norm": 1.0,  # 0: no clipping
                 "ssm_lr": 0.0,  # 0: lr
+                "frozen": (),  # regular expressions for paths of parameters that stay as they start
                 "offload": False,  # moments in host memory between steps
             },
             "eval": {
                 "every_steps": 1_000,
                 "examples": 1_024,
+                "averaged": False,  # the average of the parameters (ema_decay)
                 "best_metric": "",
                 "best_mode": "max",
             },

@@ -65,7 +65,7 @@ def test_a_recipe_names_a_task_its_options_and_a_metric_of_it(
     task = find_task(options.pop("name"), options)
     evaluation, metric = config.eval.best_metric.split("/")
     assert evaluation in task.evaluations
-    assert metric in task.derive(dict.fromkeys(SUMS, 1.0))
+    assert metric in task.objective.metrics(dict.fromkeys(SUMS, 1.0))
     make = importlib.import_module(f"experiments.tasks.{config.task.name}").make
     assert set(options) == set(inspect.signature(make).parameters), (
         "an option that is not there cannot be overridden"

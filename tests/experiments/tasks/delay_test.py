@@ -17,7 +17,7 @@ def batch(n=200, name="test", **options):
 def test_the_answer_is_the_token_that_many_steps_ago():
     task, arrays = batch(sequence_length=64, delay=5, levels=4)
     tokens, targets = arrays["tokens"], arrays["targets"]
-    assert (task.vocabulary_size, tokens.shape[1]) == (4, 64)
+    assert (task.sizes["vocabulary"], tokens.shape[1]) == (4, 64)
     np.testing.assert_array_equal(targets[:, 5:], tokens[:, :-5])
     np.testing.assert_array_equal(arrays["weights"][0], [0] * 5 + [1] * 59)
     assert {name: array.dtype for name, array in arrays.items()} == {

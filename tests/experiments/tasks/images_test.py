@@ -31,7 +31,7 @@ def everything(examples: Examples) -> dict[str, np.ndarray]:
 
 def test_digits_are_pixels_followed_by_their_label() -> None:
     task = make()
-    assert task.vocabulary_size == 17 + 10
+    assert task.sizes["vocabulary"] == 17 + 10
     test = everything(task.evaluations["test"])
     digits: Any = load_digits()
     np.testing.assert_array_equal(test["tokens"][:2], digits.images[:2].reshape(2, 64))
@@ -90,7 +90,7 @@ def test_a_prepared_data_set_is_read_without_tensorflow(tmp_path: Path) -> None:
     builder: Any = TinyImages(data_dir=str(tmp_path), file_format="array_record")
     builder.download_and_prepare()
     task = make(dataset="tiny_images", data_dir=str(tmp_path))
-    assert task.vocabulary_size == 256 + 4
+    assert task.sizes["vocabulary"] == 256 + 4
     assert task.provenance["images"] == "tiny_images/1.0.0"
     numbers = {}
     for name, examples in splits(task).items():
@@ -126,7 +126,7 @@ def mnist_files(tmp_path: Path) -> Path:
 
 def test_files_of_mnist_are_read(mnist_files: Path) -> None:
     task = make(dataset=str(mnist_files))
-    assert task.vocabulary_size == 256 + 4
+    assert task.sizes["vocabulary"] == 256 + 4
     for name, numbers in {
         "train": [*range(9), *range(10, 19)],
         "validation": [9, 19],
@@ -173,7 +173,7 @@ def test_spoilt_files_of_mnist_are_named(spoil: Any, message: str, mnist_files: 
 
 def test_the_subset_of_mnist_has_500_images_of_each_digit() -> None:
     task = make(dataset="mnist_subset")
-    assert task.vocabulary_size == 256 + 10
+    assert task.sizes["vocabulary"] == 256 + 10
     parts = {name: everything(part) for name, part in splits(task).items()}
     for name, share in {"train": 350, "validation": 50, "test": 100}.items():
         counts = np.bincount(parts[name]["targets"][:, 0] - 256, minlength=10)
@@ -226,7 +226,7 @@ def test_grey_is_the_luma_of_pillow(tmp_path: Path) -> None:
     builder.download_and_prepare()
     options: dict[str, Any] = {"dataset": "tiny_colours", "data_dir": str(tmp_path)}
     colour, grey = make(**options), make(**options, grey=True)
-    assert grey.vocabulary_size == 256 + 2
+    assert grey.sizes["vocabulary"] == 256 + 2
     whole, batch = (everything(task.evaluations["test"]) for task in (colour, grey))
     images = whole["tokens"].astype(np.uint8).reshape(-1, 40, 50, 3)
     luma = [np.asarray(Image.fromarray(image).convert("L")) for image in images]

@@ -48,7 +48,7 @@ def evaluate(words):
 
 def test_the_answer_is_the_value_of_the_expression():
     task, arrays = batch()
-    assert task.vocabulary_size == 16 + 10
+    assert task.sizes["vocabulary"] == 16 + 10
     depths, ends = [], arrays["readout_positions"][:, 0]
     for tokens, target, end in zip(arrays["tokens"], arrays["targets"][:, 0], ends, strict=True):
         assert np.all(tokens[end + 1 :] == 15)

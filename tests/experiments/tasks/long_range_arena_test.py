@@ -12,7 +12,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from experiments.tasks.sources.byte_documents import ANSWER, MARK, PADDING, ask
-from experiments.training.task import Examples, Task, find_task, train_batches
+from experiments.training.batches import train_batches
+from experiments.training.task import Examples, Task, find_task
 from tests.support.lra_files import (
     EXPRESSIONS,
     PAIRS,
@@ -82,7 +83,7 @@ def test_documents_are_cut_marked_and_padded() -> None:
 def test_reviews_are_bytes_and_every_tenth_is_validation(tmp_path: Path) -> None:
     options: dict[str, Any] = {"dataset": "tiny_reviews", "length": 20}
     task = make("text_classification", prepare_reviews(tmp_path), **options)
-    assert task.vocabulary_size == 256 + 2 + 2
+    assert task.sizes["vocabulary"] == 256 + 2 + 2
     assert task.provenance == {"texts": "tiny_reviews/1.0.0", "train_texts": 27}
     batches = everything(task)
     texts = {
@@ -186,7 +187,7 @@ def test_a_data_set_without_texts_or_splits_is_refused(
 
 def test_released_expressions_have_no_parentheses(tmp_path: Path) -> None:
     task = make("listops", write_listops(tmp_path), longest=12)
-    assert task.vocabulary_size == 16 + 10
+    assert task.sizes["vocabulary"] == 16 + 10
     splits = ("train", "validation", "test")
     for name, rows in zip(splits, EXPRESSIONS.values(), strict=True):
         batch = everything(task)[name]
@@ -201,7 +202,7 @@ def test_released_expressions_have_no_parentheses(tmp_path: Path) -> None:
 
 def test_pairs_are_two_documents_in_one_sequence(tmp_path: Path) -> None:
     task = make("retrieval", write_pairs(tmp_path), length=9)
-    assert task.vocabulary_size == 256 + 2 + 2
+    assert task.sizes["vocabulary"] == 256 + 2 + 2
     assert task.provenance["train_pairs"] == 3
     for name, rows in zip(("train", "validation", "test"), PAIRS.values(), strict=True):
         batch = everything(task)[name]
@@ -315,7 +316,7 @@ def test_a_mistake_in_a_file_reaches_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [5, 32])
 def test_images_are_pixels_and_their_label_in_three_splits(size: int, tmp_path: Path) -> None:
     task = make("pathfinder", write_pathfinder(tmp_path, size), size=size)
-    assert task.vocabulary_size == 256 + 2
+    assert task.sizes["vocabulary"] == 256 + 2
     numbers: dict[str, list[int]] = {}
     for name, batch in everything(task).items():
         check_form(batch, len(batch["tokens"]), size * size)

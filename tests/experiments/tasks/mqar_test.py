@@ -7,7 +7,8 @@ import pytest
 
 from experiments.tasks.mqar import draw_distinct
 from experiments.tasks.sources.random_streams import uniforms
-from experiments.training.task import Batch, Examples, Task, find_task, train_batches
+from experiments.training.batches import train_batches
+from experiments.training.task import Batch, Examples, Task, find_task
 
 LENGTH, PAIRS, VOCABULARY = 64, 8, 64
 

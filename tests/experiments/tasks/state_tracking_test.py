@@ -169,7 +169,9 @@ def test_answers_are_balanced_so_a_constant_scores_nothing(
     deviation = 5 * math.sqrt(chance * (1 - chance) * len(found))
     np.testing.assert_allclose(counts, chance * len(found), atol=deviation)
     sums = {"loss_sum": 0, "sequence_correct_sum": 0, "sequence_sum": 1}
-    constant = task.derive(sums | {"correct_sum": counts.max(), "weight_sum": len(found)})
+    constant = task.objective.metrics(
+        sums | {"correct_sum": counts.max(), "weight_sum": len(found)}
+    )
     assert abs(constant["scaled_accuracy"]) <= deviation / len(found) / (1 - chance)
 
 
@@ -186,7 +188,7 @@ def test_products_in_brackets_make_zero_likely() -> None:
 
 def test_scaled_accuracy_is_zero_at_chance_and_one_at_the_top() -> None:
     sums = {"loss_sum": 0, "weight_sum": 10, "sequence_correct_sum": 0, "sequence_sum": 1}
-    derive = make("modular_arithmetic").derive
+    derive = make("modular_arithmetic").objective.metrics
     assert derive(sums | {"correct_sum": 2})["scaled_accuracy"] == pytest.approx(0)
     assert derive(sums | {"correct_sum": 10})["scaled_accuracy"] == 1
     assert derive(sums | {"correct_sum": 6})["scaled_accuracy"] == pytest.approx(0.5)

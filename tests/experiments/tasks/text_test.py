@@ -144,7 +144,7 @@ def test_provenance_says_which_text_it_was(folder: Path, tmp_path: Path) -> None
 
 def test_a_bpe_token_stands_for_its_bytes(folder: Path, tmp_path: Path) -> None:
     task = make(folder, tmp_path, tokenizer="bpe", vocabulary_size=300, packing="stream")
-    assert task.vocabulary_size <= 300
+    assert task.sizes["vocabulary"] <= 300
     (file,) = (tmp_path / "data").rglob("bpe-300.json")
     tokenizer = Tokenizer.from_file(str(file))
     batch = everything(task, "train")
@@ -157,7 +157,9 @@ def test_a_bpe_token_stands_for_its_bytes(folder: Path, tmp_path: Path) -> None:
         if "�" not in decoded:
             assert decoded in text
             assert len(decoded.encode()) == count
-    assert make(folder, tmp_path, tokenizer=str(file)).vocabulary_size == task.vocabulary_size
+    assert (
+        make(folder, tmp_path, tokenizer=str(file)).sizes["vocabulary"] == task.sizes["vocabulary"]
+    )
 
 
 def test_bits_per_byte_of_a_uniform_model_are_the_bits_of_its_vocabulary(
@@ -172,7 +174,7 @@ def test_bits_per_byte_of_a_uniform_model_are_the_bits_of_its_vocabulary(
         "sequence_correct_sum": 0,
         "sequence_sum": 1,
     }
-    assert task.derive(sums)["bits_per_byte"] == pytest.approx(8)
+    assert task.objective.metrics(sums)["bits_per_byte"] == pytest.approx(8)
 
 
 def test_data_is_written_once(folder: Path, tmp_path: Path) -> None:
@@ -251,7 +253,7 @@ def test_bytes_that_are_no_text_need_the_byte_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 40)
     with pytest.raises(ValueError, match=r"not UTF-8 .*use tokenizer='bytes'"):
         make(tmp_path / "binary", tmp_path, tokenizer="bpe")
-    assert make(tmp_path / "binary", tmp_path).vocabulary_size == 256
+    assert make(tmp_path / "binary", tmp_path).sizes["vocabulary"] == 256
 
 
 def test_a_tokenizer_that_loses_bytes_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from orbax.checkpoint import v1
 from experiments import train
 from experiments.configs import linear_attention, linear_self_attention
 from experiments.training import checkpoints
+from experiments.training.batches import train_batches
 from experiments.training.mesh import (
     check_batch_size,
     check_host_memory,
@@ -32,11 +33,11 @@ from experiments.training.state import (
     Blueprint,
     initial_state,
     make_blueprint,
-    make_step,
     state_specs,
     sum_names,
 )
-from experiments.training.task import find_task, lengths, train_batches
+from experiments.training.step import make_step
+from experiments.training.task import find_task, lengths
 from tests.support.processes import started, train_command
 
 FILE = "linear_attention.py:mqar,smoke"
@@ -163,10 +164,12 @@ def test_a_batch_in_parts_is_one_batch():
     batch["weights"] = weights
     schedule = make_schedule(config.optimizer, 4)
     tx = make_optimizer(config.optimizer, schedule, parameter_groups(blueprint.params))
-    sums = sum_names(blueprint, task, batch)
+    sums = sum_names(blueprint, task.objective, batch)
+    groups = parameter_groups(blueprint.params)
+    arguments = (blueprint, task.objective, tx, groups, (0,))
     start = jax.jit(lambda: initial_state(blueprint, tx, sums, (0,)))()
-    whole = jax.jit(make_step(blueprint, task, tx, (0,)))(start, batch)
-    parts = jax.jit(make_step(blueprint, task, tx, (0,), accumulate=4))(start, batch)
+    whole = jax.jit(make_step(*arguments))(start, batch, 1)
+    parts = jax.jit(make_step(*arguments, accumulate=4))(start, batch, 1)
     assert float(whole.window["gradient_norm"]) > 0.1
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, parts, whole)

@@ -15,10 +15,12 @@ from jax.experimental import multihost_utils
 
 from experiments import train
 from experiments.training import checkpoints
+from experiments.training.batches import train_batches
 from experiments.training.config import MESH_AXES
-from experiments.training.mesh import join_processes, make_mesh, place_batch, process_rows
+from experiments.training.mesh import make_mesh, place_batch, process_rows
+from experiments.training.processes import join_processes
 from experiments.training.run_record import check_same_everywhere
-from experiments.training.task import find_task, train_batches
+from experiments.training.task import find_task
 from tests.experiments.training.mesh_test import (
     FILE,
     LM,
@@ -62,7 +64,7 @@ def compare_batches_and_configs() -> None:
         assert len(rows) == 8 // min(sizes[0] * sizes[1], 2), (sizes, rows)
         expected = next(train_batches(task, seeds=seeds, batch_size=8))
         own = next(train_batches(task, seeds=seeds, batch_size=8, rows=rows))
-        placed: Any = place_batch(mesh, own, 8, replicated_axis=len(seeds) > 1)
+        placed: Any = place_batch(mesh, own, 8, 16, replicated_axis=len(seeds) > 1)
         assert ("sequence" in placed["tokens"].sharding.spec) == (sizes[2] > 1)
         for name, array in placed.items():
             gathered = multihost_utils.process_allgather(array, tiled=True)

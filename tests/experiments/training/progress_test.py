@@ -5,16 +5,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
 from experiments.compiled.hardware import peak_flops
+from experiments.objectives.objective import Work
 from experiments.training import speed
 from experiments.training.checkpoints import Best
 from experiments.training.metrics import MetricsLog, draw_loss, read_rows, run_summary
 from experiments.training.progress import ProgressReport
-from experiments.training.speed import SpeedMeter, Work, count_weights
+from experiments.training.speed import Interval, SpeedMeter, count_weights
 
 
 def test_rows_after_the_restored_step_are_cut_and_so_is_a_line_without_an_end(tmp_path):
@@ -106,18 +106,18 @@ def test_utilisation_is_model_flops_over_time_and_peak(monkeypatch):
     monkeypatch.setattr(speed, "peak_flops", lambda kind: 1000.0)
     with nnx.use_eager_sharding(False):
         meter = SpeedMeter(nnx.state(Tables(True), nnx.Param))
-    batch = {"tokens": np.ones((2, 5)), "targets": np.ones((2, 3))}
-    meter.count(batch)
+    work = Work("tokens", 10, places=10, outputs=6)
+    meter.count(work)
     meter.compiled()
-    meter.count(batch)
+    meter.count(work)
     meter.pause()
     meter.resume()
-    work = meter.take()
-    assert work == Work(steps=1, tokens=10, targets=6) and meter.compile_seconds == 10.0
-    assert meter.speeds(work) == {
+    interval, flops = meter.take(), 6 * (128 * 10 + 800 * 6)
+    assert interval == Interval(steps=1, units=10, flops=flops) and meter.compile_seconds == 10.0
+    assert meter.speeds(interval) == {
         "speed/steps_per_second": 1 / 5,
         "speed/tokens_per_second_per_device": 10 / 5,
-        "speed/model_flops_utilisation": 6 * (128 * 10 + 800 * 6) / 5 / 1000,
+        "speed/model_flops_utilisation": flops / 5 / 1000,
     }
 
 

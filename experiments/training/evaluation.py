@@ -1,0 +1,86 @@
+"""The evaluations of a task, run on a mesh."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import P
+from jax.sharding import Mesh
+
+from experiments.objectives.evaluation import Metrics, OfModel, Sums
+from experiments.objectives.objective import Batch, Work, all_metrics
+from experiments.training.batches import evaluation_batches
+from experiments.training.mesh import place_batch, process_rows
+from experiments.training.state import Blueprint, over_replicas
+from experiments.training.task import Examples, Task
+
+# Random numbers of evaluations follow from this seed: not from the run's, nor from its step.
+SEED = 0
+
+
+class AppliedModel:
+    """The `Apply` of evaluations: the model of a blueprint on a mesh, under which it is to be
+    called."""
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        mesh: Mesh,
+        seeds: Sequence[int],
+        *,
+        examples: int,
+        batch_size: int,
+    ):
+        """examples: of each evaluation, at most; batch_size: sequences over all devices."""
+        self.replicas = len(seeds)
+        self._blueprint, self._mesh, self._seeds = blueprint, mesh, seeds
+        self._examples, self._batch_size = examples, batch_size
+        self._compiled: dict[OfModel, Any] = {}
+
+    def __call__(self, function: OfModel, params: Any, batch: Any, key: jax.Array) -> Any:
+        def one(params: Any, batch: Any, key: jax.Array) -> Any:
+            model = nnx.merge(self._blueprint.graphdef, *params)
+            model.eval()
+            return function(model, batch, key)
+
+        if function not in self._compiled:
+            over = over_replicas(one, self._seeds, in_axes=(0, None, None))
+            self._compiled[function] = jax.jit(over, out_shardings=P())
+        values = self._compiled[function](params, batch, key)
+        return jax.tree.map(lambda x: x[None], values) if self.replicas == 1 else values
+
+    def batches(
+        self, examples: Examples, work: Callable[[Batch], Work] | None = None
+    ) -> Iterator[Batch]:
+        rows = process_rows(self._mesh, self._batch_size)
+        batches = evaluation_batches(
+            examples, examples=self._examples, batch_size=self._batch_size, rows=rows
+        )
+        for batch in batches:
+            length = work(batch).length if work else None
+            yield place_batch(self._mesh, batch, self._batch_size, length)
+
+
+def evaluate_task(task: Task, apply: AppliedModel, params: Any) -> dict[str, Metrics]:
+    """{evaluation: {metric: [one value per seed]}}; `params` is (parameters, variables)."""
+    key = jax.random.key(SEED)
+    return {
+        name: task.evaluation(name).run(apply, params, jax.random.fold_in(key, number))
+        for number, name in enumerate(task.evaluations)
+    }
+
+
+def known_metrics(task: Task, sums: Sequence[str]) -> list[str]:
+    """<evaluation>/<metric> for all evaluations of a task, whose objective has these sums."""
+    ones = dict.fromkeys(sums, 1.0)
+    known = []
+    for name in task.evaluations:
+        evaluation = task.evaluation(name)
+        metrics = (
+            all_metrics(evaluation.objective, ones)
+            if isinstance(evaluation, Sums)
+            else evaluation.metrics
+        )
+        known += [f"{name}/{metric}" for metric in metrics]
+    return known

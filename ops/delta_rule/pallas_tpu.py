@@ -1,20 +1,26 @@
-"""The (gated) delta rule on TPU: chunks in order, the state of a step's heads in fast memory.
+"""The (gated) delta rule on TPU: chunks in order, the states of a step's heads in fast memory.
 
-With the products of `pallas_tpu_decay.py`, once of queries and keys (P, Q0 = q_start, K1 = k_end)
-and once of keys and keys (KK strictly below the diagonal, K0 = q_start), and the state kept
-transposed, Z = S^T [V, K]:
+With the products of a chunk from `ops/tpu/decay.py`, once of queries and keys (P, Q0 = q_start, K1
+= k_end) and once of keys and keys (KK strictly below the diagonal, K0 = q_start), and the state
+kept transposed, Z = S^T [V, K]:
 
-    M = (I + beta . KK)^-1             U = M (beta . V)           W = M (beta . K0)
-    N = U - W Z^T                      O = Q0 Z^T + P N           Z' = Z . total + N^T K1
+    M = (I + beta . KK)^-1        U = M (beta . V)        W = M (beta . K0)              (1)
+    N = U - W Z^T                                                                        (2)
+    O = Q0 Z^T + P N                                                                     (3)
+    Z' = Z . total + N^T K1                                                              (4)
 
 N are the corrected values that the chunk's tokens write (Yang et al., 2024, arXiv 2406.06484,
 section 3, with decays). Backward runs over the chunks from last to first, with dZ' the gradient of
 the state at a chunk's end:
 
-    dN = P^T dO + K1 dZ'^T             D = M^T dN                 dV = beta . D
-    dP = dO N^T                        dA = -D N^T (i > j)        dbeta = (D . (V - K0 Z^T)) 1 + (dA
-    . KK) 1 dQ0 = dO Z                         dK0 = -(beta . D) Z        dK1 = N dZ'
-    dtotal = sum_v Z . dZ'             dZ = dZ' . total + dO^T Q0 - dN^T W
+    dN = P^T dO + K1 dZ'^T                                                               (5)
+    D = M^T dN                    dV = beta . D                                          (6)
+    dP = dO N^T                                                                          (7)
+    dA = -D N^T                   for i > j                                              (8)
+    dbeta = (D . (V - K0 Z^T)) 1 + (dA . KK) 1                                           (9)
+    dQ0 = dO Z                    dK0 = -(beta . D) Z     dK1 = N dZ'                    (10)
+    dtotal = sum_v Z . dZ'                                                               (11)
+    dZ = dZ' . total + dO^T Q0 - dN^T W                                                  (12)
 
 dM never appears: N solves N + A N = beta . (V - K0 Z^T) with A = beta . KK, so D is the gradient of
 the right side, and dA that of A. The products' adjoints take dP, dQ0, dK1 and dtotal to q, k and
@@ -32,31 +38,35 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from ..tpu import blocks as tpu
-from ..tpu import gradients
-from ..tpu.decay import Products, decay
+from ..tpu import gradients, heads
+from ..tpu.decay import Products, kind_of_decay
+from ..tpu.heads import decayed
 from ..tpu.inverse import unit_lower_inverse
+from ..tpu.kernel import Input, Output, call, interleave
+from ..tpu.matmul import Matmul, indices, matmul_dtype, strictly_lower
 
-TUNING = tpu.Tuning()
+TUNING = heads.Tuning()
 
 
 def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, interpret=False):
-    """Shapes as in `api.py`; returns o in v's dtype and the final state in float32."""
-    blocks = tpu.cut(q, v, TUNING)
-    matmul = tpu.Matmul(tpu.matmul_dtype(q, k, v))
-    kind, decays = decay(matmul, blocks, decay_log, segment_ids, reverse=False)
-    state = blocks.states(blocks.key, blocks.value)
-    o, final_state = tpu.call(
-        functools.partial(_delta_forward, kind=kind, scale=scale),
-        blocks,
-        [*_tokens(blocks, (q, k), (v,), beta), *decays, (initial_state, state)],
-        [(_like(tpu.flat(v), v.dtype), blocks.tokens(blocks.value)), (_like(initial_state), state)],
-        [_states(blocks)],
-        interpret=interpret,
+    """o in v's dtype and the final state in float32; shapes as in `api.py`."""
+    grid = heads.cut(q, v, TUNING, interpret)
+    matmul = Matmul(matmul_dtype(q, k, v))
+    kind, decay = kind_of_decay(matmul, grid, decay_log, segment_ids)
+    refs = ForwardRefs(
+        q=grid.of_keys(q),
+        k=grid.of_keys(k),
+        v=grid.of_values(v),
+        beta=grid.of_rows(beta.swapaxes(1, 2)),
+        decay=decay,
+        initial_state=grid.of_state(initial_state),
+        o=Output(heads.flat_shape(v), grid.value_tile()),
+        final_state=grid.state_output(),
+        Z=grid.states(),
     )
-    return o.reshape(v.shape), final_state
+    results = call(functools.partial(delta_forward, kind=kind, scale=scale), grid, refs)
+    return results.o.reshape(v.shape), results.final_state
 
 
 def backward(
@@ -73,228 +83,213 @@ def backward(
     scale,
     interpret=False,
 ):
-    """Cotangents of q, k, v, beta, decay_log and initial_state."""
-    blocks = tpu.cut(q, v, TUNING)
-    matmul = tpu.Matmul(tpu.matmul_dtype(q, k, v))
-    state = blocks.states(blocks.key, blocks.value)
-    transposed = blocks.value, blocks.key
-
-    kind, decays = decay(matmul, blocks, decay_log, segment_ids, reverse=False)
-    starts_shape = (blocks.batch, blocks.chunks, blocks.all_heads, *transposed)
-    (starts,) = tpu.call(
-        functools.partial(_delta_states, kind=kind),
-        blocks,
-        [*_tokens(blocks, (k,), (v,), beta), *decays, (initial_state, state)],
-        [(jax.ShapeDtypeStruct(starts_shape, jnp.float32), blocks.chunk_states(*transposed))],
-        [_states(blocks)],
-        interpret=interpret,
+    """Gradients of q, k, v, beta, decay_log and initial_state."""
+    grid = heads.cut(q, v, TUNING, interpret)
+    matmul = Matmul(matmul_dtype(q, k, v))
+    beta_BHT = beta.swapaxes(1, 2)
+    kind, decay = kind_of_decay(matmul, grid, decay_log, segment_ids)
+    refs = StatesRefs(
+        k=grid.of_keys(k),
+        v=grid.of_values(v),
+        beta=grid.of_rows(beta_BHT),
+        decay=decay,
+        initial_state=grid.of_state(initial_state),
+        starts=grid.chunk_states_output(),
+        Z=grid.states(),
     )
+    starts = call(functools.partial(delta_states, kind=kind), grid, refs).starts
 
-    kind, decays = decay(matmul, blocks, decay_log, segment_ids, reverse=True)
-    inputs = [
-        *_tokens(blocks, (q, k), (v, do), beta, reverse=True),
-        (starts, blocks.chunk_states(*transposed, reverse=True)),
-        *decays,
-        (dfinal_state, state),
-    ]
-    dq, dk, dv, dbeta, dinitial_state, *dlog = tpu.call(
-        functools.partial(_delta_backward, kind=kind, scale=scale, inputs=len(inputs)),
-        blocks,
-        inputs,
-        [
-            gradients.of_key_head(q, blocks),
-            gradients.of_key_head(k, blocks),
-            (_like(tpu.flat(v), v.dtype), blocks.tokens(blocks.value, reverse=True)),
-            gradients.of_tokens(blocks),
-            (_like(initial_state), state),
-            *gradients.of_decay(decay_log, blocks),
-        ],
-        [_states(blocks)],
-        interpret=interpret,
+    kind, decay = kind_of_decay(matmul, grid, decay_log, segment_ids, backward=True)
+    refs = BackwardRefs(
+        q=grid.of_keys(q, backward=True),
+        k=grid.of_keys(k, backward=True),
+        v=grid.of_values(v, backward=True),
+        do=grid.of_values(do, backward=True),
+        beta=grid.of_rows(beta_BHT, backward=True),
+        starts=Input(starts, grid.chunk_states_tile(backward=True)),
+        decay=decay,
+        dfinal_state=grid.of_state(dfinal_state),
+        dq=gradients.key_head_output(q, grid),
+        dk=gradients.key_head_output(k, grid),
+        dv=gradients.value_output(v, grid),
+        dbeta=gradients.token_output(grid),
+        dinitial_state=grid.state_output(),
+        ddecay_log=gradients.decay_output(decay_log, grid),
+        dZ=grid.states(),
     )
+    results = call(functools.partial(delta_backward, kind=kind, scale=scale), grid, refs)
     return (
-        gradients.sum_of_parts(dq, q, blocks),
-        gradients.sum_of_parts(dk, k, blocks),
-        dv.reshape(v.shape),
-        tpu.from_chunk_rows(dbeta, blocks.length).swapaxes(1, 2),
-        gradients.decay_cotangent(dlog, decay_log, blocks.length),
-        dinitial_state,
+        gradients.sum_of_parts(results.dq, q, grid),
+        gradients.sum_of_parts(results.dk, k, grid),
+        results.dv.reshape(v.shape),
+        heads.from_chunk_rows(results.dbeta, grid.length).swapaxes(1, 2),
+        gradients.decay_gradient(results.ddecay_log, decay_log, grid.length),
+        results.dinitial_state,
     )
 
 
-def _tokens(blocks: tpu.Blocks, keys, values, beta, reverse: bool = False):
-    """Kernel inputs: arrays like k, arrays like v, and beta as rows of chunks."""
-    of_keys = blocks.tokens(blocks.key, key_heads=True, reverse=reverse)
-    of_values = blocks.tokens(blocks.value, reverse=reverse)
-    rows = tpu.chunk_rows(beta.swapaxes(1, 2), blocks)
-    return [
-        *((tpu.flat(x), of_keys) for x in keys),
-        *((tpu.flat(x), of_values) for x in values),
-        (rows, blocks.rows(rows, reverse)),
-    ]
+class Writes(NamedTuple):
+    """What a chunk writes, as a function of the state at its start: N = U - W Z^T."""
+
+    overlaps: Products  # of keys and keys
+    KK: jax.Array  # [C, C], strictly below the diagonal
+    M: jax.Array  # [C, C]
+    U: jax.Array  # [C, V]
+    W: jax.Array  # [C, K]
 
 
-def _like(x: jax.Array, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, dtype)
-
-
-def _states(blocks: tpu.Blocks) -> Any:
-    return pltpu.VMEM((blocks.heads, blocks.value, blocks.key), jnp.float32)
-
-
-def _decayed(Z: jax.Array, total: jax.Array | None) -> jax.Array:
-    return Z if total is None else Z * total
-
-
-class _Writes(NamedTuple):
-    """What a chunk writes, as a function of the state: N = U - W Z^T. overlaps: products of keys
-    and keys."""
-
-    overlaps: Products
-    KK: jax.Array
-    M: jax.Array
-    U: jax.Array
-    W: jax.Array
-
-
-def _writes(chunk_decay, h, k, v, beta):
-    """Of k [C, K], v [C, V] and beta [C, 1] of head h."""
-    fine = chunk_decay.matmul.finer
-    overlaps = yield from chunk_decay.products(h, k, k)
-    row, column = tpu.indices(*overlaps.scores.shape)
-    KK = overlaps.scores * (row > column).astype(jnp.float32)
-    M = yield from unit_lower_inverse(fine, beta * KK)
+def chunk_writes(decay, h, k, v, beta):
+    """The `Writes` of head h, for k [C, K], v [C, V] and beta [C, 1]."""
+    fine = decay.matmul.finer
+    overlaps = yield from decay.products(h, k, k)
+    KK = overlaps.scores * strictly_lower(overlaps.scores.shape[0])
+    M = yield from unit_lower_inverse(fine, beta * KK)  # Eq. 1
     yield
-    U, W = fine.nn(M, beta * v), fine.nn(M, beta * overlaps.q_start)
+    U, W = fine.nn(M, beta * v), fine.nn(M, beta * overlaps.q_start)  # Eq. 1
     yield
-    return _Writes(overlaps, KK, M, U, W)
+    return Writes(overlaps, KK, M, U, W)
 
 
-def _load_states(states_ref, initial_ref, blocks):
-    """From [K, V] at the first chunk that the kernel takes."""
-
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        for h in range(blocks.heads):
-            states_ref[h] = initial_ref[0, h].astype(jnp.float32).T
-
-
-def _store_states(final_ref, states_ref, blocks):
-    """To [K, V] at the last chunk that the kernel takes."""
-
-    @pl.when(pl.program_id(2) == blocks.chunks - 1)
-    def _():
-        for h in range(blocks.heads):
-            final_ref[0, h] = states_ref[h].T
+class ForwardRefs(NamedTuple):
+    q: Any  # [1, C, key heads * K]
+    k: Any  # [1, C, key heads * K]
+    v: Any  # [1, C, heads * V]
+    beta: Any  # [1, 1, 1, heads, C]
+    decay: Any  # of the kind of decay
+    initial_state: Any  # [1, heads, K, V]
+    o: Any  # [1, C, heads * V]
+    final_state: Any  # [1, heads, K, V]
+    Z: Any  # carry [heads, V, K]
 
 
-def _delta_forward(q_ref, k_ref, v_ref, beta_ref, *refs, kind, scale):
-    *decay_refs, initial_ref, o_ref, final_ref, Z_ref = refs
-    blocks, matmul, t = kind.blocks, kind.matmul, pl.program_id(2)
+def delta_forward(refs: ForwardRefs, *, kind, scale):
+    grid, matmul, t = kind.grid, kind.matmul, pl.program_id(2)
     fine = matmul.finer
-    K, V = blocks.key, blocks.value
-    _load_states(Z_ref, initial_ref, blocks)
-    valid = tpu.valid_rows(blocks, t)
-    chunk_decay, betas = kind.load(decay_refs, t), beta_ref[0, 0, 0].T
+    grid.load_states(refs.Z, refs.initial_state, t)
+    valid = grid.valid(t)
+    decay = kind.load(refs.decay, t)
+    betas = refs.beta[0, 0, 0].T  # [C, heads]
 
     def head(h):
-        q, k = (tpu.read(ref, h // blocks.group, K, valid) for ref in (q_ref, k_ref))
-        v = tpu.read(v_ref, h, V, valid).astype(jnp.float32)
-        beta = betas[:, h : h + 1]
-        _, _, _, U, W = yield from _writes(chunk_decay, h, k, v, beta)
-        chunk = yield from chunk_decay.products(h, q, k)
-        Z = Z_ref[h]
-        N, o_state = U - fine.nt(W, Z), matmul.nt(chunk.q_start, Z)
+        q = grid.key(refs.q, h, valid)  # [C, K]
+        k = grid.key(refs.k, h, valid)  # [C, K]
+        v = grid.value(refs.v, h, valid).astype(jnp.float32)  # [C, V]
+        writes = yield from chunk_writes(decay, h, k, v, betas[:, h : h + 1])
+        chunk = yield from decay.products(h, q, k)
+        Z = refs.Z[h]  # [V, K]
+        N = writes.U - fine.nt(writes.W, Z)  # [C, V], Eq. 2
+        o_state = matmul.nt(chunk.q_start, Z)  # [C, V]
         yield
-        o_chunk, written = fine.nn(chunk.scores, N), fine.tn(N, chunk.k_end)
+        o_chunk = fine.nn(chunk.scores, N)  # [C, V]
+        written = fine.tn(N, chunk.k_end)  # [V, K]
         yield
-        Z_ref[h] = _decayed(Z, chunk.total) + written
-        o_ref[0, :, h * V : (h + 1) * V] = (scale * (o_state + o_chunk)).astype(o_ref.dtype)
+        refs.Z[h] = decayed(Z, chunk.total) + written  # Eq. 4
+        heads.write(refs.o, h, scale * (o_state + o_chunk))  # Eq. 3
 
-    tpu.interleave(head(h) for h in range(blocks.heads))
-    _store_states(final_ref, Z_ref, blocks)
+    interleave(head(h) for h in range(grid.heads))
+    grid.store_states(refs.final_state, refs.Z, t)
 
 
-def _delta_states(k_ref, v_ref, beta_ref, *refs, kind):
-    *decay_refs, initial_ref, starts_ref, Z_ref = refs
-    blocks, fine, t = kind.blocks, kind.matmul.finer, pl.program_id(2)
-    _load_states(Z_ref, initial_ref, blocks)
-    valid = tpu.valid_rows(blocks, t)
-    chunk_decay, betas = kind.load(decay_refs, t), beta_ref[0, 0, 0].T
+class StatesRefs(NamedTuple):
+    k: Any  # [1, C, key heads * K]
+    v: Any  # [1, C, heads * V]
+    beta: Any  # [1, 1, 1, heads, C]
+    decay: Any  # of the kind of decay
+    initial_state: Any  # [1, heads, K, V]
+    starts: Any  # Z at the chunk's start [1, 1, heads, V, K]
+    Z: Any  # carry [heads, V, K]
+
+
+def delta_states(refs: StatesRefs, *, kind):
+    grid, fine, t = kind.grid, kind.matmul.finer, pl.program_id(2)
+    grid.load_states(refs.Z, refs.initial_state, t)
+    valid = grid.valid(t)
+    decay = kind.load(refs.decay, t)
+    betas = refs.beta[0, 0, 0].T  # [C, heads]
 
     def head(h):
-        k = tpu.read(k_ref, h // blocks.group, blocks.key, valid)
-        v = tpu.read(v_ref, h, blocks.value, valid).astype(jnp.float32)
-        beta = betas[:, h : h + 1]
-        overlaps, _, _, U, W = yield from _writes(chunk_decay, h, k, v, beta)
-        Z = Z_ref[h]
-        starts_ref[0, 0, h] = Z
-        N = U - fine.nt(W, Z)
+        k = grid.key(refs.k, h, valid)  # [C, K]
+        v = grid.value(refs.v, h, valid).astype(jnp.float32)  # [C, V]
+        writes = yield from chunk_writes(decay, h, k, v, betas[:, h : h + 1])
+        Z = refs.Z[h]  # [V, K]
+        refs.starts[0, 0, h] = Z
+        N = writes.U - fine.nt(writes.W, Z)  # [C, V], Eq. 2
         yield
-        written = fine.tn(N, overlaps.k_end)
+        written = fine.tn(N, writes.overlaps.k_end)  # [V, K]
         yield
-        Z_ref[h] = _decayed(Z, overlaps.total) + written
+        refs.Z[h] = decayed(Z, writes.overlaps.total) + written  # Eq. 4
 
-    tpu.interleave(head(h) for h in range(blocks.heads))
+    interleave(head(h) for h in range(grid.heads))
 
 
-def _delta_backward(*refs, kind, scale, inputs):
-    inputs, outputs = refs[:inputs], refs[inputs:]
-    q_ref, k_ref, v_ref, do_ref, beta_ref, starts_ref, *decay_refs, dfinal_ref = inputs
-    dq_ref, dk_ref, dv_ref, dbeta_ref, dinitial_ref, *dlog_refs, dZ_ref = outputs
-    blocks, matmul, t = kind.blocks, kind.matmul, pl.program_id(2)
+class BackwardRefs(NamedTuple):
+    q: Any  # [1, C, key heads * K]
+    k: Any  # [1, C, key heads * K]
+    v: Any  # [1, C, heads * V]
+    do: Any  # [1, C, heads * V]
+    beta: Any  # [1, 1, 1, heads, C]
+    starts: Any  # Z at the chunk's start [1, 1, heads, V, K]
+    decay: Any  # of the kind of decay
+    dfinal_state: Any  # [1, heads, K, V]
+    dq: Any  # [1, C, key heads * K]
+    dk: Any  # [1, C, key heads * K]
+    dv: Any  # [1, C, heads * V]
+    dbeta: Any  # [1, 1, 1, heads, C]
+    dinitial_state: Any  # [1, heads, K, V]
+    ddecay_log: Any  # [1, C, heads * K] or [1, 1, 1, heads, C], None without decay
+    dZ: Any  # carry [heads, V, K]
+
+
+def delta_backward(refs: BackwardRefs, *, kind, scale):
+    grid, matmul, t = kind.grid, kind.matmul, pl.program_id(2)
     fine = matmul.finer
-    K, V = blocks.key, blocks.value
-    _load_states(dZ_ref, dfinal_ref, blocks)
-    chunk_index = blocks.chunks - 1 - t
-    valid = tpu.valid_rows(blocks, chunk_index)
-    chunk_decay, betas = kind.load(decay_refs, chunk_index), beta_ref[0, 0, 0].T
-    row, column = tpu.indices(blocks.chunk, blocks.chunk)
-    dqs, dks = {}, {}  # sums over the value heads of a key head
+    grid.load_states(refs.dZ, refs.dfinal_state, t)
+    chunk_index = grid.chunk_index(t, backward=True)
+    valid = grid.valid(chunk_index)
+    decay = kind.load(refs.decay, chunk_index)
+    betas = refs.beta[0, 0, 0].T  # [C, heads]
+    row, column = indices(grid.chunk, grid.chunk)
+    dq_sum, dk_sum = (gradients.KeyHeadSum(ref, grid) for ref in (refs.dq, refs.dk))
 
     def head(h):
-        q, k = (tpu.read(ref, h // blocks.group, K, valid) for ref in (q_ref, k_ref))
-        v = tpu.read(v_ref, h, V, valid).astype(jnp.float32)
-        beta = betas[:, h : h + 1]
-        do = scale * tpu.read(do_ref, h, V, valid).astype(jnp.float32)
-        Z, dZ = starts_ref[0, 0, h], dZ_ref[h]
-        overlaps, KK, M, U, W = yield from _writes(chunk_decay, h, k, v, beta)
-        chunk = yield from chunk_decay.products(h, q, k)
-        N, missing = U - fine.nt(W, Z), v - fine.nt(overlaps.q_start, Z)
-        dN = fine.tn(chunk.scores, do) + fine.nt(chunk.k_end, dZ)
+        q = grid.key(refs.q, h, valid)  # [C, K]
+        k = grid.key(refs.k, h, valid)  # [C, K]
+        v = grid.value(refs.v, h, valid).astype(jnp.float32)  # [C, V]
+        beta = betas[:, h : h + 1]  # [C, 1]
+        do = scale * grid.value(refs.do, h, valid).astype(jnp.float32)  # [C, V]
+        Z, dZ = refs.starts[0, 0, h], refs.dZ[h]  # [V, K]
+        overlaps, KK, M, U, W = yield from chunk_writes(decay, h, k, v, beta)
+        chunk = yield from decay.products(h, q, k)
+        N = U - fine.nt(W, Z)  # [C, V], Eq. 2
+        missing = v - fine.nt(overlaps.q_start, Z)  # [C, V], V - K0 Z^T
+        dN = fine.tn(chunk.scores, do) + fine.nt(chunk.k_end, dZ)  # [C, V], Eq. 5
         yield
-        D = fine.tn(M, dN)
+        D = fine.tn(M, dN)  # [C, V], Eq. 6
         yield
-        dscores, dA = fine.nt(do, N), -fine.nt(D, N)
-        dv = beta * D
-        dq_start, dk_start = matmul.nn(do, Z), -matmul.nn(dv, Z)
-        dk_end = matmul.nn(N, dZ)
-        read = matmul.tn(do, chunk.q_start) - fine.tn(dN, W)
-        dtotal = jnp.sum(Z * dZ, 0, keepdims=True)
+        dscores, dA = fine.nt(do, N), -fine.nt(D, N)  # [C, C], Eqs. 7 and 8
+        dv = beta * D  # [C, V], Eq. 6
+        dq_start, dk_start = matmul.nn(do, Z), -matmul.nn(dv, Z)  # [C, K], Eq. 10
+        dk_end = matmul.nn(N, dZ)  # [C, K], Eq. 10
+        read = matmul.tn(do, chunk.q_start) - fine.tn(dN, W)  # [V, K]
+        dtotal = jnp.sum(Z * dZ, 0, keepdims=True)  # [1, K], Eq. 11
         yield
         dA *= (row > column).astype(jnp.float32)
         dbeta = jnp.sum(D * missing, 1, keepdims=True)
-        dbeta += jnp.sum(dA * KK, 1, keepdims=True)
-        dbeta_ref[0, 0, 0, h : h + 1] = jnp.sum(
-            jnp.where(row == column, dbeta, 0.0), 0, keepdims=True
-        )
-        dv_ref[0, :, h * V : (h + 1) * V] = dv.astype(dv_ref.dtype)
-        dZ_ref[h] = _decayed(dZ, chunk.total) + read
-        of_reads = yield from chunk_decay.adjoint(h, chunk, q, k, dscores, dq_start, dk_end, dtotal)
-        counted = jnp.zeros_like(dk_end), jnp.zeros_like(dtotal)  # by the adjoint above
-        of_overlaps = yield from chunk_decay.adjoint(
-            h, overlaps, k, k, beta * dA, dk_start, *counted
-        )
-        if dlog_refs:
-            gradients.store_decay(dlog_refs, h, of_reads.log + of_overlaps.log)
-        at, last = h // blocks.group, h % blocks.group == blocks.group - 1
-        for ref, sums, gradient in (
-            (dq_ref, dqs, of_reads.q),
-            (dk_ref, dks, of_reads.k + of_overlaps.q + of_overlaps.k),
-        ):
-            sums[at] = sums[at] + gradient if at in sums else gradient
-            if last:
-                ref[0, :, at * K : (at + 1) * K] = sums[at].astype(ref.dtype)
+        dbeta += jnp.sum(dA * KK, 1, keepdims=True)  # [C, 1], Eq. 9
+        # As a row [1, C].
+        dbeta = jnp.sum(jnp.where(row == column, dbeta, 0.0), 0, keepdims=True)
+        refs.dbeta[0, 0, 0, h : h + 1] = dbeta
+        heads.write(refs.dv, h, dv)
+        refs.dZ[h] = decayed(dZ, chunk.total) + read  # Eq. 12
+        of_reads = yield from decay.adjoint(h, chunk, q, k, dscores, dq_start, dk_end, dtotal)
+        # dk_end and dtotal are counted by the adjoint above.
+        zeros = jnp.zeros_like(dk_end), jnp.zeros_like(dtotal)
+        of_writes = yield from decay.adjoint(h, overlaps, k, k, beta * dA, dk_start, *zeros)
+        if refs.ddecay_log is not None:
+            gradients.write_decay(refs.ddecay_log, h, of_reads.log + of_writes.log)
+        dk = of_reads.k + of_writes.q + of_writes.k
+        dq_sum.add(h, of_reads.q)
+        dk_sum.add(h, dk)
 
-    tpu.interleave(head(h) for h in range(blocks.heads))
-    _store_states(dinitial_ref, dZ_ref, blocks)
+    interleave(head(h) for h in range(grid.heads))
+    grid.store_states(refs.dinitial_state, refs.dZ, t)

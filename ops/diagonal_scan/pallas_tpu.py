@@ -1,36 +1,38 @@
 """Diagonal scan on TPU: chunks in order, the state of a block of channels in registers, token after
 token.
 
-    h_t = a_t h_{t-1} + b_t
+    h_t = a_t h_{t-1} + b_t                                                              (1)
 
-Backward runs from the last chunk to the first and takes the states h, the op's own output. With
-dh_t the cotangent of h_t (of the last token: plus that of the final state), g_t its gradient and
-h_{t-1} zero where a segment starts:
+Backward runs against the recurrence and takes the states h, the op's own output. With dh_t the
+cotangent of h_t (of the last token: plus that of the final state), g_t its gradient and h_{t-1}
+zero where a segment starts:
 
-    g_t = dh_t + conj(a_{t+1}) g_{t+1}        da_t = g_t conj(h_{t-1})        db_t = g_t
-    dh_{-1} = conj(a_0) g_0
+    g_t = dh_t + conj(a_{t+1}) g_{t+1}                                                   (2)
+    da_t = g_t conj(h_{t-1})          db_t = g_t          dh_{-1} = conj(a_0) g_0        (3)
 
 where the gradient of a pair of reals is written as the complex number of its two parts. That of a
 constant factor is summed over a sequence in fast memory, in float32, and over the batch by XLA.
+With `reverse`, t - 1 stands for t + 1 and the other way round: the same programs, whose grid and
+loops count from the other end (`ops/tpu/channels.py`).
 
 A token is a row of registers of which one in eight sublanes works: no product of factors is formed,
 as a scan inside a register would need, so that the kernel is exact wherever the definition is.
 Memory binds with 1024 channels; with fewer than 512 or so the chain of one product after another
 does, whose length no number of channels changes.
 
-A number is a tuple of one real array, or of two, real and imaginary part.
-"""
+A number is a tuple of one real array, or of two, real and imaginary part."""
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..tpu.channels import SUBLANES, Blocks, call, cut, keep_scalars, pad_channels
+from ..tpu import channels
+from ..tpu.channels import ChannelGrid, pad_channels
+from ..tpu.kernel import SUBLANES, Input, Output, call
 
 
 @dataclass(frozen=True)
@@ -44,317 +46,357 @@ class Tuning:
 
 TUNING = Tuning()
 
-Rows = tuple[Any, ...]  # a number of each channel, or references to such rows
+Number = tuple[Any, ...]  # the parts of a number of each channel, or references to them
 
 
 @dataclass(frozen=True)
-class _Scan:
-    """What is static. parts: 1 or 2; masked: there are segments or tokens past T, before which the
-    state is zero."""
+class Scan:
+    """What is static. constant: whether a is the same for all tokens; masked: whether there are
+    segments or tokens past T, before which the state is zero."""
 
-    blocks: Blocks
-    parts: int
+    grid: ChannelGrid
     constant: bool
     masked: bool
 
-    def take(self, refs: Sequence[Any], *present: bool) -> tuple[list[Any], Any]:
-        """The references of each number that is present, None for others, and what follows them."""
-        numbers, at = [], 0
-        for is_present in present:
-            numbers.append(tuple(refs[at : at + self.parts]) if is_present else None)
-            at += self.parts * is_present
-        return numbers, refs[at:]
+    @property
+    def before(self) -> int:
+        """Groups of rows before those of a chunk's states, for the state before the chunk; with
+        `reverse` it lies in a group behind them."""
+        return 0 if self.grid.reverse else 1
+
+    @property
+    def ends_inside(self) -> bool:
+        """Whether the recurrence enters the sequence inside a chunk, whose tokens past T it meets
+        first. They are masked, so that the initial state has to be brought to token T - 1."""
+        return self.grid.reverse and self.grid.length % self.grid.chunk != 0
 
 
-def forward(a, b, initial_state, segment_ids, *, interpret=False):
-    """Shapes as in `api.py`, each number a tuple of its parts; returns h and the final state in
-    float32."""
-    scan = _scan(a, b, segment_ids)
-    blocks, channels = scan.blocks, b[0].shape[2]
-    row = _rows(blocks)
-    outputs = call(
-        functools.partial(_diagonal_forward, scan=scan),
-        blocks,
-        [
-            *_tokens(b, blocks),
-            *_factors(a, scan),
-            *((_one_row(part, blocks), row) for part in initial_state),
-            *_masks(segment_ids, scan),
-        ],
-        [
-            *[(_states(blocks), blocks.tokens())] * scan.parts,
-            *[(_float32(blocks.batch, 1, blocks.width), row)] * scan.parts,
-        ],
-        [blocks.group_scratch()] * ((2 if scan.constant else 3) * scan.parts),
-        interpret=interpret,
+def forward(a, b, initial_state, segment_ids, *, reverse=False, interpret=False):
+    """h and the final state in float32; shapes as in `api.py`, each number a tuple of its parts."""
+    scan = _scan(a, b, segment_ids, reverse, interpret)
+    grid, parts, size = scan.grid, len(b), b[0].shape[2]
+    rows = (grid.group_scratch(),) * parts
+    refs = ForwardRefs(
+        b=_tokens(b, grid),
+        a=_factors(a, scan),
+        initial_state=_states(initial_state, grid),
+        keep=grid.keep(segment_ids, past=0) if scan.masked else None,
+        h=(Output(_float32(grid.batch, grid.length, grid.width), grid.tokens()),) * parts,
+        final_state=(_state_output(grid),) * parts,
+        b_rows=rows,
+        h_rows=rows,
+        a_rows=None if scan.constant else rows,
     )
-    (h, final), _ = scan.take(outputs, True, True)
+    results = call(functools.partial(diagonal_forward, scan=scan), grid, refs)
     return (
-        tuple(part[:, :, :channels] for part in h),
-        tuple(part[:, 0, :channels] for part in final),
+        tuple(part[:, :, :size] for part in results.h),
+        tuple(part[:, 0, :size] for part in results.final_state),
     )
 
 
-def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, interpret=False):
-    """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the
+def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, reverse=False, interpret=False):
+    """Gradients of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the
     states."""
-    scan = _scan(a, h, segment_ids)
-    blocks, channels = scan.blocks, h[0].shape[2]
-    row, tokens = _rows(blocks), blocks.tokens(reverse=True)
-    one_state = _float32(blocks.batch, 1, blocks.width)
-
-    outputs = call(
-        functools.partial(_diagonal_backward, scan=scan),
-        blocks,
-        [
-            *_tokens(h, blocks, reverse=True),
-            *_factors(a, scan, reverse=True),
-            *_tokens(dh, blocks, reverse=True),
-            *_edges(h, blocks),
-            *((_one_row(part, blocks), row) for part in initial_state),
-            *((_one_row(part, blocks), row) for part in dfinal_state),
-            *_masks(segment_ids, scan, reverse=True),
-        ],
-        [
-            *[(_states(blocks), tokens)] * scan.parts,
-            *((one_state, row) if scan.constant else (_like(part, blocks), tokens) for part in a),
-            *[(one_state, row)] * scan.parts,
-        ],
-        [
-            *[blocks.group_scratch(1)] * scan.parts,
-            *[blocks.group_scratch()] * ((1 if scan.constant else 2) * scan.parts),
-        ],
-        interpret=interpret,
+    scan = _scan(a, h, segment_ids, reverse, interpret)
+    grid, parts, size = scan.grid, len(h), h[0].shape[2]
+    tokens, rows = grid.tokens(backward=True), (grid.group_scratch(),) * parts
+    refs = BackwardRefs(
+        h=_tokens(h, grid, backward=True),
+        a=_factors(a, scan, backward=True),
+        dh=_tokens(dh, grid, backward=True),
+        edge=_edges(h, grid),
+        initial_state=_states(initial_state, grid),
+        dfinal_state=_states(dfinal_state, grid),
+        keep=grid.keep(segment_ids, backward=True, past=0) if scan.masked else None,
+        db=(Output(_float32(grid.batch, grid.length, grid.width), tokens),) * parts,
+        da=tuple(
+            _state_output(grid) if scan.constant else Output(_like(part, grid), tokens)
+            for part in a
+        ),
+        dinitial_state=(_state_output(grid),) * parts,
+        h_rows=(grid.group_scratch(1),) * parts,
+        g_rows=rows,
+        a_rows=None if scan.constant else rows,
     )
-    (db, da, dinitial), _ = scan.take(outputs, True, True, True)
-    da = tuple(part.astype(jnp.float32)[:, :, :channels] for part in da)
+    results = call(functools.partial(diagonal_backward, scan=scan), grid, refs)
+    da = tuple(part.astype(jnp.float32)[:, :, :size] for part in results.da)
     return (
         tuple(part.sum((0, 1)) for part in da) if scan.constant else da,
-        tuple(part[:, :, :channels] for part in db),
-        tuple(part[:, 0, :channels] for part in dinitial),
+        tuple(part[:, :, :size] for part in results.db),
+        tuple(part[:, 0, :size] for part in results.dinitial_state),
     )
 
 
-def chunk_length(channels: int) -> int:
-    """Tokens per chunk, a multiple of 16."""
-    return max(16, TUNING.values // min(TUNING.lanes, channels) // 16 * 16)
+def chunk_length(size: int) -> int:
+    """Tokens per chunk for so many channels, a multiple of 16."""
+    return max(16, TUNING.values // min(TUNING.lanes, size) // 16 * 16)
 
 
-def _scan(a, b, segment_ids) -> _Scan:
-    channels = b[0].shape[2]
-    blocks = cut(b[0], chunk_length(channels), TUNING.lanes)
-    if channels <= TUNING.lanes:  # all of them, whole tiles or not
-        blocks = replace(blocks, width=channels, lanes=channels)
-    masked = segment_ids is not None or blocks.length % blocks.chunk != 0
-    return _Scan(blocks, len(b), a[0].ndim == 1, masked)
+def _scan(a, b, segment_ids, reverse: bool, interpret: bool) -> Scan:
+    size = b[0].shape[2]
+    chunk = chunk_length(size)
+    grid = channels.cut(b[0], chunk, TUNING.lanes, reverse=reverse, interpret=interpret)
+    if size <= TUNING.lanes:  # all of them, whole tiles or not
+        grid = replace(grid, width=size, lanes=size)
+    masked = segment_ids is not None or grid.length % grid.chunk != 0
+    return Scan(grid, constant=a[0].ndim == 1, masked=masked)
 
 
-def _widened(x: jax.Array, blocks: Blocks) -> jax.Array:
-    return x if x.shape[-1] == blocks.width else pad_channels(x)
+def _widened(x: jax.Array, grid: ChannelGrid) -> jax.Array:
+    return x if x.shape[-1] == grid.width else pad_channels(x)
 
 
-def _one_row(x_BN: jax.Array, blocks: Blocks) -> jax.Array:
-    return _widened(x_BN.astype(jnp.float32), blocks)[:, None]
+def _tokens(x: Number, grid: ChannelGrid, backward: bool = False) -> Number:
+    return tuple(Input(_widened(part, grid), grid.tokens(backward)) for part in x)
 
 
-def _rows(blocks: Blocks) -> pl.BlockSpec:
-    return blocks.sequence(1)
+def _states(x_BN: Number, grid: ChannelGrid) -> Number:
+    parts = (_widened(part.astype(jnp.float32), grid)[:, None] for part in x_BN)
+    return tuple(Input(part, grid.sequence(1)) for part in parts)
 
 
-def _tokens(x, blocks: Blocks, reverse: bool = False) -> list[Any]:
-    return [(_widened(part, blocks), blocks.tokens(reverse)) for part in x]
-
-
-def _edges(h, blocks: Blocks) -> list[Any]:
-    """The last tile of the chunk before, for the state before a chunk; of the first chunk: any."""
-    per_chunk = blocks.chunk // SUBLANES
+def _edges(h: Number, grid: ChannelGrid) -> Number:
+    """The states beside a chunk: the last tile of the chunk before, or with `reverse` the first of
+    the chunk behind. Any for the chunk that has none."""
+    per_chunk, last = grid.groups, pl.cdiv(grid.length, SUBLANES) - 1
 
     def index(b, t, d):
-        return b, jnp.maximum((blocks.chunks - 1 - t) * per_chunk - 1, 0), d
+        chunk_index = grid.chunk_index(t, backward=True)
+        if grid.reverse:
+            return b, jnp.minimum((chunk_index + 1) * per_chunk, last), d
+        return b, jnp.maximum(chunk_index * per_chunk - 1, 0), d
 
-    spec = pl.BlockSpec((1, SUBLANES, blocks.lanes), index)
-    return [(_widened(part, blocks), spec) for part in h]
+    tile = pl.BlockSpec((1, SUBLANES, grid.lanes), index)
+    return tuple(Input(_widened(part, grid), tile) for part in h)
 
 
-def _factors(a, scan: _Scan, reverse: bool = False) -> list[Any]:
+def _factors(a: Number, scan: Scan, backward: bool = False) -> Number:
     if not scan.constant:
-        return _tokens(a, scan.blocks, reverse)
-    rows = (_widened(part.astype(jnp.float32), scan.blocks)[None] for part in a)
-    return [(row, scan.blocks.constant(1)) for row in rows]
+        return _tokens(a, scan.grid, backward)
+    rows = (_widened(part.astype(jnp.float32), scan.grid)[None] for part in a)
+    return tuple(Input(row, scan.grid.constant(1)) for row in rows)
 
 
-def _masks(segment_ids, scan: _Scan, reverse: bool = False) -> list[Any]:
-    return [keep_scalars(segment_ids, scan.blocks, reverse, past=0)] if scan.masked else []
+def _state_output(grid: ChannelGrid) -> Output:
+    return Output(_float32(grid.batch, 1, grid.width), grid.sequence(1))
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _states(blocks: Blocks) -> jax.ShapeDtypeStruct:
-    return _float32(blocks.batch, blocks.length, blocks.width)
+def _like(x: jax.Array, grid: ChannelGrid) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*x.shape[:2], grid.width), x.dtype)
 
 
-def _like(x: jax.Array, blocks: Blocks) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*x.shape[:2], blocks.width), x.dtype)
+# --- Inside a kernel
 
 
-def _times(x: Rows, y: Rows) -> Rows:
+def _times(x: Number, y: Number) -> Number:
     if len(x) == 1:
         return (x[0] * y[0],)
     return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
 
 
-def _conjugate(x: Rows) -> Rows:
+def _conjugate(x: Number) -> Number:
     return (x[0], *(-part for part in x[1:]))
 
 
-def _add(x: Rows, y: Rows) -> Rows:
+def _add(x: Number, y: Number) -> Number:
     return tuple(p + q for p, q in zip(x, y, strict=True))
 
 
-def _write(refs: Rows, at: Any, values: Rows) -> None:
+def _write(refs: Number, at: Any, values: Number) -> None:
     for ref, value in zip(refs, values, strict=True):
         ref[at] = value
 
 
-def _read(refs: Rows, at: Any) -> Rows:
+def _read(refs: Number, at: Any) -> Number:
     return tuple(ref[at] for ref in refs)
 
 
-class _Chunk:
-    """One chunk in fast memory: rows of the factors."""
+class Chunk:
+    """The factors of one chunk, and what survives into its tokens. a_rows: scratch for them, None
+    for a constant factor."""
 
-    def __init__(self, scan, chunk_index, a_refs, mask_refs, a_rows):
-        self.a_rows = a_rows
-        self.mask_ref = mask_refs[0] if scan.masked else None
-        here, _ = scan.blocks.places(pl.program_id(2))
-        self.a = _read(a_refs, (slice(None), here)) if scan.constant else None
-        if not scan.constant:
-            _stage(scan.blocks, chunk_index, a_refs, a_rows)
+    def __init__(self, scan: Scan, chunk_index: Any, a: Number, keep: Any, a_rows: Number | None):
+        self.keep, self.a_rows = keep, a_rows
+        here, _ = scan.grid.places(pl.program_id(2))
+        self.a = _read(a, (slice(None), here)) if a_rows is None else None  # [1, L]
+        if a_rows is not None:
+            _stage(scan.grid, chunk_index, a, a_rows)
 
-    def factor(self, g: Any, row: Any) -> Rows:
-        return self.a or _read(self.a_rows, _row(g, row))
+    def factor(self, g: Any, row: Any) -> Number:
+        """a_t [1, L]."""
+        return self.a or _read(self.a_rows or (), _row(g, row))
 
-    def kept(self, x: Rows, g: Any, row: Any) -> Rows:
+    def kept(self, x: Number, g: Any, row: Any) -> Number:
         """x, or zero where a segment starts and past T: chosen, because a state may be infinite."""
-        if self.mask_ref is None:
+        if self.keep is None:
             return x
-        keep = self.mask_ref[0, 0, 0, g * SUBLANES + row] != 0
+        keep = self.keep[0, 0, 0, g * SUBLANES + row] != 0
         return tuple(jnp.where(keep, part, 0.0) for part in x)
 
 
-def _stage(blocks: Blocks, chunk_index: Any, refs: Rows, rows: Rows) -> None:
-    """The chunk's rows after those that the scratch has before it."""
+def _stage(grid: ChannelGrid, chunk_index: Any, refs: Number, rows: Number, at: int = 0) -> None:
+    """Writes a chunk [1, C, L] to rows [C / 8, 8, L] from group `at` on."""
     for ref, row_ref in zip(refs, rows, strict=True):
-        groups = blocks.groups(blocks.read(ref, chunk_index))
-        row_ref[row_ref.shape[0] - groups.shape[0] :] = groups
+        row_ref[at : at + grid.groups] = grid.grouped(grid.read(ref, chunk_index))
+
+
+def _unstage(grid: ChannelGrid, rows: Number, refs: Number, at: int = 0) -> None:
+    """Inverse of `_stage`, in the dtype of the refs."""
+    for ref, row_ref in zip(refs, rows, strict=True):
+        ref[0] = row_ref[at : at + grid.groups].reshape(ref.shape[1:]).astype(ref.dtype)
 
 
 def _row(g: Any, row: Any) -> Any:
     return g, pl.ds(row, 1)
 
 
-def _before(g: Any, row: Any) -> Any:
-    """Where the token before is, in rows with a group before those of the chunk."""
-    shifted = row + SUBLANES - 1
-    # Shifts, because lowering a division asks which TPU is there, and ahead of time none is.
+def _token(t: int) -> Any:
+    """Where rows have token t of a chunk."""
+    return t // SUBLANES, slice(t % SUBLANES, t % SUBLANES + 1)
+
+
+def _state_before(scan: Scan, g: Any, row: Any) -> Any:
+    """Where the rows of states have the one before a token, in the direction of the recurrence."""
+    shifted = row + (1 if scan.grid.reverse else SUBLANES - 1)
+    # NOTE: shifts, because lowering a division asks which TPU is there, and ahead of time none is.
     return _row(g + (shifted >> 3), shifted & SUBLANES - 1)
 
 
-def _last_token(blocks: Blocks) -> Any:
-    """Where the rows of the last chunk have token T - 1."""
-    last = (blocks.length - 1) % blocks.chunk
-    return last // SUBLANES, slice(last % SUBLANES, last % SUBLANES + 1)
+class ForwardRefs(NamedTuple):
+    """Each number a tuple of its parts."""
+
+    b: Number  # [1, C, L]
+    a: Number  # [1, C, L], or [1, width] if constant
+    initial_state: Number  # [1, 1, width]
+    keep: Any  # [1, 1, 1, C], None if nothing is masked
+    h: Number  # [1, C, L]
+    final_state: Number  # carry [1, 1, width]
+    b_rows: Number  # [C / 8, 8, L]
+    h_rows: Number  # [C / 8, 8, L]
+    a_rows: Number | None  # [C / 8, 8, L], None if constant
 
 
-def _diagonal_forward(*refs, scan, compiled):
-    (b_refs, a_refs, initial_refs), refs = scan.take(refs, True, True, True)
-    mask_refs, refs = refs[: scan.masked], refs[scan.masked :]
-    (h_refs, final_refs, b_rows, h_rows, a_rows), _ = scan.take(
-        refs, True, True, True, True, not scan.constant
-    )
-    blocks, t = scan.blocks, pl.program_id(1)
-    here, _ = blocks.places(pl.program_id(2))
-    at = (0, slice(None), here)
+def diagonal_forward(refs: ForwardRefs, *, scan: Scan) -> None:
+    grid, t = scan.grid, pl.program_id(1)
+    here = grid.places(pl.program_id(2))[0]
+    at, last = (0, slice(None), here), (grid.length - 1) % grid.chunk
 
     @pl.when(t == 0)
     def _():
-        _write(final_refs, at, _read(initial_refs, at))
+        _write(refs.final_state, at, _read(refs.initial_state, at))
 
-    chunk = _Chunk(scan, t, a_refs, mask_refs, a_rows)
-    _stage(blocks, t, b_refs, b_rows)
+    chunk_index = grid.chunk_index(t)
+    chunk = Chunk(scan, chunk_index, refs.a, refs.keep, refs.a_rows)
+    _stage(grid, chunk_index, refs.b, refs.b_rows)
+    if scan.ends_inside:
+
+        @pl.when(t == 0)
+        def _():
+            entering = _times(chunk.factor(*divmod(last, SUBLANES)), _read(refs.initial_state, at))
+            _write(refs.b_rows, _token(last), _add(_read(refs.b_rows, _token(last)), entering))
 
     def token(g, row, h):
         now = _row(g, row)
-        h = _add(_times(chunk.factor(g, row), chunk.kept(h, g, row)), _read(b_rows, now))
-        _write(h_rows, now, h)
+        h = _times(chunk.factor(g, row), chunk.kept(h, g, row))  # [1, L]
+        h = _add(h, _read(refs.b_rows, now))  # [1, L], Eq. 1
+        _write(refs.h_rows, now, h)
         return h
 
-    h = blocks.loop(token, _read(final_refs, at), stretch=2, compiled=compiled)
-    _write(final_refs, at, h)
-    for h_ref, rows in zip(h_refs, h_rows, strict=True):
-        h_ref[0] = rows[...].reshape(h_ref.shape[1:]).astype(h_ref.dtype)
+    h = grid.loop(token, _read(refs.final_state, at), stretch=2)
+    _write(refs.final_state, at, h)
+    _unstage(grid, refs.h_rows, refs.h)
+    if not grid.reverse:  # tokens past T came last
 
-    @pl.when(t == blocks.chunks - 1)
-    def _():
-        _write(final_refs, at, _read(h_rows, _last_token(blocks)))
+        @pl.when(t == grid.chunks - 1)
+        def _():
+            _write(refs.final_state, at, _read(refs.h_rows, _token(last)))
 
 
-def _diagonal_backward(*refs, scan, compiled):
-    (h_refs, a_refs, dh_refs, edge_refs, initial_refs, dfinal_refs), refs = scan.take(
-        refs, True, True, True, True, True, True
-    )
-    mask_refs, refs = refs[: scan.masked], refs[scan.masked :]
-    (db_refs, da_refs, dinitial_refs), refs = scan.take(refs, True, True, True)
+class BackwardRefs(NamedTuple):
+    """Each number a tuple of its parts."""
+
+    h: Number  # [1, C, L]
+    a: Number  # [1, C, L], or [1, width] if constant
+    dh: Number  # [1, C, L]
+    edge: Number  # [1, 8, L], of h beside the chunk
+    initial_state: Number  # [1, 1, width]
+    dfinal_state: Number  # [1, 1, width]
+    keep: Any  # [1, 1, 1, C], None if nothing is masked
+    db: Number  # [1, C, L]
+    da: Number  # [1, C, L], or a sum over time [1, 1, width] if constant
+    dinitial_state: Number  # carry conj(a) g [1, 1, width]
     # The gradients take the places of what they are made of: g_t that of dh_t, da_t that of h_t.
-    (h_rows, g_rows, a_rows), _ = scan.take(refs, True, True, not scan.constant)
-    blocks, t = scan.blocks, pl.program_id(1)
-    here, _ = blocks.places(pl.program_id(2))
-    at, chunk_index = (0, slice(None), here), blocks.chunks - 1 - t
-    zeros = (jnp.zeros((1, blocks.lanes), jnp.float32),) * scan.parts
-    chunk = _Chunk(scan, chunk_index, a_refs, mask_refs, a_rows)
-    _stage(blocks, chunk_index, dh_refs, g_rows)
-    _stage(blocks, chunk_index, h_refs, h_rows)
-    # In the group before those of the chunk, the last row is the state before it.
-    edge = tuple(ref[0, -1:] for ref in edge_refs)
-    first = chunk_index == 0
-    before = (
-        jnp.where(first, initial, other)
-        for initial, other in zip(_read(initial_refs, at), edge, strict=True)
-    )
-    _write(h_rows, _row(0, SUBLANES - 1), tuple(before))
+    h_rows: Number  # [1 + C / 8, 8, L]
+    g_rows: Number  # [C / 8, 8, L]
+    a_rows: Number | None  # [C / 8, 8, L], None if constant
+
+
+def diagonal_backward(refs: BackwardRefs, *, scan: Scan) -> None:
+    grid, t = scan.grid, pl.program_id(1)
+    here = grid.places(pl.program_id(2))[0]
+    at, chunk_index = (0, slice(None), here), grid.chunk_index(t, backward=True)
+    last = (grid.length - 1) % grid.chunk
+    zeros = (jnp.zeros((1, grid.lanes), jnp.float32),) * len(refs.h)
+    chunk = Chunk(scan, chunk_index, refs.a, refs.keep, refs.a_rows)
+    _stage(grid, chunk_index, refs.dh, refs.g_rows)
+    _stage(grid, chunk_index, refs.h, refs.h_rows, at=scan.before)
+    _write_state_before_chunk(refs, scan, chunk_index, at)
 
     @pl.when(t == 0)
     def _():
-        last = _last_token(blocks)
-        dlast = _add(_read(g_rows, last), _read(dfinal_refs, at))
-        _write(g_rows, last, dlast)
-        _write(dinitial_refs, at, zeros)
+        first = _token(0 if grid.reverse else last)  # that this kernel takes
+        dfirst = _add(_read(refs.g_rows, first), _read(refs.dfinal_state, at))
+        _write(refs.g_rows, first, dfirst)
+        _write(refs.dinitial_state, at, zeros)
         if scan.constant:
-            _write(da_refs, at, zeros)
+            _write(refs.da, at, zeros)
 
-    def retreat(g, row, carry):
+    def token(g, row, carry):
         ag, da = carry  # conj(a_{t+1}) g_{t+1}; of a constant factor, its gradient
         now = _row(g, row)
-        g_t = _add(_read(g_rows, now), ag)
-        _write(g_rows, now, g_t)
-        before = _read(h_rows, _before(g, row))
-        da_t = _times(g_t, _conjugate(chunk.kept(before, g, row)))
+        g_t = _add(_read(refs.g_rows, now), ag)  # [1, L], Eq. 2
+        _write(refs.g_rows, now, g_t)
+        before = chunk.kept(_read(refs.h_rows, _state_before(scan, g, row)), g, row)
+        da_t = _times(g_t, _conjugate(before))  # [1, L], Eq. 3
         if scan.constant:
             da = _add(da, da_t)
         else:
-            _write(h_rows, _row(g + 1, row), da_t)
+            _write(refs.h_rows, _row(g + scan.before, row), da_t)
         return chunk.kept(_times(_conjugate(chunk.factor(g, row)), g_t), g, row), da
 
-    carry = _read(dinitial_refs, at), _read(da_refs, at) if scan.constant else zeros
-    ag, da = blocks.loop(retreat, carry, reverse=True, stretch=2, compiled=compiled)
-    _write(dinitial_refs, at, ag)
+    carry = _read(refs.dinitial_state, at), _read(refs.da, at) if scan.constant else zeros
+    ag, da = grid.loop(token, carry, backward=True, stretch=2)
+    _write(refs.dinitial_state, at, ag)
     if scan.constant:
-        _write(da_refs, at, da)
-    rows = [(db_refs, g_rows)]
-    rows += [] if scan.constant else [(da_refs, h_rows)]
-    for of_number, rows_of_number in rows:
-        for ref, rows_ref in zip(of_number, rows_of_number, strict=True):
-            of_chunk = rows_ref[rows_ref.shape[0] - blocks.chunk // SUBLANES :]
-            ref[0] = of_chunk.reshape(ref.shape[1:]).astype(ref.dtype)
+        _write(refs.da, at, da)
+    _unstage(grid, refs.g_rows, refs.db)
+    if not scan.constant:
+        _unstage(grid, refs.h_rows, refs.da, at=scan.before)
+    if scan.ends_inside:
+
+        @pl.when(t == grid.chunks - 1)
+        def _():
+            factor = _conjugate(chunk.factor(*divmod(last, SUBLANES)))
+            dinitial = _times(factor, _read(refs.g_rows, _token(last)))  # Eq. 3
+            _write(refs.dinitial_state, at, dinitial)
+
+
+def _write_state_before_chunk(refs: BackwardRefs, scan: Scan, chunk_index: Any, at: Any) -> None:
+    """Writes the state that the chunk started from beside the chunk's states."""
+    grid = scan.grid
+    # The row next to the chunk's.
+    edge = tuple(ref[0, :1] if grid.reverse else ref[0, -1:] for ref in refs.edge)  # [1, L]
+    is_first = chunk_index == (grid.chunks - 1 if grid.reverse else 0)
+    initial = _read(refs.initial_state, at)
+    before = (jnp.where(is_first, mine, other) for mine, other in zip(initial, edge, strict=True))
+    place = _row(grid.groups, 0) if grid.reverse else _row(0, SUBLANES - 1)
+    _write(refs.h_rows, place, tuple(before))
+    if scan.ends_inside:
+
+        @pl.when(is_first)
+        def _():
+            _write(refs.h_rows, _token(grid.length % grid.chunk), initial)

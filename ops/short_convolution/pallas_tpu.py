@@ -3,22 +3,24 @@
 With lags l = 0 .. W - 1 and m_{t,l} = 1 where token t has l tokens of its segment before it, else
 0:
 
-    y_t = sum_l w_{W-1-l} x_{t-l} m_{t,l}
-    dx_s = sum_l w_{W-1-l} dy_{s+l} m_{s+l,l}        dw_{W-1-l} = sum_bs x_s dy_{s+l} m_{s+l,l}
+    y_t = sum_l w_{W-1-l} x_{t-l} m_{t,l}                                                (1)
+    dx_s = sum_l w_{W-1-l} dy_{s+l} m_{s+l,l}                                            (2)
+    dw_{W-1-l} = sum_bs x_s dy_{s+l} m_{s+l,l}                                           (3)
 
 Forward runs from the first chunk to the last and keeps the last inputs of the one before, backward
 from the last to the first and keeps the first cotangents of the one after. A shift by l tokens is a
-load from fast memory at another row. What the W - 1 inputs before the first token give and get, and
-the final state, concern a few rows and are left to XLA.
+load from fast memory at another row. With `reverse`, before and after change places. What the W - 1
+inputs before the first token give and get, and the final state, concern a few rows and are left to
+XLA.
 
-Why a kernel: for a v6e, at (B, T, D, W) = (8, 2048, 1536, 4), XLA's form of `chunked.py` moves 3.0
+Why a kernel: for a v6e, at (B, T, D, W) = (8, 2048, 1536, 4), XLA's form of `xla.py` moves 3.0
 times the bytes of inputs and outputs forward and 14 times backward in bfloat16 (it writes float32
 copies and shifted ones), 1.0 and 4.0 times in float32, by the cost analysis of the programs
 compiled ahead of time with libtpu 0.0.42.1; the kernels 1.0."""
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..framework import segments
-from ..tpu.blocks import LANES
-from ..tpu.channels import SUBLANES, Blocks, call, cut, pad_channels
+from ..tpu import channels
+from ..tpu.channels import ChannelGrid, pad_channels
+from ..tpu.kernel import LANES, SUBLANES, Input, Output, call
 from . import xla
 
 
@@ -45,172 +48,217 @@ TUNING = Tuning()
 
 
 @dataclass(frozen=True)
-class _Convolution:
-    """What is static. beside: W - 1, up to a multiple of 8: the rows that a chunk needs from the
-    one beside it."""
+class Convolution:
+    """What is static. taps: W; segments: whether there are any."""
 
-    blocks: Blocks
+    grid: ChannelGrid
     taps: int
     segments: bool
 
     @property
     def beside(self) -> int:
+        """Rows that a chunk needs from the one beside it: W - 1, up to a multiple of 8."""
         return SUBLANES * pl.cdiv(self.taps - 1, SUBLANES)
 
     @property
     def rows(self) -> int:
-        return self.blocks.chunk + self.beside
+        return self.grid.chunk + self.beside
 
     def pieces(self) -> list[tuple[int, int]]:
         """First row and number of rows of the chunk's pieces."""
-        chunk = self.blocks.chunk
+        chunk = self.grid.chunk
         starts = range(0, chunk, TUNING.rows)
         return [(start, min(TUNING.rows, chunk - start)) for start in starts]
 
+    def chunk_rows(self, backward: bool) -> slice:
+        """Where scratch [rows, L] has the chunk: behind the rows of the chunk before, or before
+        those of the chunk after."""
+        start = 0 if self.grid.runs_back(backward) else self.beside
+        return slice(start, start + self.grid.chunk)
 
-def forward(x, w, initial_state, segment_ids, *, interpret=False):
-    """Shapes as in `api.py`; returns y and the final state in float32."""
-    conv, depth_BT = _convolution(x, w, segment_ids)
-    blocks, before = conv.blocks, w.shape[0] - 1
-    history = pad_channels(initial_state.astype(jnp.float32))
-    history = jnp.pad(history, ((0, 0), (conv.beside - before, 0), (0, 0)))
-    (y,) = call(
-        functools.partial(_convolution_forward, conv=conv),
-        blocks,
-        [
-            (pad_channels(x), blocks.tokens()),
-            (_taps(w), blocks.constant(conv.taps)),
-            *([(history, blocks.sequence(conv.beside))] if conv.beside else []),
-            *_depths(depth_BT, conv, after=0),
-        ],
-        [(_like(x, blocks), blocks.tokens())],
-        [
-            pltpu.VMEM((conv.rows, blocks.lanes), jnp.float32),
-            *_kept(conv),
-            *_columns(conv, blocks.chunk),
-        ],
-        interpret=interpret,
+    def beside_rows(self, backward: bool) -> slice:
+        """Where scratch [rows, L] has the rows beside the chunk."""
+        chunk = self.grid.chunk
+        return slice(chunk, None) if self.grid.runs_back(backward) else slice(0, self.beside)
+
+    def edge_rows(self, backward: bool) -> slice:
+        """Where scratch [rows, L] has what the next chunk needs of this one."""
+        chunk = self.grid.chunk
+        return slice(0, self.beside) if self.grid.runs_back(backward) else slice(chunk, None)
+
+    def shifted(self, start: int, count: int, lag: int, backward: bool) -> slice:
+        """Rows of scratch with tokens start .. start + count - 1 of the chunk, shifted by `lag`
+        towards the chunk beside it."""
+        first = start + lag if self.grid.runs_back(backward) else self.beside + start - lag
+        return slice(first, first + count)
+
+
+def forward(x, w, initial_state, segment_ids, *, reverse=False, interpret=False):
+    """y and the final state in float32; shapes as in `api.py`."""
+    conv, depth_BT = _convolution(x, w, segment_ids, reverse, interpret)
+    grid, before = conv.grid, w.shape[0] - 1
+    refs = ForwardRefs(
+        x=Input(pad_channels(x), grid.tokens()),
+        w=_taps(w, grid),
+        initial_state=_initial_rows(initial_state, conv),
+        depth=_depths(depth_BT, conv, backward=False),
+        y=Output(_like(x, grid), grid.tokens()),
+        z=pltpu.VMEM((conv.rows, grid.lanes), jnp.float32),
+        edge=_edge(conv),
+        column=_column(conv, grid.chunk),
     )
-    last = x[:, max(0, x.shape[1] - before) :].astype(jnp.float32)
+    y = call(functools.partial(convolution_forward, conv=conv), grid, refs).y
+    last = _last(x, before, reverse).astype(jnp.float32)
     final = jnp.concatenate([initial_state.astype(jnp.float32), last], 1)
-    final = _of_last_segment(final[:, final.shape[1] - before :], depth_BT)
+    final = _of_last_segment(final[:, final.shape[1] - before :], depth_BT, reverse)
     # Exact: the caller casts y to x's dtype again.
     return y[:, :, : x.shape[2]].astype(jnp.float32), final
 
 
-def backward(x, w, initial_state, segment_ids, dy, dfinal_state, *, interpret=False):
-    """Cotangents of x, w and initial_state, in float32."""
-    conv, depth_BT = _convolution(x, w, segment_ids)
-    blocks, (taps, channels), length = conv.blocks, w.shape, x.shape[1]
+def backward(x, w, initial_state, segment_ids, dy, dfinal_state, *, reverse=False, interpret=False):
+    """Gradients of x, w and initial_state, in float32."""
+    conv, depth_BT = _convolution(x, w, segment_ids, reverse, interpret)
+    grid, (taps, size), length = conv.grid, w.shape, x.shape[1]
     dy = dy.astype(x.dtype)  # y was cast to it, so that its cotangent is exact in it
-    tokens = blocks.tokens(reverse=True)
-    rows = taps * SUBLANES
-    dx, dw = call(
-        functools.partial(_convolution_backward, conv=conv),
-        blocks,
-        [
-            (pad_channels(x), tokens),
-            (pad_channels(dy), tokens),
-            (_taps(w), blocks.constant(taps)),
-            *_depths(depth_BT, conv, after=conv.beside, reverse=True),
-        ],
-        [
-            (_like(x, blocks), tokens),
-            (
-                jax.ShapeDtypeStruct((blocks.batch, rows, blocks.width), jnp.float32),
-                blocks.sequence(rows),
-            ),
-        ],
-        [
-            pltpu.VMEM((conv.rows, blocks.lanes), jnp.float32),
-            *_kept(conv),
-            *_columns(conv, conv.rows),
-        ],
-        interpret=interpret,
+    tokens, dw_rows = grid.tokens(backward=True), taps * SUBLANES
+    dw_shape = jax.ShapeDtypeStruct((grid.batch, dw_rows, grid.width), jnp.float32)
+    refs = BackwardRefs(
+        x=Input(pad_channels(x), tokens),
+        dy=Input(pad_channels(dy), tokens),
+        w=_taps(w, grid),
+        depth=_depths(depth_BT, conv, backward=True),
+        dx=Output(_like(x, grid), tokens),
+        dw=Output(dw_shape, grid.sequence(dw_rows)),
+        dz=pltpu.VMEM((conv.rows, grid.lanes), jnp.float32),
+        edge=_edge(conv),
+        column=_column(conv, conv.rows),
     )
-    dx = dx[:, :, :channels]
-    dw = dw.reshape(blocks.batch, taps, SUBLANES, -1).sum((0, 2))[:, :channels]
+    results = call(functools.partial(convolution_backward, conv=conv), grid, refs)
+    dx = results.dx[:, :, :size]
+    dw = results.dw.reshape(grid.batch, taps, SUBLANES, -1).sum((0, 2))[:, :size]
     if taps == 1:
         return dx.astype(jnp.float32), dw, jnp.zeros_like(initial_state, jnp.float32)
 
-    first = min(taps - 1, length)  # tokens that read the initial state
+    count = min(taps - 1, length)  # of tokens that read the initial state
+    first_ids = None if segment_ids is None else _first(segment_ids, count, reverse)
     _, dw_initial, dinitial = xla.backward(
-        jnp.zeros_like(x[:, :first]),
+        jnp.zeros_like(_first(x, count, reverse)),
         w,
         initial_state,
-        None if segment_ids is None else segment_ids[:, :first],
-        dy[:, :first].astype(jnp.float32),
+        first_ids,
+        _first(dy, count, reverse).astype(jnp.float32),
         jnp.zeros_like(initial_state, jnp.float32),
     )
-    dlast = _of_last_segment(dfinal_state, depth_BT)
+    dlast = _of_last_segment(dfinal_state, depth_BT, reverse)
     # In dx's dtype, in place: as a sum in float32 it would pass all of dx through memory again.
-    tail = dx[:, length - first :].astype(jnp.float32) + dlast[:, taps - 1 - first :]
-    dx = dx.at[:, length - first :].set(tail.astype(x.dtype))
-    dinitial = dinitial.at[:, length:].add(dlast[:, : taps - 1 - first])
+    tail = _last(dx, count, reverse).astype(jnp.float32) + dlast[:, taps - 1 - count :]
+    tail = tail.astype(x.dtype)
+    dx = dx.at[:, :count].set(tail[:, ::-1]) if reverse else dx.at[:, length - count :].set(tail)
+    dinitial = dinitial.at[:, length:].add(dlast[:, : taps - 1 - count])
     return dx.astype(jnp.float32), dw + dw_initial, dinitial
 
 
-def _convolution(x, w, segment_ids) -> tuple[_Convolution, jax.Array | None]:
+def _convolution(
+    x, w, segment_ids, reverse: bool, interpret: bool
+) -> tuple[Convolution, jax.Array | None]:
     """And how many tokens of its segment, W - 1 at most, are before each [B, T]; those before the
     first token count."""
-    blocks = cut(x, TUNING.chunk, TUNING.lanes)
-    conv = _Convolution(blocks, w.shape[0], segment_ids is not None)
+    grid = channels.cut(x, TUNING.chunk, TUNING.lanes, reverse=reverse, interpret=interpret)
+    conv = Convolution(grid, w.shape[0], segment_ids is not None)
     if segment_ids is None:
         return conv, None
-    keep_BT, length = segments.continues(segment_ids).astype(jnp.int32), x.shape[1]
+    keep_BT, length = segments.continues(segment_ids, reverse=reverse).astype(jnp.int32), x.shape[1]
     depth_BT = jnp.zeros_like(keep_BT)
     for lag in reversed(range(w.shape[0] - 1)):
-        ahead = jnp.pad(keep_BT, ((0, 0), (lag, 0)), constant_values=1)[:, :length]
+        beside = (0, lag) if reverse else (lag, 0)
+        ahead = jnp.pad(keep_BT, ((0, 0), beside), constant_values=1)
+        ahead = ahead[:, lag:] if reverse else ahead[:, :length]
         depth_BT = ahead * (1 + depth_BT)
     return conv, depth_BT
 
 
-def _of_last_segment(x_BWD: jax.Array, depth_BT: jax.Array | None) -> jax.Array:
+def _first(x: jax.Array, count: int, reverse: bool) -> jax.Array:
+    """The first `count` tokens [B, count, ...] that the recurrence takes, in its order."""
+    return x[:, ::-1][:, :count] if reverse else x[:, :count]
+
+
+def _last(x: jax.Array, count: int, reverse: bool) -> jax.Array:
+    """The last tokens that the recurrence takes, `count` at most, in its order."""
+    return x[:, :count][:, ::-1] if reverse else x[:, max(0, x.shape[1] - count) :]
+
+
+def _of_last_segment(x_BWD: jax.Array, depth_BT: jax.Array | None, reverse: bool) -> jax.Array:
     """The last W - 1 inputs, or their cotangents; zero where they lie before the last token's
     segment."""
     if depth_BT is None:
         return x_BWD
     lag = jnp.arange(x_BWD.shape[1] - 1, -1, -1)
-    return jnp.where((depth_BT[:, -1:] >= lag[None, :])[:, :, None], x_BWD, 0.0)
+    depth_B1 = depth_BT[:, :1] if reverse else depth_BT[:, -1:]
+    return jnp.where((depth_B1 >= lag[None, :])[:, :, None], x_BWD, 0.0)
 
 
-def _depths(depth_BT, conv: _Convolution, after: int, reverse: bool = False) -> list:
-    """[B, chunks, 1, C + after]: of the tokens of a chunk, and of `after` more."""
+def _initial_rows(initial_state: jax.Array, conv: Convolution) -> Input | None:
+    """The initial state as rows [B, beside, width] that lie before the first token, or with
+    `reverse` behind the last one."""
+    if not conv.beside:
+        return None
+    rows = pad_channels(initial_state.astype(jnp.float32))
+    missing = conv.beside - rows.shape[1]
+    if conv.grid.reverse:
+        rows = jnp.pad(rows[:, ::-1], ((0, 0), (0, missing), (0, 0)))
+    else:
+        rows = jnp.pad(rows, ((0, 0), (missing, 0), (0, 0)))
+    return Input(rows, conv.grid.sequence(conv.beside))
+
+
+def _depths(depth_BT: jax.Array | None, conv: Convolution, backward: bool) -> Input | None:
+    """[B, chunks, 1, C or rows]: depths of the outputs that a chunk meets; backward also of those
+    beside it."""
     if depth_BT is None:
-        return []
-    blocks = conv.blocks
-    padding = ((0, 0), (0, blocks.chunks * blocks.chunk - blocks.length))
-    depth = jnp.pad(depth_BT.astype(jnp.float32), padding)
-    depth = depth.reshape(blocks.batch, blocks.chunks, 1, blocks.chunk)
+        return None
+    grid, beside = conv.grid, conv.beside if backward else 0
+    past = grid.chunks * grid.chunk - grid.length
+    around = (beside, past) if grid.reverse else (0, past)
+    depth = jnp.pad(depth_BT.astype(jnp.float32), ((0, 0), around))
+    if grid.reverse:  # the chunk and `beside` tokens before it
+        starts = range(0, grid.chunks * grid.chunk, grid.chunk)
+        parts = [depth[:, start : start + grid.chunk + beside] for start in starts]
+        array = jnp.stack(parts, 1)[:, :, None]
+        return Input(array, grid.shared(array, backward))
+    depth = depth.reshape(grid.batch, grid.chunks, 1, grid.chunk)
     following = [
         jnp.pad(depth, ((0, 0), (0, i), (0, 0), (0, 0)))[:, i:]
-        for i in range(1 + pl.cdiv(after, blocks.chunk))
+        for i in range(1 + pl.cdiv(beside, grid.chunk))
     ]
-    array = jnp.concatenate(following, axis=-1)[..., : blocks.chunk + after]
-    return [(array, blocks.shared(array, reverse))]
+    array = jnp.concatenate(following, axis=-1)[..., : grid.chunk + beside]
+    return Input(array, grid.shared(array, backward))
 
 
-def _taps(w: jax.Array) -> jax.Array:
-    return pad_channels(w.astype(jnp.float32))
+def _taps(w: jax.Array, grid: ChannelGrid) -> Input:
+    return Input(pad_channels(w.astype(jnp.float32)), grid.constant(w.shape[0]))
 
 
-def _like(x: jax.Array, blocks: Blocks) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*x.shape[:2], blocks.width), x.dtype)
+def _like(x: jax.Array, grid: ChannelGrid) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*x.shape[:2], grid.width), x.dtype)
 
 
-def _kept(conv: _Convolution) -> list[Any]:
-    """The rows beside the next chunk, of all channels."""
-    if not conv.beside:
-        return []
-    return [pltpu.VMEM((conv.beside, conv.blocks.width), jnp.float32)]
+def _edge(conv: Convolution) -> Any:
+    """Scratch for the rows beside the next chunk, of all channels."""
+    return pltpu.VMEM((conv.beside, conv.grid.width), jnp.float32) if conv.beside else None
 
 
-def _columns(conv: _Convolution, rows: int) -> list[Any]:
-    return [pltpu.VMEM((rows, LANES), jnp.float32)] if conv.segments else []
+def _column(conv: Convolution, rows: int) -> Any:
+    return pltpu.VMEM((rows, LANES), jnp.float32) if conv.segments else None
+
+
+# --- Inside a kernel
 
 
 def _spread(depth_ref: Any, column_ref: Any) -> None:
-    """A row of depths as a column, repeated over lanes: for all blocks of channels of a chunk."""
+    """Writes a row of depths as a column, repeated over lanes: for all blocks of channels of a
+    chunk."""
+    if depth_ref is None:
+        return
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -218,72 +266,91 @@ def _spread(depth_ref: Any, column_ref: Any) -> None:
         column_ref[...] = jnp.broadcast_to(depth_ref[0, 0], (LANES, rows)).T
 
 
-def _within(x: jax.Array, column_refs: Any, rows: slice, lag: int) -> jax.Array:
+def _within(x: jax.Array, column_ref: Any, rows: slice, lag: int) -> jax.Array:
     """x [rows, 128], zero for tokens whose segment began less than `lag` tokens before."""
-    if not column_refs or lag == 0:
+    if column_ref is None or lag == 0:
         return x
-    return jnp.where(column_refs[0][rows] >= lag, x, 0.0)
+    return jnp.where(column_ref[rows] >= lag, x, 0.0)
 
 
-def _convolution_forward(x_ref, w_ref, *refs, conv, compiled):
-    del compiled  # there is no loop
-    initial_refs, refs = refs[: conv.beside > 0], refs[conv.beside > 0 :]
-    depth_refs, refs = refs[: conv.segments], refs[conv.segments :]
-    y_ref, z_ref, *refs = refs
-    history_refs, column_refs = refs[: conv.beside > 0], refs[conv.beside > 0 :]
-    blocks, beside, t = conv.blocks, conv.beside, pl.program_id(1)
-    here, places = blocks.places(pl.program_id(2))
-    for depth_ref, column_ref in zip(depth_refs, column_refs, strict=True):
-        _spread(depth_ref, column_ref)
+class ForwardRefs(NamedTuple):
+    x: Any  # [1, C, L]
+    w: Any  # [W, width]
+    initial_state: Any  # [1, beside, width], None for one tap
+    depth: Any  # [1, 1, 1, C], None without segments
+    y: Any  # [1, C, L]
+    z: Any  # the chunk's inputs and those beside it [rows, L]
+    edge: Any  # carry [beside, width], None for one tap
+    column: Any  # depths [C, 128], None without segments
 
-    z_ref[beside:] = blocks.read(x_ref, t)
-    for initial_ref, history_ref in zip(initial_refs, history_refs, strict=True):
-        initial = initial_ref[0, :, here]
-        z_ref[:beside] = jnp.where(t == 0, initial, history_ref[:, here])
-        history_ref[:, here] = z_ref[blocks.chunk :]
 
-    for tile, place in zip(blocks.tiles, places, strict=True):
-        w = w_ref[:, place]
+def convolution_forward(refs: ForwardRefs, *, conv: Convolution) -> None:
+    grid, t = conv.grid, pl.program_id(1)
+    here, places = grid.places(pl.program_id(2))
+    _spread(refs.depth, refs.column)
+
+    refs.z[conv.chunk_rows(backward=False)] = grid.read(refs.x, grid.chunk_index(t))
+    if conv.beside:
+        initial = refs.initial_state[0, :, here]  # [beside, L]
+        beside = conv.beside_rows(backward=False)
+        refs.z[beside] = jnp.where(t == 0, initial, refs.edge[:, here])
+        past = grid.length % grid.chunk
+        if grid.reverse and past:  # the initial state is behind token T - 1, inside the chunk
+
+            @pl.when(t == 0)
+            def _():
+                refs.z[past : past + conv.beside] = initial
+
+        refs.edge[:, here] = refs.z[conv.edge_rows(backward=False)]
+
+    for tile, place in zip(grid.tiles, places, strict=True):
+        w = refs.w[:, place]  # [W, 128]
         for start, count in conv.pieces():
             y = jnp.zeros((count, LANES), jnp.float32)
             for lag in range(conv.taps):
-                first = beside + start - lag
-                z = z_ref[first : first + count, tile]
-                z = _within(z, column_refs, slice(start, start + count), lag)
-                y = y + w[conv.taps - 1 - lag][None] * z
-            y_ref[0, start : start + count, tile] = y.astype(y_ref.dtype)
+                z = refs.z[conv.shifted(start, count, lag, backward=False), tile]  # [count, 128]
+                z = _within(z, refs.column, slice(start, start + count), lag)
+                y = y + w[conv.taps - 1 - lag][None] * z  # Eq. 1
+            refs.y[0, start : start + count, tile] = y.astype(refs.y.dtype)
 
 
-def _convolution_backward(x_ref, dy_ref, w_ref, *refs, conv, compiled):
-    del compiled
-    depth_refs, refs = refs[: conv.segments], refs[conv.segments :]
-    dx_ref, dw_ref, dz_ref, *refs = refs
-    next_refs, column_refs = refs[: conv.beside > 0], refs[conv.beside > 0 :]
-    blocks, chunk, t = conv.blocks, conv.blocks.chunk, pl.program_id(1)
-    here, places = blocks.places(pl.program_id(2))
-    for depth_ref, column_ref in zip(depth_refs, column_refs, strict=True):
-        _spread(depth_ref, column_ref)
+class BackwardRefs(NamedTuple):
+    x: Any  # [1, C, L]
+    dy: Any  # [1, C, L]
+    w: Any  # [W, width]
+    depth: Any  # [1, 1, 1, rows], None without segments
+    dx: Any  # [1, C, L]
+    dw: Any  # carry, 8 partial sums of each tap [1, 8 W, width]
+    dz: Any  # the chunk's cotangents and those beside it [rows, L]
+    edge: Any  # carry [beside, width], None for one tap
+    column: Any  # depths [rows, 128], None without segments
+
+
+def convolution_backward(refs: BackwardRefs, *, conv: Convolution) -> None:
+    grid, t = conv.grid, pl.program_id(1)
+    here, places = grid.places(pl.program_id(2))
+    _spread(refs.depth, refs.column)
 
     @pl.when(t == 0)
     def _():
-        dw_ref[0, :, here] = jnp.zeros((dw_ref.shape[1], blocks.lanes), jnp.float32)
+        refs.dw[0, :, here] = jnp.zeros((refs.dw.shape[1], grid.lanes), jnp.float32)
 
-    at = blocks.chunks - 1 - t
-    dz_ref[:chunk] = blocks.read(dy_ref, at)
-    for next_ref in next_refs:
-        dz_ref[chunk:] = jnp.where(t == 0, 0.0, next_ref[:, here])
-        next_ref[:, here] = dz_ref[: conv.beside]
+    chunk_index = grid.chunk_index(t, backward=True)
+    refs.dz[conv.chunk_rows(backward=True)] = grid.read(refs.dy, chunk_index)
+    if conv.beside:
+        refs.dz[conv.beside_rows(backward=True)] = jnp.where(t == 0, 0.0, refs.edge[:, here])
+        refs.edge[:, here] = refs.dz[conv.edge_rows(backward=True)]
 
-    x = blocks.read(x_ref, at)
-    for tile, place in zip(blocks.tiles, places, strict=True):
-        w = w_ref[:, place]
+    x = grid.read(refs.x, chunk_index)  # [C, L]
+    for tile, place in zip(grid.tiles, places, strict=True):
+        w = refs.w[:, place]  # [W, 128]
         for start, count in conv.pieces():
             dx = jnp.zeros((count, LANES), jnp.float32)
             for lag in range(conv.taps):
-                rows, tap = slice(start + lag, start + lag + count), conv.taps - 1 - lag
-                dy = _within(dz_ref[rows, tile], column_refs, rows, lag)
-                dx = dx + w[tap][None] * dy
-                products = (x[start : start + count, tile] * dy).reshape(-1, 8, LANES)
+                rows, tap = conv.shifted(start, count, lag, backward=True), conv.taps - 1 - lag
+                dy = _within(refs.dz[rows, tile], refs.column, rows, lag)  # [count, 128]
+                dx = dx + w[tap][None] * dy  # Eq. 2
+                products = (x[start : start + count, tile] * dy).reshape(-1, SUBLANES, LANES)
                 of_tap = slice(SUBLANES * tap, SUBLANES * (tap + 1))
-                dw_ref[0, of_tap, place] += products.sum(0)
-            dx_ref[0, start : start + count, tile] = dx.astype(dx_ref.dtype)
+                refs.dw[0, of_tap, place] += products.sum(0)  # Eq. 3
+            refs.dx[0, start : start + count, tile] = dx.astype(refs.dx.dtype)

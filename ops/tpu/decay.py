@@ -1,31 +1,34 @@
 """Products of decays over intervals inside one chunk, and their adjoint, in what a TPU kernel can
 do.
 
-As in `chunking.py`, W_ij = a_{j+1} .. a_i (i >= j) is never a quotient, an exponent is never
-positive, and no sum of logs is ever the difference of two others. Three kinds of decay, one
-interface. `products` gives what the recurrence needs of a chunk,
+As in `ops/chunks/chunking.py`, W_ij = a_{j+1} .. a_i (i >= j) is never a quotient, an exponent is
+never positive, and no sum of logs is ever the difference of two others. There are three kinds of
+decay with one interface. `products` gives what the recurrence needs of a chunk,
 
-    P_ij = sum_c q_ic k_jc W_ijc   q_start = q . (start..i)   k_end = k . (j+1..end)   total =
-    (start..end),
+    P_ij = sum_c q_ic k_jc W_ijc     for i >= j, else 0                                  (1)
+    q_start = q . W_(start..i)       k_end = k . W_(j+1..end)     total = W_(start..end) (2)
 
-and `adjoint` maps their cotangents to those of q, k and log a. Both are generators (see
-`interleave`) that return their result.
+and `adjoint` takes their gradients to those of q, k and log a. Both are generators (see
+`ops/tpu/__init__.py`) that return their result.
 
 **Decay per channel.** The pairs of a chunk are split by halving, b = 1, 2, 4, .. C/2: in a block of
 2b tokens, a query of the second half meets the keys of the first with W = suffix_j * prefix_i,
-split in the middle. Queries and keys of a level have different rows, so one array holds both,
+split in the middle. Queries and keys of a level have different rows, so one array holds both:
 
-    X = q . prefix in second halves, k . suffix in first halves,       P_level = X X^T where i, j
-    are such a pair,
+    X = q . prefix in second halves, k . suffix in first halves                          (3)
+    P_level = X X^T                  at the pairs i, j of the level                      (4)
+    dX = N X                         with N = dP + dP^T at these pairs                   (5)
 
-and the adjoint is one product too, dX = N X with N = dP + dP^T at those pairs. Up to b = 4 rows of
-a block share a register, and the exponents come from one product of 0/1 matrices with log a: sums
-over exactly the interval's tokens. From b = 8 on whole registers are multiplied by the product of
-the neighbouring block, a row: prefix_2b = prefix_b or total_b prefix_b. The log-gradient of every
-factor (factor times cotangent) flows back along the same sums and products.
+Up to b = 4 rows of a block share a register, and the exponents come from one product of 0/1
+matrices with log a: sums over exactly the interval's tokens. From b = 8 on whole registers are
+multiplied by the product of the neighbouring block, a row: prefix_2b = prefix_b or
+total_b prefix_b. The log-gradient of every factor (factor times cotangent) flows back along the
+same sums and products.
 
-**One decay per token.** log W = (log a where t <= i) (1 where t > j) is again a product with a 0/1
-matrix."""
+**One decay per token.** The logs are again a product with a 0/1 matrix:
+
+    log W_ij = sum_t (log a_t where t <= i) (1 where t > j)                              (6)
+"""
 
 import functools
 from collections.abc import Generator
@@ -39,78 +42,73 @@ from jax import lax
 
 from ..chunks.chunking import einsum
 from ..framework import segments
-from .blocks import LOG_ZERO, Blocks, Matmul, chunk_rows, flat, indices, read, valid_rows
+from .heads import HeadGrid, chunk_rows, flat, read
+from .kernel import SUBLANES, Input
+from .matmul import Matmul, indices, lower
 
-SUBLANES = 8  # rows of a float32 register
-SMALL_LEVELS = (1, 2, 4)
+# Where a segment starts the decay is zero: a log that any sum of real ones leaves at exp(.) == 0
+# exactly. It is only ever added to other logs, never subtracted.
+LOG_ZERO = -1e30
+SMALL_LEVELS = (1, 2, 4)  # b of blocks whose rows share a register
 
 
 class Products(NamedTuple):
-    """scores P [C, C], zero above the diagonal; q_start, k_end [C, K]; total [1, K or 1], or None
-    for no decay.
+    """Eqs. 1 and 2 of one head. residuals: what `adjoint` needs besides."""
 
-    saved: what the adjoint needs besides.
-    """
-
-    scores: jax.Array
-    q_start: jax.Array
-    k_end: jax.Array
-    total: jax.Array | None
-    saved: Any = None
+    scores: jax.Array  # P [C, C], zero above the diagonal
+    q_start: jax.Array  # [C, K]
+    k_end: jax.Array  # [C, K]
+    total: jax.Array | None  # [1, K or 1], None for no decay
+    residuals: Any = None
 
 
-class Cotangents(NamedTuple):
-    """Of q, k [C, K] and of log a: [C, K], or [1, C] for one decay per token, or None."""
+class Gradients(NamedTuple):
+    """Of one head's q, k and log a."""
 
-    q: jax.Array
-    k: jax.Array
-    log: jax.Array | None
-
-
-def lower(size: int) -> jax.Array:
-    """[C, C], one on and below the diagonal.
-
-    A factor, not a `where`: selected zeros would be merged into the operand of a matmul, which
-    libtpu's cycle analysis does not survive on v5e."""
-    row, column = indices(size, size)
-    return (row >= column).astype(jnp.float32)
+    q: jax.Array  # [C, K]
+    k: jax.Array  # [C, K]
+    log: jax.Array | None  # [C, K], or [1, C] for one decay per token, None for no decay
 
 
-def decay(
+def kind_of_decay(
     matmul: Matmul,
-    blocks: Blocks,
+    grid: HeadGrid,
     decay_log: jax.Array | None,
     segment_ids: jax.Array | None,
-    reverse: bool,
-):
-    """The kind of decay, and its kernel inputs as pairs of array and block spec.
+    backward: bool = False,
+) -> tuple[Any, Any]:
+    """The kind of decay, and its inputs to a kernel: a NamedTuple of references there, which the
+    kind's `load` takes.
 
-    A constant decay is one of tokens, the same for the whole batch; with segments, no decay becomes
-    one of tokens too, because a token that starts a segment has a decay of zero."""
+    decay_log: None, [H], [B, T, H] or [B, T, H, K]. A constant decay is one per token, the same for
+    the whole batch; with segments, no decay becomes one per token too, because a token that starts
+    a segment has a decay of zero."""
     if decay_log is not None and decay_log.ndim == 4:
-        return VectorDecay.inputs(matmul, blocks, decay_log, segment_ids, reverse)
+        return VectorDecay.inputs(matmul, grid, decay_log, segment_ids, backward)
     if decay_log is None and segment_ids is None:
-        return NoDecay(matmul, blocks), []
+        return NoDecay(matmul, grid), None
     if decay_log is None:
         # The same for all blocks of heads.
-        log_BHT = jnp.zeros((blocks.batch, blocks.heads, blocks.length), jnp.float32)
+        log_BHT = jnp.zeros((grid.batch, grid.heads, grid.length), jnp.float32)
     elif decay_log.ndim == 1:
-        log_BHT = jnp.broadcast_to(
-            decay_log.astype(jnp.float32)[None, :, None], (1, blocks.all_heads, blocks.length)
-        )
+        log_H = decay_log.astype(jnp.float32)
+        log_BHT = jnp.broadcast_to(log_H[None, :, None], (1, grid.all_heads, grid.length))
     else:
         log_BHT = decay_log.astype(jnp.float32).swapaxes(1, 2)
     if segment_ids is not None:
         log_BHT = jnp.where(segments.starts(segment_ids)[:, None], LOG_ZERO, log_BHT)
-    return ScalarDecay.inputs(matmul, blocks, chunk_rows(log_BHT, blocks), reverse)
+    return ScalarDecay(matmul, grid), ScalarDecay.inputs(grid, chunk_rows(log_BHT, grid), backward)
+
+
+# --- No decay
 
 
 @dataclass(frozen=True)
 class NoDecay:
     matmul: Matmul
-    blocks: Blocks
+    grid: HeadGrid
 
-    def load(self, refs: Any, chunk_index: jax.Array) -> "NoDecay":
+    def load(self, refs: None, chunk_index: jax.Array) -> "NoDecay":
         return self
 
     def ends(self, head: int, k: jax.Array) -> Generator[None, None, tuple[jax.Array, Any]]:
@@ -118,122 +116,115 @@ class NoDecay:
         yield
         return k, None
 
-    def write(
-        self, matmul: Matmul, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array
-    ) -> jax.Array:
-        """x^T k_end, for x [C, V]."""
-        return matmul.tn(x, k_end)
+    def written(self, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array) -> jax.Array:
+        """x^T k_end [V, K], for x [C, V]."""
+        return self.matmul.tn(x, k_end)
 
     def products(self, head: int, q: jax.Array, k: jax.Array) -> Generator[None, None, Products]:
         scores = self.matmul.nt(q, k)
         yield
-        return Products(scores * lower(self.blocks.chunk), q, k, None)
+        return Products(scores * lower(self.grid.chunk), q, k, None)
 
     def adjoint(
         self, head, products, q, k, dscores, dq_start, dk_end, dtotal
-    ) -> Generator[None, None, Cotangents]:
-        dscores = dscores * lower(self.blocks.chunk)
+    ) -> Generator[None, None, Gradients]:
+        dscores = dscores * lower(self.grid.chunk)
         dq, dk = self.matmul.nn(dscores, k), self.matmul.tn(dscores, q)
         yield
-        return Cotangents(dq + dq_start, dk + dk_end, None)
+        return Gradients(dq + dq_start, dk + dk_end, None)
+
+
+# --- One decay per token and head
+
+
+class ScalarDecayRefs(NamedTuple):
+    rows: Any  # [1, 1, 1, heads, 3C]: log a, prefix and suffix
 
 
 @dataclass(frozen=True)
 class ScalarDecay:
-    """One decay per token and head; kernel input: log a, prefix and suffix of the step [heads, 3C].
-
-    log, suffix_row: [heads, C]; prefix, suffix: columns [C, heads]; total: [heads, 1].
-    """
+    """One decay per token and head."""
 
     matmul: Matmul
-    blocks: Blocks
-    log: Any = None
-    prefix: Any = None
-    suffix: Any = None
-    total: Any = None
-    suffix_row: Any = None
+    grid: HeadGrid
 
     @staticmethod
-    def inputs(matmul: Matmul, blocks: Blocks, log_rows: jax.Array, reverse: bool):
+    def inputs(grid: HeadGrid, log_rows: jax.Array, backward: bool) -> ScalarDecayRefs:
         """log_rows: [B or 1, n, G, heads, C], 0 where no token is."""
-        chunk = blocks.chunk
+        chunk = grid.chunk
         until = np.tri(chunk, dtype=np.float32)
         both = np.concatenate([until.T, until - np.eye(chunk, dtype=np.float32)], 1)
         # One plain matrix: XLA takes a product with leading axes for a convolution over them.
-        sums = einsum("rt,ti->ri", log_rows.reshape(-1, chunk), both).reshape(
-            *log_rows.shape[:-1], 2 * chunk
-        )
+        sums = einsum("rt,ti->ri", log_rows.reshape(-1, chunk), both)
+        sums = sums.reshape(*log_rows.shape[:-1], 2 * chunk)
         rows = jnp.concatenate([log_rows, jnp.exp(sums)], -1)
-        return ScalarDecay(matmul, blocks), [(rows, blocks.rows(rows, reverse))]
+        return ScalarDecayRefs(Input(rows, grid.rows_tile(rows, backward)))
 
-    def load(self, refs: Any, chunk_index: jax.Array) -> "ScalarDecay":
-        chunk = self.blocks.chunk
-        log, prefix, suffix = (
-            refs[0][0, 0, 0, :, at : at + chunk] for at in range(0, 3 * chunk, chunk)
+    def load(self, refs: ScalarDecayRefs, chunk_index: jax.Array) -> "ScalarDecayOfChunk":
+        C = self.grid.chunk
+        log, prefix, suffix = (refs.rows[0, 0, 0, :, at : at + C] for at in range(0, 3 * C, C))
+        return ScalarDecayOfChunk(
+            self.matmul, log, prefix.T, suffix.T, total=prefix[:, -1:], suffix_row=suffix
         )
-        return ScalarDecay(
-            self.matmul, self.blocks, log, prefix.T, suffix.T, prefix[:, -1:], suffix
-        )
+
+
+@dataclass(frozen=True)
+class ScalarDecayOfChunk:
+    matmul: Matmul
+    log: jax.Array  # [heads, C]
+    prefix: jax.Array  # [C, heads]
+    suffix: jax.Array  # [C, heads]
+    total: jax.Array  # [heads, 1]
+    suffix_row: jax.Array  # [heads, C]
 
     def ends(self, head: int, k: jax.Array) -> Generator[None, None, tuple[jax.Array, Any]]:
         yield
-        return (
-            k.astype(jnp.float32) * self.suffix[:, head : head + 1],
-            self.total[head : head + 1],
-        )
+        k_end = k.astype(jnp.float32) * self.suffix[:, head : head + 1]  # [C, K]
+        return k_end, self.total[head : head + 1]
 
-    def write(
-        self, matmul: Matmul, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array
-    ) -> jax.Array:
-        """As (x^T . suffix) k: a row spreads over registers for less than a column, and x is
-        transposed anyway."""
-        rows = x.T.astype(jnp.float32) * self.suffix_row[head : head + 1]
-        return matmul.nn(rows, k)
+    def written(self, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array) -> jax.Array:
+        # NOTE: as (x^T . suffix) k: a row spreads over registers for less than a column, and x is
+        # transposed anyway.
+        rows = x.T.astype(jnp.float32) * self.suffix_row[head : head + 1]  # [V, C]
+        return self.matmul.nn(rows, k)
 
     def products(self, head: int, q: jax.Array, k: jax.Array) -> Generator[None, None, Products]:
-        chunk = self.blocks.chunk
-        until, logs = lower(chunk), self.matmul.terms(self.log[head : head + 1], 2)
-        row, column = indices(chunk, chunk)
-        after = jnp.concatenate([(row > column).astype(jnp.float32)] * len(logs), 0)
-        masked = jnp.concatenate([until * log for log in logs], 1)
-        weights_log = self.matmul.nn(masked, after)
-        scores = self.matmul.nt(q, k)
+        C = self.log.shape[1]
+        until, logs = lower(C), self.matmul.terms(self.log[head : head + 1], 2)
+        row, column = indices(C, C)
+        after = jnp.concatenate([(row > column).astype(jnp.float32)] * len(logs), 0)  # [2C, C]
+        masked = jnp.concatenate([until * log for log in logs], 1)  # [C, 2C]
+        weights_log = self.matmul.nn(masked, after)  # [C, C], Eq. 6
+        scores = self.matmul.nt(q, k)  # [C, C]
         yield
         weights = jnp.exp(weights_log) * until
-        q_start = q.astype(jnp.float32) * self.prefix[:, head : head + 1]
-        k_end = k.astype(jnp.float32) * self.suffix[:, head : head + 1]
+        q_start = q.astype(jnp.float32) * self.prefix[:, head : head + 1]  # [C, K], Eq. 2
+        k_end = k.astype(jnp.float32) * self.suffix[:, head : head + 1]  # [C, K], Eq. 2
         yield
-        return Products(scores * weights, q_start, k_end, self.total[head : head + 1], weights)
+        scores = scores * weights  # Eq. 1
+        return Products(scores, q_start, k_end, self.total[head : head + 1], residuals=weights)
 
     def adjoint(
         self, head, products, q, k, dscores, dq_start, dk_end, dtotal
-    ) -> Generator[None, None, Cotangents]:
-        chunk = self.blocks.chunk
-        row, column = indices(chunk, chunk)
-        dweighted = dscores * products.saved
-        dq, dk = self.matmul.nn(dweighted, k), self.matmul.tn(dweighted, q)
+    ) -> Generator[None, None, Gradients]:
+        row, column = indices(*dscores.shape)
+        dweighted = dscores * products.residuals  # [C, C]
+        dq, dk = self.matmul.nn(dweighted, k), self.matmul.tn(dweighted, q)  # [C, K]
         # Token t is inside the interval of every pair j < t <= i, in the prefix of i >= t and in
         # the suffix of j < t.
-        until = self.matmul.nn(dscores * products.scores, (row < column).astype(jnp.float32))
+        of_pairs = dscores * products.scores  # factor times cotangent [C, C]
+        until = self.matmul.nn(of_pairs, (row < column).astype(jnp.float32))  # [C, C]
         yield
-        of_prefix = jnp.sum(products.q_start * dq_start, 1, keepdims=True)
-        of_suffix = jnp.sum(products.k_end * dk_end, 1, keepdims=True)
+        of_prefix = jnp.sum(products.q_start * dq_start, 1, keepdims=True)  # [C, 1]
+        of_suffix = jnp.sum(products.k_end * dk_end, 1, keepdims=True)  # [C, 1]
         dlog = jnp.sum(jnp.where(row >= column, until + of_prefix, of_suffix), 0, keepdims=True)
-        dlog += jnp.sum(dtotal, 1, keepdims=True) * products.total
+        dlog += jnp.sum(dtotal, 1, keepdims=True) * products.total  # [1, C]
         dq += dq_start * self.prefix[:, head : head + 1]
         dk += dk_end * self.suffix[:, head : head + 1]
-        return Cotangents(dq, dk, dlog)
+        return Gradients(dq, dk, dlog)
 
 
-class VectorSaved(NamedTuple):
-    """xs: per level X [C, K]; factors: per small level its factor [n, 8, K]; prefix, suffix [n, 8,
-    K] of blocks of 8; totals: per level b >= 8 the products [C/b, 1, K] of its blocks."""
-
-    xs: list[jax.Array]
-    factors: list[jax.Array]
-    prefix: jax.Array
-    suffix: jax.Array
-    totals: list[jax.Array]
+# --- One decay per token, head and channel
 
 
 @functools.cache
@@ -244,9 +235,9 @@ def interval_sums(chunk: int) -> np.ndarray:
 
     def level(b: int) -> np.ndarray:
         middle = row // (2 * b) * 2 * b + b
-        return np.where(
-            row >= middle, (middle <= token) & (token <= row), (row < token) & (token < middle)
-        )
+        from_middle = (middle <= token) & (token <= row)
+        to_middle = (row < token) & (token < middle)
+        return np.where(row >= middle, from_middle, to_middle)
 
     same = row // SUBLANES == token // SUBLANES
     sums = [level(2), level(4), same & (token <= row), same & (token > row)]
@@ -254,193 +245,240 @@ def interval_sums(chunk: int) -> np.ndarray:
 
 
 @functools.cache
+def end_sums(chunk: int) -> np.ndarray:
+    """[C + 8, C], zeros and ones: which log a to sum for k_end and, in the last 8 rows, total."""
+    after = np.tri(chunk).T - np.eye(chunk)
+    return np.concatenate([after, np.ones((SUBLANES, chunk))])
+
+
+@functools.cache
 def level_pairs(chunk: int) -> np.ndarray:
     """[levels, C, C]: one where i and j are in different halves of the same block of 2b tokens, b =
     1, 2, 4, .. C/2."""
     distance = np.arange(chunk)[:, None] ^ np.arange(chunk)[None]
-    return np.stack([distance >> level == 1 for level in range(chunk.bit_length() - 1)]).astype(
-        np.float32
-    )
+    levels = [distance >> level == 1 for level in range(chunk.bit_length() - 1)]
+    return np.stack(levels).astype(np.float32)
+
+
+class VectorDecayRefs(NamedTuple):
+    log: Any  # [1, C, heads * K]
+    interval_sums: Any  # [4C, terms * C]
+    end_sums: Any  # [C + 8, terms * C], forward only
+    interval_sums_transposed: Any  # [C, 4C], backward only
+    level_pairs: Any  # [levels, C, C], backward only
+    starts: Any  # [1, 1, 1, 1, C], one where a segment starts, None without segments
+
+
+class VectorResiduals(NamedTuple):
+    """Of Eq. 3, with n = C / 8."""
+
+    X: list[jax.Array]  # [C, K] per level
+    factors: list[jax.Array]  # prefix or suffix [n, 8, K] per small level
+    prefix: jax.Array  # of blocks of 8 [n, 8, K]
+    suffix: jax.Array  # of blocks of 8 [n, 8, K]
+    totals: list[jax.Array]  # per level b >= 8 the decays [n / 2b, 2, 1, 1, K] of its blocks
 
 
 @dataclass(frozen=True)
 class VectorDecay:
-    """One decay per token and channel; kernel inputs: log a, the 0/1 matrices of the exponents,
-    starts of segments."""
+    """One decay per token, head and channel.
+
+    terms: how many log a enters a product in (see `Matmul.terms`)."""
 
     matmul: Matmul
-    blocks: Blocks
-    parts: int
-    segments: bool
-    refs: Any = None
-    valid: jax.Array | None = None
-    start: jax.Array | None = None
+    grid: HeadGrid
+    terms: int
 
     @staticmethod
-    def inputs(matmul, blocks, decay_log, segment_ids, reverse):
-        parts = 1 if matmul.dtype == jnp.float32 or decay_log.dtype == jnp.bfloat16 else 2
-        sums = interval_sums(blocks.chunk)
-        ends = np.concatenate(
-            [np.tri(blocks.chunk).T - np.eye(blocks.chunk), np.ones((SUBLANES, blocks.chunk))]
-        )
-        constants = [np.tile(sums, (1, parts)), np.tile(ends, (1, parts))]
-        if reverse:
-            constants = [constants[0], sums.T, level_pairs(blocks.chunk)]
-        inputs = [(flat(decay_log), blocks.tokens(blocks.key, reverse=reverse))]
-        inputs += [
-            (x, blocks.whole(x))
-            for x in (
-                jnp.asarray(c, matmul.dtype if c.ndim == 2 else jnp.float32) for c in constants
-            )
-        ]
-        if segment_ids is not None:
-            rows = chunk_rows(segments.starts(segment_ids)[:, None], blocks)
-            inputs.append((rows, blocks.rows(rows, reverse)))
-        return VectorDecay(matmul, blocks, parts, segment_ids is not None), inputs
+    def inputs(
+        matmul: Matmul,
+        grid: HeadGrid,
+        decay_log: jax.Array,
+        segment_ids: jax.Array | None,
+        backward: bool,
+    ) -> tuple["VectorDecay", VectorDecayRefs]:
+        terms = 1 if matmul.dtype == jnp.float32 or decay_log.dtype == jnp.bfloat16 else 2
+        sums = interval_sums(grid.chunk)
 
-    def load(self, refs: Any, chunk_index: jax.Array) -> "VectorDecay":
-        start = jnp.transpose(refs[-1][0, 0, 0]) if self.segments else None
-        return VectorDecay(
-            self.matmul,
-            self.blocks,
-            self.parts,
-            self.segments,
-            refs,
-            valid_rows(self.blocks, chunk_index),
-            start,
+        def constant(array: np.ndarray, dtype: Any = matmul.dtype) -> Input:
+            return grid.constant(jnp.asarray(array, dtype))
+
+        starts = None
+        if segment_ids is not None:
+            starts = grid.of_rows(segments.starts(segment_ids)[:, None], backward)
+        refs = VectorDecayRefs(
+            log=Input(flat(decay_log), grid.decay_tile(backward)),
+            interval_sums=constant(np.tile(sums, (1, terms))),
+            end_sums=None if backward else constant(np.tile(end_sums(grid.chunk), (1, terms))),
+            interval_sums_transposed=constant(sums.T) if backward else None,
+            level_pairs=constant(level_pairs(grid.chunk), jnp.float32) if backward else None,
+            starts=starts,
         )
+        return VectorDecay(matmul, grid, terms), refs
+
+    def load(self, refs: VectorDecayRefs, chunk_index: jax.Array) -> "VectorDecayOfChunk":
+        start = None if refs.starts is None else jnp.transpose(refs.starts[0, 0, 0])  # [C, 1]
+        valid = self.grid.valid(chunk_index)  # [C, 1]
+        return VectorDecayOfChunk(self.matmul, self.grid, self.terms, refs, valid, start)
+
+
+@dataclass(frozen=True)
+class VectorDecayOfChunk:
+    matmul: Matmul
+    grid: HeadGrid
+    terms: int
+    refs: VectorDecayRefs
+    valid: jax.Array | None  # [C, 1]
+    start: jax.Array | None  # [C, 1]
 
     def _log(self, head: int) -> jax.Array:
-        log = read(self.refs[0], head, self.blocks.key, self.valid).astype(jnp.float32)
+        """log a [C, K] of one head."""
+        log = read(self.refs.log, head, self.grid.key_size, self.valid).astype(jnp.float32)
         return log if self.start is None else jnp.where(self.start > 0, LOG_ZERO, log)
 
     def ends(self, head: int, k: jax.Array) -> Generator[None, None, tuple[jax.Array, Any]]:
-        sums = self.matmul.nn(self.refs[2][...], self.matmul.parts(self._log(head), self.parts))
+        ends = self.refs.end_sums[...]
+        log = self.matmul.stacked_terms(self._log(head), self.terms)  # [terms * C, K]
+        sums = self.matmul.nn(ends, log)  # [C + 8, K]
         yield
-        chunk = self.blocks.chunk
-        return k.astype(jnp.float32) * jnp.exp(sums[:chunk]), jnp.exp(sums[chunk : chunk + 1])
+        C = self.grid.chunk
+        return k.astype(jnp.float32) * jnp.exp(sums[:C]), jnp.exp(sums[C : C + 1])
 
-    def write(
-        self, matmul: Matmul, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array
-    ) -> jax.Array:
-        return matmul.tn(x, k_end)
+    def written(self, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array) -> jax.Array:
+        return self.matmul.tn(x, k_end)
 
     def products(self, head: int, q: jax.Array, k: jax.Array) -> Generator[None, None, Products]:
-        matmul, (chunk, size) = self.matmul, q.shape
-        n = chunk // SUBLANES
-        log = self._log(head)
-        sums = matmul.nn(self.refs[1][...], matmul.parts(log, self.parts))
+        matmul, (C, K) = self.matmul, q.shape
+        n = C // SUBLANES
+        log = self._log(head)  # [C, K]
+        intervals = self.refs.interval_sums[...]
+        sums = matmul.nn(intervals, matmul.stacked_terms(log, self.terms))  # [4C, K]
         yield
-        q_rows, k_rows = (x.astype(jnp.float32).reshape(n, SUBLANES, size) for x in (q, k))
-        row = lax.broadcasted_iota(jnp.int32, (1, SUBLANES, size), 1)
-        i, j = indices(chunk, chunk)
+        q_rows, k_rows = (x.astype(jnp.float32).reshape(n, SUBLANES, K) for x in (q, k))
+        row = lax.broadcasted_iota(jnp.int32, (1, SUBLANES, K), 1)
+        i, j = indices(C, C)
         distance = i ^ j  # from b to 2b - 1 at the pairs of level b, if i > j
         # The diagonal; a whole product would only be taken for it.
-        P = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), 1, keepdims=True)
-        exponents = [jnp.where(row & 1 == 1, log.reshape(n, SUBLANES, size), 0.0)]
-        exponents += [
-            sums[at : at + chunk].reshape(n, SUBLANES, size) for at in range(0, 4 * chunk, chunk)
-        ]
-        xs, factors = [], []
+        P = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), 1, keepdims=True)  # [C, 1]
+        exponents = [jnp.where(row & 1 == 1, log.reshape(n, SUBLANES, K), 0.0)]
+        exponents += [sums[at : at + C].reshape(n, SUBLANES, K) for at in range(0, 4 * C, C)]
+        X_of_levels, factors = [], []
         for b, exponent in zip(SMALL_LEVELS, exponents[:3], strict=True):
-            factors.append(jnp.exp(exponent))
-            X = (
-                (jnp.where(row & b == b, q_rows, k_rows) * factors[-1])
-                .reshape(chunk, size)
-                .astype(matmul.dtype)
-            )
+            factors.append(jnp.exp(exponent))  # [n, 8, K]
+            X = jnp.where(row & b == b, q_rows, k_rows) * factors[-1]  # [n, 8, K], Eq. 3
+            X = X.reshape(C, K).astype(matmul.dtype)
             yield
-            P_level = matmul.nt(X, X)
+            P_level = matmul.nt(X, X)  # [C, C], Eq. 4
             yield
             P = jnp.where(distance >= b, P_level, P)
-            xs.append(X)
-        prefix, suffix = jnp.exp(exponents[3]), jnp.exp(exponents[4])
-        Q, Kd, total = q_rows * prefix, k_rows * suffix, prefix[:, SUBLANES - 1 :]
-        totals, b = [], 1  # b in registers of 8 rows
+            X_of_levels.append(X)
+        prefix, suffix = jnp.exp(exponents[3]), jnp.exp(exponents[4])  # [n, 8, K]
+        P, q_start, k_end, total, more_X, totals = yield from self._register_levels(
+            P, q_rows * prefix, k_rows * suffix, prefix[:, SUBLANES - 1 :], distance
+        )
+        residuals = VectorResiduals(X_of_levels + more_X, factors, prefix, suffix, totals)
+        return Products(
+            P.reshape(C, C) * lower(C),
+            q_start.reshape(C, K),
+            k_end.reshape(C, K),
+            total.reshape(1, K),
+            residuals,
+        )
+
+    def _register_levels(
+        self, P: Any, Q: Any, Kd: Any, total: Any, distance: jax.Array
+    ) -> Generator[None, None, Any]:
+        """The levels b >= 8 of `products`.
+
+        P [C, C] of the levels below; Q = q . prefix, Kd = k . suffix [n, 8, K] and total [n, 1, K]
+        of blocks of 8. Returns all four of the whole chunk, X of each level, and its totals."""
+        matmul, (n, _, K) = self.matmul, Q.shape
+        C = n * SUBLANES
+        X_of_levels, totals, b = [], [], 1  # b in registers of 8 rows
         while b < n:
             pairs = (n // (2 * b), 2, b, SUBLANES)
-            Q, Kd = Q.reshape(*pairs, size), Kd.reshape(*pairs, size)
-            totals.append(total.reshape(n // (2 * b), 2, 1, 1, size))
-            Q2 = Q[:, 1].reshape(chunk // 2, size).astype(matmul.dtype)
-            X = jnp.stack([Kd[:, 0], Q[:, 1]], 1).reshape(chunk, size).astype(matmul.dtype)
+            Q, Kd = Q.reshape(*pairs, K), Kd.reshape(*pairs, K)
+            totals.append(total.reshape(n // (2 * b), 2, 1, 1, K))
+            Q2 = Q[:, 1].reshape(C // 2, K).astype(matmul.dtype)  # second halves
+            X = jnp.stack([Kd[:, 0], Q[:, 1]], 1)  # Eq. 3
+            X = X.reshape(C, K).astype(matmul.dtype)
             yield
-            P_level = matmul.nt(Q2, X).reshape(n // (2 * b), b, SUBLANES, chunk)
-            first, second = totals[-1][:, 0], totals[-1][:, 1]
+            P_level = matmul.nt(Q2, X)  # [C / 2, C], Eq. 4
+            P_level = P_level.reshape(n // (2 * b), b, SUBLANES, C)
+            first, second = totals[-1][:, 0], totals[-1][:, 1]  # [n / 2b, 1, 1, K]
             Q = jnp.stack([Q[:, 0], Q[:, 1] * first], 1)
             Kd = jnp.stack([Kd[:, 0] * second, Kd[:, 1]], 1)
             total = first * second
             yield
-            P, d = P.reshape(*pairs, chunk), distance.reshape(*pairs, chunk)
+            P, d = P.reshape(*pairs, C), distance.reshape(*pairs, C)
             P = jnp.stack([P[:, 0], jnp.where(d[:, 1] >= SUBLANES * b, P_level, P[:, 1])], 1)
-            xs.append(X)
+            X_of_levels.append(X)
             b *= 2
-        return Products(
-            P.reshape(chunk, chunk) * lower(chunk),
-            Q.reshape(chunk, size),
-            Kd.reshape(chunk, size),
-            total.reshape(1, size),
-            VectorSaved(xs, factors, prefix, suffix, totals),
-        )
+        return P, Q, Kd, total, X_of_levels, totals
 
     def adjoint(
         self, head, products, q, k, dscores, dq_start, dk_end, dtotal
-    ) -> Generator[None, None, Cotangents]:
-        matmul, (chunk, size), saved = self.matmul, q.shape, products.saved
-        n = chunk // SUBLANES
-        i, j = indices(chunk, chunk)
-        diagonal = jnp.sum(jnp.where(i == j, dscores, 0.0), 1, keepdims=True)
-        N = jnp.where(i > j, dscores, dscores.T)
+    ) -> Generator[None, None, Gradients]:
+        matmul, (C, K), residuals = self.matmul, q.shape, products.residuals
+        n = C // SUBLANES
+        i, j = indices(C, C)
+        diagonal = jnp.sum(jnp.where(i == j, dscores, 0.0), 1, keepdims=True)  # [C, 1]
+        N = jnp.where(i > j, dscores, dscores.T)  # [C, C], of all levels together
 
-        def of_level(b: int, X: jax.Array) -> jax.Array:
-            return matmul.nn(N * self.refs[3][b.bit_length() - 1], X)
+        def X_gradient(b: int, X: jax.Array) -> jax.Array:
+            return matmul.nn(N * self.refs.level_pairs[b.bit_length() - 1], X)  # [C, K], Eq. 5
 
-        dQ, dKd = dq_start, dk_end
-        of_total = (dtotal * products.total).reshape(1, 1, size)
-        b = n // 2
-        for X, totals in zip(saved.xs[:2:-1], saved.totals[::-1], strict=True):
-            dX = of_level(SUBLANES * b, X)
-            pairs = (n // (2 * b), 2, b, SUBLANES, size)
+        of_total = (dtotal * products.total).reshape(1, 1, K)  # factor times cotangent
+        dQ, dKd, of_total = yield from self._register_levels_adjoint(
+            residuals, X_gradient, dq_start, dk_end, of_total
+        )
+        rows = (n, SUBLANES, K)
+        q_rows, k_rows = (x.astype(jnp.float32).reshape(rows) for x in (q, k))
+        row = lax.broadcasted_iota(jnp.int32, (1, SUBLANES, K), 1)
+        dq, dk = dQ.reshape(rows) * residuals.prefix, dKd.reshape(rows) * residuals.suffix
+        of_prefix, of_suffix = q_rows * dq, k_rows * dk  # factor times cotangent
+        of_prefix = jnp.where(row == SUBLANES - 1, of_prefix + of_total, of_prefix)
+        of_levels = []
+        small = zip(SMALL_LEVELS, residuals.X[:3], residuals.factors, strict=True)
+        for b, X, factor in small:
+            dX = X_gradient(b, X)
+            yield
+            of_levels.append(X.astype(jnp.float32) * dX)
+            dX = dX.reshape(rows) * factor
+            dq = dq + jnp.where(row & b == b, dX, 0.0)
+            dk = dk + jnp.where(row & b == 0, dX, 0.0)
+        log_gradients = [*of_levels[1:], of_prefix.reshape(C, K), of_suffix.reshape(C, K)]
+        intervals = self.refs.interval_sums_transposed[...]
+        log_gradients = jnp.concatenate([x.astype(matmul.dtype) for x in log_gradients], 0)
+        dlog = matmul.nn(intervals, log_gradients)  # [C, K]
+        yield
+        dlog = dlog.reshape(rows) + jnp.where(row & 1 == 1, of_levels[0].reshape(rows), 0.0)
+        diagonal = diagonal.reshape(n, SUBLANES, 1)
+        dq, dk = dq + diagonal * k_rows, dk + diagonal * q_rows
+        return Gradients(*(x.reshape(C, K) for x in (dq, dk, dlog)))
+
+    def _register_levels_adjoint(
+        self, residuals: VectorResiduals, X_gradient: Any, dQ: Any, dKd: Any, of_total: Any
+    ) -> Generator[None, None, Any]:
+        """Of `_register_levels`: from the gradients of Q, Kd [C, K] and log total [1, 1, K] of the
+        whole chunk to those of blocks of 8."""
+        C, K = dQ.shape
+        n = C // SUBLANES
+        b = n // 2  # in registers of 8 rows
+        for X, totals in zip(residuals.X[:2:-1], residuals.totals[::-1], strict=True):
+            dX = X_gradient(SUBLANES * b, X)
+            pairs = (n // (2 * b), 2, b, SUBLANES, K)
             dQ, dKd = dQ.reshape(pairs), dKd.reshape(pairs)
             dQ2, dK1 = dQ[:, 1] * totals[:, 0], dKd[:, 0] * totals[:, 1]
             X = X.astype(jnp.float32).reshape(pairs)
             of_second, of_first = (
                 (x * dx).sum((1, 2), keepdims=True) for x, dx in ((X[:, 0], dK1), (X[:, 1], dQ2))
-            )
-            of_total = jnp.stack(
-                [of_first[:, 0] + of_total, of_second[:, 0] + of_total], 1
-            ).reshape(n // b, 1, size)
+            )  # [n / 2b, 1, 1, K], of log total of each half
+            of_total = jnp.stack([of_first[:, 0] + of_total, of_second[:, 0] + of_total], 1)
+            of_total = of_total.reshape(n // b, 1, K)
             yield
             dX = dX.reshape(pairs)
             dQ = jnp.stack([dQ[:, 0], dQ2 + dX[:, 1]], 1)
             dKd = jnp.stack([dK1 + dX[:, 0], dKd[:, 1]], 1)
             b //= 2
-
-        rows = (n, SUBLANES, size)
-        q_rows, k_rows = (x.astype(jnp.float32).reshape(rows) for x in (q, k))
-        row = lax.broadcasted_iota(jnp.int32, (1, SUBLANES, size), 1)
-        dq, dk = dQ.reshape(rows) * saved.prefix, dKd.reshape(rows) * saved.suffix
-        of_prefix, of_suffix = q_rows * dq, k_rows * dk
-        of_prefix = jnp.where(row == SUBLANES - 1, of_prefix + of_total, of_prefix)
-        of_levels = []
-        for b, X, factor in zip(SMALL_LEVELS, saved.xs[:3], saved.factors, strict=True):
-            dX = of_level(b, X)
-            yield
-            of_levels.append(X.astype(jnp.float32) * dX)
-            dX = dX.reshape(rows) * factor
-            dq, dk = (
-                side + jnp.where((row & b == b) == second, dX, 0.0)
-                for side, second in ((dq, True), (dk, False))
-            )
-        log_gradients = [
-            *of_levels[1:],
-            of_prefix.reshape(chunk, size),
-            of_suffix.reshape(chunk, size),
-        ]
-        dlog = matmul.nn(
-            self.refs[2][...], jnp.concatenate([x.astype(matmul.dtype) for x in log_gradients], 0)
-        )
-        yield
-        dlog = dlog.reshape(rows) + jnp.where(row & 1 == 1, of_levels[0].reshape(rows), 0.0)
-        diagonal = diagonal.reshape(n, SUBLANES, 1)
-        dq, dk = dq + diagonal * k_rows, dk + diagonal * q_rows
-        return Cotangents(*(x.reshape(chunk, size) for x in (dq, dk, dlog)))
+        return dQ, dKd, of_total

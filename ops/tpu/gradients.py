@@ -1,74 +1,89 @@
-"""Where the backward kernels of matrix-state ops put the gradients of q, k, log decays and one
-number per token."""
+"""Layout of the gradients that backward kernels with a matrix state write: of q and k, of the log
+decays, and of one number per token and head."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .blocks import Blocks, from_chunk_rows
-
-Output = tuple[jax.ShapeDtypeStruct, Any]
-
-
-def of_key_head(x: jax.Array, blocks: Blocks) -> Output:
-    """Of q or k [B, T, HK, K]: where several steps share a key head, each writes its own part of
-    the sum, in float32."""
-    batch, length, heads, key = x.shape
-    parts = blocks.steps_per_key_head
-    shape = (batch, length, heads * parts * key)
-    dtype = x.dtype if parts == 1 else jnp.float32
-    return jax.ShapeDtypeStruct(shape, dtype), blocks.key_parts(reverse=True)
+from .heads import HeadGrid, flat_shape, from_chunk_rows, write
+from .kernel import Output, Ref
 
 
-def sum_of_parts(dx: jax.Array, x: jax.Array, blocks: Blocks) -> jax.Array:
-    """Inverse of the layout of `of_key_head`."""
-    parts = blocks.steps_per_key_head
+def key_head_output(x_BTHK: jax.Array, grid: HeadGrid) -> Output:
+    """Of the gradient of q or k, [B, T, HK * parts * K]: where several steps share a key head, each
+    writes its own part of the sum, in float32."""
+    batch, length, heads, size = x_BTHK.shape
+    parts = grid.steps_per_key_head
+    dtype = x_BTHK.dtype if parts == 1 else jnp.float32
+    shape = jax.ShapeDtypeStruct((batch, length, heads * parts * size), dtype)
+    return Output(shape, grid.key_part_tile())
+
+
+def sum_of_parts(dx: Any, x_BTHK: jax.Array, grid: HeadGrid) -> jax.Array:
+    """The gradient of q or k [B, T, HK, K], from what `key_head_output` holds."""
+    parts = grid.steps_per_key_head
     if parts == 1:
-        return dx.reshape(x.shape)
-    batch, length, heads, key = x.shape
-    return dx.reshape(batch, length, heads, parts, key).sum(3)
+        return dx.reshape(x_BTHK.shape)
+    batch, length, heads, size = x_BTHK.shape
+    return dx.reshape(batch, length, heads, parts, size).sum(3)
 
 
-def of_tokens(blocks: Blocks) -> Output:
-    """One float32 per token and head, as rows [heads, C] of a chunk."""
-    steps = blocks.all_heads // blocks.heads
-    shape = jax.ShapeDtypeStruct(
-        (blocks.batch, steps, blocks.chunks, blocks.heads, blocks.chunk), jnp.float32
-    )
-    return shape, blocks.rows(shape, reverse=True)
+class KeyHeadSum:
+    """The gradient of q or k inside a kernel: a sum over the value heads of each key head, written
+    to `ref` with the last of them."""
+
+    def __init__(self, ref: Ref, grid: HeadGrid):
+        self.ref, self.grid = ref, grid
+        self.sums: dict[int, jax.Array] = {}
+
+    def add(self, head: int, gradient: jax.Array) -> None:
+        """gradient: [C, K], of value head `head`."""
+        key_head, place = divmod(head, self.grid.group)
+        sums = self.sums
+        sums[key_head] = sums[key_head] + gradient if place > 0 else gradient
+        if place == self.grid.group - 1:
+            write(self.ref, key_head, sums[key_head])
 
 
-def of_decay(decay_log: jax.Array | None, blocks: Blocks) -> list[Output]:
-    """One output for a decay that is an input, otherwise none."""
-    if decay_log is None:
-        return []
-    if decay_log.ndim < 4:
-        return [of_tokens(blocks)]
-    shape = (blocks.batch, blocks.length, blocks.all_heads * blocks.key)
-    return [(jax.ShapeDtypeStruct(shape, decay_log.dtype), blocks.tokens(blocks.key, reverse=True))]
+def value_output(v_BTHV: jax.Array, grid: HeadGrid) -> Output:
+    """Of the gradient of v, [B, T, H * V]."""
+    return Output(flat_shape(v_BTHV), grid.value_tile(backward=True))
 
 
-def store_decay(refs: Sequence[Any], head: int, log: jax.Array | None) -> None:
-    """Writes the gradient [C, K] or [1, C] of one head to the output of `of_decay`."""
-    for ref in refs:
-        assert log is not None
-        if log.shape[0] == 1:
-            ref[0, 0, 0, head : head + 1] = log
-        else:
-            size = log.shape[1]
-            ref[0, :, head * size : (head + 1) * size] = log.astype(ref.dtype)
+def token_output(grid: HeadGrid) -> Output:
+    """Of one float32 per token and head, as rows [heads, C] of a chunk."""
+    sizes = grid.batch, grid.head_blocks, grid.chunks, grid.heads, grid.chunk
+    shape = jax.ShapeDtypeStruct(sizes, jnp.float32)
+    return Output(shape, grid.rows_tile(shape, backward=True))
 
 
-def decay_cotangent(
-    dlog: Sequence[jax.Array], decay_log: jax.Array | None, length: int
-) -> jax.Array | None:
-    """In the shape of `decay_log`."""
+def decay_output(decay_log: jax.Array | None, grid: HeadGrid) -> Output | None:
+    """Of the gradient of a decay that is an input, else None."""
     if decay_log is None:
         return None
-    (dlog_,) = dlog
+    if decay_log.ndim < 4:
+        return token_output(grid)
+    return Output(flat_shape(decay_log), grid.decay_tile(backward=True))
+
+
+def write_decay(ref: Ref | None, head: int, dlog: jax.Array | None) -> None:
+    """Writes the gradient [C, K] or [1, C] of one head to the tile of `decay_output`, if it is
+    asked for."""
+    if ref is None:
+        return
+    assert dlog is not None
+    if dlog.shape[0] == 1:
+        ref[0, 0, 0, head : head + 1] = dlog
+    else:
+        write(ref, head, dlog)
+
+
+def decay_gradient(dlog: Any, decay_log: jax.Array | None, length: int) -> jax.Array | None:
+    """The gradient of `decay_log` in its shape, from what `decay_output` holds."""
+    if decay_log is None:
+        return None
     if decay_log.ndim == 4:
-        return dlog_.reshape(decay_log.shape)
-    dlog_BHT = from_chunk_rows(dlog_, length)
+        return dlog.reshape(decay_log.shape)
+    dlog_BHT = from_chunk_rows(dlog, length)
     return dlog_BHT.sum((0, 2)) if decay_log.ndim == 1 else dlog_BHT.swapaxes(1, 2)

@@ -5,16 +5,19 @@ stays within 2.
 
 **Diagonal blocks** of 16 rows are solved by forward substitution, all of a matrix at once. They lie
 side by side along lanes, D[r, 16 n + c] = A[16 n + r, 16 n + c], two registers for 128 rows, and
-column s of the blocks updates the rows below it,
+column s of the blocks updates the rows below it:
 
-    X[r, 16 n + c] -= D[r, 16 n + s] X[s, 16 n + c]        s = 0, 1, .. 14.
+    X[r, 16 n + c] -= D[r, 16 n + s] X[s, 16 n + c]        s = 0, 1, .. 14                 (1)
 
 The factors want each column spread over the lanes of its block; rotations by 8, 4, 2 and 1 lanes
 make all sixteen.
 
-**Merging** doubles the blocks until they are one: with T the inverses of blocks of b rows and A21
-what is left of A in blocks of 2b rows, the new part of the inverse is -T22 A21 T11. Only second
-halves have rows in these products."""
+**Merging** doubles the blocks until they are one. With T the inverses of blocks of b rows, and A21
+what is left of A in blocks of 2b rows, the new part of the inverse is
+
+    T21 = -T22 A21 T11                                                                     (2)
+
+Only second halves have rows in these products."""
 
 from collections.abc import Generator
 
@@ -22,41 +25,44 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from .blocks import LANES, Matmul, indices
+from .kernel import LANES
+from .matmul import Matmul, indices
 
 ROWS = 16  # of a diagonal block solved by substitution
 
 
 def unit_lower_inverse(matmul: Matmul, A: jax.Array) -> Generator[None, None, jax.Array]:
-    """A [C, C] in float32, zero on and above the diagonal; C a power of two from 16 to 128."""
-    size, _ = A.shape
-    row, column = indices(size, size)
+    """(I + A)^-1 [C, C] of A [C, C] in float32, zero on and above the diagonal; C a power of two
+    from 16 to 128."""
+    C, _ = A.shape
+    row, column = indices(C, C)
     # From b to 2b - 1 at the pairs in different halves of a block of 2b rows.
     distance = row ^ column
     inside = (distance < ROWS).astype(jnp.float32)
-    D = (A * inside).reshape(size // ROWS, ROWS, size).sum(0)
-    X = yield from _substitution(jnp.concatenate([D] * (LANES // size), 1))
-    T = jnp.concatenate([X[:, :size]] * (size // ROWS), 0) * inside
+    D = (A * inside).reshape(C // ROWS, ROWS, C).sum(0)  # [16, C]
+    X = yield from _substitution(jnp.concatenate([D] * (LANES // C), 1))  # [16, 128]
+    T = jnp.concatenate([X[:, :C]] * (C // ROWS), 0) * inside  # [C, C], block-diagonal
     b = ROWS
-    while b < size:
-        blocks, half = (size // (2 * b), 2, b, size), (size // 2, size)
+    while b < C:
+        blocks, half = (C // (2 * b), 2, b, C), (C // 2, C)
         pairs = ((distance >= b) & (distance < 2 * b)).astype(jnp.float32)
-        first, second = (T.reshape(blocks)[:, side] for side in (0, 1))
-        below = (A * pairs).reshape(blocks)[:, 1].reshape(half)
+        first, second = (T.reshape(blocks)[:, side] for side in (0, 1))  # [C / 2b, b, C]
+        A21 = (A * pairs).reshape(blocks)[:, 1].reshape(half)  # [C / 2, C]
         yield
-        product = matmul.nn(below, T).reshape(size // (2 * b), b, size)
+        product = matmul.nn(A21, T).reshape(C // (2 * b), b, C)
         yield
-        product = matmul.nn(second.reshape(half), jnp.stack([product] * 2, 1).reshape(size, size))
-        second -= product.reshape(second.shape)
-        T = jnp.stack([first, second], 1).reshape(size, size)
+        T22 = second.reshape(half)
+        product = jnp.stack([product] * 2, 1).reshape(C, C)
+        second -= matmul.nn(T22, product).reshape(second.shape)  # Eq. 2
+        T = jnp.stack([first, second], 1).reshape(C, C)
         b *= 2
     return T
 
 
 def _substitution(D: jax.Array) -> Generator[None, None, jax.Array]:
-    """The inverses of I + blocks, for blocks [16, 16] side by side in D [16, 128]."""
+    """The inverses of I + blocks [16, 128], for blocks [16, 16] side by side in D [16, 128]."""
     row, lane = indices(ROWS, LANES)
-    columns = D[None]  # of each block, in all its lanes
+    columns = D[None]  # [1, 2, .. 16, 16, 128], of each block, in all its lanes
     for bit in (8, 4, 2, 1):
         left, right = (pltpu.roll(columns, shift, axis=2) for shift in (bit, LANES - bit))
         without = lane & bit == 0
@@ -66,6 +72,6 @@ def _substitution(D: jax.Array) -> Generator[None, None, jax.Array]:
         yield
     X = (row == lane & (ROWS - 1)).astype(jnp.float32)
     for s in range(ROWS - 1):
-        X -= columns[s] * X[s : s + 1]
+        X -= columns[s] * X[s : s + 1]  # Eq. 1
         yield
     return X

@@ -17,8 +17,8 @@ from ops.delta_rule import pallas_gpu as gpu_kernels
 from ops.delta_rule.xla import unit_lower_inverse
 from ops.gpu import inverse as inverses_gpu
 from ops.gpu import pieces, tiles
-from ops.tpu import blocks as tpu
 from ops.tpu import inverse as inverses_tpu
+from ops.tpu.matmul import Matmul
 from tests.contracts.ops import (
     BATCH,
     LENGTH,
@@ -300,7 +300,7 @@ def gpu_inverse(dtype, A):
 
 @functools.partial(jax.jit, static_argnums=0)
 def tpu_inverse(dtype, A):
-    matmul = tpu.Matmul(jnp.dtype(dtype)).finer
+    matmul = Matmul(jnp.dtype(dtype)).finer
     steps = inverses_tpu.unit_lower_inverse(matmul, A)
     while True:
         try:

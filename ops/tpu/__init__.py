@@ -1,0 +1,39 @@
+"""What the TPU kernels share.
+
+    kernel.py     one kernel over a grid: its tiles, its references, its independent chains of work
+    matmul.py     products of matrices and their precision
+    heads.py      the grid of ops with a matrix state: blocks of heads, chunks of tokens
+    channels.py   the grid of elementwise recurrences: chunks of tokens, blocks of channels
+    decay.py      products of decays inside a chunk, and their adjoint
+    inverse.py    inverse of a unit lower-triangular matrix
+    gradients.py  layout of the gradients of ops with a matrix state
+
+**Words.**
+tile: the block of an array that one grid step has in fast memory (VMEM).
+chunk: C consecutive tokens, a grid step's share of time; chunks run in order on one core.
+carry: what a chunk hands on to the next one, the state forward and its gradient backward. It stays
+  in fast memory, in scratch or in an output tile whose place does not change.
+keep: 1 where the state before a token survives into it, 0 where the token starts a segment.
+kind of decay: none, one per token and head, or one per token, head and channel; the classes of
+  decay.py, which the kernels of one op share.
+rows, lanes: the two axes of a register, [8, 128] in float32; rows are also called sublanes.
+
+**References.** A kernel has one `NamedTuple` of references. The rule that calls it fills the same
+tuple with an `Input`, an `Output` or scratch memory at each field, None for what a call does not
+have; `kernel.call` passes the kernel the tuple with references in their places and returns it with
+the results in theirs.
+
+**Interleaved heads.** The compiler keeps the order of the source, and one head is a chain of small
+matmuls of which each waits for the one before. A kernel therefore writes a head as a Python
+generator that yields where it would wait, and `kernel.interleave` runs one step of each head in
+turn. This happens while the kernel is traced: the compiled program has the heads' operations in
+alternating order, and no generators. A function that needs such pauses is a generator too, and its
+result arrives by `result = yield from function(...)`.
+
+    def head(h):
+        product = matmul.nn(a[h], b[h])
+        yield                          # the other heads start their products meanwhile
+        refs.o[h] = jnp.exp(product)
+
+    interleave(head(h) for h in range(heads))
+"""

@@ -82,9 +82,9 @@ class _Call(NamedTuple):
     op: Op
     candidates: tuple[str, ...]  # implementations to choose from
     named: bool  # by the caller: the one candidate runs or raises
-    inputs: tuple[str, ...]  # layouts
-    outputs: tuple[str, ...]  # layouts; outputs that are not floats come last
-    dtypes: tuple[Any, ...]  # of the outputs
+    input_layouts: tuple[str, ...]
+    output_layouts: tuple[str, ...]  # outputs that are not floats come last
+    output_dtypes: tuple[Any, ...]
     input_dtypes: tuple[Any, ...]  # those of gradients
     reverse: bool
     static: tuple[tuple[str, Any], ...]
@@ -96,7 +96,8 @@ class _Call(NamedTuple):
         return {name: self.op.implementations[name] for name in self.candidates}
 
     def turned(self, values: Sequence[Any], layouts: Sequence[str]) -> tuple[Any, ...]:
-        """Values in the order of the walk from those in the order of tokens, and back."""
+        """Values in the order of the walk from those in the order of tokens, and back; those of
+        layout "" stay as they are."""
         if not self.reverse:
             return tuple(values)
         segments = dict(self.static).get("num_segments")
@@ -139,12 +140,12 @@ class DeviceRules(NamedTuple):
     def forward_and_chunk_states(self, *inputs: Any) -> tuple[tuple[Any, ...], Any]:
         """The outputs, and the states at the starts of chunks where the backward rule will take
         them, else None."""
-        call, static, dtypes = self.call, self.static, self.call.dtypes
-        results = call.outputs
+        call, static, dtypes = self.call, self.static, self.call.output_dtypes
+        results = call.output_layouts
         if call.op.keeps_chunk_states:
             static["with_chunk_states"] = self.differentiated
             dtypes, results = (*dtypes, jnp.dtype(jnp.float32)), (*results, "")
-        values = self._run("forward", inputs, call.inputs, results, dtypes, static)
+        values = self._run("forward", inputs, call.input_layouts, results, dtypes, static)
         return (values[:-1], values[-1]) if call.op.keeps_chunk_states else (values, None)
 
     def backward(self, inputs: Any, cotangents: Any) -> tuple[Any, ...]:
@@ -156,12 +157,11 @@ class DeviceRules(NamedTuple):
             return jax.tree.map(lambda dtype: wide or dtype, call.input_dtypes[index])
 
         dtypes = tuple(dtype(index) for index in range(len(inputs)))
-        chunk_states, none = (
-            ((self.chunk_states,), ("",)) if call.op.keeps_chunk_states else ((), ())
-        )
-        arguments = *inputs, *chunk_states, *cotangents
-        layouts = *call.inputs, *none, *call.outputs
-        return self._run("backward", arguments, layouts, call.inputs, dtypes, self.static)
+        arguments, layouts = tuple(inputs), call.input_layouts
+        if call.op.keeps_chunk_states:
+            arguments, layouts = (*arguments, self.chunk_states), (*layouts, "")
+        arguments, layouts = (*arguments, *cotangents), (*layouts, *call.output_layouts)
+        return self._run("backward", arguments, layouts, call.input_layouts, dtypes, self.static)
 
     def _run(
         self,
@@ -259,7 +259,7 @@ def _outputs(rules: DeviceRules, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     call, mesh = rules.call, rules.call.mesh
     if mesh is None:
         return rules.forward_and_chunk_states(*inputs)
-    in_specs = sharding.specs(call.op.name, mesh, call.inputs, inputs)
+    in_specs = sharding.specs(call.op.name, mesh, call.input_layouts, inputs)
     axis, everywhere = _time_axis(call, mesh), P(mesh.axis_names)
 
     def on_device(*inputs: Any) -> tuple[Any, Any]:
@@ -268,12 +268,12 @@ def _outputs(rules: DeviceRules, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
         else:
             cut = _sequence_parallel(call)
             walking = rules._replace(call=call._replace(reverse=False))
-            outputs, carried = cut.forward(walking, axis, *call.turned(inputs, call.inputs))
-            outputs = call.turned(outputs, call.outputs)
+            outputs, carried = cut.forward(walking, axis, *call.turned(inputs, call.input_layouts))
+            outputs = call.turned(outputs, call.output_layouts)
         return outputs, jax.tree.map(lambda x: x[None], carried)
 
     shapes = jax.eval_shape(rules.forward, *inputs)
-    out_specs = sharding.specs(call.op.name, mesh, call.outputs, shapes)
+    out_specs = sharding.specs(call.op.name, mesh, call.output_layouts, shapes)
     return jax.shard_map(
         on_device, mesh=mesh, in_specs=in_specs, out_specs=(out_specs, everywhere), check_vma=False
     )(*inputs)
@@ -286,15 +286,15 @@ def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     if mesh is None:
         gradients = DeviceRules(call, chunk_states=carried).backward(inputs, cotangents)
         return _padded(gradients, inputs)
-    in_specs = sharding.specs(call.op.name, mesh, call.inputs, inputs)
-    layouts = call.outputs[: len(cotangents)]
+    in_specs = sharding.specs(call.op.name, mesh, call.input_layouts, inputs)
+    layouts = call.output_layouts[: len(cotangents)]
     cotangent_specs = sharding.specs(call.op.name, mesh, layouts, cotangents)
     axis, everywhere = _time_axis(call, mesh), P(mesh.axis_names)
     # An input that several devices share collects what each of them computed.
     computing = sharding.axes_of(in_specs)
     missing = [
         tuple(sorted(computing - _held(layout, spec)))
-        for layout, spec in zip(call.inputs, in_specs, strict=True)
+        for layout, spec in zip(call.input_layouts, in_specs, strict=True)
     ]
     rules = DeviceRules(call, frozenset(i for i, axes in enumerate(missing) if axes))
 
@@ -305,9 +305,12 @@ def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
         else:
             cut = _sequence_parallel(call)
             walking = rules._replace(call=call._replace(reverse=False))
-            inputs, turned = call.turned(inputs, call.inputs), call.turned(cotangents, layouts)
+            inputs, turned = (
+                call.turned(inputs, call.input_layouts),
+                call.turned(cotangents, layouts),
+            )
             gradients = cut.backward(walking, axis, carried, inputs, turned)
-            gradients = call.turned(gradients, call.inputs)
+            gradients = call.turned(gradients, call.input_layouts)
         return tuple(
             _summed(gradient, axes, dtypes)
             for gradient, axes, dtypes in zip(
@@ -334,7 +337,7 @@ def _padded(gradients: tuple[Any, ...], inputs: Any) -> tuple[Any, ...]:
 def _time_axis(call: _Call, mesh: Any) -> TimeAxis | None:
     """The devices that time is cut over; None where it is whole."""
     size = sharding.axis_size(mesh, sharding.SEQUENCE)
-    is_cut = size > 1 and any("T" in layout for layout in call.inputs)
+    is_cut = size > 1 and any("T" in layout for layout in call.input_layouts)
     if call.op.sequence_parallel is None or not is_cut:
         return None
     return TimeAxis(size, call.method, call.reverse)

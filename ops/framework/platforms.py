@@ -135,7 +135,7 @@ def _results(
     )
 
 
-# --- Forms by platform
+# --- Forms by platform ----------------------------------------------------------------------------
 
 
 def by_platform(

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-LENGTH = (
-    129  # three documents of 43 tokens: boundaries fall inside chunks, the last chunk is ragged
-)
+# Three documents of 43 tokens: boundaries fall inside chunks, the last chunk is ragged.
+LENGTH = 129
 DOCUMENT = 43
 BATCH = 2
 
@@ -75,8 +74,7 @@ class OpContract:
             **options,
         )
 
-    # --- shared programs
-    # -------------------------------------------------------------------------------------------
+    # --- shared programs --------------------------------------------------------------------------
 
     def data(self, variant: str, length: int, dtype: str = "float32", seed: int = 0):
         keys = jax.random.split(jax.random.key(seed), 3)
@@ -110,8 +108,7 @@ class OpContract:
             for name, x in inputs.items()
         }
 
-    # --- the contract
-    # ----------------------------------------------------------------------------------------------
+    # --- the contract -----------------------------------------------------------------------------
 
     @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
     def test_values_states_and_gradients_equal_the_reference(self, variant, implementation, dtype):

@@ -148,8 +148,7 @@ def test_loss_state_and_gradients_of_models(name, shape):
     assert_same_on_a_mesh(shape, run, params, tokens, ids, lm.init_state(2))
 
 
-# --- What travels
-# --------------------------------------------------------------------------------------------------
+# --- What travels ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -283,8 +283,7 @@ def test_gradients_of_shared_inputs_are_added_up_in_float32():
     assert gradient.dtype == jnp.bfloat16 and float(gradient[0, 0]) == 2064
 
 
-# --- What travels
-# --------------------------------------------------------------------------------------------------
+# --- What travels ---------------------------------------------------------------------------------
 
 
 def loss_of(op: str, reverse: bool = False) -> Any:
@@ -355,8 +354,7 @@ def test_ring_sends_a_state_from_device_to_device(reverse):
     assert len(found["collective-permute"]) == 2 * 7 and "all-gather" not in found
 
 
-# --- Bad input
-# --------------------------------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------------------
 
 
 def test_a_size_that_does_not_divide_names_the_axes():

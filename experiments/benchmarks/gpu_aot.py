@@ -1,18 +1,20 @@
 """GPU kernels compiled by the GPU's own compilers, with no GPU at hand: do they compile, and what
 do they take?
 
-    python -m experiments.benchmarks.ops --gpu_aot                       every program, to experiments/results/gpu_aot.{json,md}
-    python -m experiments.benchmarks.ops --gpu_aot --gpu_aot_only=delta  programs with this in their name; other rows stay
-    python -m experiments.benchmarks.ops --gpu_aot --gpu_aot_ratchet     and records what they take as not to be exceeded
+    python -m experiments.benchmarks.gpu_aot               every program, to experiments/results/
+    python -m experiments.benchmarks.gpu_aot --only=delta  those with this in their name
+    python -m experiments.benchmarks.gpu_aot --ratchet     and records what must not be exceeded
 
-Needs jax's CUDA plugin and ptxas (`pip install "scanax[aot-gpu]"`, Linux x86-64), no driver and no
-CUDA installation. Each program is compiled in a process of its own: XLA writes the PTX of every
-kernel to a folder that its flags name, and these are read once per process.
+Writes gpu_aot.json and gpu_aot.md; rows of other programs stay. Needs jax's CUDA plugin and ptxas
+(`pip install "scanax[aot-gpu]"`, Linux x86-64), no driver and no CUDA installation. Each program is
+compiled in a process of its own: XLA writes the PTX of every kernel to a folder that its flags
+name, and these are read once per process. Which of the kernels there are ours follows from the
+program's jaxpr; one that is not found in the dump is an error.
 
 **What the numbers are.** Registers per thread and bytes spilled to memory per thread, from `ptxas
 -v`; threads and shared memory per program, from XLA; and how many programs one multiprocessor holds
 at once, limited by registers or by shared memory. There is no estimate of time: that needs the GPU
-(`python -m experiments.benchmarks.ops --gpu`)."""
+(`python -m experiments.benchmarks.gpu`)."""
 
 import importlib.metadata
 import importlib.util
@@ -24,16 +26,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.benchmarks.programs.gpu import Program, programs
+from experiments.benchmarks.program import GpuProgram, gpu_programs
 from experiments.compiled.hardware import (
     GPUS,
     PROGRAMS_PER_MULTIPROCESSOR,
@@ -42,6 +45,8 @@ from experiments.compiled.hardware import (
     Gpu,
     gpu_memory_bytes_per_s,
 )
+from experiments.compiled.kernels import kernel_calls
+from experiments.training import command_line
 from experiments.training.checkout import CHECKOUT, RESULTS
 
 RATCHET = RESULTS / "gpu_aot_ratchet.json"
@@ -91,9 +96,9 @@ def missing() -> str | None:
     return None
 
 
-def work(program: Program) -> dict[str, float]:
-    """Compiles in this process; returns the seconds it took and the bytes beside inputs and
-    outputs."""
+def work(program: GpuProgram) -> dict[str, Any]:
+    """Compiles in this process; returns the seconds it took, the bytes beside inputs and outputs,
+    and the names of the kernels that the program runs."""
     topology = topologies.get_topology_desc(
         topology_name="",
         platform="cuda",
@@ -102,18 +107,33 @@ def work(program: Program) -> dict[str, float]:
     )
     mesh = Mesh(np.array(topology.devices[:1]), ("device",))
     sharding = NamedSharding(mesh, PartitionSpec())
+    shapes = program.arguments()
     with jax.set_mesh(mesh):
         arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), program.arguments
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
         )
         began = time.perf_counter()
         compiled = jax.jit(program.rule).lower(*arguments).compile()
     seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
     assert memory is not None
-    return {"compile_s": round(seconds, 1), "temporary_bytes": memory.temp_size_in_bytes}
+    return {
+        "compile_s": round(seconds, 1),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "names": kernel_names(program.rule, *shapes),
+    }
 
 
-def measure(program: Program, timeout_s: float = 900) -> dict[str, Any]:
+def kernel_names(function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """Of the Pallas kernels that a program runs on a GPU, in order. Raises ValueError for one
+    without a name: it could not be told from those that XLA makes."""
+    calls = kernel_calls(jax.make_jaxpr(function)(*arguments), "cuda")
+    names = [call.params["name"] for call in calls]
+    if None in names:
+        raise ValueError(f"every kernel must have a name; got {names}")
+    return names
+
+
+def measure(program: GpuProgram, timeout_s: float = 900) -> dict[str, Any]:
     """The row of `program`. Raises RuntimeError with the compiler's last lines if it does not
     compile."""
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +145,7 @@ def measure(program: Program, timeout_s: float = 900) -> dict[str, Any]:
             "LLVM_DISABLE_SYMBOLIZATION": "1",
         }
         done = subprocess.run(
-            [sys.executable, "-m", "experiments.benchmarks.gpu_aot", program.name],
+            [sys.executable, "-m", "experiments.benchmarks.gpu_aot", f"--compile={program.name}"],
             cwd=CHECKOUT,
             env=os.environ | environment,
             capture_output=True,
@@ -135,13 +155,10 @@ def measure(program: Program, timeout_s: float = 900) -> dict[str, Any]:
         if done.returncode:
             last = "\n".join(done.stderr.strip().splitlines()[-30:])
             raise RuntimeError(f"{program.name} did not compile:\n{last[-3000:]}")
-        kernels = read_kernels(Path(folder), program.architecture)
-    return {
-        "name": program.name,
-        "architecture": program.architecture,
-        **json.loads(done.stdout.splitlines()[-1]),
-        "kernels": kernels,
-    }
+        result = json.loads(done.stdout.splitlines()[-1])
+        kernels = read_kernels(Path(folder), program.architecture, result.pop("names"))
+    of_program = {"name": program.name, "architecture": program.architecture}
+    return of_program | result | {"kernels": kernels}
 
 
 LAUNCH = re.compile(
@@ -155,8 +172,12 @@ FUNCTION = re.compile(
 )
 
 
-def read_kernels(folder: Path, architecture: str) -> list[dict[str, Any]]:
-    """What each Pallas kernel of a dump takes, in the order of their launches."""
+def read_kernels(folder: Path, architecture: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What each Pallas kernel of a dump takes, in the order of their launches; `names`: those that
+    the program runs.
+
+    Raises RuntimeError if one of them is not launched or not assembled: its numbers would be
+    missed in silence."""
     assembled: dict[str, tuple[int, int]] = {}
     for file in sorted(folder.glob("*.ptx")):
         if not file.read_text().strip("\0 \n"):
@@ -166,14 +187,16 @@ def read_kernels(folder: Path, architecture: str) -> list[dict[str, Any]]:
             assembled[name] = int(registers), int(stored) + int(loaded)
     rows = []
     for file in sorted(folder.glob("*thunk_sequence.txt")):
-        for name, *sizes in LAUNCH.findall(file.read_text()):
-            if name not in assembled or not is_ours(name):
+        for launched, *sizes in LAUNCH.findall(file.read_text()):
+            # XLA numbers the second and later ones of a name.
+            name = re.sub(r"__\d+$", "", launched)
+            if name not in names or launched not in assembled:
                 continue
             x, y, z, threads, shared = map(int, sizes)
-            registers, spilled = assembled[name]
+            registers, spilled = assembled[launched]
             rows.append(
                 {
-                    "kernel": re.sub(r"__\d+$", "", name),
+                    "kernel": name,
                     "programs": x * y * z,
                     "threads": threads,
                     "registers": registers,
@@ -182,12 +205,17 @@ def read_kernels(folder: Path, architecture: str) -> list[dict[str, Any]]:
                     "resident": resident(architecture, registers, threads, shared),
                 }
             )
+    if missed := set(names) - {row["kernel"] for row in rows}:
+        launches = [
+            launch
+            for file in folder.glob("*thunk_sequence.txt")
+            for launch, *_ in LAUNCH.findall(file.read_text())
+        ]
+        raise RuntimeError(
+            f"the dump has no launch, or no code, of {', '.join(sorted(missed))}; launched are"
+            f" {', '.join(launches)}, assembled {', '.join(assembled)}"
+        )
     return rows
-
-
-def is_ours(name: str) -> bool:
-    """Whether a kernel is one of ops/, by its name; XLA calls its own after what they fuse."""
-    return name.startswith(("gla_", "decay_", "delta_", "selective_", "diagonal_"))
 
 
 def assemble(file: Path, architecture: str) -> str:
@@ -236,18 +264,23 @@ def taken(row: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def grown(row: dict[str, Any], section: str) -> list[str]:
-    """What of a row exceeds the ratchet by more than 2%, in words; nothing for an unknown compiler
-    or program."""
+    """What of a row exceeds the ratchet by more than 2%, in words, and which kernels only one of
+    the two knows; nothing for an unknown compiler."""
     ratchet = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
-    recorded = ratchet.get(section, {}).get(row["name"], {})
-    return [
-        f"{what} of {kernel} in {row['name']}: {now}, recorded {before}"
-        for kernel, values in taken(row).items()
-        for what, now, before in zip(
-            ("registers", "spilled bytes"), values, recorded.get(kernel, values), strict=True
-        )
-        if now > GROWTH * before
+    if section not in ratchet:
+        return []
+    recorded, now = ratchet[section].get(row["name"], {}), taken(row)
+    found = [
+        f"{kernel} of {row['name']} is {'not recorded' if kernel in now else 'no longer there'}"
+        for kernel in sorted(set(recorded) ^ set(now))
     ]
+    for kernel in sorted(set(recorded) & set(now)):
+        for what, value, before in zip(
+            ("registers", "spilled bytes"), now[kernel], recorded[kernel], strict=True
+        ):
+            if value > GROWTH * before:
+                found.append(f"{what} of {kernel} in {row['name']}: {value}, recorded {before}")
+    return found
 
 
 def report(record_ratchet: bool, only: str = "") -> None:
@@ -256,9 +289,9 @@ def report(record_ratchet: bool, only: str = "") -> None:
     Recorded rows of other programs stay, with the versions that made them. Raises ValueError where
     the compilers are not installed."""
     if missing():
-        raise ValueError(f"--gpu_aot: {missing()}")
+        raise ValueError(missing())
     versions = installed_versions()
-    for program in programs():
+    for program in gpu_programs():
         if only not in program.name:
             continue
         row = measure(program) | {"versions": versions}
@@ -276,7 +309,7 @@ def record(row: dict[str, Any]) -> None:
     path = RESULTS / "gpu_aot.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     by_name = {row["name"]: row for row in [*rows, row]}
-    rows = [by_name[x.name] for x in programs() if x.name in by_name]
+    rows = [by_name[x.name] for x in gpu_programs() if x.name in by_name]
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     (RESULTS / "gpu_aot.md").write_text(table(rows) + "\n")
 
@@ -284,18 +317,29 @@ def record(row: dict[str, Any]) -> None:
 HEADING = """\
 # GPU kernels, compiled ahead of time
 
-{versions}. Compiled for, not run on, a GPU. Made by `python -m experiments.benchmarks.ops --gpu_aot`.
-Registers and spilled bytes (stores and loads) are per thread. Resident: programs that one multiprocessor holds at once.
-Temporary: memory beside inputs and outputs, such as states at the boundaries of chunks.
+{versions}. Compiled for, not run on, a GPU. Made by `python -m experiments.benchmarks.gpu_aot`.
+Registers and spilled bytes (stores and loads) are per thread. Resident: programs that one
+multiprocessor holds at once. Temporary: memory beside inputs and outputs, such as states at the
+boundaries of chunks.
 
-| program | kernel | programs | threads | registers | spilled | shared KB | resident | temporary MB | compile s |
-|---|---|---|---|---|---|---|---|---|---|
 """
+COLUMNS = (
+    "program",
+    "kernel",
+    "programs",
+    "threads",
+    "registers",
+    "spilled",
+    "shared KB",
+    "resident",
+    "temporary MB",
+    "compile s",
+)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The report as Markdown."""
-    lines = []
+    lines = [f"| {' | '.join(COLUMNS)} |", f"{'|---' * len(COLUMNS)}|"]
     for row in rows:
         of_program = [row["name"], f"{row['temporary_bytes'] / 1e6:.0f}", row["compile_s"]]
         for kernel in row["kernels"]:
@@ -316,6 +360,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return HEADING.format(versions="; ".join(sorted(versions))) + "\n".join(lines)
 
 
-if __name__ == "__main__":
-    (chosen,) = (program for program in programs() if program.name == sys.argv[1])
+def main() -> None:
+    options = flags.FLAGS
+    if not options.compile:
+        report(options.ratchet, options.only)
+        return
+    (chosen,) = (program for program in gpu_programs() if program.name == options.compile)
     print(json.dumps(work(chosen)))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("only", "", "Only programs with this in their name.")
+    flags.DEFINE_bool("ratchet", False, "Record what kernels take as not to be exceeded.")
+    # What the command starts for each program.
+    flags.DEFINE_string("compile", "", "Compile this program in this process, print what it took.")
+    command_line.run(main)

@@ -1,8 +1,8 @@
 """Training on one NVIDIA GPU, with the kernels and without: tokens per second of
 `experiments.train` itself.
 
-    python -m experiments.benchmarks.ops --gpu_training
-    python -m experiments.benchmarks.ops --gpu_training --gpu_minutes=8 --gpu_only=gla
+    python -m experiments.benchmarks.gpu_training
+    python -m experiments.benchmarks.gpu_training --minutes=8 --only=gla
 
 GLA, DeltaNet and Mamba of about 125 million parameters, bfloat16, 65,536 tokens a step, in
 sequences of 2K to 64K: each run is the command that a user would type, in a process of its own,
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import flags
 
-from experiments.training import run_record
+from experiments.training import command_line, run_record
 from experiments.training.checkout import CHECKOUT, RESULTS
 from experiments.training.metrics import FILE
 
@@ -101,7 +102,7 @@ def report(minutes: float, only: str) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     device = jax.devices()[0]
     if device.platform != "gpu":
-        raise ValueError(f"--gpu_training needs an NVIDIA GPU; this machine has {device}")
+        raise ValueError(f"training on a GPU needs an NVIDIA GPU; this machine has {device}")
     until = time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = []
     for run in runs():
@@ -122,8 +123,9 @@ HEADING = """\
 
 {environment}
 
-Made by `python -m experiments.benchmarks.ops --gpu_training`: tokens per second of `experiments.train`, {tokens:,} tokens a
-step, bfloat16, by length of the sequences; in brackets the model FLOPs utilisation.
+Made by `python -m experiments.benchmarks.gpu_training`: tokens per second of `experiments.train`,
+{tokens:,} tokens a step, bfloat16, by length of the sequences; in brackets the model FLOPs
+utilisation.
 
 | model | tokens | kernels | xla | ratio |
 |---|---|---|---|---|
@@ -158,3 +160,13 @@ def _cell(row: dict[str, Any] | None) -> str:
 def _ratio(pair: Sequence[dict[str, Any] | None]) -> str:
     kernels, plain = ((row or {}).get("tokens_per_second") for row in pair)
     return f"{kernels / plain:.2f}" if kernels and plain else ""
+
+
+def main() -> None:
+    report(flags.FLAGS.minutes, flags.FLAGS.only)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_float("minutes", 20, "For how long.", lower_bound=0)
+    flags.DEFINE_string("only", "", "Only runs with this in their name.")
+    command_line.run(main)

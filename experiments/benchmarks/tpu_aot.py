@@ -1,14 +1,15 @@
 """TPU kernels compiled by the TPU's own compiler, with no TPU at hand: do they compile, and what
 does it estimate?
 
-    python -m experiments.benchmarks.ops --tpu_aot                       every program, to experiments/results/tpu_aot.{json,md}
-    python -m experiments.benchmarks.ops --tpu_aot --tpu_aot_only=delta  programs with this in their name; other rows stay
-    python -m experiments.benchmarks.ops --tpu_aot --tpu_aot_ratchet     and records its cycles as those not to exceed
+    python -m experiments.benchmarks.tpu_aot               every program, to experiments/results/
+    python -m experiments.benchmarks.tpu_aot --only=delta  those with this in their name
+    python -m experiments.benchmarks.tpu_aot --ratchet     and records cycles as not to be exceeded
 
-Needs libtpu (`pip install "scanax[aot]"`, Linux x86-64). Each program is compiled in a process of
-its own, because the compiler's flags are read once per process and its analysis can abort. The page
-has all rows of the oldest compiler that is recorded, and the cycles of newer ones. With
-deltanet-tpu (`pip install deltanet-tpu==0.3.0`, Python 3.12) its kernels are compiled beside ours
+Writes tpu_aot.json and tpu_aot.md; rows of other programs stay. Needs libtpu (`pip install
+"scanax[aot]"`, Linux x86-64). Each program is compiled in a process of its own, because the
+compiler's flags are read once per process and its analysis can abort. The page has all rows of the
+oldest compiler that is recorded, and the cycles of newer ones. With deltanet-tpu (`pip install
+deltanet-tpu==0.3.0`, Python 3.12) its kernels are compiled beside ours
 (experiments/benchmarks/peers/tpu.py), in programs named `peers_...`.
 
 **What the cycles are.** libtpu's static model walks the final instruction bundles through the grid.
@@ -36,21 +37,16 @@ from typing import Any
 import jax
 import jax.extend
 import numpy as np
+from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.benchmarks import tpu_aot_page, tpu_bundles
 from experiments.benchmarks.peers import tpu as tpu_peers
-from experiments.benchmarks.programs import (
-    delta_rule,
-    diagonal_scan,
-    gated_linear_attention,
-    selective_scan,
-    short_convolution,
-)
-from experiments.benchmarks.programs.program import TOKENS, Program
+from experiments.benchmarks.program import TOKENS, TpuProgram, tpu_programs
 from experiments.compiled.hardware import TPU_CHIPS
 from experiments.compiled.kernels import kernel_calls
 from experiments.compiled.topology import one_device_mesh
+from experiments.training import command_line
 from experiments.training.checkout import CHECKOUT, RESULTS
 
 RATCHET = RESULTS / "tpu_aot_ratchet.json"
@@ -58,16 +54,13 @@ RATCHET_KEYS = ("cycles", "vmem_bytes", "spills")
 GROWTH = 1.02
 
 
-def programs() -> Iterator[Program]:
-    """All that the report and `make test-all` compile."""
-    yield from gated_linear_attention.programs()
-    yield from delta_rule.programs()
-    yield from diagonal_scan.programs()
-    yield from selective_scan.programs()
-    yield from short_convolution.programs()
+def all_programs() -> Iterator[TpuProgram]:
+    """Ours, then those of peers that can be imported."""
+    yield from tpu_programs()
+    yield from tpu_peers.programs()
 
 
-def compile_for(program: Program, length: int) -> tuple[Any, float]:
+def compile_for(program: TpuProgram, length: int) -> tuple[Any, float]:
     """The compiled program and the seconds that lowering and compiling took."""
     mesh = one_device_mesh(program.generation)
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -98,7 +91,7 @@ def moved_bytes(call: Any) -> int:
     return total
 
 
-def minimum_bytes(program: Program, length: int) -> int:
+def minimum_bytes(program: TpuProgram, length: int) -> int:
     """Inputs and outputs once, and what is kept between kernels written and read."""
     function, shapes = program.function_and_shapes(length)
     outputs = jax.eval_shape(function, *shapes)
@@ -107,7 +100,7 @@ def minimum_bytes(program: Program, length: int) -> int:
     return total + 2 * program.kept_bytes(length)
 
 
-def work(program: Program, folder: str) -> dict[str, Any]:
+def work(program: TpuProgram, folder: str) -> dict[str, Any]:
     """The row of one program; runs in a process of its own, whose compiler dumps into `folder`."""
     row: dict[str, Any] = {
         "name": program.name,
@@ -154,20 +147,21 @@ def _estimates(line: str) -> list[int]:
     return [int(x) for x in re.findall(r'estimated_cycles":"(\d+)"', line)]
 
 
-def measure(program: Program, timeout_s: float = 900) -> dict[str, Any]:
+def measure(program: TpuProgram, timeout_s: float = 900) -> dict[str, Any]:
     """The row of `program`. Raises RuntimeError with the compiler's last lines if it does not
     compile."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "experiments.benchmarks.tpu_aot", program.name, folder]
-        command += [] if program.analyse else ["compile_only"]
-        flags = tpu_bundles.flags(folder)
+        command = [sys.executable, "-m", "experiments.benchmarks.tpu_aot"]
+        command += [f"--compile={program.name}", f"--dumps={folder}"]
+        command += [f"--analyse={program.analyse}"]
+        compiler_flags = tpu_bundles.flags(folder)
         if program.analyse:
-            flags += f" --xla_jf_dump_static_llo_profile_to={folder}"
+            compiler_flags += f" --xla_jf_dump_static_llo_profile_to={folder}"
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_SKIP_MDS_QUERY": "1",
-            "LIBTPU_INIT_ARGS": flags,
+            "LIBTPU_INIT_ARGS": compiler_flags,
         }
         done = subprocess.run(
             command,
@@ -190,7 +184,7 @@ def report(record_ratchet: bool, only: str = "") -> None:
     Recorded rows of other programs, and of other versions of the compiler, stay.
     """
     versions = installed_versions()
-    for program in (*programs(), *tpu_peers.programs()):
+    for program in all_programs():
         if only not in program.name:
             continue
         try:
@@ -218,7 +212,7 @@ def record(row: dict[str, Any]) -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = {(x["name"], x["versions"]["libtpu"]): x for x in [*rows, row]}
     libtpus = sorted({libtpu for _, libtpu in kept})
-    names = [*(x.name for x in programs()), *tpu_peers.names()]
+    names = [*(x.name for x in tpu_programs()), *tpu_peers.names()]
     keys = [(name, libtpu) for libtpu in libtpus for name in names]
     rows = [kept[key] for key in keys if key in kept]
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
@@ -242,8 +236,20 @@ def grown(row: dict[str, Any], libtpu: str) -> list[str]:
     ]
 
 
+def main() -> None:
+    options = flags.FLAGS
+    if not options.compile:
+        report(options.ratchet, options.only)
+        return
+    (chosen,) = (x for x in all_programs() if x.name == options.compile)
+    print(json.dumps(work(replace(chosen, analyse=options.analyse), options.dumps)))
+
+
 if __name__ == "__main__":
-    name, into, *compile_only = sys.argv[1:]
-    (chosen,) = (x for x in (*programs(), *tpu_peers.programs()) if x.name == name)
-    chosen = replace(chosen, analyse=chosen.analyse and not compile_only)
-    print(json.dumps(work(chosen, into)))
+    flags.DEFINE_string("only", "", "Only programs with this in their name.")
+    flags.DEFINE_bool("ratchet", False, "Record the cycles as those not to exceed.")
+    # What the command starts for each program.
+    flags.DEFINE_string("compile", "", "Compile this program in this process, print its row.")
+    flags.DEFINE_string("dumps", "", "With --compile: folder that the compiler dumps into.")
+    flags.DEFINE_bool("analyse", False, "With --compile: ask for cycles.")
+    command_line.run(main)

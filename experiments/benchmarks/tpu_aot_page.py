@@ -1,4 +1,4 @@
-"""The page of `bench --tpu_aot`, made from its recorded rows."""
+"""The page of `python -m experiments.benchmarks.tpu_aot`, made from its recorded rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,28 +9,34 @@ HEADING = """\
 # TPU kernels, compiled ahead of time
 
 {versions}.
-Compiled for, not run on, a TPU. Made by `python -m experiments.benchmarks.ops --tpu_aot`.
+Compiled for, not run on, a TPU. Made by `python -m experiments.benchmarks.tpu_aot`.
 
-Cycles: libtpu's static estimate per head and 64 tokens (slope between two lengths) of the kernels, and beside it of
-the XLA operations around them (a lower bound); they are no measured times. Bounds: bytes that the kernels move over
-the chip's real memory rate, matmul flops over the unit's rate. A dash: not analysed (the analysis aborts, or the row
-is there to compile). Spills: moves of vector registers to memory and back (fills) in the kernels' final code.
-Busiest unit: the one of which that code uses the largest share of slots, and, where recorded, the share of bundles in
-which any unit has no slot left (in the others a result is waited for); a loop counts once. MXU, and in newer compilers
-MATMUL (multiply) and MATPUSH (load a matrix), is the matrix unit, XLU moves data between lanes, VALU computes.
+Cycles: libtpu's static estimate per head and 64 tokens (slope between two lengths) of the kernels,
+and beside it of the XLA operations around them (a lower bound); they are no measured times. Bounds:
+bytes that the kernels move over the chip's real memory rate, matmul flops over the unit's rate. A
+dash: not analysed (the analysis aborts, or the row is there to compile). Spills: moves of vector
+registers to memory and back (fills) in the kernels' final code. Busiest unit: the one of which that
+code uses the largest share of slots, and, where recorded, the share of bundles in which any unit
+has no slot left (in the others a result is waited for); a loop counts once. MXU, and in newer
+compilers MATMUL (multiply) and MATPUSH (load a matrix), is the matrix unit, XLU moves data between
+lanes, VALU computes.
 
-Where cycles exceed 1.5 times the larger bound, it is units inside the core that bind, by turns, not memory:
+Where cycles exceed 1.5 times the larger bound, it is units inside the core that bind, by turns, not
+memory:
 
-- `gla`: a matrix of 128 x 128 meets the 128 rows of a chunk only, so that loading it into the matrix unit takes as many
-  slots as multiplying by it, or more; longer chunks would multiply more. Exact decays come on top: per token a [C, C]
-  of exponentials, whose logs are sums over intervals, and transposes (XLU); per channel seven products, one per level
-  of halving, instead of one, whose factors are computed and rounded on VALU. Quotients of cumulated decays would save
-  these, and overflow.
-- `delta`: besides, the inverse of a triangle of 128 rows, a chain in which every product waits for the one before, and
-  products with two or three passes where 8 bits would lose what is left of alternating sums.
-- `selective_scan`: no products of matrices; about 9 operations of VALU per token, channel and state forward and 28
-  backward, which fill it in the loops over tokens (ops/selective_scan/pallas_tpu/__init__.py). Backward takes the states at the
-  starts of chunks that forward keeps in training; of more than 32 states a channel none are kept, and a first kernel
+- `gla`: a matrix of 128 x 128 meets the 128 rows of a chunk only, so that loading it into the
+  matrix unit takes as many slots as multiplying by it, or more; longer chunks would multiply more.
+  Exact decays come on top: per token a [C, C] of exponentials, whose logs are sums over intervals,
+  and transposes (XLU); per channel seven products, one per level of halving, instead of one, whose
+  factors are computed and rounded on VALU. Quotients of cumulated decays would save these, and
+  overflow.
+- `delta`: besides, the inverse of a triangle of 128 rows, a chain in which every product waits for
+  the one before, and products with two or three passes where 8 bits would lose what is left of
+  alternating sums.
+- `selective_scan`: no products of matrices; about 9 operations of VALU per token, channel and state
+  forward and 28 backward, which fill it in the loops over tokens
+  (ops/selective_scan/pallas_tpu/__init__.py). Backward takes the states at the starts of chunks
+  that forward keeps in training; of more than 32 states a channel none are kept, and a first kernel
   makes them.
 - `short_convolution` with segments: VALU, for a mask for each tap.
 
@@ -63,10 +69,11 @@ PEERS_HEADING = """
 
 ## Beside deltanet-tpu
 
-{versions}, for both sides; deltanet-tpu 0.3.0. bfloat16, K = V = 128, 4 heads, chunks of 128 tokens, no
-initial state; "forward and backward" has the gradients of all inputs. "over ours" compares the larger of cycles and
-memory bound of the kernels. deltanet-tpu computes every case as its most general one, with gates per channel on erasing
-and on writing, one head at a time. Cases are absent where the cycle analysis of a side aborts, as on v5e.
+{versions}, for both sides; deltanet-tpu 0.3.0. bfloat16, K = V = 128, 4 heads, chunks of 128
+tokens, no initial state; "forward and backward" has the gradients of all inputs. "over ours"
+compares the larger of cycles and memory bound of the kernels. deltanet-tpu computes every case as
+its most general one, with gates per channel on erasing and on writing, one head at a time. Cases
+are absent where the cycle analysis of a side aborts, as on v5e.
 
 """
 

@@ -1,5 +1,13 @@
-"""Sizes of models, for benchmarks and compiled tests: query and key heads, key and value size per
-head and window."""
+"""Arguments of window attention as models have them; ops/framework/examples.py says what is what.
+
+Sizes are query heads, key (and value) heads, key and value size per head, and the window.
+"""
+
+from typing import Any
+
+import jax
+
+from ..framework.examples import MEASURED, RAGGED_HEADS, Shape, queries_keys_values
 
 SHAPES = {
     "test": {
@@ -47,4 +55,28 @@ SHAPES = {
         "value": 112,
         "window": 128,
     },
+    "ragged": {**RAGGED_HEADS, "window": 128},
+    "4x2048_16x128": {**MEASURED["4x2048_16x128"], "window": 128},
 }
+GPU_SHAPES = ("4x2048_16x128",)
+VARIANTS = ("",)
+
+
+def inputs(shape: Shape, variant: str, dtype: str, key: jax.Array) -> dict[str, jax.Array]:
+    """q [B, T, H, K], k [B, T, HK, K] and v [B, T, HK, V]."""
+    key_q, key_rest = jax.random.split(key)
+    # Its queries have the heads that v has elsewhere: values are shared as keys are.
+    keys_and_values = queries_keys_values({**shape, "heads": shape["key_heads"]}, dtype, key_rest)
+    sizes = (shape["batch"], shape["length"], shape["heads"], shape["key"])
+    return keys_and_values | {"q": jax.random.normal(key_q, sizes).astype(dtype)}
+
+
+def options(shape: Shape, variant: str) -> dict[str, Any]:
+    return {"window": shape["window"]}
+
+
+def matmul_flops(shape: Shape, direction: str, chunk: int = 0) -> float:
+    """Scores within the window and their use; backward the scores again and four gradients."""
+    tokens = shape["batch"] * shape["length"] * shape["heads"] * shape["window"]
+    K, V = shape["key"], shape["value"]
+    return 2.0 * tokens * {"forward": K + V, "backward": 3 * K + 2 * V}[direction]

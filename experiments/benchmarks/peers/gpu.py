@@ -1,10 +1,11 @@
 """What the GPU benchmark runs beside our kernels: others' kernels on the same inputs, where they
 can be imported.
 
-Each takes the inputs of a case by name and the mode, "forward" or "forward+backward" (gradients of
-all inputs of the sum of squares of the output), and returns the program to time. ImportError: not
-installed, or has no such kernel."""
+`peers(op, variant)` has what there is for an op. Each takes the inputs of a case by name and the
+mode, "forward" or "forward+backward" (gradients of all inputs of the sum of squares of the output),
+and returns the program to time. ImportError: not installed."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Inputs = dict[str, jax.Array]
+import ops
+from experiments.benchmarks.cases import sum_of_squares
+
+Inputs = dict[str, Any]
+Peer = Callable[[Inputs, str], Callable[[], Any]]
+# By op and variant: module and function of flash-linear-attention, kind of jax-linear-attention.
+FLASH_LINEAR_ATTENTION = {
+    ("gated_linear_attention", "none"): ("simple_gla", "chunk_simple_gla"),
+    ("gated_linear_attention", "constant"): ("simple_gla", "chunk_simple_gla"),
+    ("gated_linear_attention", "scalar"): ("simple_gla", "chunk_simple_gla"),
+    ("gated_linear_attention", "vector"): ("gla", "chunk_gla"),
+    ("delta_rule", "none"): ("delta_rule", "chunk_delta_rule"),
+    ("delta_rule", "scalar"): ("gated_delta_rule", "chunk_gated_delta_rule"),
+    ("delta_rule", "vector"): ("kda", "chunk_kda"),
+}
+JAX_LINEAR_ATTENTION = {
+    ("gated_linear_attention", "scalar"): "simple_gla",
+    ("gated_linear_attention", "vector"): "gla",
+    ("delta_rule", "none"): "deltanet",
+    ("delta_rule", "scalar"): "gated_deltanet",
+    ("delta_rule", "vector"): "kda",
+}
+
+
+def peers(op: str, variant: str) -> dict[str, Peer]:
+    """What can be timed beside ours, by name."""
+    found: dict[str, Peer] = {}
+    if (op, variant) in FLASH_LINEAR_ATTENTION:
+        module, name = FLASH_LINEAR_ATTENTION[op, variant]
+        constant = variant == "constant"
+        found["flash-linear-attention"] = functools.partial(
+            flash_linear_attention, module, name, constant
+        )
+    if (op, variant) in JAX_LINEAR_ATTENTION:
+        kind = JAX_LINEAR_ATTENTION[op, variant]
+        found["jax-linear-attention"] = functools.partial(jax_linear_attention, kind)
+    if op == "selective_scan":
+        found["mamba-ssm"] = mamba_ssm
+        if variant == "gated":
+            found["ours, gated by XLA"] = gate_outside
+        else:
+            found["jax-linear-attention"] = jax_linear_attention_mamba
+            found["jax.lax.associative_scan"] = associative_scan_mamba
+    if (op, variant) == ("diagonal_scan", "complex"):
+        found["jax.lax.associative_scan"] = associative_scan
+    return found
 
 
 class TorchProgram:
@@ -26,14 +72,10 @@ class TorchProgram:
         return self._run()
 
 
-def jax_program(call: Callable[..., jax.Array], inputs: Inputs, mode: str) -> Callable[[], Any]:
-    def loss(*x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(call(*x).astype(jnp.float32)))
-
-    arrays = tuple(inputs.values())
-    program: Any = call if mode == "forward" else jax.grad(loss, tuple(range(len(arrays))))
-    compiled = jax.jit(program).lower(*arrays).compile()
-    return lambda: compiled(*arrays)
+def jax_program(call: Callable[[Inputs], Any], inputs: Inputs, mode: str) -> Callable[[], Any]:
+    program = call if mode == "forward" else jax.grad(sum_of_squares(call))
+    compiled = jax.jit(program).lower(inputs).compile()
+    return lambda: compiled(inputs)
 
 
 def _torch_program(call: Callable[..., Any], inputs: Inputs, mode: str) -> Callable[[], Any]:
@@ -53,19 +95,11 @@ def _torch_program(call: Callable[..., Any], inputs: Inputs, mode: str) -> Calla
     return TorchProgram(run, torch.cuda.synchronize)
 
 
-def flash_linear_attention(op: str, variant: str, inputs: Inputs, mode: str) -> Callable[[], Any]:
-    names = {
-        ("gated_linear_attention", "none"): ("simple_gla", "chunk_simple_gla"),
-        ("gated_linear_attention", "constant"): ("simple_gla", "chunk_simple_gla"),
-        ("gated_linear_attention", "scalar"): ("simple_gla", "chunk_simple_gla"),
-        ("gated_linear_attention", "vector"): ("gla", "chunk_gla"),
-        ("delta_rule", "none"): ("delta_rule", "chunk_delta_rule"),
-        ("delta_rule", "scalar"): ("gated_delta_rule", "chunk_gated_delta_rule"),
-        ("delta_rule", "vector"): ("kda", "chunk_kda"),
-    }
-    module, name = names[op, variant]
+def flash_linear_attention(
+    module: str, name: str, constant: bool, inputs: Inputs, mode: str
+) -> Callable[[], Any]:
     function = getattr(importlib.import_module(f"fla.ops.{module}"), name)
-    if variant == "constant":
+    if constant:
         # Its constant decay is no differentiable input; gradients are those of q, k and v.
         decay = inputs.pop("decay_log")
         torch = importlib.import_module("torch")
@@ -91,42 +125,46 @@ def mamba_ssm(inputs: Inputs, mode: str) -> Callable[[], Any]:
     return _torch_program(call, moved, mode)
 
 
-def jax_linear_attention(op: str, variant: str, inputs: Inputs, mode: str) -> Callable[[], Any]:
+def jax_linear_attention(kind: str, inputs: Inputs, mode: str) -> Callable[[], Any]:
     jla_ops = importlib.import_module("jla.ops")
     importlib.import_module("jla.ops.mosaic_gpu")
-    kinds = {
-        "gated_linear_attention": {"scalar": "simple_gla", "vector": "gla"},
-        "delta_rule": {"none": "deltanet", "scalar": "gated_deltanet", "vector": "kda"},
-    }
-    if variant not in kinds[op]:
-        raise ImportError("no such kernel")
-    kind = kinds[op][variant]
 
-    def call(q: Any, k: Any, v: Any, decay_log: Any = None, beta: Any = None) -> Any:
-        options = {"g": decay_log, "beta": beta}
-        given = {name: x for name, x in options.items() if x is not None}
-        return jla_ops.linear_attention(kind, q, k, v, impl="mosaic_gpu", **given)[0]
+    def call(inputs: Inputs) -> Any:
+        renamed = {"g" if name == "decay_log" else name: x for name, x in inputs.items()}
+        q, k, v = (renamed.pop(name) for name in "qkv")
+        return jla_ops.linear_attention(kind, q, k, v, impl="mosaic_gpu", **renamed)[0]
 
-    names = list(inputs)
-    return jax_program(lambda *x: call(**dict(zip(names, x, strict=True))), inputs, mode)
+    return jax_program(call, inputs, mode)
 
 
 def jax_linear_attention_mamba(inputs: Inputs, mode: str) -> Callable[[], Any]:
     jla_ops = importlib.import_module("jla.ops")
     importlib.import_module("jla.ops.mosaic_gpu")
 
-    def call(x: Any, delta: Any, A: Any, B: Any, C: Any) -> Any:
+    def call(inputs: Inputs) -> Any:
+        x, delta, A, B, C = (inputs[name] for name in ("x", "delta", "A", "B", "C"))
         return jla_ops.linear_attention("mamba1", C, B, x, dt=delta, a=A, impl="mosaic_gpu")[0]
 
     return jax_program(call, inputs, mode)
 
 
+def gate_outside(inputs: Inputs, mode: str) -> Callable[[], Any]:
+    """Our kernel without the gate, which is an operation of its own."""
+
+    def call(inputs: Inputs) -> Any:
+        arguments = {name: x for name, x in inputs.items() if name != "z"}
+        y, _ = ops.selective_scan(**arguments, delta_softplus=True, implementation="pallas_gpu")
+        return y * jax.nn.silu(inputs["z"])
+
+    return jax_program(call, inputs, mode)
+
+
 def associative_scan(inputs: Inputs, mode: str) -> Callable[[], Any]:
-    def call(a_real: Any, a_imaginary: Any, *b: Any) -> Any:
-        inputs = jax.lax.complex(*(x.astype(jnp.float32) for x in b))
-        a = jax.lax.complex(a_real, a_imaginary)[None, None]
-        x = _scanned(jnp.broadcast_to(a, inputs.shape), inputs)
-        return x.real + x.imag
+    def call(inputs: Inputs) -> Any:
+        b = jax.lax.complex(*(x.astype(jnp.float32) for x in inputs["b"]))
+        a = jax.lax.complex(*inputs["a"])[None, None]
+        h = _scanned(jnp.broadcast_to(a, b.shape), b)
+        return h.real, h.imag
 
     return jax_program(call, inputs, mode)
 
@@ -134,11 +172,11 @@ def associative_scan(inputs: Inputs, mode: str) -> Callable[[], Any]:
 def associative_scan_mamba(inputs: Inputs, mode: str) -> Callable[[], Any]:
     """All states in memory, [B, T, D, N]."""
 
-    def call(x: Any, delta: Any, A: Any, B: Any, C: Any) -> Any:
-        x, delta, b, c = (y.astype(jnp.float32) for y in (x, delta, B, C))
-        a = jnp.exp(delta[..., None] * A[None, None])
-        h = _scanned(a, (delta * x)[..., None] * b[:, :, None])
-        return jnp.einsum("btdn,btn->btd", h, c).astype(B.dtype)
+    def call(inputs: Inputs) -> Any:
+        x, delta, B, C = (inputs[name].astype(jnp.float32) for name in ("x", "delta", "B", "C"))
+        a = jnp.exp(delta[..., None] * inputs["A"][None, None])
+        h = _scanned(a, (delta * x)[..., None] * B[:, :, None])
+        return jnp.einsum("btdn,btn->btd", h, C).astype(inputs["x"].dtype)
 
     return jax_program(call, inputs, mode)
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 import jax
 
-from experiments.benchmarks.programs.program import Program, Shapes, shape
+from experiments.benchmarks.program import Shapes, TpuProgram, array
 from ops import delta_rule, gated_linear_attention
 
 PEER = "deltanet_tpu"
@@ -36,7 +36,7 @@ def names() -> list[str]:
     return [name(side, *case) for case in CASES for side in SIDES]
 
 
-def programs() -> Iterator[Program]:
+def programs() -> Iterator[TpuProgram]:
     """Ours and theirs in turn; nothing where theirs cannot be imported."""
     if importlib.util.find_spec(PEER) is not None:
         for case in CASES:
@@ -44,14 +44,14 @@ def programs() -> Iterator[Program]:
                 yield _program(side, *case)
 
 
-def _program(side: str, variant: str, passes: str, generation: str) -> Program:
+def _program(side: str, variant: str, passes: str, generation: str) -> TpuProgram:
     def arguments(T: int) -> Shapes:
-        x = shape(1, T, HEADS, SIZE, dtype="bfloat16")
+        x = array(1, T, HEADS, SIZE, dtype="bfloat16")
         rest = {
             "gla": [x],
-            "delta_rule": [shape(1, T, HEADS, dtype="bfloat16")],
-            "gdn": [shape(1, T, HEADS, dtype="bfloat16"), shape(1, T, HEADS)],
-            "kda": [shape(1, T, HEADS, dtype="bfloat16"), x],
+            "delta_rule": [array(1, T, HEADS, dtype="bfloat16")],
+            "gdn": [array(1, T, HEADS, dtype="bfloat16"), array(1, T, HEADS)],
+            "kda": [array(1, T, HEADS, dtype="bfloat16"), x],
         }[variant]
         cotangents = [] if passes == "forward" else [x]
         return [x, x, x, *rest, *cotangents]
@@ -64,7 +64,7 @@ def _program(side: str, variant: str, passes: str, generation: str) -> Program:
         o, pull = jax.vjp(call, *inputs[:-1])
         return o, *pull(inputs[-1])
 
-    return Program(
+    return TpuProgram(
         name=name(side, variant, passes, generation),
         generation=generation,
         direction=passes,

@@ -1,1 +1,0 @@
-"""What `bench --tpu_aot` compiles, one file per op."""

@@ -1,16 +1,18 @@
-"""Short convolution: Mamba's size in both directions, dtypes and with segments; the unit is 1024
-channels."""
+"""Short convolution: Mamba's size in both directions, dtypes and with segments; of estimates the
+unit is 1024 channels. It has no GPU kernel."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from experiments.benchmarks.programs.program import GENERATIONS, Program, Shapes, shape
-from ops.short_convolution import pallas_tpu as kernels
+from experiments.benchmarks.program import GENERATIONS, TpuProgram, array
+from ops.framework.examples import abstract_inputs
+from ops.short_convolution import examples, pallas_tpu
 
 CHANNELS = 1024  # of a unit
 WIDTH, TAPS = 2048, 4
 
 
-def programs() -> Iterator[Program]:
+def tpu_programs() -> Iterator[TpuProgram]:
     for direction in ("forward", "backward"):
         for generation in GENERATIONS:
             yield _program(generation, direction)
@@ -20,16 +22,18 @@ def programs() -> Iterator[Program]:
 
 def _program(
     generation: str, direction: str, *, dtype: str = "bfloat16", segments: bool = False
-) -> Program:
-    def arguments(T: int) -> Shapes:
-        x, state = shape(1, T, WIDTH, dtype=dtype), shape(1, TAPS - 1, WIDTH)
-        ids = shape(1, T, dtype="int32") if segments else None
+) -> TpuProgram:
+    def arguments(T: int) -> list[Any]:
+        sizes = {"batch": 1, "length": T, "width": WIDTH, "taps": TAPS}
+        inputs = abstract_inputs(examples.inputs, sizes, "", dtype)
+        x, w, state = inputs["x"], inputs["w"], array(1, TAPS - 1, WIDTH)
+        ids = array(1, T, dtype="int32") if segments else None
         cotangents = [] if direction == "forward" else [x, state]
-        return [x, shape(TAPS, WIDTH), state, ids, *cotangents]
+        return [x, w, state, ids, *cotangents]
 
     def rule(*inputs):
         # The op's rules compute in float32 and cast at their ends, which are those of a kernel.
-        outputs = getattr(kernels, direction)(*inputs)
+        outputs = getattr(pallas_tpu, direction)(*inputs)
         return outputs[0].astype(dtype), *outputs[1:]
 
     name = [
@@ -40,7 +44,7 @@ def _program(
         *(["segments"] if segments else []),
         generation,
     ]
-    return Program(
+    return TpuProgram(
         name="_".join(name),
         generation=generation,
         direction=direction,

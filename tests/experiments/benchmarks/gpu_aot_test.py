@@ -1,10 +1,15 @@
 """The GPU kernels, compiled by the GPU's own compilers: they compile, and do not take more than
 they did."""
 
+import json
+
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from experiments.benchmarks import gpu_aot
-from experiments.benchmarks.programs.gpu import programs
+from experiments.benchmarks.program import gpu_programs
 
 needs_compilers = pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.missing()))
 REPRESENTATIVE = {
@@ -19,7 +24,7 @@ REPRESENTATIVE = {
     "program",
     [
         pytest.param(program, marks=() if program.name in REPRESENTATIVE else pytest.mark.full)
-        for program in programs()
+        for program in gpu_programs()
     ],
     ids=lambda program: program.name,
 )
@@ -31,13 +36,13 @@ def test_a_program_compiles_and_takes_no_more_than_before(program):
 
 
 def test_representative_programs_exist_once():
-    names = [program.name for program in programs()]
+    names = [program.name for program in gpu_programs()]
     assert len(names) == len(set(names)) and set(names) >= REPRESENTATIVE
 
 
-def row(registers, spilled):
-    kernel = {"kernel": "k", "registers": registers, "spilled_bytes": spilled}
-    smaller = {"kernel": "k", "registers": 8, "spilled_bytes": 0}
+def row(registers, spilled, name="k"):
+    kernel = {"kernel": name, "registers": registers, "spilled_bytes": spilled}
+    smaller = {"kernel": name, "registers": 8, "spilled_bytes": 0}
     return {"name": "p", "kernels": [kernel, smaller]}
 
 
@@ -53,30 +58,44 @@ def test_growth_beyond_two_percent_is_found_and_unknown_compilers_are_not_judged
         "spilled bytes of k in p: 4, recorded 0",
     ]
     assert not gpu_aot.grown(row(200, 99), "another")
+    # A kernel that the ratchet does not know is not let through, nor one that is missed.
+    assert gpu_aot.grown(row(8, 0, name="new"), "a compiler") == [
+        "k of p is no longer there",
+        "new of p is not recorded",
+    ]
 
 
-def test_a_dump_is_read_with_the_words_of_both_compilers(tmp_path, monkeypatch):
+WORDS = (
+    "ptxas info : Compiling entry function '{}' for 'sm_90a'\n"
+    "ptxas info : Function properties for {}\n"
+    "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+    "ptxas info : Used 168 registers, used 1 barriers\n"
+    "ptxas info : Compiling entry function 'loop_fusion' for 'sm_90a'\n"
+    "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+    "ptxas info : Used 16 registers\n"
+)
+
+
+@pytest.fixture
+def dump(tmp_path, monkeypatch):
+    """What XLA leaves of a program with the kernel `novel`, run twice, and one of XLA's own."""
     (tmp_path / "module_0001.jit_f.1.ptx").write_text(".version 8.7")
     (tmp_path / "module_0001.jit_f.2.ptx").write_text("")  # of constants alone
     (tmp_path / "module_0001.jit_f.thunk_sequence.txt").write_text(
-        "001: kCustomKernel gla_forward__1 grid: [4, 64, 1] threads: [128, 1, 1] "
+        "001: kCustomKernel novel__1 grid: [4, 64, 1] threads: [128, 1, 1] "
         " shared_memory: 98304 bytes\n"
-        "002: kKernel loop_fusion grid: [1, 1, 1] threads: [128, 1, 1]  shared_memory: 0"
+        "002: kCustomKernel loop_fusion grid: [1, 1, 1] threads: [128, 1, 1]  shared_memory: 0"
         " bytes\n"
     )
-    words = (
-        "ptxas info : Compiling entry function 'gla_forward__1' for 'sm_90a'\n"
-        "ptxas info : Function properties for gla_forward__1\n"
-        "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
-        "ptxas info : Used 168 registers, used 1 barriers\n"
-        "ptxas info : Compiling entry function 'loop_fusion' for 'sm_90a'\n"
-        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
-        "ptxas info : Used 16 registers\n"
-    )
+    words = WORDS.format("novel__1", "novel__1")
     monkeypatch.setattr(gpu_aot, "assemble", lambda file, architecture: words)
-    assert gpu_aot.read_kernels(tmp_path, "sm_90a") == [
+    return tmp_path
+
+
+def test_a_dump_is_read_with_the_words_of_both_compilers(dump):
+    assert gpu_aot.read_kernels(dump, "sm_90a", ["novel", "novel"]) == [
         {
-            "kernel": "gla_forward",
+            "kernel": "novel",
             "programs": 256,
             "threads": 128,
             "registers": 168,
@@ -85,6 +104,52 @@ def test_a_dump_is_read_with_the_words_of_both_compilers(tmp_path, monkeypatch):
             "resident": 2,
         }
     ]
+
+
+def test_a_kernel_that_a_program_runs_and_a_dump_lacks_is_an_error(dump, monkeypatch):
+    with pytest.raises(RuntimeError, match="of lost; launched are novel__1, loop_fusion"):
+        gpu_aot.read_kernels(dump, "sm_90a", ["novel", "lost"])
+    # Launched, but what the assembler says of it could not be read.
+    monkeypatch.setattr(gpu_aot, "assemble", lambda file, architecture: "other words")
+    with pytest.raises(RuntimeError, match="of novel; launched are novel__1"):
+        gpu_aot.read_kernels(dump, "sm_90a", ["novel"])
+
+
+def double(name):
+    def kernel(x, o):
+        o[...] = 2 * x[...]
+
+    def run(x):
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(kernel, out_shape=like, name=name, interpret=False)(x)
+
+    return run
+
+
+def test_kernels_are_those_of_the_program_whatever_their_names():
+    def program(x):
+        return jax.lax.fori_loop(0, 3, lambda _, x: double("in_a_loop")(x), double("first")(x))
+
+    assert gpu_aot.kernel_names(program, jnp.ones(16)) == ["first", "in_a_loop"]
+    with pytest.raises(ValueError, match="must have a name"):
+        gpu_aot.kernel_names(double(None), jnp.ones(16))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("op", ["gla", "delta", "selective_scan", "diagonal_scan"])
+def test_the_names_of_an_op_are_the_recorded_ones(op, direction):
+    """What the report and the ratchet have of a program is what its jaxpr says that it runs."""
+    program = next(x for x in gpu_programs() if x.name.startswith(f"{op}_{direction}"))
+    recorded = json.loads((gpu_aot.RESULTS / "gpu_aot.json").read_text())["rows"]
+    (row,) = (x for x in recorded if x["name"] == program.name)
+    names = gpu_aot.kernel_names(program.rule, *program.arguments())
+    assert set(names) == {kernel["kernel"] for kernel in row["kernels"]}
+
+
+def test_the_committed_page_is_that_of_the_committed_rows_in_the_order_of_programs():
+    rows = json.loads((gpu_aot.RESULTS / "gpu_aot.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [program.name for program in gpu_programs()]
+    assert (gpu_aot.RESULTS / "gpu_aot.md").read_text() == gpu_aot.table(rows) + "\n"
 
 
 @pytest.mark.parametrize(

@@ -4,87 +4,107 @@ as gaps."""
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import gpu as gpu_bench
+from experiments.benchmarks import gpu as benchmark
+from experiments.benchmarks.cases import Case
 from ops.selective_scan.pallas_gpu import walks
 
-TINY = (1, 24, 1, 16)
+TINY = {
+    "batch": 1,
+    "length": 24,
+    "key_heads": 1,
+    "heads": 1,
+    "key": 16,
+    "value": 16,
+    "window": 8,
+    "width": 8,
+    "taps": 4,
+    "state": 4,
+    "channels": 8,
+}
+CASES = benchmark.all_cases()
 
 
-def tiny_case():
-    case = next(x for x in gpu_bench.cases() if x.variant == "scalar")
-    return dataclasses.replace(case, size=TINY, small=TINY, peers={})
+def tiny(op, variant=""):
+    case = next(x for x in CASES if (x.op, x.variant) == (op, variant))
+    return dataclasses.replace(case, sizes={name: TINY[name] for name in case.sizes})
 
 
 def test_the_benchmark_needs_a_gpu():
-    with pytest.raises(ValueError, match="--gpu needs an NVIDIA GPU"):
-        gpu_bench.run(1, "")
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        benchmark.run(1, "")
 
 
-def test_every_size_is_measured_for_every_op_and_the_first_of_all_come_first():
-    cases = gpu_bench.cases()
-    names = {case.name for case in cases}
-    assert len(names) == 13 and len({(c.name, c.size) for c in cases}) == len(cases)
-    assert {case.name for case in cases[: len(names)]} == names
-    gla = [case.size for case in cases if case.name == "gated_linear_attention vector"]
-    assert {(1, 8192, 96, 128), (8, 2048, 32, 256), (1, 262144, 8, 128)} <= set(gla)
+def test_every_shape_is_measured_of_every_variant_and_the_first_of_all_come_first():
+    names = {case.name for case in CASES}
+    assert len({(case.name, case.shape) for case in CASES}) == len(CASES)
+    assert {case.name for case in CASES[: len(names)]} == names
+    gla = [case.shape for case in CASES if case.name == "gated_linear_attention vector"]
+    assert {"1x8192_96x128", "8x2048_32x256", "1x262144_8x128"} <= set(gla)
 
 
-@pytest.mark.parametrize("case", list(gpu_bench.xla_cases()), ids=lambda case: case.op)
-def test_ops_without_a_kernel_of_ours_are_checked_and_timed_too(case):
-    small = {"short_convolution": (1, 24, 8, 4), "long_convolution": (1, 24, 8)}
-    size = small.get(case.op, TINY)
-    case = dataclasses.replace(case, size=size, small=size)
-    assert gpu_bench.check(case, "float32")["passed"]
-    (row,) = gpu_bench.time_case(case, "forward", "NVIDIA H200")
+@pytest.mark.parametrize("op", ["short_convolution", "long_convolution", "window_attention"])
+def test_ops_without_a_kernel_of_ours_are_checked_and_timed_too(op):
+    case = tiny(op)
+    assert benchmark.implementations(op) == ("xla",)
+    assert benchmark.check(case, "float32")["passed"]
+    (row,) = benchmark.time_case(case, "forward", "NVIDIA H200")
     assert row["median_ms"] > 0 and row["memory_floor_ms"] > 0
 
 
 @pytest.mark.slow
 def test_a_check_passes_for_the_kernels_and_fails_for_a_wrong_one():
-    case = tiny_case()
-    result = gpu_bench.check(case, "float32")
+    class Wrong(Case):
+        def call(self, implementation, segments=False):
+            factor = 1 + 1e-3 * (implementation == "pallas_gpu")
+            right = super().call(implementation, segments)
+            return lambda inputs: right(inputs | {"decay_log": factor * inputs["decay_log"]})
+
+    case = tiny("gated_linear_attention", "scalar")
+    result = benchmark.check(case, "float32")
     assert result["passed"] and set(result["errors"]) == {
         "output",
         *(f"gradient of {name}" for name in ("q", "k", "v", "decay_log")),
     }
-
-    def wrong(segments, implementation, q, k, v, decay_log):
-        factor = 1 + 1e-3 * (implementation == "pallas_gpu")
-        return case.call(segments, implementation, q, k, v, factor * decay_log)
-
-    assert not gpu_bench.check(dataclasses.replace(case, call=wrong), "float32")["passed"]
+    wrong = Wrong(case.op, case.variant, case.shape, case.sizes)
+    assert not benchmark.check(wrong, "float32")["passed"]
 
 
-@pytest.mark.parametrize("op", ["selective_scan", "diagonal_scan"])
-def test_peers_in_plain_jax_compute_what_ours_do(op):
-    case = next(x for x in gpu_bench.cases() if x.op == op)
-    inputs = case.inputs((2, 24, *case.small[2:]), "float32")
-    o = case.peers["jax.lax.associative_scan"](inputs, "forward")()
-    wanted = case.call(False, "reference", *inputs.values())
-    assert gpu_bench.relative_l2(o, wanted) < 1e-5
+@pytest.mark.parametrize(("op", "variant"), [("selective_scan", ""), ("diagonal_scan", "complex")])
+def test_peers_in_plain_jax_compute_what_ours_do(op, variant):
+    case = tiny(op, variant)
+    inputs = case.inputs("float32")
+    o = benchmark.peers.peers(op, variant)["jax.lax.associative_scan"](inputs, "forward")()
+    assert benchmark.relative_l2(o, case.call("reference")(inputs)) < 1e-5
 
 
 def test_a_gate_outside_the_op_computes_what_the_one_inside_does(monkeypatch):
     monkeypatch.setattr(walks, "TURN", 2)
-    case = next(x for x in gpu_bench.cases() if x.name == "selective_scan gated")
-    inputs = case.inputs((2, 24, *case.small[2:]), "float32")
-    outside = case.peers["ours, gated by XLA"](inputs, "forward")()
-    inside = case.call(False, "reference", *inputs.values())
-    assert gpu_bench.relative_l2(outside, inside) < 1e-5
+    case = tiny("selective_scan", "gated")
+    inputs = case.inputs("float32")
+    outside = benchmark.peers.gate_outside(inputs, "forward")()
+    assert benchmark.relative_l2(outside, case.call("reference")(inputs)) < 1e-5
 
 
-def test_a_peer_that_is_absent_is_a_gap_and_ours_is_timed():
+def test_a_peer_that_is_absent_is_a_gap_and_ours_is_timed(monkeypatch):
     def absent(inputs, mode):
         raise ImportError("no such package")
 
-    def call(segments, implementation, q, k, v, decay_log):
-        return (q * jnp.exp(decay_log)[..., None]).astype(q.dtype)
+    class Quick(Case):
+        def call(self, implementation, segments=False):
+            def call(inputs):
+                o = inputs["q"] * jnp.exp(inputs["decay_log"])[..., None]
+                return o.astype(jnp.bfloat16)
 
-    case = dataclasses.replace(tiny_case(), call=call, peers={"another": absent})
-    rows = gpu_bench.time_case(case, "forward+backward", "NVIDIA H200")
+            return call
+
+    monkeypatch.setattr(benchmark.peers, "peers", lambda op, variant: {"another": absent})
+    case = tiny("gated_linear_attention", "scalar")
+    case = Quick(case.op, case.variant, case.shape, case.sizes)
+    rows = benchmark.time_case(case, "forward+backward", "NVIDIA H200")
     by_name = {row["implementation"]: row for row in rows}
     assert by_name["pallas_gpu"]["median_ms"] > 0
     assert by_name["another"]["gap"] == "ImportError: no such package"
@@ -94,12 +114,19 @@ def test_a_peer_that_is_absent_is_a_gap_and_ours_is_timed():
     assert by_name["xla"]["memory_floor_ms"] == pytest.approx(1e3 * moved / 4.8e12)
 
 
+def test_errors_are_those_of_all_arrays_of_a_tree_together():
+    wanted = (jnp.array([3.0, 0.0]), jnp.array([4.0]))
+    got = (jnp.array([3.0, 0.3]), jnp.array([4.4]))
+    assert benchmark.relative_l2(got, wanted) == pytest.approx(0.1)
+    assert benchmark.relative_l2(jax.tree.leaves(got), wanted) == pytest.approx(0.1)
+
+
 def test_the_page_shows_what_was_measured_and_says_what_was_not():
-    case = next(x for x in gpu_bench.cases() if x.variant == "scalar")
+    case = next(x for x in CASES if x.variant == "scalar")
     row = {
         "op": case.op,
         "variant": case.variant,
-        "size": list(case.size),
+        "shape": case.shape,
         "mode": "forward",
         "memory_floor_ms": 0.5,
         "matmul_floor_ms": None,
@@ -109,13 +136,13 @@ def test_the_page_shows_what_was_measured_and_says_what_was_not():
         row | {"implementation": "xla", "median_ms": 9.0},
         row | {"implementation": "another", "gap": "ImportError"},
     ]
-    page = gpu_bench.page({"environment": {"device": "x"}, "checks": [], "rows": rows})
+    page = benchmark.page({"environment": {"device": "x"}, "checks": [], "rows": rows})
     lines = [line for line in page.splitlines() if line.startswith(f"| {case.name} |")]
     assert lines[0].endswith("forward | 2.00 | xla 9.00 (4.50x); another ImportError | 0.50, ? |")
     assert all("not measured" in line for line in lines[1:])
 
 
 def test_the_committed_page_is_that_of_the_committed_rows():
-    path = gpu_bench.RESULTS / "bench_gpu.json"
+    path = benchmark.RESULTS / "bench_gpu.json"
     record = json.loads(path.read_text()) if path.exists() else {}
-    assert (gpu_bench.RESULTS / "bench_gpu.md").read_text() == gpu_bench.page(record)
+    assert (benchmark.RESULTS / "bench_gpu.md").read_text() == benchmark.page(record)

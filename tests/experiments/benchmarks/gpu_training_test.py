@@ -25,7 +25,7 @@ def test_the_committed_page_is_that_of_the_record():
 
 
 def test_it_needs_a_gpu():
-    with pytest.raises(ValueError, match="--gpu_training needs an NVIDIA GPU"):
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
         gpu_training.report(1, "")
 
 

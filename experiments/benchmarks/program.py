@@ -1,7 +1,12 @@
-"""One pass of one op for one generation of TPU, as the ahead-of-time compiler takes it."""
+"""One pass of one op, as an ahead-of-time compiler takes it, for a TPU or for a GPU.
 
-from collections.abc import Callable, Sequence
+`experiments/benchmarks/programs/<op>.py` has the programs of an op: `tpu_programs()` if it has TPU
+kernels, `gpu_programs()` if it has GPU kernels. A file that is put there is found."""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +21,7 @@ Shapes = Sequence[jax.ShapeDtypeStruct | None]
 
 
 @dataclass(frozen=True)
-class Program:
+class TpuProgram:
     """rule(*arguments(length)) at batch one.
 
     direction: "forward" or "backward", of `kernels` kernels. arguments: shapes at a length, None
@@ -60,7 +65,33 @@ class Program:
         ]
 
 
-def shape(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+@dataclass(frozen=True)
+class GpuProgram:
+    """rule(*arguments()), for "sm_90a" (H100, H200) or "sm_80" (A100)."""
+
+    name: str
+    architecture: str
+    rule: Callable[..., Any]
+    arguments: Callable[[], Sequence[Any]]
+
+
+def tpu_programs() -> Iterator[TpuProgram]:
+    """Of all ops: what the report and `make test-all` compile for TPUs."""
+    return _programs("tpu_programs")
+
+
+def gpu_programs() -> Iterator[GpuProgram]:
+    """Of all ops: what the report and `make test-all` compile for GPUs."""
+    return _programs("gpu_programs")
+
+
+def _programs(kind: str) -> Iterator[Any]:
+    for file in sorted((Path(__file__).parent / "programs").glob("*.py")):
+        module = importlib.import_module(f"experiments.benchmarks.programs.{file.stem}")
+        yield from getattr(module, kind, tuple)()
+
+
+def array(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
 
 

@@ -33,14 +33,7 @@ CHUNK = 64  # tokens, of the forms whose matmuls are counted
 # Batch, tokens, heads and size per head of layers at which kernels of such recurrences are usually
 # timed, from 1K to 256K tokens.
 MEASURED = {
-    f"{B}x{T}_{H}x{D}": {
-        "batch": B,
-        "length": T,
-        "key_heads": H,
-        "heads": H,
-        "key": D,
-        "value": D,
-    }
+    f"{B}x{T}_{H}x{D}": {"batch": B, "length": T, "key_heads": H, "heads": H, "key": D, "value": D}
     for B, T, H, D in (
         (4, 2048, 16, 128),
         (1, 8192, 96, 128),

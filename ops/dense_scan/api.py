@@ -21,6 +21,7 @@ def dense_scan(
     kernel: Callable[[int], jax.Array] | None = None,
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """D linear systems, constant in time, each with one input and a dense state matrix of its own.
@@ -46,6 +47,9 @@ def dense_scan(
         the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
         id changes the state starts from zero. None means one segment.
+      reverse: whether to walk from the last token to the first. `initial_state` is then the state
+        after the last token, the returned state the one before the first, and a segment starts with
+        its last token.
       implementation: "reference" (a scan over tokens), "xla" (a convolution, or a scan over chunks;
         plain JAX on every backend), or None for "xla". A named implementation runs or raises.
 
@@ -76,10 +80,10 @@ def dense_scan(
     if implementation == "reference":
         zeros = jnp.zeros((batch, systems, size), jnp.float32)
         first = zeros if initial_state is None else initial_state
-        y, state = reference.dense_scan(float_u, A, B, C, first, segment_ids)
+        y, state = reference.dense_scan(float_u, A, B, C, first, segment_ids, reverse)
     else:
         if initial_state is not None or segment_ids is not None:
             kernel = None
         forward = xla.forward if time_parts() == 1 else forward_in_parts
-        y, state = forward(float_u, A, B, C, initial_state, segment_ids, kernel)
+        y, state = forward(float_u, A, B, C, initial_state, segment_ids, kernel, reverse)
     return y.astype(u.dtype), state

@@ -21,6 +21,7 @@ def forward_in_parts(
     initial_state: jax.Array | None,
     segment_ids: jax.Array | None,
     kernel: Callable[[int], jax.Array] | None,
+    reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """y [B, T, D, M] and the final state [B, D, N], as `xla.forward` makes them without a mesh."""
     return in_parts(
@@ -30,4 +31,5 @@ def forward_in_parts(
         u,
         initial_state=initial_state,
         segment_ids=segment_ids,
+        reverse=reverse,
     )

@@ -33,10 +33,15 @@ def forward(
     initial_state: jax.Array | None,
     segment_ids: jax.Array | None,
     kernel: Callable[[int], jax.Array] | None,
+    reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """y [B, T, D, M] and the final state [B, D, N]; shapes as in `api.py`, float32.
 
     kernel: of a call without state and segments alone."""
+    if reverse:
+        flipped = None if segment_ids is None else segment_ids[:, ::-1]
+        y_BTDM, state = forward(u[:, ::-1], A, B, C, initial_state, flipped, kernel)
+        return y_BTDM[:, ::-1], state
     if kernel is not None:
         return convolution(u, A, B, kernel(u.shape[1]))
     return scan_chunks(u, A, B, C, initial_state, segment_ids)

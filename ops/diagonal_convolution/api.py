@@ -17,6 +17,7 @@ def diagonal_convolution(
     c: Number,
     *,
     initial_state: Number | None = None,
+    reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Number]:
     """D linear systems, constant in time, each with one input, one output and M modes.
@@ -39,6 +40,8 @@ def diagonal_convolution(
       b: [D, M].
       c: [D, M].
       initial_state: [B, D, M], the state before the first token; None means zeros.
+      reverse: whether to walk from the last token to the first. `initial_state` is then the state
+        after the last token, the returned state the one before the first.
       implementation: "reference" (a scan over tokens), "xla" (powers and the FFT; plain JAX on
         every backend), or None for "xla". A named implementation runs or raises.
 
@@ -74,9 +77,11 @@ def diagonal_convolution(
     if implementation == "reference":
         if state_parts is None:
             state_parts = tuple(jnp.zeros((batch, *shape), jnp.float32) for _ in a_parts)
-        y, final = reference.diagonal_convolution(float_u, a_parts, b_parts, c_parts, state_parts)
+        y, final = reference.diagonal_convolution(
+            float_u, a_parts, b_parts, c_parts, state_parts, reverse
+        )
     elif time_parts() == 1 and state_parts is None:
-        y, final = xla.forward(float_u, a_parts, b_parts, c_parts)
+        y, final = xla.forward(float_u, a_parts, b_parts, c_parts, reverse)
     else:
-        y, final = forward_in_parts(float_u, a_parts, b_parts, c_parts, state_parts)
+        y, final = forward_in_parts(float_u, a_parts, b_parts, c_parts, state_parts, reverse)
     return y.astype(u.dtype), (final[0], final[1]) if len(final) == 2 else final[0]

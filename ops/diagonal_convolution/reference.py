@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def diagonal_convolution(u, a, b, c, initial_state):
+def diagonal_convolution(u, a, b, c, initial_state, reverse=False):
     """h_t = a h_{t-1} + b u_t,  y_t = sum_m Re(c_m h_{t,m}), in complex64 where the tuples a, b, c
     and initial_state hold two parts.
 
@@ -18,7 +18,7 @@ def diagonal_convolution(u, a, b, c, initial_state):
         h_BDM = a_DM[None] * h_BDM + b_DM[None] * u_BD[:, :, None]
         return h_BDM, jnp.sum(jnp.real(c_DM[None] * h_BDM), axis=-1)
 
-    h_BDM, y_TBD = lax.scan(step, h_BDM, jnp.moveaxis(u.astype(jnp.float32), 1, 0))
+    h_BDM, y_TBD = lax.scan(step, h_BDM, jnp.moveaxis(u.astype(jnp.float32), 1, 0), reverse=reverse)
     final = (h_BDM.real, h_BDM.imag) if jnp.iscomplexobj(h_BDM) else (h_BDM,)
     return jnp.moveaxis(y_TBD, 0, 1), final
 

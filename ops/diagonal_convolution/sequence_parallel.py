@@ -15,7 +15,7 @@ from .xla import Parts, einsum, forward, number, parts_of, powers
 
 
 def forward_in_parts(
-    u: jax.Array, a: Parts, b: Parts, c: Parts, initial_state: Parts | None
+    u: jax.Array, a: Parts, b: Parts, c: Parts, initial_state: Parts | None, reverse: bool = False
 ) -> tuple[jax.Array, Parts]:
     """y [B, T, D] and the parts of the final state [B, D, M]."""
     a_DM, c_DM, shape = number(a), number(c), (u.shape[0], *a[0].shape)
@@ -34,6 +34,7 @@ def forward_in_parts(
         u,
         initial_state=initial,
         segment_ids=None,
+        reverse=reverse,
     )
     return y_BTD, tuple(part.reshape(shape) for part in jnp.unstack(final, axis=-1))
 

@@ -40,8 +40,13 @@ def powers(a_DM: jax.Array, length: int) -> jax.Array:
     return result[..., :length]
 
 
-def forward(u: jax.Array, a: Parts, b: Parts, c: Parts) -> tuple[jax.Array, Parts]:
+def forward(
+    u: jax.Array, a: Parts, b: Parts, c: Parts, reverse: bool = False
+) -> tuple[jax.Array, Parts]:
     """y [B, T, D] and the parts of the final state [B, D, M], from a zero state; float32."""
+    if reverse:
+        y_BTD, state = forward(u[:, ::-1], a, b, c)
+        return y_BTD[:, ::-1], state
 
     @jax.checkpoint
     def kernel_and_state(

@@ -11,21 +11,21 @@ import jax
 import jax.numpy as jnp
 
 
-def starts(segment_ids: jax.Array | None) -> Any:
-    """[B, T] bool: whether a segment starts with this token; the first token starts none."""
+def starts(segment_ids: jax.Array | None, *, reverse: bool = False) -> Any:
+    """[B, T] bool: whether a segment starts with this token; the first token starts none. In
+    reverse the first token is the last of time, and the one before a token is its right
+    neighbour."""
     if segment_ids is None:
         return None
-    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    first = (0, 1) if reverse else (1, 0)
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), first))
 
 
 def continues(segment_ids: jax.Array | None, *, reverse: bool = False) -> Any:
     """[B, T] bool: whether the state before a token reaches it, that of the token before it or, of
-    the first, the initial state. Walking in reverse the token before is the one to the right."""
-    if segment_ids is None:
-        return None
-    beside = (0, 1) if reverse else (1, 0)
-    same = segment_ids[:, 1:] == segment_ids[:, :-1]
-    return jnp.pad(same, ((0, 0), beside), constant_values=True)
+    the first, the initial state."""
+    started = starts(segment_ids, reverse=reverse)
+    return None if started is None else ~started
 
 
 def numbers(segment_ids: jax.Array | None) -> Any:

@@ -37,12 +37,15 @@ def to_whole(x: jax.Array, parts: int) -> jax.Array:
     return constrain(x, "BT" + "n" * len(rest))
 
 
-def documents(segment_ids: jax.Array | None, batch: int, length: int, parts: int) -> jax.Array:
-    """Numbers of documents [P, n], non-decreasing; in each part 0 for the one that goes on from the
-    part before."""
+def documents(
+    segment_ids: jax.Array | None, batch: int, length: int, parts: int, *, reverse: bool = False
+) -> jax.Array:
+    """Numbers of documents [P, n], counted up from the first token of each part, in reverse from
+    the last; 0 for the document that goes on from the part before."""
     if segment_ids is None:
         return jnp.zeros((batch * parts, length // parts), jnp.int32)
-    return jnp.cumsum(to_parts(segments.starts(segment_ids), parts), axis=1)
+    starts_Pn = to_parts(segments.starts(segment_ids, reverse=reverse), parts).astype(jnp.int32)
+    return lax.cumsum(starts_Pn, axis=1, reverse=reverse)
 
 
 def along_parts(

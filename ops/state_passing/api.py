@@ -18,6 +18,7 @@ def state_passing(
     *,
     keeps: jax.Array | None = None,
     initial_state: jax.Array | None = None,
+    reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The state before each part of a sequence, from what each part writes by itself.
@@ -37,6 +38,8 @@ def state_passing(
       keeps: [B, T] bool, false where a part does not hand on what came in: a document starts in it.
       None: all do.
       initial_state: [B, D, N], before the first part; None means zeros.
+      reverse: whether to walk from the last part to the first. `initial_state` is then the one
+        after the last part, S_t the state that part t receives from the part after it.
       implementation: "reference" (differentiated by JAX), "xla" (with a backward pass of its own),
       or None for "xla".
 
@@ -64,11 +67,12 @@ def state_passing(
     platforms.check_implementation(OP.name, implementation, OP.implementations)
     inputs = A, written, keeps, initial_state
     if implementation == "reference":
-        return reference.state_passing(*inputs)
+        return reference.state_passing(*inputs, reverse=reverse)
     return run(
         OP,
         implementation or "xla",
         *inputs,
         layouts=("Hnn", "BTHn", "BT", "BHn"),
         outputs=("BTHn", "BHn"),
+        reverse=reverse,
     )

@@ -21,6 +21,7 @@ def in_parts(
     *,
     initial_state: jax.Array | None,
     segment_ids: jax.Array | None,
+    reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, ...] of u [B, T, ...] and the state after the last token [B, D, N].
 
@@ -30,23 +31,32 @@ def in_parts(
     response: states before the parts [P, D, N], length -> what they add to the output [P, n, ...].
     initial_state: [B, D, N]; None means zeros.
     segment_ids: [B, T]; the state starts from zero where the id changes.
+    reverse: whether to walk from the last token to the first. The functions above get each part
+      flipped, and parts pass their states on from the last to the first.
 
     Raises ValueError for a length that is not a multiple of the devices along time.
     """
     parts, (batch, length) = time_parts(), u.shape[:2]
     number_Pn = goes_on_P = None
     if segment_ids is not None:
-        number_Pn = documents(segment_ids, batch, length, parts)
+        number_Pn = _turned(documents(segment_ids, batch, length, parts, reverse=reverse), reverse)
         goes_on_P = number_Pn[:, -1] == 0
     with parts_as_batch():
-        y_Pn, written_PDN = from_zero(to_parts(u, parts), number_Pn)
+        y_Pn, written_PDN = from_zero(_turned(to_parts(u, parts), reverse), number_Pn)
     size = length // parts
-    x_PDN, last_BDN = states_before(transition(size), written_PDN, goes_on_P, initial_state, parts)
+    x_PDN, last_BDN = states_before(
+        transition(size), written_PDN, goes_on_P, initial_state, parts, reverse=reverse
+    )
     response_Pn = response(x_PDN, size)
     if number_Pn is not None:
         of_state_Pn = (number_Pn == 0).reshape(*number_Pn.shape, *(1,) * (y_Pn.ndim - 2))
         response_Pn = jnp.where(of_state_Pn, response_Pn, 0.0)
-    return to_whole(y_Pn + response_Pn, parts), last_BDN
+    return to_whole(_turned(y_Pn + response_Pn, reverse), parts), last_BDN
+
+
+def _turned(x_Pn: jax.Array, reverse: bool) -> jax.Array:
+    """Each part in the order of the walk, or back in the order of tokens."""
+    return x_Pn[:, ::-1] if reverse else x_Pn
 
 
 def states_before(
@@ -55,6 +65,8 @@ def states_before(
     goes_on: jax.Array | None,
     initial_state: jax.Array | None,
     parts: int,
+    *,
+    reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The state before each part [P, D, N], and the one after the last part [B, D, N].
 
@@ -66,5 +78,6 @@ def states_before(
         to_whole(written[:, None], parts),
         keeps=None if goes_on is None else to_whole(goes_on[:, None], parts),
         initial_state=initial_state,
+        reverse=reverse,
     )
     return to_parts(before, parts)[:, 0], last

@@ -9,7 +9,7 @@ def act(A, S):
     return jnp.einsum("dnk,bdk->bdn", A, S, precision=lax.Precision.HIGHEST)
 
 
-def state_passing(A, written, keeps, initial_state):
+def state_passing(A, written, keeps, initial_state, reverse=False):
     """Shapes as in `api.py`."""
     A, first = A.astype(jnp.float32), initial_state.astype(jnp.float32)
 
@@ -21,5 +21,5 @@ def state_passing(A, written, keeps, initial_state):
         return kept + M.astype(jnp.float32), S
 
     by_part = jnp.moveaxis(written, 1, 0), None if keeps is None else keeps.T
-    last, before = lax.scan(step, first, by_part)
+    last, before = lax.scan(step, first, by_part, reverse=reverse)
     return jnp.moveaxis(before, 0, 1), last

@@ -8,12 +8,14 @@ from jax import lax
 
 from .reference import act, state_passing
 
+WALKS_BACKWARDS = True
+
 forward = state_passing
 
 
-def backward(A, written, keeps, initial_state, dbefore, dlast):
+def backward(A, written, keeps, initial_state, dbefore, dlast, *, reverse=False):
     """Gradients of A, written, keeps (None) and initial_state, in float32."""
-    before, _ = state_passing(A, written, keeps, initial_state)
+    before, _ = state_passing(A, written, keeps, initial_state, reverse)
     A = A.astype(jnp.float32)
     A_transposed = jnp.swapaxes(A, 1, 2)
     kept = None if keeps is None else keeps[:, :, None, None]
@@ -26,7 +28,7 @@ def backward(A, written, keeps, initial_state, dbefore, dlast):
         return back + d, gradient
 
     by_part = jnp.moveaxis(dbefore, 1, 0), None if keeps is None else keeps.T
-    dinitial, dwritten = lax.scan(step, dlast, by_part, reverse=True)
+    dinitial, dwritten = lax.scan(step, dlast, by_part, reverse=not reverse)
     dwritten = jnp.moveaxis(dwritten, 0, 1)
     through = dwritten if kept is None else jnp.where(kept, dwritten, 0.0)
     dA = jnp.einsum("btdn,btdk->dnk", through, before, precision=lax.Precision.HIGHEST)

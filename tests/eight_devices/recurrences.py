@@ -17,6 +17,7 @@ from tests.contracts.ops import assert_close
 from tests.eight_devices.mesh import AXES, collectives, mesh_of
 from tests.ops import (
     delta_rule_test,
+    dense_scan_test,
     diagonal_scan_test,
     gated_linear_attention_test,
     selective_scan_test,
@@ -153,8 +154,9 @@ def test_tpu_kernels_on_cut_batches_times_and_heads(op, variant):
         pytest.param("all_gather", (1, 1, 8, 1), marks=pytest.mark.full),
     ],
 )
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.full)])
-def test_state_passing(method, shape, packed):
+def test_state_passing(method, shape, packed, reverse):
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -167,7 +169,12 @@ def test_state_passing(method, shape, packed):
     def run(implementation):
         def call(A, written, state):
             return ops.state_passing(
-                A, written, keeps=keeps, initial_state=state, implementation=implementation
+                A,
+                written,
+                keeps=keeps,
+                initial_state=state,
+                reverse=reverse,
+                implementation=implementation,
             )
 
         values, pullback = jax.vjp(call, A, written, state)
@@ -180,6 +187,20 @@ def test_state_passing(method, shape, packed):
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
     ):
         assert_close(jax.tree_util.keystr(path), value, wanted)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_dense_scan_in_parts_is_one_scan(reverse):
+    contract = dense_scan_test.TestDenseScan()
+    inputs, state, ids = contract.data("dense", LENGTH)
+    ids = ids.at[0, LENGTH // 2 :].add(5)
+    expected = contract.values_and_gradients("xla", inputs, state, ids, reverse=reverse)
+    with jax.set_mesh(mesh_of(2, 1, 4, 1)):
+        got = jax.jit(lambda *case: values_and_gradients(contract, *case, reverse=reverse))(
+            inputs, state, ids
+        )
+    for name, value in expected.items():
+        assert_close(name, got[name], value)
 
 
 def values_and_gradients(contract, inputs, state, ids, implementation="xla", **options):

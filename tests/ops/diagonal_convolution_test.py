@@ -148,3 +148,18 @@ PAIR = (ones(3, 4), ones(3, 4))
 def test_errors_name_the_argument(name, change):
     with pytest.raises(ValueError, match=rf"^{name} "):
         diagonal_convolution(**GOOD | change)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_walking_in_reverse_is_walking_along_flipped_tokens(given):
+    inputs, state = case("complex", LENGTH)
+    state = state if given else None
+    flipped = inputs | {"u": inputs["u"][:, ::-1]}
+    y, final = diagonal_convolution(**flipped, initial_state=state, implementation="reference")
+    expected = named({"y": y[:, ::-1], "final state": final})
+    for implementation in ("reference", "xla"):
+        got = diagonal_convolution(
+            **inputs, initial_state=state, reverse=True, implementation=implementation
+        )
+        for name, value in named(dict(zip(("y", "final state"), got, strict=True))).items():
+            assert_close(f"{name} of {implementation}", value, expected[name])

@@ -30,7 +30,6 @@ Needs libtpu: pip install "scanax[aot]" (Linux x86-64).
 import importlib.metadata
 import importlib.util
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -43,10 +42,11 @@ from ml_collections import config_flags
 from experiments.compiled.collective_time import collective_seconds
 from experiments.compiled.collectives import by_kind_and_axes, find_collectives
 from experiments.compiled.cost import hbm_bytes, matmul_flops
-from experiments.compiled.hardware import Slice, parse_topology, peak_flops
+from experiments.compiled.hardware import Slice, parse_topology
 from experiments.compiled.kernels import kernel_flops
 from experiments.compiled.plan_report import advice, format_plan
 from experiments.compiled.program import CompiledProgram
+from experiments.compiled.step_cost import add_compiled_memory, refused_bytes, step_time
 from experiments.compiled.topology import tpu_devices
 from experiments.training import command_line
 from experiments.training import config as configs
@@ -102,7 +102,7 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            memory |= _refused_bytes(str(error))
+            memory |= refused_bytes(str(error))
             return plan | {"advice": advice(plan, config, str(error))}
     plan["compile_s"] = time.perf_counter() - began
     plan["versions"] = {
@@ -110,7 +110,7 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
     }
 
     # --- Read it
-    _add_compiled_memory(memory, compiled.memory_analysis())
+    add_compiled_memory(memory, compiled.memory_analysis())
     fits = memory["total"] <= where.chip.hbm_bytes
     plan["advice"] = "" if fits else advice(plan, config)
     program = CompiledProgram(compiled.as_text() or "")
@@ -133,56 +133,6 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
     }
     plan["time"] = step_time(plan, where)
     return plan
-
-
-def step_time(plan: dict[str, Any], where: Slice) -> dict[str, Any]:
-    """Seconds of a step by resource and the speeds that follow, from a plan's work and
-    collectives."""
-    work, peak = plan["work"], peak_flops(plan["device_kind"])
-    if peak is None:
-        raise ValueError(f"no peak is known for devices of kind {plan['device_kind']!r}")
-    by_axis: dict[str, float] = {}
-    for row in plan["collectives"]:
-        axes = " x ".join(row["axes"])
-        by_axis[axes] = by_axis.get(axes, 0.0) + row["seconds"]
-    parts = {
-        "compute": work["matmul_pass_flops"] / peak,
-        "memory": work["hbm_bytes"] / where.chip.hbm_bytes_per_s,
-        "collectives": sum(by_axis.values()),
-    }
-    speeds = {}
-    for name, seconds in (("overlapped", max(parts.values())), ("serial", sum(parts.values()))):
-        speeds[name] = {"step_s": seconds}
-        if work["model_flops"] is not None:
-            units = plan["units"] * plan["replicas"]
-            speeds[name] |= {
-                "units_per_s": units / seconds,
-                "model_flops_utilisation": work["model_flops"] / (seconds * plan["devices"] * peak),
-            }
-    return {
-        "seconds": parts,
-        "collective_seconds_by_axes": by_axis,
-        "bound": max(parts, key=lambda name: parts[name]),
-        "speeds": speeds,
-    }
-
-
-def _add_compiled_memory(memory: dict[str, Any], analysis: Any) -> None:
-    exact = sum(memory[key] for key in ("parameters", "optimizer_state", "batch_and_counters"))
-    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    memory["padding"] = analysis.argument_size_in_bytes - exact
-    memory["temporaries"] = analysis.temp_size_in_bytes + outputs
-    memory["program"] = analysis.generated_code_size_in_bytes
-    memory["total"] = exact + memory["padding"]
-    memory["total"] += memory["temporaries"] + memory["program"]
-
-
-def _refused_bytes(refusal: str) -> dict[str, int]:
-    """What a program wanted that the compiler refused for want of memory, as far as it says so."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    forms = {"total": r"Used ([\d.]+)([KMGT])", "temporaries": r"temporaries \(([\d.]+)([KMGT])"}
-    found = {name: re.search(form, refusal) for name, form in forms.items()}
-    return {name: int(float(said[1]) * units[said[2]]) for name, said in found.items() if said}
 
 
 def main() -> None:

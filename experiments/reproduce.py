@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from experiments import train
-from experiments.reporting import pages, rows
+from experiments.reporting import figures, markdown, pages, rows
 from experiments.reporting.table import (
     Computation,
     command,
@@ -66,11 +66,12 @@ def reproduce(
             summary = train.run(cell.make_config(), workdir)
         rows.append(rows.make_row(name, scale, cell, summary), directory)
         print(
-            f"    {rows.format_cell(cell, summary)} in {time.monotonic() - began:.0f} s", flush=True
+            f"    {markdown.format_cell(cell, summary)} in {time.monotonic() - began:.0f} s",
+            flush=True,
         )
     found = rows.matching(cells, rows.read(name, directory), scale)
-    text = rows.markdown(table, name, scale, cells, found)
-    rows.figure(table, cells, found, directory / f"{name}_{scale}.png")
+    text = markdown.section(table, name, scale, cells, found)
+    figures.draw_table(table, cells, found, directory / f"{name}_{scale}.png")
     pages.renew(directory)
     return text
 

@@ -18,6 +18,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from experiments.reporting.figures import draw_losses
 from experiments.training import checkpoints, command_line, run_record
 from experiments.training import config as configs
 from experiments.training.batches import train_batches, units_read
@@ -31,7 +32,8 @@ from experiments.training.mesh import (
     process_rows,
     traced_on,
 )
-from experiments.training.metrics import draw_loss, finite, read_rows, run_summary
+from experiments.training.metrics import finite, run_summary
+from experiments.training.metrics_file import read_rows
 from experiments.training.processes import Interruption, join_processes, wait_for_all_processes
 from experiments.training.program import Program, make_program
 from experiments.training.progress import warn
@@ -110,7 +112,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
         }
         summary = finite(summary)
         if leading:
-            draw_loss(workdir, seeds)
+            draw_losses(workdir, seeds)
             run_record.write_json(workdir / "summary.json", summary)
         return summary
 

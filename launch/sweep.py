@@ -29,8 +29,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import html_report
-from experiments.reporting import pages, rows
+from experiments.reporting import figures, html, markdown, pages, rows
 from experiments.reporting.table import Cell, config_hash, find_table
 from experiments.training import command_line
 from experiments.training.checkout import RESULTS
@@ -152,10 +151,10 @@ def collect(
             rows.append(row, directory)
     cells = sweep.cells(scale)
     found = rows.matching(cells, rows.read(name, directory), scale)
-    rows.figure(sweep, cells, found, directory / f"{name}_{scale}.png")
+    figures.draw_table(sweep, cells, found, directory / f"{name}_{scale}.png")
     if directory == RESULTS:
         pages.renew(directory)
-    return rows.markdown(sweep, name, scale, cells, found)
+    return markdown.section(sweep, name, scale, cells, found)
 
 
 def main() -> None:
@@ -183,7 +182,7 @@ def main() -> None:
     print(collect(name, sweep, scale, planned, directory))
     if options.report:
         report, recorded = Path(options.report), rows.read(name, directory)
-        html_report.write(report, sweep, name, scale, recorded, runs=folder, failed=failed)
+        html.write(report, sweep, name, scale, recorded, runs=folder, failed=failed)
     if failed:
         raise ValueError(f"{len(failed)} runs failed: {', '.join(failed)}")
 

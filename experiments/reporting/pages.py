@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from experiments.reporting import rows
+from experiments.reporting import markdown, rows
 from experiments.reporting.table import available_tables, find_cells, find_table
 from experiments.training.checkout import DOCUMENTS, RESULTS
 
@@ -11,17 +11,15 @@ from experiments.training.checkout import DOCUMENTS, RESULTS
 def renew(directory: Path = RESULTS) -> None:
     """Makes RESULTS.md of all tables and scales that have rows; for our own rows also the tables in
     documents."""
-    sections = [
-        "# Results\n\nMade from the rows in this folder by `python -m"
-        " experiments.reproduce`; not to be edited.\n"
-    ]
+    made = "Made from the rows in this folder by `python -m experiments.reproduce`"
+    sections = [f"# Results\n\n{made}; not to be edited.\n"]
     for name in available_tables():
         table, recorded = find_table(name), rows.read(name, directory)
         for scale in table.SCALES:
             cells = find_cells(table, scale)
             found = rows.matching(cells, recorded, scale)
             if any(found):
-                sections.append(rows.markdown(table, name, scale, cells, found))
+                sections.append(markdown.section(table, name, scale, cells, found))
                 if hasattr(table, "draw"):
                     sections.append(f"![{table.TITLE}]({name}_{scale}.png)\n")
     (directory / "RESULTS.md").write_text("\n".join(sections), encoding="utf-8")
@@ -39,7 +37,7 @@ def insert_tables(document: Path, directory: Path = RESULTS) -> None:
         table = find_table(name)
         cells = find_cells(table, scale)
         found = rows.matching(cells, rows.read(name, directory), scale)
-        return f"{opening}\n{rows.grid(cells, found)}\n{closing}"
+        return f"{opening}\n{markdown.grid(cells, found)}\n{closing}"
 
     text = document.read_text(encoding="utf-8")
     pattern = r"(<!-- results: (\w+) (\w+) -->).*?(<!-- end of results -->)"

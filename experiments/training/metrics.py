@@ -1,42 +1,22 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, and a figure.
-
-One line of metrics.jsonl is one step: {"step": 200, "train/loss": [2.31, 2.29], ...,
-"validation/accuracy": [...]}, with one number per seed in every list, null where it is not finite.
-"train/" numbers are means over the steps since the line before; other names are
-"<evaluation>/<metric>". Names under "speed/" are scalars and depend on the machine; all others are
-functions of config and seed."""
+"""Where a run's numbers go: metrics.jsonl (training/metrics_file.py says what its lines are) and
+TensorBoard."""
 
 import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from experiments.objectives.objective import report_metrics
 from experiments.training.checkpoints import Best
+from experiments.training.metrics_file import FILE, Row, mean, read_rows
 from experiments.training.speed import Interval, SpeedMeter
-
-FILE = "metrics.jsonl"
-Row = Mapping[str, Any]
-
-
-def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """The rows so far; a last line that was cut off in writing is left out."""
-    file = workdir / FILE
-    rows = []
-    for line in file.read_text("utf-8").splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 class MetricsLog:
@@ -153,37 +133,3 @@ def run_summary(rows: Sequence[Row], best: Best) -> dict[str, Any]:
         "rejected_steps": (np.sum([row["train/rejected_steps"] for row in train], axis=0).tolist()),
         "steps_per_second": statistics.median(speeds) if speeds else None,
     }
-
-
-def mean(values: Sequence[float | None]) -> float:
-    """The mean over seeds; NaN if one of them has no finite value."""
-    return math.nan if None in values else float(np.mean(np.asarray(values, np.float64)))
-
-
-def draw_loss(workdir: Path, seeds: Sequence[int]) -> Path:
-    """loss.png: training loss per seed, and the mean over seeds of every evaluation's loss."""
-    rows = read_rows(workdir)
-    figure = Figure(figsize=(6.4, 4.0))
-    axes = figure.subplots()
-    train = [row for row in rows if "train/loss" in row]
-    for place, seed in enumerate(seeds):
-        losses = [mean([row["train/loss"][place]]) for row in train]
-        axes.plot([row["step"] for row in train], losses, linewidth=1, label=f"train, seed {seed}")
-    names = {
-        name for row in rows for name in row if name.endswith("/loss") and name != "train/loss"
-    }
-    for name in sorted(names):
-        points = [(row["step"], mean(row[name])) for row in rows if name in row]
-        axes.plot(
-            [step for step, _ in points],
-            [loss for _, loss in points],
-            "o--",
-            markersize=4,
-            label=name,
-        )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.legend(fontsize="small")
-    path = workdir / "loss.png"
-    figure.savefig(path, dpi=120)
-    return path

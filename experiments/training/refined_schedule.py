@@ -29,7 +29,7 @@ import optax
 from scipy.ndimage import median_filter
 
 from experiments.training import run_record
-from experiments.training.metrics import FILE, read_rows
+from experiments.training.metrics_file import FILE, read_rows
 
 SMOOTHING = 0.1  # width of the median filter as a fraction of the run, our choice
 FEWEST_WINDOWS = 10

@@ -8,7 +8,7 @@ from inspect import signature
 import pytest
 
 from experiments import reproduce
-from experiments.reporting import pages, rows
+from experiments.reporting import figures, markdown, pages, rows
 from experiments.reporting.table import Cell, Computation, available_tables, find_cells, find_table
 from experiments.training import config as configs
 
@@ -41,7 +41,7 @@ def test_the_figure_is_drawn_from_rows_as_runs_leave_them(name, tmp_path):
         metrics[evaluation]["error_log10"] = [0.5, 0.75]
     row = {"evaluations": metrics, "parameters": 100, "state_bytes": 64}
     figure = tmp_path / "figure.png"
-    rows.figure(table, cells, [row] * len(cells), figure)
+    figures.draw_table(table, cells, [row] * len(cells), figure)
     assert figure.exists() == (hasattr(table, "draw") and bool(cells))
 
 
@@ -129,13 +129,13 @@ def test_a_table_that_asks_for_it_shows_parameters_and_state(tmp_path):
     summary = fake_summary(0.0) | sizes | {"evaluations": accuracy}
     rows.append(rows.make_row("mqar", "cpu", cells[0], summary), tmp_path)
     found = rows.matching(cells, rows.read("mqar", tmp_path), "cpu")
-    text = rows.markdown(table, "mqar", "cpu", cells, found)
+    text = markdown.section(table, "mqar", "cpu", cells, found)
     assert "| Attention | 0.600 ± 0.141 (n=2) | not run | not run |" in text
     assert "| Attention | 12,345 / 6,789 |  |  |" in text
     stateless = {"parameters": 5, "state_bytes": None}
-    assert rows.format_sizes(cells[0], stateless) == "5 / none"
+    assert markdown.format_sizes(cells[0], stateless) == "5 / none"
     assert "in brackets" not in text
-    rows.figure(table, cells, found, tmp_path / "mqar.png")
+    figures.draw_table(table, cells, found, tmp_path / "mqar.png")
     assert (tmp_path / "mqar.png").stat().st_size > 1000
 
 
@@ -147,9 +147,9 @@ def test_a_run_whose_metric_is_not_finite_is_shown_as_that(tmp_path):
     summary = fake_summary(0.0) | sizes | {"evaluations": accuracy}
     rows.append(rows.make_row("mqar", "cpu", cells[0], summary), tmp_path)
     found = rows.matching(cells, rows.read("mqar", tmp_path), "cpu")
-    text = rows.markdown(table, "mqar", "cpu", cells, found)
+    text = markdown.section(table, "mqar", "cpu", cells, found)
     assert "| Attention | not finite (n=2) | not run | not run |" in text
-    rows.figure(table, cells, found, tmp_path / "mqar.png")
+    figures.draw_table(table, cells, found, tmp_path / "mqar.png")
     assert not (tmp_path / "mqar.png").exists()
 
 

@@ -10,9 +10,11 @@ from flax import nnx
 
 from experiments.compiled.hardware import peak_flops
 from experiments.objectives.objective import Work
+from experiments.reporting.figures import draw_losses
 from experiments.training import speed
 from experiments.training.checkpoints import Best
-from experiments.training.metrics import MetricsLog, draw_loss, read_rows, run_summary
+from experiments.training.metrics import MetricsLog, run_summary
+from experiments.training.metrics_file import read_rows
 from experiments.training.progress import ProgressReport
 from experiments.training.speed import Interval, SpeedMeter, count_weights
 
@@ -37,7 +39,7 @@ def test_what_is_not_finite_is_null(tmp_path):
     with MetricsLog(tmp_path, step=0, seeds=(0, 1)) as log:
         log.write({"step": 1, "train/loss": [float("nan"), 2.0], "test/loss": [float("inf"), 1.0]})
     assert read_rows(tmp_path) == [{"step": 1, "train/loss": [None, 2.0], "test/loss": [None, 1.0]}]
-    assert draw_loss(tmp_path, (0, 1)).stat().st_size > 1000
+    assert draw_losses(tmp_path, (0, 1)).stat().st_size > 1000
 
 
 def test_the_best_step_has_the_best_mean_over_seeds():

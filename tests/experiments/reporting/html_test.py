@@ -2,7 +2,7 @@
 
 In a real browser (Debian: apt-get install chromium) only when asked for:
 
-    python -m pytest tests/experiments/html_report_test.py -m browser
+    python -m pytest tests/experiments/reporting/html_test.py -m browser
 """
 
 import json
@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 
-from experiments import html_report
-from experiments.reporting import rows
+from experiments.reporting import html, rows
 from experiments.reporting.table import Cell, config_hash, workdir_name
 
 CONFIG = "linear_self_attention:icl_regression,smoke"
@@ -80,7 +79,7 @@ def page(tmp_path_factory) -> Path:
     (slow / "metrics.jsonl").write_text('{"step": 7, "train/loss": [1.0]}\n')
     recorded = [make_row(CELLS[0], {20: [0.5, 0.7], 5: [0.1, 0.3], 40: [None, 0.9]})]
     path = folder / "pages" / "report.html"
-    html_report.write(path, TABLE, "rates", "cpu", recorded, runs=folder / "runs")
+    html.write(path, TABLE, "rates", "cpu", recorded, runs=folder / "runs")
     return path
 
 
@@ -137,7 +136,7 @@ def test_every_cell_says_how_it_stands(page):
 def test_a_run_that_a_sweep_gave_up_is_failed_whatever_it_left(page, tmp_path):
     name, path = workdir_name(CELLS[4]), tmp_path / "again.html"
     runs = page.parent.parent / "runs"
-    html_report.write(path, TABLE, "rates", "cpu", [], runs=runs, failed=[name])
+    html.write(path, TABLE, "rates", "cpu", [], runs=runs, failed=[name])
     assert [cell["status"] for cell in embedded(path)["cells"]][-2:] == ["failed"] * 2
 
 

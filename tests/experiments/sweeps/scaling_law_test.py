@@ -12,8 +12,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments.lr_sensitivity import LEARNING_RATES, draw, sensitivity
-from experiments.scaling_law import BAND, Points, bootstrap, fit, fit_power_law, points, predict
+from experiments.sweeps.lr_sensitivity import LEARNING_RATES, draw, sensitivity
+from experiments.sweeps.scaling_law import (
+    BAND,
+    Points,
+    bootstrap,
+    fit,
+    fit_power_law,
+    points,
+    predict,
+)
 from experiments.training.checkout import CHECKOUT
 
 LAW = np.array([1.69, 406.4, 410.7, 0.34, 0.28])
@@ -112,7 +120,7 @@ def test_rows_of_several_commits_are_fitted_together_only_when_asked(tmp_path):
     several[2] |= {"commit": "f" * 40, "dirty": True}
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, several)))
-    command = [sys.executable, "-m", "experiments.scaling_law", f"--rows={file}"]
+    command = [sys.executable, "-m", "experiments.sweeps.scaling_law", f"--rows={file}"]
     command += ["--metric=validation/loss", f"--out={tmp_path / 'law.png'}"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 1 and not (tmp_path / "law.png").exists()
@@ -142,7 +150,7 @@ def test_a_sensitivity_is_of_one_commit():
 def test_the_command_prints_ours_beside_the_published_and_draws(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows(planted(0.002)))))
-    command = [sys.executable, "-m", "experiments.scaling_law", f"--rows={file}"]
+    command = [sys.executable, "-m", "experiments.sweeps.scaling_law", f"--rows={file}"]
     command += ["--metric=validation/loss"]
     done = subprocess.run(
         [*command, f"--out={tmp_path / 'law.png'}"], cwd=CHECKOUT, capture_output=True, text=True

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from experiments.training import checkpoints, run_record
 from experiments.training.config import Config
 from experiments.training.mesh import make_mesh, named, parameter_name, parameter_specs
-from experiments.training.metrics import read_rows
+from experiments.training.metrics_file import read_rows
 from experiments.training.program import Program
 from experiments.training.progress import warn
 from experiments.training.state import (

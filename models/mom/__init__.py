@@ -1,25 +1,27 @@
 """MoM, mixture of memories. Du, Sun, Lan, Hu, Cheng, "MoM: Linear Sequence Modeling with
 Mixture-of-Memories", ICLR 2026, arXiv 2502.13685.
 
-    p_t = softmax(x_t W_r),   I_t = the k largest,   w_t^m = p_t^m / sum_{j in I_t} p_t^j
-    (router) S_t^m = rule(S_{t-1}^m; k_t^m, v_t^m, gates_t^m)  for m in I_t,   S_t^m = S_{t-1}^m
-    otherwise    (memories) o_t = sum_{m in I_t} w_t^m q_t^m S_t^m + q_t^s S_t^s,    y_t =
-    (norm(o_t) * silu(x_t W_g)) W_o
+    p_t = softmax(x_t W_r),   I_t = the k largest,   w_t^m = p_t^m / sum_{j in I_t} p_t^j   (router)
+    S_t^m = rule(S_{t-1}^m; k_t^m, v_t^m, gates_t^m)   for m in I_t                       (memories)
+    S_t^m = S_{t-1}^m                                  otherwise
+    o_t = sum_{m in I_t} w_t^m q_t^m S_t^m + q_t^s S_t^s
+    y_t = (norm(o_t) * silu(x_t W_g)) W_o
 
 with s a shared memory that every token writes to and reads, with weight 1. Rules: "gated_delta_net"
 and "gla", as in models/gated_delta_net.py and models/gla.py; a memory that a token is not routed to
 does not even decay.
 
-    k^m, v^m, gates^m   kernel_EDX            projections of each memory's own, E = M + shared of
-    them q^m                 x W_q                 one projection; convolved, like k and v, over the
-    tokens of its memory I, w                memory_BTJ, weight_BTJ    J = k + shared; see
-    models/mom/router.py for the load-balancing loss
-    S                   "memory" [B,E,H,K,V]  float32
+    k^m, v^m, gates^m   kernel_EDX              projections of each memory's own; E = M + shared
+    q^m                 x W_q                   one projection. q, k and v are convolved over the
+                                                tokens of their memory
+    I, w                memory_BTJ, weight_BTJ  J = k + shared; models/mom/router.py has the
+                                                load-balancing loss
+    S                   "memory" [B,E,H,K,V]    float32
 
-State: E H K V floats, and E (W - 1) (2 H K + H V) for the convolutions. The recurrence costs J H K
-V per token with execution="gathered": the J copies of every token, sorted by memory, are one stream
-whose segments keep a state each (models/mom/dispatch.py). execution="padded" runs a whole sequence
-per memory: E H K V. Both are exact and drop nothing.
+State: E H K V floats, and E (W - 1) (2 H K + H V) for the convolutions. The recurrence costs
+J H K V per token with execution="gathered": the J copies of every token, sorted by memory, are one
+stream whose segments keep a state each (models/mom/dispatch.py). execution="padded" runs a whole
+sequence per memory: E H K V. Both are exact and drop nothing.
 
 Departures: convolutions respect the boundaries of memories, sequences and documents (the released
 training code runs one over the concatenated stream, so that three tokens of a memory see
@@ -27,8 +29,7 @@ another's); projections are computed for all E memories, also where a token is r
 load-balancing loss is averaged over layers, not pooled. With k = 1 every weight is 1, and only the
 load-balancing loss trains the router. Initialisation: Xavier-uniform with gain 2^-2.5.
 
-Authors' code: https://github.com/OpenSparseLLMs/MoM
-"""
+Authors' code: https://github.com/OpenSparseLLMs/MoM"""
 
 import functools
 from typing import Any
@@ -38,15 +39,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.mom.dispatch import Dispatch, copies, dispatch, remembered, sorted_entries
+from models.mom.dispatch import Dispatch, dispatch
 from models.mom.router import Router
 from models.mom.rules import RULES, MemoryProjection
 from models.parts.norms import rms_norm
 from models.parts.options import check_choice
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
 from models.parts.short_convolution import ShortConvolution
-from ops.framework.sharding import parts_as_batch, time_parts
-from ops.framework.time_parts import documents, to_parts, to_whole
+from ops.framework.sharding import parts_as_batch
 
 # A decay of exp(-1e4) is 0 in float32, and the ops multiply decays: exactly nothing passes from
 # document to document.
@@ -133,32 +133,22 @@ class MixtureOfMemories(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        batch, length, _ = x_BTD.shape
-        state = self.init_state(batch) if state is None else state
+        state = self.init_state(len(x_BTD)) if state is None else state
         memory_BTJ, weight_BTJ = self.route(x_BTD)
-        # Letters from here on: B counts parts of sequences, T their tokens.
-        parts = time_parts()
-        own = functools.partial(to_parts, parts=parts)
         plan = dispatch(
-            own(memory_BTJ),
-            documents(segment_ids, batch, length, parts),
+            memory_BTJ,
+            segment_ids,
             memories=self.memories,
             history=max(self.conv_q.width - 1, 0),
             one_stream=self.one_stream,
-            parts=parts,
         )
-        q_BTX = own(self.query(x_BTD))[:, :, None]
-        q_BTEX = jnp.broadcast_to(q_BTX, (*q_BTX.shape[:2], self.memories, q_BTX.shape[-1]))
-        key, value = own(self.key(x_BTD)), own(self.value(x_BTD))
-        q, conv_q = self.convolved(self.conv_q, q_BTEX, state["conv_q"], plan, parts)
-        k, conv_k = self.convolved(self.conv_k, key, state["conv_k"], plan, parts)
-        v, conv_v = self.convolved(self.conv_v, value, state["conv_v"], plan, parts)
-        gates = {
-            name: sorted_entries(own(gate_BTEX), None, plan)
-            for name, gate_BTEX in self.rule.gates(x_BTD).items()
-        }
-        o, memory = self.recurrence(q, k, v, gates, state["memory"], plan, parts)
-        o_BTJX = to_whole(copies(merge_heads(o), plan), parts).astype(jnp.float32)
+        q_BT1X = self.query(x_BTD)[:, :, None]
+        q, conv_q = self.convolved(self.conv_q, q_BT1X, state["conv_q"], plan)
+        k, conv_k = self.convolved(self.conv_k, self.key(x_BTD), state["conv_k"], plan)
+        v, conv_v = self.convolved(self.conv_v, self.value(x_BTD), state["conv_v"], plan)
+        gates = jax.tree.map(plan.sorted, self.rule.gates(x_BTD))
+        o, memory = self.recurrence(q, k, v, gates, state["memory"], plan)
+        o_BTJX = plan.copies(merge_heads(o)).astype(jnp.float32)
         o_BTX = jnp.einsum("btj,btjx->btx", weight_BTJ, o_BTJX)
         o_BTX = merge_heads(self.norm(split_heads(o_BTX, self.heads)))
         gate_BTX = jax.nn.silu(self.output_gate(x_BTD))
@@ -175,17 +165,16 @@ class MixtureOfMemories(nnx.Module):
         x_BTEX: jax.Array,
         tail_BEWX: jax.Array | None,
         plan: Dispatch,
-        parts: int,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """silu(conv(x)) over the tokens of each memory [B R, N, H, K], and what each memory
-        remembers next."""
-        before, last = tail_BEWX, tail_BEWX
-        if tail_BEWX is not None:
-            before, last = remembered(x_BTEX, tail_BEWX, plan, parts)
-        x_RNX = sorted_entries(x_BTEX, before, plan)
+        """silu(conv(x)) over the tokens of each memory, as sorted entries split into heads; and the
+        inputs that each memory remembers next (None without a convolution, as before)."""
+        if tail_BEWX is None:
+            x_RNX = plan.sorted(x_BTEX)
+        else:
+            x_RNX, tail_BEWX = plan.sorted_after(x_BTEX, tail_BEWX)
         with parts_as_batch():
-            y_RNX, _ = convolution(x_RNX, None, plan.segment)
-        return split_heads(jax.nn.silu(y_RNX), self.heads), last
+            y_RNX, _ = convolution(x_RNX, None, plan.rows(plan.segments.ids))
+        return split_heads(jax.nn.silu(y_RNX), self.heads), tail_BEWX
 
     def recurrence(
         self,
@@ -195,25 +184,22 @@ class MixtureOfMemories(nnx.Module):
         gates: dict[str, jax.Array],
         memory: jax.Array,
         plan: Dispatch,
-        parts: int,
     ) -> tuple[jax.Array, jax.Array]:
         """The outputs of all entries [B R, N, H, V] and the memories [B, E, H, K, V]."""
-        decay_log = jnp.where(plan.writes[..., None], gates["decay_log"], 0.0)
-        decay_log = jnp.where(plan.resets[..., None], FORGET_LOG, decay_log)
-        # A stream of a part goes on in the next part.
-        whole = functools.partial(to_whole, parts=parts)
-        q, k, v, gates, writes = jax.tree.map(
-            whole, (q, k, v, {**gates, "decay_log": decay_log}, plan.writes)
-        )
-        rule = functools.partial(self.rule, q, k, v, gates, writes)
+        writes, resets = plan.rows(plan.order.is_token), plan.rows(plan.segments.resets)
+        decay_log = jnp.where(writes[..., None], gates["decay_log"], 0.0)
+        decay_log = jnp.where(resets[..., None], FORGET_LOG, decay_log)
+        gates = {**gates, "decay_log": decay_log}
+        rule = functools.partial(self.rule, *jax.tree.map(plan.streams, (q, k, v, gates, writes)))
         if self.one_stream:
+            memory_of_entry = plan.streams(plan.rows(plan.order.memory))
             o, after = rule(
-                initial_state=memory, segment_ids=whole(plan.memory), num_segments=self.memories
+                initial_state=memory, segment_ids=memory_of_entry, num_segments=self.memories
             )
         else:
             o, after = rule(initial_state=memory.reshape(-1, *memory.shape[2:]))
             after = after.reshape(memory.shape)
-        return to_parts(o, parts), jnp.where(plan.keeps[..., None, None, None], after, 0.0)
+        return o, jnp.where(plan.outdated[..., None, None, None], 0.0, after)
 
     def route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Memories and weights of each token's copies [B, T, J]; the shared memory comes last, with

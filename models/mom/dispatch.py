@@ -1,183 +1,278 @@
-"""Which tokens a memory sees: the copies of routed tokens, sorted by memory and, within a memory,
-by time.
+"""Which tokens a memory sees: every token has J copies, one for each memory that it is routed to,
+and the copies are sorted by memory and, within a memory, by time.
 
-Letters besides the usual: E memories, J of them per token, R streams of N entries per sequence.
-Each memory's part of a stream begins with W - 1 entries for the inputs that its convolution of
-width W remembers, so that the tokens before are its own; L = W - 1 + T. Where time is cut into
-parts (ops/framework/time_parts.py), each is sorted by itself, and B counts them. Nothing is ever
-dropped, and every shape is static:
+A sequence becomes R streams of N entries. In a stream, W - 1 entries for the inputs that a memory's
+convolution of width W remembers stand before the tokens of that memory, so that what precedes a
+token is the memory's own. Nothing is ever dropped, and every shape is static:
 
     one stream     R = 1, N = E (W - 1) + T J: every copy once
-    padded         R = E, N = L: a stream per memory, tokens that are not routed to it at the end,
-                   inert
-"""
+    padded         R = E, N = W - 1 + T: a stream per memory; entries behind its last token are
+                   padding, which neither writes nor decays
 
+Where a mesh cuts time, the parts of a sequence are sorted where they are, each by itself
+(ops/framework/time_parts.py): B counts parts, T their tokens, and what passes from part to part is
+what would pass from call to call.
+
+The examples below have E = 2 memories a and b, T = 5 tokens, J = 1 and W = 2. Tokens 0, 2, 3 are
+routed to a and tokens 1, 4 to b; "ra" is the input that a's convolution remembers."""
+
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ops.framework.time_parts import along_parts
+from ops.framework.sharding import time_parts
+from ops.framework.time_parts import along_parts, documents, to_parts, to_whole
 
 
-class Dispatch(NamedTuple):
-    """Positions and flags, all without gradient; B R streams of N entries.
+class Order(NamedTuple):
+    """The order of the entries, which has no gradient."""
 
-    source [B, R N]       where an entry comes from in [E, L], flat
-    memory [B R, N]       its memory
-    segment [B R, N]      changes with the memory and, within it, with the document
-    writes [B R, N]       it is a routed token: it writes to its memory, and decays it
-    resets [B R, N]       it is the first of its document there: nothing passes on from before it
-    place [B, T, J]       where the copies of a token stand in the flat [R, N]
-    recent [B, E, W - 1]  the last tokens of each memory in the last document, oldest first, the
-                          latest at the end
-    recent_count [B, E]   how many of them there are
-    fresh [B]             the last document is not the first
-    keeps [B / parts, E]  after the last part the memory holds the last document
+    source: jax.Array  # [B, R N]: where an entry comes from in [E, L], flat; L = W - 1 + T
+    memory: jax.Array  # [B, R, N]: its memory
+    position: jax.Array  # [B, R, N]: its place in L; token t has position W - 1 + t
+    is_token: jax.Array  # [B, R, N]: false for remembered inputs and for padding
+    place: jax.Array  # [B, T, J]: where the copies of a token stand in the flat [R, N]
+
+
+class Segments(NamedTuple):
+    """What must not see each other."""
+
+    ids: jax.Array  # [B, R, N]: change with the memory and, within it, with the document
+    resets: jax.Array  # [B, R, N]: a token before which its memory has to forget everything
+
+
+class Latest(NamedTuple):
+    """What the convolutions remember of a part."""
+
+    tokens: jax.Array  # [B, E, W - 1]: the last tokens of each memory, oldest first
+    valid_count: jax.Array  # [B, E]: how many of them there are, at the end of the W - 1
+    starts_document: jax.Array  # [B]: a document starts in the part: what was remembered is gone
+
+
+def sort_to_memories(
+    routed_BET: jax.Array, memory_BTJ: jax.Array, *, history: int, one_stream: bool
+) -> Order:
+    """The order of the copies of tokens: those of token t go to the memories memory_BTJ[:, t], all
+    different, where routed_BET is true. history is W - 1.
+
+        position     0  1  2  3  4  5             L = 6
+        memory a    ra  0  .  2  3  .             a row of [E, L]: its sources are 0 .. 5
+        memory b    rb  .  1  .  .  4             its sources are 6 .. 11
+
+        one stream  ra  0  2  3 rb  1  4          source 0 1 3 4 6 8 11      place 1 5 2 3 6
+        padded      ra  0  2  3  -  -             place 1 2 3 of tokens 0 2 3
+                    rb  1  4  -  -  -             place 7 8 of tokens 1 4
     """
-
-    source: jax.Array
-    memory: jax.Array
-    segment: jax.Array
-    writes: jax.Array
-    resets: jax.Array
-    place: jax.Array
-    recent: jax.Array
-    recent_count: jax.Array
-    fresh: jax.Array
-    keeps: jax.Array
-
-
-def dispatch(
-    memory_BTJ: jax.Array,
-    document_BT: jax.Array,
-    *,
-    memories: int,
-    history: int,
-    one_stream: bool,
-    parts: int,
-) -> Dispatch:
-    """Sorts tokens whose copies go to the memories `memory_BTJ`, distinct for each token; history =
-    W - 1.
-
-    document_BT: numbers of documents, from 0, non-decreasing. What is remembered from before
-    belongs to document 0.
-    parts: the rows of the batch are this many consecutive parts of each sequence.
-    """
-    batch, length, selected = memory_BTJ.shape
-    number_E = jnp.arange(memories)
-    routed_BET = (memory_BTJ[:, None] == number_E[None, :, None, None]).any(axis=-1)
-    last_B1 = document_BT[:, -1:]
-    of_last_BET = routed_BET & (document_BT == last_B1)[:, None]
-    stale_BE, stale_last_BE = along_parts(
-        _stale_after,
-        jnp.zeros((batch // parts, memories), bool),
-        (last_B1 > 0, of_last_BET.any(axis=-1), routed_BET.any(axis=-1)),
-        parts,
-    )
+    batch, memories, length = routed_BET.shape
     live_BEL = jnp.pad(routed_BET, ((0, 0), (0, 0), (history, 0)), constant_values=True)
     if one_stream:
         live_BRN = live_BEL.reshape(batch, 1, -1)
-        entries = memories * history + length * selected
+        entries = memories * history + length * memory_BTJ.shape[2]
     else:
         live_BRN, entries = live_BEL, history + length
     streams = live_BRN.shape[1]
     number_R1 = jnp.arange(streams)[:, None]
-    # Live entries in the order in which they are, by memory and then by time, found by bisection:
-    # they are in order already, and need no sort. Behind them stands the last one, not live.
-    counted_BRN = jnp.cumsum(live_BRN, axis=-1)
-    order_BRN = _places(counted_BRN, jnp.arange(1, entries + 1)[None, None])
-    live_BRN = jnp.arange(entries)[None, None] < counted_BRN[..., -1:]
+    # Live entries are in order already: they need no sort, and are found by bisection of their
+    # running count. Padding has the source of the last entry.
+    count_BRN = jnp.cumsum(live_BRN, axis=-1)
+    order_BRN = _first_places(count_BRN, jnp.arange(1, entries + 1)[None, None])
+    is_live_BRN = jnp.arange(entries)[None, None] < count_BRN[..., -1:]
     source_BRN = order_BRN + (number_R1 * (memories // streams) * (history + length))[None]
-    memory_BRN, within_BRN = jnp.divmod(source_BRN, history + length)
+    memory_BRN, position_BRN = jnp.divmod(source_BRN, history + length)
 
-    document_BL = jnp.pad(document_BT, ((0, 0), (history, 0)))
-    document_BRN = jax.vmap(lambda x, i: x[i])(document_BL, within_BRN)
-    same_memory = memory_BRN[..., 1:] == memory_BRN[..., :-1]
-    before_BRN = jnp.pad(
-        jnp.where(same_memory, document_BRN[..., :-1], 0), ((0, 0), (0, 0), (1, 0))
-    )
-    writes_BRN = live_BRN & (within_BRN >= history)
-    # The first token of a memory resets what an older document left there.
-    goes_on_BRN = jnp.pad(same_memory & writes_BRN[..., :-1], ((0, 0), (0, 0), (1, 0)))
-    stale_BRN = jax.vmap(lambda x, i: x[i])(stale_BE, memory_BRN) & ~goes_on_BRN
-
-    place_BEL = counted_BRN.reshape(batch, memories, -1) - 1
+    place_BEL = count_BRN.reshape(batch, memories, -1) - 1
     if not one_stream:
         place_BEL = place_BEL + (number_R1 * entries)[None]
     place_BTE = jnp.moveaxis(place_BEL[..., history:], 1, 2)
-    # The last tokens of each memory in the last document; of no account where there are fewer.
-    seen_BET = jnp.cumsum(of_last_BET, axis=-1)
-    recent_BEW = _places(seen_BET, seen_BET[..., -1:] - jnp.arange(history)[::-1][None, None])
-
-    def rows(x_BRN: jax.Array) -> jax.Array:
-        return x_BRN.reshape(-1, entries)
-
-    return Dispatch(
+    return Order(
         source=source_BRN.reshape(batch, -1),
-        memory=rows(memory_BRN),
-        segment=rows(memory_BRN * (length + 1) + document_BRN),
-        writes=rows(writes_BRN),
-        resets=rows(writes_BRN & ((document_BRN != before_BRN) | stale_BRN)),
+        memory=memory_BRN,
+        position=position_BRN,
+        is_token=is_live_BRN & (position_BRN >= history),
         place=jnp.take_along_axis(place_BTE, memory_BTJ, axis=2),
-        recent=recent_BEW,
-        recent_count=jnp.minimum(of_last_BET.sum(axis=-1), history),
-        fresh=last_B1[:, 0] > 0,
-        keeps=~stale_last_BE,
     )
 
 
-def _places(counts_BRL: jax.Array, number_BRN: jax.Array) -> jax.Array:
-    """Where running counts reach a number first; the last place where they never do."""
-    number_BRN = jnp.broadcast_to(number_BRN, (*counts_BRL.shape[:2], number_BRN.shape[-1]))
-    find = jax.vmap(jax.vmap(jnp.searchsorted))
-    return jnp.minimum(find(counts_BRL, number_BRN), counts_BRL.shape[-1] - 1)
+def separate_documents(
+    order: Order, document_BT: jax.Array, outdated_BE: jax.Array, *, history: int
+) -> Segments:
+    """The segments of the convolutions, and where memories are reset.
+
+    document_BT: numbers of documents, from 0, non-decreasing; what is remembered from before
+    belongs to document 0. outdated_BE: whether a memory holds an older document than that.
+
+        entry       ra  0  2  3 rb  1  4          one stream, tokens 0, 1 | 2, 3, 4
+        document     0  0  1  1  0  0  1
+        ids         a0 a0 a1 a1 b0 b0 b1
+        resets       .  .  x  .  .  .  x          and on 0 or 1 where a or b is outdated
+    """
+    length = document_BT.shape[1]
+    document_BL = jnp.pad(document_BT, ((0, 0), (history, 0)))
+    document_BRN = _of_row(document_BL, order.position)
+    same_memory = order.memory[..., 1:] == order.memory[..., :-1]
+    before_BRN = jnp.pad(
+        jnp.where(same_memory, document_BRN[..., :-1], 0), ((0, 0), (0, 0), (1, 0))
+    )
+    # Of the tokens of a memory the first one alone meets what an older document left there.
+    follows_BRN = jnp.pad(same_memory & order.is_token[..., :-1], ((0, 0), (0, 0), (1, 0)))
+    outdated_BRN = _of_row(outdated_BE, order.memory) & ~follows_BRN
+    return Segments(
+        ids=order.memory * (length + 1) + document_BRN,
+        resets=order.is_token & ((document_BRN != before_BRN) | outdated_BRN),
+    )
 
 
-def _stale_after(stale_BE: jax.Array, part: tuple[jax.Array, ...]) -> jax.Array:
-    """Whether a memory holds an older document than the last of the part."""
-    fresh_B1, of_last_BE, any_BE = part
-    return jnp.where(fresh_B1, ~of_last_BE, stale_BE & ~any_BE)
+def latest_tokens(routed_BET: jax.Array, document_BT: jax.Array, *, history: int) -> Latest:
+    """The last W - 1 tokens of each memory in the part's last document.
+
+    Tokens 0, 1 | 2, 3, 4: token 3 of a and token 4 of b. Tokens 0, 1, 2, 3 | 4: token 4 of b, and
+    none of a (valid_count 0), whose convolution remembers zeros. history is W - 1."""
+    last_B1 = document_BT[:, -1:]
+    of_last_BET = routed_BET & (document_BT == last_B1)[:, None]
+    count_BET = jnp.cumsum(of_last_BET, axis=-1)
+    wanted_BEW = count_BET[..., -1:] - jnp.arange(history)[::-1][None, None]
+    return Latest(
+        tokens=_first_places(count_BET, wanted_BEW),
+        valid_count=jnp.minimum(of_last_BET.sum(axis=-1), history),
+        starts_document=last_B1[:, 0] > 0,
+    )
 
 
-def sorted_entries(x_BTEX: jax.Array, tail_BEWX: jax.Array | None, plan: Dispatch) -> jax.Array:
-    """The entries [B R, N, X] of the streams: what each memory remembers (None: zeros), and its
-    tokens."""
-    history = plan.recent.shape[-1]
-    x_BELX = jnp.moveaxis(x_BTEX, 1, 2)
-    x_BELX = jnp.pad(x_BELX, ((0, 0), (0, 0), (history, 0), (0, 0)))
-    if tail_BEWX is not None:
-        x_BELX = x_BELX.at[:, :, :history].set(tail_BEWX.astype(x_BELX.dtype))
-    x_BLX = x_BELX.reshape(x_BELX.shape[0], -1, x_BELX.shape[-1])
-    x_BNX = jnp.take_along_axis(x_BLX, plan.source[..., None], axis=1)
-    return x_BNX.reshape(*plan.memory.shape, -1)
-
-
-def remembered(
-    x_BTEX: jax.Array, first: jax.Array, plan: Dispatch, parts: int
+def outdated_memories(
+    routed_BET: jax.Array, document_BT: jax.Array, parts: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The last W - 1 entries of each memory, float32, zeros where the document had not begun:
-    before each part [B, E, W - 1, X], and after the last one. first: before the first part."""
-    history = first.shape[2]
-    recent = plan.recent[..., None]
-    own = jnp.take_along_axis(jnp.moveaxis(x_BTEX, 1, 2), recent, axis=2)
-    place_W = jnp.arange(history)[None, None]
+    """Whether a memory holds a document that is over: before each part [B, E], older than the one
+    that goes on there, and after the last part [B / parts, E], older than the last one."""
+    batch, memories, _ = routed_BET.shape
+    last_B1 = document_BT[:, -1:]
+    of_last_BET = routed_BET & (document_BT == last_B1)[:, None]
 
-    def after(before: jax.Array, part: tuple[jax.Array, ...]) -> jax.Array:
-        own, count_BE, fresh_B = part
-        moved_BEW = jnp.minimum(place_W + count_BE[..., None], history - 1)
-        before = jnp.take_along_axis(before, moved_BEW[..., None], axis=2)
-        before = jnp.where(fresh_B[:, None, None, None], 0.0, before)
-        is_own_BEW = place_W >= history - count_BE[..., None]
-        return jnp.where(is_own_BEW[..., None], own, before)
+    def after(outdated_BE: jax.Array, part: tuple[jax.Array, ...]) -> jax.Array:
+        starts_document_B1, has_last_BE, has_any_BE = part
+        return jnp.where(starts_document_B1, ~has_last_BE, outdated_BE & ~has_any_BE)
 
-    values = own.astype(jnp.float32), plan.recent_count, plan.fresh
+    first = jnp.zeros((batch // parts, memories), bool)
+    values = last_B1 > 0, of_last_BET.any(axis=-1), routed_BET.any(axis=-1)
     return along_parts(after, first, values, parts)
 
 
-def copies(x_RNX: jax.Array, plan: Dispatch) -> jax.Array:
-    """Each token's entries [B, T, J, X], from all entries [B R, N, X]."""
-    batch = plan.place.shape[0]
-    x_BNX = x_RNX.reshape(batch, -1, x_RNX.shape[-1])
-    x_BPX = jnp.take_along_axis(x_BNX, plan.place.reshape(batch, -1, 1), axis=1)
-    return x_BPX.reshape(*plan.place.shape, -1)
+@dataclass(frozen=True)
+class Dispatch:
+    """The entries of a call, and how arrays go there and come back."""
+
+    memories: int
+    parts: int  # of each sequence; the rows of the batch are parts
+    order: Order
+    segments: Segments
+    latest: Latest
+    outdated: jax.Array  # [B / parts, E]: the memory does not hold the last document
+
+    def sorted(self, x_BTEX: jax.Array) -> jax.Array:
+        """The entries [B R, N, X] of the inputs [B, T, E, X] of every memory, or [B, T, 1, X] of
+        all memories alike; zeros for what is remembered."""
+        return self._entries(self._in_parts(x_BTEX), None)
+
+    def sorted_after(self, x_BTEX: jax.Array, tail_BEWX: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As `sorted`, after the inputs [B, E, W - 1, X] that each memory remembers; and the inputs
+        that it remembers next, float32."""
+        x_BTEX = self._in_parts(x_BTEX)
+        before, last = self._remembered(x_BTEX, tail_BEWX)
+        return self._entries(x_BTEX, before), last
+
+    def rows(self, x_BRN: jax.Array) -> jax.Array:
+        """[B R, N] of an array [B, R, N] about entries: the streams of parts, as the convolutions
+        take them."""
+        return x_BRN.reshape(-1, x_BRN.shape[-1])
+
+    def streams(self, x_RNX: jax.Array) -> jax.Array:
+        """[B R, N, ...] of parts -> streams of whole sequences, as the recurrence takes them: a
+        stream goes on in the next part."""
+        return to_whole(x_RNX, self.parts)
+
+    def copies(self, y_RNX: jax.Array) -> jax.Array:
+        """The entries of each token [B, T, J, X], given the streams of whole sequences."""
+        place_BTJ = self.order.place
+        y_BNX = to_parts(y_RNX, self.parts).reshape(len(place_BTJ), -1, y_RNX.shape[-1])
+        y_BPX = jnp.take_along_axis(y_BNX, place_BTJ.reshape(len(place_BTJ), -1, 1), axis=1)
+        return to_whole(y_BPX.reshape(*place_BTJ.shape, -1), self.parts)
+
+    def _in_parts(self, x_BTEX: jax.Array) -> jax.Array:
+        x_BTEX = to_parts(x_BTEX, self.parts)
+        return jnp.broadcast_to(x_BTEX, (*x_BTEX.shape[:2], self.memories, x_BTEX.shape[-1]))
+
+    def _entries(self, x_BTEX: jax.Array, tail_BEWX: jax.Array | None) -> jax.Array:
+        history = self.latest.tokens.shape[-1]
+        x_BELX = jnp.moveaxis(x_BTEX, 1, 2)
+        x_BELX = jnp.pad(x_BELX, ((0, 0), (0, 0), (history, 0), (0, 0)))
+        if tail_BEWX is not None:
+            x_BELX = x_BELX.at[:, :, :history].set(tail_BEWX.astype(x_BELX.dtype))
+        x_BLX = x_BELX.reshape(x_BELX.shape[0], -1, x_BELX.shape[-1])
+        x_BNX = jnp.take_along_axis(x_BLX, self.order.source[..., None], axis=1)
+        return x_BNX.reshape(-1, self.order.memory.shape[-1], x_BNX.shape[-1])
+
+    def _remembered(self, x_BTEX: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The last W - 1 inputs of each memory, float32, zeros where the document had not begun:
+        before each part [B, E, W - 1, X], and after the last one; `first` before the first."""
+        history = first.shape[2]
+        latest_BEWX = jnp.take_along_axis(
+            jnp.moveaxis(x_BTEX, 1, 2), self.latest.tokens[..., None], axis=2
+        )
+        place_W = jnp.arange(history)[None, None]
+
+        def after(before: jax.Array, part: tuple[jax.Array, ...]) -> jax.Array:
+            latest_BEWX, count_BE, starts_document_B = part
+            moved_BEW = jnp.minimum(place_W + count_BE[..., None], history - 1)
+            before = jnp.take_along_axis(before, moved_BEW[..., None], axis=2)
+            before = jnp.where(starts_document_B[:, None, None, None], 0.0, before)
+            is_of_part_BEW = place_W >= history - count_BE[..., None]
+            return jnp.where(is_of_part_BEW[..., None], latest_BEWX, before)
+
+        values = (
+            latest_BEWX.astype(jnp.float32),
+            self.latest.valid_count,
+            self.latest.starts_document,
+        )
+        return along_parts(after, first, values, self.parts)
+
+
+def dispatch(
+    memory_BTJ: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    memories: int,
+    history: int,
+    one_stream: bool,
+) -> Dispatch:
+    """The dispatch of tokens whose copies go to the memories `memory_BTJ`, distinct for each token.
+
+    history: W - 1. segment_ids [B, T]: where the id changes a document starts."""
+    batch, length, _ = memory_BTJ.shape
+    parts = time_parts()
+    document_BT = documents(segment_ids, batch, length, parts)
+    memory_BTJ = to_parts(memory_BTJ, parts)
+    number_1E11 = jnp.arange(memories)[None, :, None, None]
+    routed_BET = (memory_BTJ[:, None] == number_1E11).any(axis=-1)
+    before, after = outdated_memories(routed_BET, document_BT, parts)
+    order = sort_to_memories(routed_BET, memory_BTJ, history=history, one_stream=one_stream)
+    return Dispatch(
+        memories=memories,
+        parts=parts,
+        order=order,
+        segments=separate_documents(order, document_BT, before, history=history),
+        latest=latest_tokens(routed_BET, document_BT, history=history),
+        outdated=after,
+    )
+
+
+def _first_places(count_BRL: jax.Array, number_BRN: jax.Array) -> jax.Array:
+    """Where running counts reach a number first; the last place where they never do."""
+    number_BRN = jnp.broadcast_to(number_BRN, (*count_BRL.shape[:2], number_BRN.shape[-1]))
+    find = jax.vmap(jax.vmap(jnp.searchsorted))
+    return jnp.minimum(find(count_BRL, number_BRN), count_BRL.shape[-1] - 1)
+
+
+def _of_row(x_BL: jax.Array, index_BRN: jax.Array) -> jax.Array:
+    """x at these places of its row: [B, R, N]."""
+    return jax.vmap(lambda x, i: x[i])(x_BL, index_BRN)

@@ -1,16 +1,14 @@
 """A router with a load-balancing loss: top-k of a softmax over memories.
 
-    p_t = softmax(x_t W_r),    I_t = the k largest,    w_t^m = p_t^m / sum_{j in I_t} p_t^j  for m
-    in I_t
+    p_t = softmax(x_t W_r),   I_t = the k largest
+    w_t^m = p_t^m / sum_{j in I_t} p_t^j   for m in I_t
 
-    f_m = (selections of m) / tokens,  P_m = mean_t p_t^m,    loss = M sum_m f_m P_m
+    f_m = (selections of m) / tokens,   P_m = mean_t p_t^m,   loss = M sum_m f_m P_m
 
 over the tokens of a group: the whole batch ("global_batch"; Qiu et al., "Demons in the Detail",
 2025, arXiv 2501.11873) or every `micro_batch_size` sequences, averaged ("micro_batch"; what
 gradient accumulation and data-parallel replicas compute when each balances its own share). Balanced
-routing has the loss k. The gradient flows
-through P alone: selections have none.
-"""
+routing has the loss k. The gradient flows through P alone: selections have none."""
 
 import jax
 import jax.numpy as jnp

@@ -1,10 +1,10 @@
-"""The rules by which a memory of models/mom/__init__.py changes: gates with a matrix per memory,
-and the recurrence.
+"""The rules by which a memory of MoM changes: gates made by a matrix per memory, and a recurrence.
 
-A rule has `gates(x_BTD)`, [B, T, E, X] by name, of which "decay_log" is one, and is called with q,
-k [R, N, H, K], v [R, N, H, V], the gates [R, N, X] and `writes` [R, N]: a token that does not write
-leaves the memory as it is, if its decay is 1 besides. Other arguments are the op's. E memories, R
-streams of N entries."""
+A rule has a method `gates(x_BTD)`, which returns arrays [B, T, E, X] by name; one of them is
+"decay_log". The rule is called with sorted entries: q, k [R, N, H, K], v [R, N, H, V], the gates
+[R, N, X] and `writes` [R, N]. An entry with writes=False must have decay_log = 0; it then leaves
+the memory as it is. All other arguments are those of the op. Letters: E memories, R streams of N
+entries."""
 
 import functools
 from collections.abc import Mapping
@@ -28,7 +28,8 @@ STACKED_XAVIER_SMALL = nnx.initializers.variance_scaling(
 
 
 class MemoryProjection(nnx.Module):
-    """[B, T, D] or [B, T, E, D] -> [B, T, E, X]: a matrix per memory."""
+    """[B, T, D], the same for every memory, or [B, T, E, D] -> [B, T, E, X], by a matrix per
+    memory."""
 
     def __init__(
         self,
@@ -52,7 +53,10 @@ class MemoryProjection(nnx.Module):
 
 
 class GatedDeltaRule(nnx.Module):
-    """S <- alpha (I - beta k^T k) S + beta k^T v; alpha's parameters are shared by the memories."""
+    """S <- alpha (I - beta k^T k) S + beta k^T v, as in models/gated_delta_net.py.
+
+    Every memory has its own matrices for beta and for the step that makes alpha; the rest of
+    alpha's parameters is shared by the memories."""
 
     def __init__(
         self,
@@ -76,7 +80,7 @@ class GatedDeltaRule(nnx.Module):
         self.dt_bias_H = nnx.Param(dt_bias_H, group="no_decay", out_sharding=("heads",))
 
     def gates(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
-        """Per token, memory and head: the log decay and beta, float32."""
+        """The log decay and beta of each token, memory and head [B, T, E, H], float32."""
         dt_BTEH = jax.nn.softplus(
             self.dt(x_BTD).astype(jnp.float32) + self.dt_bias_H[...][None, None, None]
         )
@@ -91,16 +95,17 @@ class GatedDeltaRule(nnx.Module):
         k: jax.Array,
         v: jax.Array,
         gates: Mapping[str, jax.Array],
-        writes_BN: jax.Array,
+        writes_RN: jax.Array,
         **state: Any,
     ) -> tuple[jax.Array, jax.Array]:
         q, k = (l2_normalise(x).astype(v.dtype) for x in (q, k))
-        beta_BNH = jnp.where(writes_BN[..., None], gates["beta"], 0.0)
-        return delta_rule(q, k, v, beta_BNH, gates["decay_log"], **state)
+        beta_RNH = jnp.where(writes_RN[..., None], gates["beta"], 0.0)
+        return delta_rule(q, k, v, beta_RNH, gates["decay_log"], **state)
 
 
 class GatedSum(nnx.Module):
-    """S <- Diag(alpha) S + k^T v, alpha = sigmoid((x W_1^m) W_2^m + b^m)^(1/tau)."""
+    """S <- Diag(alpha) S + k^T v, alpha = sigmoid((x W_1^m) W_2^m + b^m)^(1/tau), as in
+    models/gla.py."""
 
     def __init__(
         self,
@@ -114,14 +119,14 @@ class GatedSum(nnx.Module):
         **dtypes: Any,
     ):
         rank, self.temperature = options["gate_rank"], options["gate_temperature"]
-        map_of = functools.partial(MemoryProjection, memories, rngs=rngs, **dtypes)
-        self.gate_in = map_of(width, rank, ("embed", None))
-        self.gate_out = map_of(rank, heads * key_size, (None, "heads"))
+        matrices = functools.partial(MemoryProjection, memories, rngs=rngs, **dtypes)
+        self.gate_in = matrices(width, rank, ("embed", None))
+        self.gate_out = matrices(rank, heads * key_size, (None, "heads"))
         bias_EX = jnp.zeros((memories, heads * key_size), dtypes["param_dtype"])
         self.bias_EX = nnx.Param(bias_EX, group="no_decay", out_sharding=(None, "heads"))
 
     def gates(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
-        """Per token, memory and key channel: the log decay, float32."""
+        """The log decay of each token, memory and key channel [B, T, E, H K], float32."""
         logit_BTEX = self.gate_out(self.gate_in(x_BTD)).astype(jnp.float32)
         logit_BTEX += self.bias_EX[...].astype(jnp.float32)[None, None]
         return {"decay_log": jax.nn.log_sigmoid(logit_BTEX) / self.temperature}
@@ -132,10 +137,10 @@ class GatedSum(nnx.Module):
         k: jax.Array,
         v: jax.Array,
         gates: Mapping[str, jax.Array],
-        writes_BN: jax.Array,
+        writes_RN: jax.Array,
         **state: Any,
     ) -> tuple[jax.Array, jax.Array]:
-        k = jnp.where(writes_BN[..., None, None], k, 0)
+        k = jnp.where(writes_RN[..., None, None], k, 0)
         decay_log = split_heads(gates["decay_log"], k.shape[2])
         return gated_linear_attention(q, k, v, decay_log, **state)
 

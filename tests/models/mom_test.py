@@ -11,6 +11,7 @@ from flax import nnx
 
 from experiments.objectives.objective import objective, report_metrics
 from models import gated_delta_net, gla, mom
+from models.mom.dispatch import dispatch
 from models.networks.lm import build
 from models.parts.variables import Report, mean_over_layers, report
 from tests.support.layers import (
@@ -104,6 +105,42 @@ def test_mom_computes_its_router_memories_and_output(options, step):
         mixer,
         functools.partial(transcription, mixer, top_k=options["top_k"], shared=shared, step=step),
     )
+
+
+A, B = 0, 1
+EXAMPLE = {  # of models/mom/dispatch.py: tokens 0, 2, 3 are those of memory a, 1 and 4 of b
+    "memory_BTJ": jnp.array([A, B, A, A, B]).reshape(1, 5, 1),
+    "segment_ids": jnp.array([[7, 7, 3, 3, 3]]),
+    "memories": 2,
+    "history": 1,
+}
+
+
+def test_the_pictures_of_the_dispatch_are_true():
+    plan = dispatch(**EXAMPLE, one_stream=True)
+    names = np.array(["ra", *range(5), "rb", *range(5)])
+    assert names[plan.order.source[0]].tolist() == ["ra", "0", "2", "3", "rb", "1", "4"]
+    assert plan.order.place.ravel().tolist() == [1, 5, 2, 3, 6]
+    assert plan.order.is_token.ravel().tolist() == [False, True, True, True, False, True, True]
+    ids = plan.segments.ids.ravel()
+    assert (ids[1:] != ids[:-1]).tolist() == [False, True, False, True, False, True]
+    assert np.flatnonzero(plan.segments.resets).tolist() == [2, 6]
+    assert plan.latest.tokens.ravel().tolist() == [3, 4]
+    assert plan.latest.valid_count.ravel().tolist() == [1, 1]
+    assert not plan.outdated.any()
+
+    plan = dispatch(**EXAMPLE, one_stream=False)
+    assert names[plan.order.source[0]].reshape(2, 6)[:, :4].tolist() == [
+        ["ra", "0", "2", "3"],
+        ["rb", "1", "4", "4"],  # from here on padding
+    ]
+    assert plan.order.place.ravel().tolist() == [1, 7, 2, 3, 8]
+    assert plan.order.is_token.sum(axis=-1).tolist() == [[3, 2]]
+
+    last_alone = EXAMPLE | {"segment_ids": jnp.array([[7, 7, 7, 7, 3]])}
+    plan = dispatch(**last_alone, one_stream=True)
+    assert plan.latest.valid_count.tolist() == [[0, 1]]
+    assert plan.outdated.tolist() == [[True, False]], "a holds the document that is over"
 
 
 def loss_and_gradients(mixer, x, segment_ids):

@@ -2,12 +2,13 @@
 Convolutional, and Continuous-time Models with Linear State-Space Layers", NeurIPS 2021, arXiv
 2110.13985.
 
-    h' = A h + B x,   y = C h + D x                         per channel: one input, `channels`
-    outputs (Eq. 1, 2) h_t = Abar h_{t-1} + Bbar x_t,   y_t = C h_t + D x_t    as a recurrence
-    (Section 3.1) y = K * x + D x,   K_l = C Abar^l Bbar                  as a convolution (Section
-    3.1) Abar = (I - Delta/2 A)^-1 (I + Delta/2 A),   Bbar = (I - Delta/2 A)^-1 Delta B
-    bilinear, Eq. 3, alpha = 1/2 -A = P (Diag(d) + T^-1) Q,   T tridiagonal,   B = P b   the trained
-    family (Section 4.2) out = gelu(y) W + w
+    h' = A h + B x,   y = C h + D x         per channel: one input, `channels` outputs (Eq. 1, 2)
+    h_t = Abar h_{t-1} + Bbar x_t,   y_t = C h_t + D x_t    as a recurrence (Section 3.1)
+    y = K * x + D x,   K_l = C Abar^l Bbar                  as a convolution (Section 3.1)
+    Abar = (I - Delta/2 A)^-1 (I + Delta/2 A)               bilinear (Eq. 3, alpha = 1/2)
+    Bbar = (I - Delta/2 A)^-1 Delta B
+    -A = P (Diag(d) + T^-1) Q,   T tridiagonal,   B = P b   the trained family (Section 4.2)
+    out = gelu(y) W + w
 
     x               x_BTD                       input, model width D: D systems that share A and B
     Delta           step_D                      float32; one step size per channel
@@ -27,16 +28,15 @@ all: A starts as HiPPO-LegS, which is the member P = Q = Diag(sqrt(2n+1)), d_n =
 dense: (I - Delta/2 A)^-1 is a tridiagonal system between diagonal and tridiagonal factors.
 
 A call without state and segments is a convolution; any other is the recurrence in chunks
-(ops/dense_scan/xla.py). From the initialisation Abar is a contraction, so that its powers are
-harmless in float32.
+(`ops.dense_scan`). From the initialisation Abar is a contraction, so that its powers are harmless
+in float32.
 
 Departures: the kernel is made of about sqrt(T) powers of Abar from each side instead of all T,
 whose N T numbers per channel the paper caches for LSSL-f; it is exact for every length and nothing
 is cached. Causal, RMSNorm of the backbone in front of the mixer, no dropout. A and Delta share one
 learning rate (the authors' A learns ten times slower).
 
-Authors' code: https://github.com/state-spaces/s4
-"""
+Authors' code: https://github.com/state-spaces/s4"""
 
 import functools
 import math

@@ -56,6 +56,48 @@ from models.parts.projections import projection
 from ops.diagonal_scan.api import diagonal_scan
 
 
+def initial_modes(
+    init: str, state_size: int, blocks: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lambda [N], V [P, N] and the rows [N, P] of V^-1 that belong to it, complex, P = state_size:
+    `blocks` systems of size P / blocks side by side.
+
+    Raises ValueError for an unknown `init` and for a size that does not divide into blocks."""
+    check_choice("init", init, ("legs", "ptd"))
+    if blocks < 1 or state_size % (2 * blocks):
+        raise ValueError(
+            f"state_size must be a multiple of 2 * blocks = {2 * blocks}; got {state_size}"
+        )
+    if init == "legs":
+        eigenvalue_R, V = normal_legs(state_size // blocks)
+        inverse = V.conj().T
+    else:
+        eigenvalue_R, V, inverse = perturbed_legs(state_size // blocks)
+    identity = np.eye(blocks)
+    return np.tile(eigenvalue_R, blocks), np.kron(identity, V), np.kron(identity, inverse)
+
+
+def initial_maps(
+    width: int, V_PN: np.ndarray, inverse_NP: np.ndarray, rngs: nnx.Rngs
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The real and imaginary parts of B = V^-1 B' [D, N] and of C = C' V [N, D], with B' and both
+    parts of C' ~ N(0, 1 / P)."""
+    size = len(V_PN)
+    B_DP, C_real_DP, C_imaginary_DP = (
+        jax.random.normal(rngs.params(), (width, size), jnp.float32) / math.sqrt(size)
+        for _ in range(3)
+    )
+    V_real, V_imaginary, inverse_real, inverse_imaginary = (
+        jnp.asarray(part, jnp.float32)
+        for part in (np.real(V_PN), np.imag(V_PN), np.real(inverse_NP.T), np.imag(inverse_NP.T))
+    )
+    C_DN = (
+        C_real_DP @ V_real - C_imaginary_DP @ V_imaginary,
+        C_real_DP @ V_imaginary + C_imaginary_DP @ V_real,
+    )
+    return (B_DP @ inverse_real, B_DP @ inverse_imaginary), (C_DN[0].T, C_DN[1].T)
+
+
 class S5(nnx.Module):
     """x_BTD -> y_BTD; the state is {"memory": (real [B,N], imaginary [B,N])}, float32."""
 
@@ -79,12 +121,7 @@ class S5(nnx.Module):
         clip_eigenvalues: bool = False,
     ):
         check_choice("discretisation", discretisation, tuple(DISCRETISATIONS))
-        check_choice("init", init, ("legs", "ptd"))
         check_choice("gate", gate, ("half_glu1", "half_glu2"))
-        if blocks < 1 or state_size % (2 * blocks):
-            raise ValueError(
-                f"state_size must be a multiple of 2 * blocks = {2 * blocks}; got {state_size}"
-            )
         dense = functools.partial(
             projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
         )
@@ -92,15 +129,7 @@ class S5(nnx.Module):
         self.discretisation, self.clip_eigenvalues = discretisation, clip_eigenvalues
         self.gate = gate
 
-        if init == "legs":
-            eigenvalue_R, V = normal_legs(state_size // blocks)
-            inverse = V.conj().T
-        else:
-            eigenvalue_R, V, inverse = perturbed_legs(state_size // blocks)
-        eigenvalue_N = np.tile(eigenvalue_R, blocks)
-        V_PN, inverse_NP = (  # P = state_size
-            np.kron(np.eye(blocks), block) for block in (V, inverse)
-        )
+        eigenvalue_N, V_PN, inverse_NP = initial_modes(init, state_size, blocks)
         # float32 whatever param_dtype is: they enter exponentials.
         ssm: dict[str, Any] = {"group": "ssm", "out_sharding": ("heads",)}
         self.eigenvalue_real_N = nnx.Param(jnp.asarray(np.real(eigenvalue_N), jnp.float32), **ssm)
@@ -112,27 +141,14 @@ class S5(nnx.Module):
             jax.random.uniform(rngs.params(), (self.modes,), jnp.float32, low, high), **ssm
         )
 
-        def normal(*shape: int) -> jax.Array:
-            return jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(state_size)
-
         def given(array: jax.Array) -> jax.nn.initializers.Initializer:
             return lambda key, shape, dtype=jnp.float32, out_sharding=None: array.astype(dtype)
 
-        V_real, V_imaginary = (
-            jnp.asarray(part, jnp.float32) for part in (np.real(V_PN), np.imag(V_PN))
-        )
-        inverse_real, inverse_imaginary = (
-            jnp.asarray(part.T, jnp.float32) for part in (np.real(inverse_NP), np.imag(inverse_NP))
-        )
-        B_DP, C_real_DP, C_imaginary_DP = (normal(width, state_size) for _ in range(3))
+        write_DN, read_ND = initial_maps(width, V_PN, inverse_NP, rngs)
         write = functools.partial(dense, width, self.modes, ("embed", "heads"))
         read = functools.partial(dense, self.modes, width, ("heads", "embed"))
-        self.write_real = write(init=given(B_DP @ inverse_real))
-        self.write_imaginary = write(init=given(B_DP @ inverse_imaginary))
-        self.read_real = read(init=given((C_real_DP @ V_real - C_imaginary_DP @ V_imaginary).T))
-        self.read_imaginary = read(
-            init=given((C_real_DP @ V_imaginary + C_imaginary_DP @ V_real).T)
-        )
+        self.write_real, self.write_imaginary = (write(init=given(part)) for part in write_DN)
+        self.read_real, self.read_imaginary = (read(init=given(part)) for part in read_ND)
         skip_D = jax.random.normal(rngs.params(), (width,), jnp.float32)
         self.skip_D = nnx.Param(skip_D, group="no_decay", out_sharding=("embed",))
         self.output_gate = dense(

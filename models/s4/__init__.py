@@ -1,54 +1,48 @@
 """S4. Gu, Goel, Re, "Efficiently Modeling Long Sequences with Structured State Spaces", ICLR 2022,
 arXiv 2111.00396.
 
-    h' = A h + B x,   y = C h + D x,   A = Lambda - p p*                    per channel, p of rank
-    R; Theorem 1
-    h_t = Abar h_{t-1} + Bbar x_t                                           (Eq. 3)
+    h' = A h + B x,   y = C h + D x,   A = Lambda - p p*        per channel, p of rank R (Theorem 1)
+    h_t = Abar h_{t-1} + Bbar x_t                               (Eq. 3)
     Abar = (I - Delta/2 A)^-1 (I + Delta/2 A),   Bbar = (I - Delta/2 A)^-1 Delta B
-    Ctil = C (I - Abar^L)                                                   cuts the kernel off at L
-                                                                            (Section 3.2)
-    Khat(z) = 2/(1+z) Ctil (g(z) - A)^-1 B,   g(z) = 2/Delta (1-z)/(1+z),   z the L roots of unity
-                                                                            (Algorithm 1, Lemma C.3;
-                                                                            models/s4/cauchy.py)
+    Ctil = C (I - Abar^L)                                       the kernel ends at L (Section 3.2)
+    Khat(z) = 2/(1+z) Ctil (g(z) - A)^-1 B,   g(z) = 2/Delta (1-z)/(1+z)
+                                                                at the L roots of unity z (Algorithm
+                                                                1, Lemma C.3; models/s4/cauchy.py)
     K = F^-1 Khat,   y = K * x + D x
     out = (g W_1 + b_1) sigmoid(g W_2 + b_2),    g = gelu(y)
 
-    x           x_BTD                                   input, model width D: D systems of one input
-                                                        and one output
-    Lambda      -exp(decay_log_DM) + i angle_DM         float32; M = state_size / 2 modes,
-    conjugates implied p           low_rank_real_DRM, _imaginary_DRM       float32; the minus sign
-    keeps A stable whatever p is
-    B           write_real_DM, _imaginary_DM            float32
-    Ctil        read_real_DM, _imaginary_DM             float32; the parameter in place of C, as in
-    the paper Delta       exp(step_log_D)                         float32
+    x           x_BTD                           model width D: D systems, one input and output each
+    Lambda      -exp(decay_log_DM) + i angle_DM float32; M = state_size / 2 modes; the conjugate of
+                                                each is implied
+    p           low_rank_real_DRM, _imaginary_DRM   float32; A is stable whatever p is
+    B           write_real_DM, _imaginary_DM    float32
+    Ctil        read_real_DM, _imaginary_DM     float32; the parameter instead of C, as in the paper
+    Delta       exp(step_log_D)                 float32
     D           skip_D
-    h           "memory" [B, D, N]                      float32; N = state_size: real parts, then
-                                                        imaginary parts
+    h           "memory" [B, D, N]              float32; N = state_size: the real parts, then the
+                                                imaginary parts
 
 State: D N floats. Cost per token: O(D N + D^2) in a convolution, which has O(D N L) for the kernel
-besides. One
-homogeneous block: use it with mlp="none".
+besides. One homogeneous block: use it with mlp="none".
 
-Two forms, chosen by what a call is given, so that each is static. Without state and segments, and
-up to kernel_length L tokens: the convolution. Otherwise the recurrence with dense real Abar
-(ops/dense_scan/xla.py), which recovers C from Ctil by solving with I - Abar^L, O(N^3 log L) per
-channel and call: it is exact for packed documents, carried states and decoding, not fast. Where a
-mesh cuts time each device runs its part in that form, and states pass between them. Both hold h in
-the real coordinates (Re h, Im h), where A is Re- and Im-blocks of Lambda minus 2 q q^T, q = (Re p,
-Im p): Abar is a contraction there. I - Abar^L is made of powers of Abar - I, so that a mode which
-hardly decays has digits.
+Two forms; what a call is given chooses between them, so that each is static. Without state and
+segments, and up to kernel_length = L tokens, it is the convolution. Otherwise it is the recurrence
+with dense real Abar (`ops.dense_scan`), for which C is recovered from Ctil by solving with
+I - Abar^L, O(N^3 log L) per channel and call: exact for packed documents, carried states and
+decoding, but not fast. Both forms hold h in the real coordinates (Re h, Im h), where A consists of
+the Re- and Im-blocks of Lambda minus 2 q q^T with q = (Re p, Im p); Abar is a contraction there.
+I - Abar^L is made of powers of Abar - I, so that a mode which hardly decays keeps its digits.
 
 Initialisation: a HiPPO matrix in its diagonal form, Lambda - p p* = V* A V with p = V* P, B = V*
 B_HiPPO (models/parts/hippo.py), by `init`: "legs"; "legt", of rank 2; "lagt"; "fout"; "legs_fout",
-in turns from channel to channel (the last two: Gu, Johnson, Timalsina, Rudra, Re, ICLR 2023, arXiv
-2206.12037). Re Lambda is 0 of all but "legs", and starts at -1e-4, as in the authors' code. Delta
-log-uniform; both parts of C ~ N(0, 1/2); D ~ N(0, 1).
+which alternates from channel to channel (the last two: Gu, Johnson, Timalsina, Rudra, Re, ICLR
+2023, arXiv 2206.12037). Re Lambda is 0 for all but "legs"; it then starts at -1e-4, as in the
+authors' code. Delta log-uniform; both parts of C ~ N(0, 1/2); D ~ N(0, 1).
 
 Departures: causal only, RMSNorm of the backbone, no dropout. Im B is not clipped (models/s4d.py
 says why).
 
-Authors' code: https://github.com/state-spaces/s4
-"""
+Authors' code: https://github.com/state-spaces/s4"""
 
 import functools
 import math

@@ -2,14 +2,14 @@
 "Efficiently Modeling Long Sequences with Structured State Spaces", ICLR 2022, arXiv 2111.00396,
 Algorithm 1).
 
-    c (s - Lambda + p p*)^-1 b = k_cb - k_cp (I + k_pp)^-1 k_pb,    k_xy = sum_n x_n y_n / (s -
-    Lambda_n)
+    c (s - Lambda + p p*)^-1 b = k_cb - k_cp (I + k_pp)^-1 k_pb
+    k_xy = sum_n x_n y_n / (s - Lambda_n)
 
-is Woodbury's identity. It loses its digits where an s is near a Lambda_n, so that all four sums are
-large and cancel. An s is no nearer to a mode than the step between frequencies, by and large;
-except that s = 0, which is among them for kernels of every length, meets modes with Lambda = 0 or
-little else. There the slowest mode stays out of the sums. Its real and imaginary part h are
-unknowns beside v = p* (all modes),
+is Woodbury's identity. It loses its digits where an s is near a Lambda_n: all four sums are then
+large and cancel. In general an s is no nearer to a mode than the step between frequencies. The
+exception is s = 0, which is among the frequencies of kernels of every length and meets modes with
+Lambda = 0 or nearly so. There the slowest mode stays out of the sums. Its real and imaginary part h
+are unknowns beside v = p* (all modes),
 
     v + k_pp v - p* h = k_pb u,    p v - Lambda h = b u,    y = k_cb u + c h - k_cp v
 

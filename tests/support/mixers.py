@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.typing import DTypeLike
 
 from models import gla
 from models.networks import stack
@@ -21,7 +20,7 @@ class SegmentMean(nnx.Module):
 
     causal = False
 
-    def __init__(self, width: int, *, depth: int, rngs: nnx.Rngs, **dtypes: DTypeLike):
+    def __init__(self, width: int, *, depth: int, rngs: nnx.Rngs, **dtypes: Any):
         self.output = projection(width, width, ("embed", "heads"), rngs=rngs, **dtypes)
 
     def __call__(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.networks.stack import available_mixers, shortest_period
+from models.networks.stack import available_mixers, shortest_period, state_bytes
 from tests.support.layers import array, randomised, tiny_lm
+from tests.support.mixers import SegmentMean, add_mixers
 
 
 def test_every_parameter_has_one_axis_name_per_dimension():
@@ -92,3 +93,41 @@ def test_remat_changes_no_gradient(remat, scan_layers):
 def test_mixers_that_share_nothing_add_nothing_to_a_stack():
     network = nnx.eval_shape(lambda: tiny_lm(pattern=("gla",)))
     assert not jax.tree.leaves(nnx.state(network.stack.shared))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "width", "options", "floats"),
+    [
+        ("mamba", 768, {}, 1536 * 16 + 3 * 1536),  # E N and the convolution's last 3 tokens
+        ("gla", 1024, {"heads": 4}, 512 * 1024 // 4),  # d_k d_v / H
+        ("delta_net", 1024, {"heads": 8}, 1024 * 128 + 3 * 3 * 1024),
+        ("mamba2", 768, {"heads": 24, "state_size": 128}, 1536 * 128 + 3 * (1536 + 2 * 128)),
+        ("hgrn2", 2048, {"heads": 16}, 2048 * 128),
+    ],
+)
+def test_published_models_have_states_of_the_published_sizes(mixer, width, options, floats):
+    model = nnx.eval_shape(
+        lambda: tiny_lm(width=width, depth=24, pattern=(mixer,), mixers={mixer: options})
+    )
+    assert state_bytes(model) == 24 * 4 * floats
+    assert state_bytes(model.stack.period[0].mixer) == 4 * floats
+
+
+def test_a_network_of_a_mixer_that_is_not_causal_learns_and_refuses_to_decode(monkeypatch):
+    add_mixers(monkeypatch, segment_mean=SegmentMean)
+    model = tiny_lm(pattern=("segment_mean", "gla"), depth=3)
+    tokens = jnp.arange(22).reshape(2, 11) % 7
+    graphdef, params, variables = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        logits, _ = nnx.merge(graphdef, params, variables)(tokens)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1))
+
+    before, gradients = loss(params)
+    after, _ = loss(jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients))
+    assert after < before - 1e-3
+    assert state_bytes(model) is None and not model.causal
+    with pytest.raises(ValueError, match="a stack with segment_mean has no state to decode from"):
+        model.init_state(2)

@@ -1,26 +1,27 @@
 """Diagonal scan on NVIDIA GPUs: a warp walks over time with the states of 32 channels in registers.
+(`ops/gpu/__init__.py` explains the words.)
 
-    h_t = a_t h_{t-1} + b_t
+    h_t = a_t h_{t-1} + b_t                                                           (1)
 
 Backward, with dh_t the cotangent of h_t (of the last token: plus that of the final state), g_t its
 gradient and h_{t-1} zero where a segment starts:
 
-    g_t = dh_t + conj(a_{t+1}) g_{t+1}        da_t = g_t conj(h_{t-1})        db_t = g_t
-    dh_{-1} = conj(a_0) g_0
+    g_t = dh_t + conj(a_{t+1}) g_{t+1}                                                (2)
+    da_t = g_t conj(h_{t-1})            db_t = g_t                                    (3)
+    dh_{-1} = conj(a_0) g_0                                                           (4)
 
 where the gradient of a pair of reals is written as the complex number of its two parts. The states
-h are the op's own output; a program takes turns of 16 tokens from the last to the first, loading
+h are the op's own output. A program takes turns of 16 tokens from the last to the first and loads
 each when it takes it (three numbers a token; whether to load ahead, as forward does, is not
 measured). Gradients of a constant factor are summed over time in registers, over parts and the
 batch in plain JAX, in float32.
 
 Memory binds: 2 operations for each number that is read or written. One thread has one channel and
-takes its tokens one after another; a scan over tokens inside a block would form products of factors
-of many tokens and gain nothing, because what hides the way to memory is how many loads are under
-way, and a turn is loaded at once. Few channels leave too few of them. Then time is cut
-(`pallas_gpu_scan.py`): b, or backward dh, is read once more. The product of the factors of a part
-is formed for that, which may overflow where a state that grows does not; where time is whole no
-product is.
+takes its tokens one after another. A scan over tokens inside a block would form products of factors
+of many tokens and gain nothing: what hides the latency of memory is the number of loads under way,
+and a turn is loaded at once. Few channels leave too few loads; then time is cut into parts, for
+which b, or backward dh, is read once more. This forms the product of the factors of a part, which
+may overflow where a state that grows does not. With one part no product is formed.
 
 Not measured: how many warps saturate the memory, and so where to cut.
 
@@ -36,11 +37,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..gpu import tiles as gpu
-from ..gpu.channels import CHUNK, MAX_BATCH, keep_states, kept, pad_last, parts, round_up
+from ..gpu.channels import CHUNK, MAX_BATCH, keep_of, pad_last, part_count, reset, round_up
 from .sequence_parallel import multiply, multiply_or_zero
 
 LANES = 32  # channels of a program, one for each thread
 TURN = 16  # tokens that are loaded at once
+WALKS_BACKWARDS = True  # the rules take `reverse`
 SUPPORTED = f"float32 or bfloat16, and B up to {MAX_BATCH}"
 
 Number = tuple[Any, ...]
@@ -56,21 +58,49 @@ def supports(a, b, initial_state, segment_ids, *_) -> bool:
     )
 
 
+def forward(a, b, initial_state, segment_ids, *, reverse=False, interpret=False):
+    """h and the final state in float32; shapes as in `api.py`, each number a tuple of its parts."""
+    sizes, inputs = _inputs(a, b, segment_ids, reverse, interpret)
+    starts = _part_starts(sizes, inputs, initial_state, back=False)
+    h, ends = _walk(sizes, _WalkInputs(inputs, starts))
+    channels = b[0].shape[2]
+    return sizes.tokens_of(h, channels), tuple(x[:, -1, :channels] for x in ends)
+
+
+def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, reverse=False, interpret=False):
+    """Gradients of a, b and initial_state, tuples like them, in float32; h [B, T, N]: the
+    states."""
+    sizes, inputs = _inputs(a, dh, segment_ids, reverse, interpret)
+    ends = _part_starts(sizes, inputs, dfinal_state, back=True)
+    initial = _pad_state(initial_state, sizes)
+    da, db, starts = _walk_back(
+        sizes, _GradientInputs(inputs, _pad_channels(h, sizes), initial, ends), a
+    )
+    channels = h[0].shape[2]
+    if sizes.constant:
+        da = tuple(part.sum((0, 1))[:channels] for part in da)
+    else:
+        da = tuple(part.astype(jnp.float32) for part in sizes.tokens_of(da, channels))
+    db = sizes.tokens_of(db, channels)
+    return da, db, tuple(part[:, 0, :channels] for part in starts)
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """What is static in a call. width: channels, padded to whole programs; numbers: 1, or 2 for
-    complex ones; parts: of time; constant: the factor is that of all tokens."""
+    """What is static in a call."""
 
     batch: int
     length: int
-    width: int
-    numbers: int
-    parts: int
-    constant: bool
+    width: int  # channels, padded to whole programs
+    numbers: int  # arrays of a number: 1, or 2 for complex ones
+    parts: int  # of time
+    constant: bool  # all tokens have the same factor
+    reverse: bool  # time runs from the last token to the first
     interpret: bool
 
     @property
     def blocks(self) -> int:
+        """Programs along channels."""
         return self.width // LANES
 
     @property
@@ -81,46 +111,58 @@ class Sizes:
     def grid(self) -> tuple[int, int]:
         return self.blocks * self.parts, self.batch
 
-    def number(self, *shape: int, dtypes: Any = None) -> tuple[Any, ...]:
-        """Of an output [B, ..., width]."""
-        shape = self.batch, *shape, self.width
+    def shapes(self, *sizes: int, dtypes: Any = None) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The shapes of an output number [B, *sizes, width], float32 unless said otherwise."""
+        shape = self.batch, *sizes, self.width
         dtypes = dtypes or (jnp.float32,) * self.numbers
         return tuple(jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes)
 
     @property
-    def states(self) -> tuple[Any, ...]:
-        """Of an output [B, T padded to whole turns, width] in float32."""
-        return self.number(self.turns * TURN)
+    def padded_length(self) -> int:
+        """Tokens of an output, whole turns."""
+        return self.turns * TURN
 
-    def tokens(self, like: Number) -> tuple[Any, ...]:
-        """Of an output [B, T padded to whole turns, width]."""
-        return self.number(self.turns * TURN, dtypes=[x.dtype for x in like])
-
-
-class Inputs(NamedTuple):
-    """Numbers, or refs inside: a [width] or [B, T, width]; x, which enters states, b or backward dh
-    [B, T, width]; keep [B, T] or None."""
-
-    a: Number
-    x: Number
-    keep: Any
+    def tokens_of(self, x: Number, channels: int) -> Number:
+        """[B, T, N] of an output number [B, T padded, width]."""
+        tokens = slice(-self.length, None) if self.reverse else slice(self.length)
+        return tuple(part[:, tokens, :channels] for part in x)
 
 
-def _inputs(a, x, segment_ids, interpret) -> tuple[Sizes, Inputs]:
-    (batch, length, channels), constant = x[0].shape, a[0].ndim == 1
+class KernelInputs(NamedTuple):
+    """Numbers with padded channels, as arrays or as refs."""
+
+    a: Number  # [width] or [B, T, width]
+    x: Number  # b, or backward dh [B, T, width]
+    keep: Any  # [B, T] int32, or None
+
+
+def _inputs(a, x, segment_ids, reverse, interpret) -> tuple[Sizes, KernelInputs]:
+    batch, length, channels = x[0].shape
     width = round_up(channels, LANES)
-    cut = parts(length, batch * width // LANES)
-    sizes = Sizes(batch, length, width, len(x), cut, constant, interpret)
-    return sizes, Inputs(_wide(a, sizes), _wide(x, sizes), keep_states(segment_ids))
+    sizes = Sizes(
+        batch,
+        length,
+        width,
+        numbers=len(x),
+        parts=part_count(length, batch * width // LANES),
+        constant=a[0].ndim == 1,
+        reverse=reverse,
+        interpret=interpret,
+    )
+    keep = keep_of(segment_ids, reverse)
+    return sizes, KernelInputs(_pad_channels(a, sizes), _pad_channels(x, sizes), keep)
 
 
-def _wide(x: Any, sizes: Sizes) -> Any:
-    return jax.tree.map(lambda part: pad_last(part, sizes.width), x)
+def _pad_channels(x: Number, sizes: Sizes) -> Number:
+    return tuple(pad_last(part, sizes.width) for part in x)
 
 
-def _state(x: Number, sizes: Sizes) -> Number:
+def _pad_state(x: Number, sizes: Sizes) -> Number:
     """[B, N] -> [B, 1, width] in float32."""
     return tuple(pad_last(part.astype(jnp.float32), sizes.width)[:, None] for part in x)
+
+
+# --- Numbers
 
 
 def _conjugate(x: Number) -> Number:
@@ -131,212 +173,266 @@ def _add(x: Number, y: Number) -> Number:
     return tuple(p + q for p, q in zip(x, y, strict=True))
 
 
-class Walk:
-    """A program at work: its place, and numbers of its channels."""
+def _reset(x: Number, keep: Any) -> Number:
+    return tuple(reset(part, keep) for part in x)
 
-    def __init__(self, sizes: Sizes, inputs: Inputs):
+
+# --- A program
+
+
+class Token(NamedTuple):
+    """What a program takes of a token; past the end, of one that leaves the state alone."""
+
+    t: Any
+    a: Number  # [LANES] float32
+    x: Number  # [LANES] float32
+    keep: Any  # [] int32, or None
+
+
+class Program:
+    """A program at work: its indices, and loads and stores of its channels.
+
+    Tokens are counted in walking order."""
+
+    def __init__(self, sizes: Sizes, refs: KernelInputs):
         x, self.b = pl.program_id(0), pl.program_id(1)
         block, self.part = x % sizes.blocks, x // sizes.blocks
         self.channels = gpu.span(block * LANES, LANES, sizes.width, True)
-        self.sizes, self.inputs = sizes, inputs
+        self.sizes, self.refs = sizes, refs
         self.whole = sizes.length % TURN == 0
-        self.a = self.read(inputs.a) if sizes.constant else None
-        per_part = pl.cdiv(pl.cdiv(sizes.length, CHUNK), sizes.parts) * CHUNK // TURN
-        self.first = jnp.minimum(self.part * per_part, sizes.turns)
-        self.last = jnp.minimum(self.first + per_part, sizes.turns)
+        self.constant_factor = self.load(refs.a) if sizes.constant else None
+        # The first turn of the part, and the first after it.
+        part_turns = pl.cdiv(pl.cdiv(sizes.length, CHUNK), sizes.parts) * CHUNK // TURN
+        self.first = jnp.minimum(self.part * part_turns, sizes.turns)
+        self.end = jnp.minimum(self.first + part_turns, sizes.turns)
 
-    def read(self, refs: Number, *index: Any) -> Number:
+    def load(self, refs: Number, *index: Any) -> Number:
+        """[LANES] float32."""
         return tuple(gpu.load(ref, *index, self.channels).astype(jnp.float32) for ref in refs)
 
-    def write(self, refs: Number, values: Number, *index: Any) -> None:
+    def store(self, refs: Number, values: Number, *index: Any) -> None:
         for ref, value in zip(refs, values, strict=True):
             gpu.store(ref, value, *index, self.channels)
 
-    def valid(self, t: Any, value: Any, otherwise: float) -> Any:
-        """What a token that does not exist has instead."""
+    def store_token(self, refs: Number, values: Number, t: Any) -> None:
+        """Writes [LANES] to an output [B, T padded, width]."""
+        t = self.sizes.padded_length - 1 - t if self.sizes.reverse else t
+        self.store(refs, values, self.b, t)
+
+    def input_index(self, t: Any) -> Any:
+        """Where token t is in an input; of a token that does not exist, where the nearest is."""
+        t = jnp.clip(t, 0, self.sizes.length - 1)
+        return self.sizes.length - 1 - t if self.sizes.reverse else t
+
+    def if_valid(self, t: Any, value: Any, otherwise: float) -> Any:
+        """`otherwise` for a token past the end."""
         return value if self.whole else jnp.where(t < self.sizes.length, value, otherwise)
 
-    def turn(self, refs: Number, i: Any, shift: int = 0) -> list[Number]:
-        """The numbers of the tokens of a turn, or of those `shift` tokens away."""
+    def load_turn(self, refs: Number, i: Any, shift: int = 0) -> list[Number]:
+        """The numbers of the tokens of turn i, or of those `shift` tokens later."""
         ts = [i * TURN + k + shift for k in range(TURN)]
-        return [self.read(refs, self.b, self._token(t)) for t in ts]
+        return [self.load(refs, self.b, self.input_index(t)) for t in ts]
 
-    def factors(self, i: Any) -> list[Number] | None:
-        """Of the tokens of a turn; None for one that is constant."""
-        return None if self.a is not None else self.turn(self.inputs.a, i)
+    def load_factors(self, i: Any) -> list[Number] | None:
+        """The factors of the tokens of turn i; None: a constant factor."""
+        return None if self.sizes.constant else self.load_turn(self.refs.a, i)
 
-    def token(self, i: Any, k: int, x: list[Number], a: list[Number] | None) -> Any:
-        """Number, factor, b (or dh) of a token, and whether it keeps the state before it."""
+    def token(self, i: Any, k: int, x: list[Number], a: list[Number] | None) -> Token:
+        """Token k of turn i; x, a: `load_turn` and `load_factors` of the turn."""
         t = i * TURN + k
-        factor = self.a if a is None else a[k]
+        factor = self.constant_factor if a is None else a[k]
         assert factor is not None
-        keep = self.inputs.keep
+        keep = self.refs.keep
         if keep is not None:
-            keep = self.valid(t, gpu.load(keep, self.b, self._token(t)), 1)
-        return (
+            keep = self.if_valid(t, gpu.load(keep, self.b, self.input_index(t)), 1)
+        return Token(
             t,
-            tuple(self.valid(t, part, 1.0 if n == 0 else 0.0) for n, part in enumerate(factor)),
-            tuple(self.valid(t, part, 0.0) for part in x[k]),
+            tuple(self.if_valid(t, part, 1.0 if n == 0 else 0.0) for n, part in enumerate(factor)),
+            tuple(self.if_valid(t, part, 0.0) for part in x[k]),
             keep,
         )
 
-    def _token(self, t: Any) -> Any:
-        return jnp.clip(t, 0, self.sizes.length - 1)
+
+# --- The walk forward
 
 
-def _kept(x: Number, keep: Any) -> Number:
-    return tuple(kept(part, keep) for part in x)
+class _WalkInputs(NamedTuple):
+    tokens: KernelInputs
+    starts: Number  # [B, parts, width], the states that enter the parts
 
 
-def forward(a, b, initial_state, segment_ids, *, interpret=False):
-    """Shapes as in `api.py`, each number a tuple of its parts; returns h and the final state in
-    float32."""
-    sizes, inputs = _inputs(a, b, segment_ids, interpret)
-    starts = _state(initial_state, sizes)
-    if sizes.parts > 1:
-        added, products = _walk(sizes, inputs)
-        starts = gpu.part_starts(multiply_or_zero, products, added, starts, False)
+class _WalkOutputs(NamedTuple):
+    h: Number  # [B, T padded, width]
+    ends: Number  # [B, parts, width], the states that leave the parts
 
-    def kernel(inputs, starts, h, final):
-        walk = Walk(sizes, inputs)
+
+def _walk(sizes: Sizes, inputs: _WalkInputs) -> _WalkOutputs:
+    def kernel(refs: _WalkInputs, out: _WalkOutputs) -> None:
+        program = Program(sizes, refs.tokens)
 
         def turn(i: Any, carry: Any) -> Any:
-            h_t, b, a = carry
-            following = walk.turn(inputs.x, i + 1), walk.factors(i + 1)
+            h, x, a = carry
+            following = program.load_turn(refs.tokens.x, i + 1), program.load_factors(i + 1)
             for k in range(TURN):
-                t, a_t, b_t, keep = walk.token(i, k, b, a)
-                h_t = _add(multiply(a_t, _kept(h_t, keep)), b_t)
-                walk.write(h, h_t, walk.b, t)
-            return h_t, *following
+                token = program.token(i, k, x, a)
+                h = _add(multiply(token.a, _reset(h, token.keep)), token.x)  # [LANES]  Eq. 1
+                program.store_token(out.h, h, token.t)
+            return h, *following
 
         carry = (
-            walk.read(starts, walk.b, walk.part),
-            walk.turn(inputs.x, walk.first),
-            walk.factors(walk.first),
+            program.load(refs.starts, program.b, program.part),
+            program.load_turn(refs.tokens.x, program.first),
+            program.load_factors(program.first),
         )
-        h_t, *_ = lax.fori_loop(walk.first, walk.last, turn, carry)
-        walk.write(final, h_t, walk.b, walk.part)
+        h, *_ = lax.fori_loop(program.first, program.end, turn, carry)
+        program.store(out.ends, h, program.b, program.part)
 
-    h, final = gpu.call(
+    return gpu.call(
         "diagonal_scan_forward",
         kernel,
         sizes.grid,
-        (inputs, starts),
-        (sizes.states, sizes.number(sizes.parts)),
+        inputs,
+        _WalkOutputs(sizes.shapes(sizes.padded_length), sizes.shapes(sizes.parts)),
         warps=1,
         interpret=sizes.interpret,
     )
-    channels = b[0].shape[2]
-    return (
-        tuple(x[:, : sizes.length, :channels] for x in h),
-        tuple(x[:, -1, :channels] for x in final),
-    )
 
 
-def _walk(sizes: Sizes, inputs: Inputs, reverse: bool = False) -> tuple[Number, Number]:
-    """What each part adds to a state, or reverse to the gradient conj(a_t) g_t, and the product of
-    its factors."""
-    of_parts = sizes.number(sizes.parts)
+# --- Parts of time
 
-    def kernel(inputs, *outputs):
-        walk = Walk(sizes, inputs)
-        begin, step = (walk.last - 1, -1) if reverse else (walk.first, 1)
+
+class _PartInputs(NamedTuple):
+    tokens: KernelInputs
+
+
+class _PartOutputs(NamedTuple):
+    """A part maps a state h (back: conj(a) g) to factors h + increments; [B, parts, width]."""
+
+    increments: Number
+    factors: Number
+
+
+def _part_starts(
+    sizes: Sizes, inputs: KernelInputs, initial_state: Number, *, back: bool
+) -> Number:
+    """The states that enter the parts [B, parts, width].
+
+    back: the gradients conj(a_t) g_t, which run from the last part of the walk to the first;
+    `initial_state` is then the gradient of the final state."""
+    state = _pad_state(initial_state, sizes)
+    if sizes.parts == 1:
+        return state
+    increments, factors = _walk_parts(sizes, _PartInputs(inputs), back)
+    return gpu.part_starts(multiply_or_zero, factors, increments, state, back)
+
+
+def _walk_parts(sizes: Sizes, inputs: _PartInputs, back: bool) -> _PartOutputs:
+    """Walks over each part from zero, without outputs of tokens."""
+
+    def kernel(refs: _PartInputs, out: _PartOutputs) -> None:
+        program = Program(sizes, refs.tokens)
+        begin, step = (program.end - 1, -1) if back else (program.first, 1)
 
         def turn(n: Any, carry: Any) -> Any:
             h, product, x, a = carry
             i = begin + step * n
-            following = walk.turn(inputs.x, i + step), walk.factors(i + step)
+            following = program.load_turn(refs.tokens.x, i + step), program.load_factors(i + step)
             for k in range(TURN)[::step]:
-                _, a_t, x_t, keep = walk.token(i, k, x, a)
-                if reverse:
-                    a_t = _conjugate(a_t)
-                    h = _kept(multiply(a_t, _add(h, x_t)), keep)
+                token = program.token(i, k, x, a)
+                factor = _conjugate(token.a) if back else token.a
+                if back:
+                    h = _reset(multiply(factor, _add(h, token.x)), token.keep)  # Eq. 2
                 else:
-                    h = _add(multiply(a_t, _kept(h, keep)), x_t)
-                product = _kept(multiply(a_t, product), keep)
+                    h = _add(multiply(factor, _reset(h, token.keep)), token.x)  # Eq. 1
+                product = _reset(multiply(factor, product), token.keep)
             return h, product, *following
 
         zero = jnp.zeros((LANES,), jnp.float32)
-        nothing = (zero,) * sizes.numbers
-        one = zero + 1, *nothing[1:]
-        carry = nothing, one, walk.turn(inputs.x, begin), walk.factors(begin)
-        *results, _, _ = lax.fori_loop(0, walk.last - walk.first, turn, carry)
-        for ref, result in zip(outputs, results, strict=True):
-            walk.write(ref, result, walk.b, walk.part)
+        zeros = (zero,) * sizes.numbers
+        one = zero + 1, *zeros[1:]
+        x = program.load_turn(refs.tokens.x, begin)
+        carry = zeros, one, x, program.load_factors(begin)
+        h, product, _, _ = lax.fori_loop(0, program.end - program.first, turn, carry)
+        program.store(out.increments, h, program.b, program.part)
+        program.store(out.factors, product, program.b, program.part)
 
     return gpu.call(
-        f"diagonal_scan_{'gradient' if reverse else 'state'}_parts",
+        f"diagonal_scan_{'gradient' if back else 'state'}_parts",
         kernel,
         sizes.grid,
-        (inputs,),
-        (of_parts, of_parts),
+        inputs,
+        _PartOutputs(sizes.shapes(sizes.parts), sizes.shapes(sizes.parts)),
         warps=1,
         interpret=sizes.interpret,
     )
 
 
-def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, interpret=False):
-    """Cotangents of a, b and initial_state, tuples like them, in float32; h [B, T, N] are the
-    states."""
-    sizes, inputs = _inputs(a, dh, segment_ids, interpret)
-    ends = _state(dfinal_state, sizes)
-    if sizes.parts > 1:
-        added, products = _walk(sizes, inputs, reverse=True)
-        ends = gpu.part_starts(multiply_or_zero, products, added, ends, True)
+# --- The walk back
 
-    def kernel(inputs, h, initial, ends, db, da, dinitial):
-        walk = Walk(sizes, inputs)
-        initial = walk.read(initial, walk.b, 0)
+
+class _GradientInputs(NamedTuple):
+    tokens: KernelInputs
+    h: Number  # [B, T, width]
+    initial_state: Number  # [B, 1, width]
+    ends: Number  # [B, parts, width], the gradients conj(a) g that enter the parts from their ends
+
+
+class _GradientOutputs(NamedTuple):
+    db: Number  # [B, T padded, width]
+    da: Number  # [B, T padded, width], or [B, parts, width] of a constant factor
+    starts: Number  # [B, parts, width], the gradients conj(a) g that leave the parts
+
+
+def _walk_back(sizes: Sizes, inputs: _GradientInputs, a: Number) -> tuple[Number, Number, Number]:
+    """da, db and the gradients that leave the parts; a: factors, in whose dtype da is written."""
+
+    def kernel(refs: _GradientInputs, out: _GradientOutputs) -> None:
+        program = Program(sizes, refs.tokens)
+        initial_state = program.load(refs.initial_state, program.b, 0)
 
         def turn(n: Any, carry: Any) -> Any:
             ag, da_sum = carry
-            i = walk.last - 1 - n
-            a, dh = walk.factors(i), walk.turn(inputs.x, i)
-            before = walk.turn(h, i, shift=-1)
+            i = program.end - 1 - n
+            a, dh = program.load_factors(i), program.load_turn(refs.tokens.x, i)
+            before = program.load_turn(refs.h, i, shift=-1)  # h_{t-1}
             before[0] = tuple(
                 jnp.where(i == 0, first, other)
-                for first, other in zip(initial, before[0], strict=True)
+                for first, other in zip(initial_state, before[0], strict=True)
             )
             for k in reversed(range(TURN)):
-                t, a_t, dh_t, keep = walk.token(i, k, dh, a)
-                g_t = _add(ag, dh_t)
-                da_t = multiply(g_t, _conjugate(_kept(before[k], keep)))
-                walk.write(db, g_t, walk.b, t)
+                token = program.token(i, k, dh, a)
+                g = _add(ag, token.x)  # [LANES]  Eq. 2
+                da = multiply(g, _conjugate(_reset(before[k], token.keep)))  # [LANES]  Eq. 3
+                program.store_token(out.db, g, token.t)
                 if sizes.constant:
-                    da_t = tuple(walk.valid(t, part, 0.0) for part in da_t)
-                    da_sum = _add(da_sum, da_t)
+                    da = tuple(program.if_valid(token.t, part, 0.0) for part in da)
+                    da_sum = _add(da_sum, da)
                 else:
-                    walk.write(da, da_t, walk.b, t)
-                ag = _kept(multiply(_conjugate(a_t), g_t), keep)
+                    program.store_token(out.da, da, token.t)
+                ag = _reset(multiply(_conjugate(token.a), g), token.keep)  # Eq. 2
             return ag, da_sum
 
         zeros = (jnp.zeros((LANES,), jnp.float32),) * sizes.numbers
-        carry = walk.read(ends, walk.b, walk.part), zeros if sizes.constant else ()
-        ag, da_sum = lax.fori_loop(0, walk.last - walk.first, turn, carry)
-        walk.write(dinitial, ag, walk.b, walk.part)
+        carry = program.load(refs.ends, program.b, program.part), zeros if sizes.constant else ()
+        ag, da_sum = lax.fori_loop(0, program.end - program.first, turn, carry)
+        program.store(out.starts, ag, program.b, program.part)  # Eq. 4
         if sizes.constant:
-            walk.write(da, da_sum, walk.b, walk.part)
+            program.store(out.da, da_sum, program.b, program.part)
 
-    db, da, dinitial = gpu.call(
+    dtypes = [part.dtype for part in a]
+    gradients = gpu.call(
         "diagonal_scan_backward",
         kernel,
         sizes.grid,
-        (inputs, _wide(h, sizes), _state(initial_state, sizes), ends),
-        (
-            sizes.states,
-            sizes.number(sizes.parts) if sizes.constant else sizes.tokens(a),
-            sizes.number(sizes.parts),
+        inputs,
+        _GradientOutputs(
+            sizes.shapes(sizes.padded_length),
+            sizes.shapes(sizes.parts)
+            if sizes.constant
+            else sizes.shapes(sizes.padded_length, dtypes=dtypes),
+            sizes.shapes(sizes.parts),
         ),
         warps=1,
         interpret=sizes.interpret,
     )
-    channels = h[0].shape[2]
-
-    def of_tokens(x: Number) -> Number:
-        return tuple(part[:, : sizes.length, :channels].astype(jnp.float32) for part in x)
-
-    return (
-        tuple(part.sum((0, 1))[:channels] for part in da) if sizes.constant else of_tokens(da),
-        of_tokens(db),
-        tuple(part[:, 0, :channels] for part in dinitial),
-    )
+    return gradients.da, gradients.db, gradients.starts

@@ -1,5 +1,4 @@
-"""How the GPU kernels of matrix-state recurrences see a sequence: chunk by chunk, and what they
-read of each."""
+"""Chunks of ops with a matrix state: their sizes, and what a kernel reads of each."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,16 +11,18 @@ from jax.experimental import pallas as pl
 from . import tiles as gpu
 from .decay import TokenDecay, load_segments, token_decay
 
+# The registers of a program hold a tile of the state of so many numbers beside a chunk's matmuls.
+STATE_NUMBERS = {jnp.dtype(jnp.bfloat16): 8192, jnp.dtype(jnp.float32): 4096}
+
 
 def chunk_length(length: int) -> int:
-    """C: 64, the rows of Hopper's matmuls, or fewer where there are not as many tokens."""
+    """C: 64, the rows of Hopper's matmuls, or less for shorter sequences."""
     return min(64, gpu.tile_size(length))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is static in a call; chunk: C; dtype: of matmuls; scale: what scores and reads still
-    lack."""
+    """What is static in a call."""
 
     batch: int
     length: int
@@ -29,23 +30,31 @@ class Sizes:
     key: int
     value: int
     chunk: int
-    dtype: Any
-    scale: float
+    dtype: Any  # of matmuls, `tiles.matmul_dtype`
+    scale: float  # factor that the kernels must still apply to scores and reads
     interpret: bool
 
     @property
     def chunks(self) -> int:
+        """G."""
         return pl.cdiv(self.length, self.chunk)
 
     @property
     def rows(self) -> int:
-        """T padded to whole chunks."""
+        """G C, the padded rows."""
         return self.chunks * self.chunk
 
     @property
     def warps(self) -> int:
-        """Of a program with tiles of 64 x 64; three products for one take twice the registers."""
+        """Warps of a program with tiles of 64 x 64; three products for one take twice the
+        registers."""
         return 4 if self.dtype == jnp.bfloat16 else 8
+
+    @property
+    def state_width(self) -> int:
+        """Value channels of the state that a program holds, all key channels of each."""
+        numbers = STATE_NUMBERS[jnp.dtype(self.dtype)]
+        return min(64, max(gpu.MIN_TILE, numbers // self.keys.size))
 
     @property
     def keys(self) -> gpu.Span:
@@ -53,37 +62,58 @@ class Sizes:
         return self.channels(0, gpu.tile_size(self.key), self.key)
 
     def channels(self, n: Any, width: int, size: int) -> gpu.Span:
-        """The n-th tile of `size` channels."""
+        """The n-th tile of `width` out of `size` channels."""
         return gpu.span(n * width, width, size, size % width == 0)
 
     def values(self, n: Any, width: int) -> gpu.Span:
+        """The n-th tile of the value channels."""
         return self.channels(n, width, self.value)
 
     def tokens(self, t: Any) -> gpu.Span:
+        """The tokens of chunk t."""
         whole = self.length % self.chunk == 0
         return gpu.span(t * self.chunk, self.chunk, self.length, whole)
 
     def padded(self, t: Any) -> gpu.Span:
-        """The same rows of an array that is padded to whole chunks."""
+        """The same tokens in an array of padded rows."""
         return gpu.span(t * self.chunk, self.chunk, self.rows, True)
 
     @property
-    def square(self) -> gpu.Span:
-        """The tokens of a chunk, as columns of scores."""
+    def columns(self) -> gpu.Span:
+        """The tokens of a chunk as the columns of its scores."""
         return gpu.span(0, self.chunk, self.chunk, True)
 
-    def place(self) -> tuple[Any, Any, Any]:
-        """Batch and head of a program of a grid (anything, B H), and its first coordinate."""
-        x, at = pl.program_id(0), pl.program_id(1)
-        return at // self.heads, at % self.heads, x
+    def program(self) -> tuple[Any, Any, Any]:
+        """Batch and head of a program of a grid (x, B H), and x."""
+        x, batch_and_head = pl.program_id(0), pl.program_id(1)
+        return batch_and_head // self.heads, batch_and_head % self.heads, x
+
+    def part_chunks(self, part: Any, parts: int) -> tuple[Any, Any]:
+        """The first chunk of a part of time, and the first after it."""
+        first = part * pl.cdiv(self.chunks, parts)
+        return first, jnp.minimum(first + pl.cdiv(self.chunks, parts), self.chunks)
+
+    def tokens_shape(self, x: jax.Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
+        """The shape of an output like x [B, T, ..]."""
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype)
+
+    def rows_shape(self, channels: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        """The shape of an output [B, H, G C, channels]."""
+        return jax.ShapeDtypeStruct((self.batch, self.heads, self.rows, channels), dtype)
+
+    def chunks_shape(self, *sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        """The shape of an output [B, H, G, *sizes]."""
+        return jax.ShapeDtypeStruct((self.batch, self.heads, self.chunks, *sizes), dtype)
 
 
-class Inputs(NamedTuple):
-    """What the kernels read besides values: arrays, or refs inside.
+class ChunkInputs(NamedTuple):
+    """q, k and their decays as arrays, or as refs inside a kernel.
 
-    With a decay per channel q, k, scores and total are those of `channel_scores`, log and numbers
-    None. Otherwise scores and total are None: q, k [B, T, HK, K], log None, [H] or [B, T, H],
-    numbers None or [B, T]."""
+    Without a decay for each channel: q, k [B, T, HK, K]; log None, [H] or [B, T, H]; numbers None
+    or [B, T], those of segments; scores and total None.
+
+    With one, as `channel_scores` computes them: q (scale prefix . q), k (suffix . k)
+    [B, H, G C, K]; scores P [B, H, G C, C]; total [B, H, G, K]; log and numbers None."""
 
     q: Any
     k: Any
@@ -98,58 +128,68 @@ class Chunk:
     """Chunk t of batch b and head h, inside a kernel."""
 
     sizes: Sizes
-    inputs: Inputs
+    refs: ChunkInputs
     matmul: gpu.Matmul
     b: Any
     h: Any
     t: Any
 
-    def keys(self, ref: Any, columns: gpu.Span) -> jax.Array:
-        """[C, columns] of `inputs.q` or `inputs.k`."""
-        if self.inputs.scores is not None:
-            return gpu.load(ref, self.b, self.h, self.sizes.padded(self.t), columns)
-        group = self.sizes.heads // ref.shape[2]
-        rows = self.sizes.tokens(self.t)
-        return gpu.load(ref, self.b, rows, self.h // group, columns)
+    def queries(self, channels: gpu.Span) -> jax.Array:
+        """[C, K]."""
+        return self._keys(self.refs.q, channels)
 
-    def values(self, ref: Any, columns: gpu.Span) -> jax.Array:
-        """[C, columns] of v or do."""
-        return gpu.load(ref, self.b, self.sizes.tokens(self.t), self.h, columns)
+    def keys(self, channels: gpu.Span) -> jax.Array:
+        """[C, K]."""
+        return self._keys(self.refs.k, channels)
+
+    def _keys(self, ref: Any, channels: gpu.Span) -> jax.Array:
+        if self.refs.scores is not None:
+            return gpu.load(ref, self.b, self.h, self.sizes.padded(self.t), channels)
+        tokens, group = self.sizes.tokens(self.t), self.sizes.heads // ref.shape[2]
+        return gpu.load(ref, self.b, tokens, self.h // group, channels)
+
+    def values(self, ref: Any, channels: gpu.Span) -> jax.Array:
+        """[C, V] of v or do [B, T, H, V]."""
+        return gpu.load(ref, self.b, self.sizes.tokens(self.t), self.h, channels)
+
+    def padded(self, ref: Any, columns: gpu.Span) -> jax.Array:
+        """[C, columns] of an array [B, H, G C, ..] that another kernel wrote."""
+        return gpu.load(ref, self.b, self.h, self.sizes.padded(self.t), columns)
+
+    def boundary(self, ref: Any, keys: gpu.Span, values: gpu.Span) -> jax.Array:
+        """[K, V] of states at the boundaries of chunks [B, H, G, K, V]."""
+        return gpu.load(ref, self.b, self.h, self.t, keys, values)
 
     def log(self) -> jax.Array | None:
-        """[C] float32, zero where no token is; None: no decay."""
-        ref, sizes = self.inputs.log, self.sizes
+        """[C] float32, zero for tokens past the end; None: no decay."""
+        ref, sizes = self.refs.log, self.sizes
         if ref is None:
             return None
         if len(ref.shape) == 3:
             log = gpu.load(ref, self.b, sizes.tokens(self.t), self.h)
             return log.astype(jnp.float32)
-        place = self.t * sizes.chunk + lax.iota(jnp.int32, sizes.chunk)
+        token = self.t * sizes.chunk + lax.iota(jnp.int32, sizes.chunk)
         log = gpu.load(ref, self.h).astype(jnp.float32)
-        return jnp.where(place < sizes.length, log, 0.0)
+        return jnp.where(token < sizes.length, log, 0.0)
 
     def decay(self) -> TokenDecay:
-        """W, prefix, suffix and total; all ones where `channel_scores` has seen to the decays."""
+        """The products of the chunk's decays; of ones where `channel_scores` has applied them."""
         sizes = self.sizes
         segments = load_segments(
-            self.inputs.numbers, self.b, self.t * sizes.chunk, sizes.chunk, sizes.length
+            self.refs.numbers, self.b, self.t * sizes.chunk, sizes.chunk, sizes.length
         )
         return token_decay(self.log(), segments, self.matmul, sizes.chunk)
 
-    def keep(self, decay: TokenDecay, state: jax.Array, keys: gpu.Span) -> jax.Array:
-        """What is left of `state` [keys, values] after the chunk."""
-        if self.inputs.total is None:
-            return decay.keep(state)
-        total = gpu.load(self.inputs.total, self.b, self.h, self.t, keys)
+    def times_total(self, decay: TokenDecay, state: jax.Array, keys: gpu.Span) -> jax.Array:
+        """total S, of a state [K, V] at the chunk's start."""
+        if self.refs.total is None:
+            return decay.times_total(state)
+        total = gpu.load(self.refs.total, self.b, self.h, self.t, keys)  # [K]
         return state * total[:, None]
 
-    def scores(self) -> jax.Array:
-        """P [C, C] as `channel_scores` left it."""
-        rows = self.sizes.padded(self.t)
-        return gpu.load(self.inputs.scores, self.b, self.h, rows, self.sizes.square)
 
-
-def key_dtypes(q: jax.Array, k: jax.Array, sizes: Sizes) -> tuple[Any, Any]:
-    """Of gradients per value head: float32 where several are still to be added up."""
+def key_gradient_dtypes(q: jax.Array, k: jax.Array, sizes: Sizes) -> tuple[Any, Any]:
+    """The dtypes in which kernels write dq and dk of each value head: float32 where those of
+    several heads are added up afterwards."""
     alone = q.shape[2] == sizes.heads
     return tuple(x.dtype if alone else jnp.dtype(jnp.float32) for x in (q, k))  # pyright: ignore

@@ -1,16 +1,20 @@
 """(I + A)^-1 of a strictly lower-triangular A in a GPU kernel.
 
-Powers of A are never formed: with identical keys they overflow float32 while the inverse itself
+Powers of A are never formed: with identical keys they overflow float32, while the inverse itself
 stays within 2.
 
-**Diagonal blocks** of 16 rows are solved by forward substitution, all of a matrix at once, as [C /
-16, 16, 16]: column s of the blocks times row s of their inverses is taken from the rows below, s =
-0, 1, .. 14.
+**Diagonal blocks** of 16 rows are solved by forward substitution, all blocks of a matrix at once,
+as [C / 16, 16, 16]. With X the inverses, at first the identity, and D the blocks, for s = 0 .. 14
 
-**Merging** doubles the blocks until they are one. With T the inverses of blocks of b rows and A21
-what A has below the diagonal in blocks of 2b rows, the new part of the inverse is -T22 A21 T11. The
-lowering cannot cut a block out of a tile, so this is T - T A21 T on whole tiles, A21 behind a mask.
-"""
+    X -= (column s of D) (row s of X)                                                 (1)
+
+**Merging** doubles the blocks until there is one. Let T hold the inverses of the blocks of b rows,
+and A21 those elements of A that are in blocks of 2b rows but not of b rows. Then
+
+    T -= T A21 T                                                                      (2)
+
+The product on whole tiles is -T22 A21 T11 in the lower left of each block of 2b rows and zero
+elsewhere. NOTE: the lowering cannot cut a block out of a tile."""
 
 import jax
 import jax.numpy as jnp
@@ -22,35 +26,37 @@ ROWS = 16  # of a diagonal block solved by substitution
 
 
 def unit_lower_inverse(matmul: gpu.Matmul, A: jax.Array) -> jax.Array:
-    """A [C, C] float32, zero on and above the diagonal; C a power of two, at least 16. Returns
-    float32."""
-    size = A.shape[0]
-    row, column = gpu.indices(size, size)
+    """(I + A)^-1 [C, C] float32.
+
+    A: [C, C] float32, zero on and above the diagonal; C a power of two, at least 16."""
+    C = A.shape[0]
+    row, column = gpu.indices(C, C)
     distance = row ^ column  # below b: in one block of b rows
-    T = _diagonal_blocks(jnp.where(distance < ROWS, A, 0.0))
+    T = _diagonal_inverses(jnp.where(distance < ROWS, A, 0.0))  # [C, C]
     T = jnp.where(distance < ROWS, T, 0.0)
     b = ROWS
-    while b < size:
-        below = jnp.where((distance >= b) & (distance < 2 * b), A, 0.0)
-        T -= matmul.nn(T, matmul.nn(below, T))
+    while b < C:
+        A21 = jnp.where((distance >= b) & (distance < 2 * b), A, 0.0)  # [C, C]
+        T -= matmul.nn(T, matmul.nn(A21, T))  # Eq. 2
         b *= 2
     return T
 
 
-def _diagonal_blocks(A: jax.Array) -> jax.Array:
-    """The inverses of I + the diagonal blocks, each in all blocks of its rows; A is zero
-    elsewhere."""
-    size = A.shape[0]
-    shape = size // ROWS, ROWS, ROWS
+def _diagonal_inverses(A: jax.Array) -> jax.Array:
+    """[C, C]: the inverse of each diagonal block of I + A, repeated in all blocks of its rows.
+
+    A: [C, C], zero outside the diagonal blocks."""
+    C = A.shape[0]
+    shape = C // ROWS, ROWS, ROWS
     row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
-    D = A.reshape(size, size // ROWS, ROWS).sum(1).reshape(shape)
+    D = A.reshape(C, C // ROWS, ROWS).sum(1).reshape(shape)  # [C / 16, 16, 16]
 
     def step(s: jax.Array, X: jax.Array) -> jax.Array:
-        of_column = jnp.where(column == s, D, 0.0).sum(2)
-        of_row = jnp.where(row == s, X, 0.0).sum(1)
-        return X - of_column[:, :, None] * of_row[:, None, :]
+        D_column = jnp.where(column == s, D, 0.0).sum(2)  # [C / 16, 16]
+        X_row = jnp.where(row == s, X, 0.0).sum(1)  # [C / 16, 16]
+        return X - D_column[:, :, None] * X_row[:, None, :]  # Eq. 1
 
-    X = jnp.where(row == column, 1.0, 0.0)
+    X = jnp.where(row == column, 1.0, 0.0)  # [C / 16, 16, 16]
     X = lax.fori_loop(0, ROWS - 1, step, X)
-    wide = lax.broadcast_in_dim(X.reshape(size, ROWS), (size, size // ROWS, ROWS), (0, 2))
-    return wide.reshape(size, size)
+    wide = lax.broadcast_in_dim(X.reshape(C, ROWS), (C, C // ROWS, ROWS), (0, 2))
+    return wide.reshape(C, C)

@@ -1,17 +1,17 @@
-"""What the GPU kernels share: loads and stores by index, how matmuls round, sums over intervals of
-tokens.
+"""Tiles of GPU kernels: how they are loaded, stored and multiplied, and how a kernel is launched.
 
 The kernels are written for Pallas' Triton lowering, which runs from Ampere on. A program of a
-kernel holds tiles in registers; every size of a tile is a power of two, at least 16 where it enters
-a matmul, and what an array lacks of it is masked. The lowering has no slices of values, no scratch
-memory and no order between programs: what is sequential is a loop inside one program.
+kernel holds tiles in registers. Every side of a tile is a power of two, at least 16 where the tile
+enters a matmul; where an array is smaller, the rest of the tile is masked. The lowering has no
+slices of values, no scratch memory and no order between programs: what is sequential is a loop
+inside one program.
 
 **Precision.** Tensor cores multiply bfloat16 and add in float32. Bfloat16 inputs enter matmuls as
-they are, and what is computed from them in float32 is rounded where it enters one; sums and states
-are float32. Float32 numbers enter as sums of three bfloat16 ones, all of their bits: six products
-for one, the time of three TF32 products, which would keep 21 bits. (A single TF32 product keeps 11,
-beyond the error budget of the ops; plain float32 ones are too slow.) Interpreted kernels round as
-compiled ones do.
+they are; float32 intermediates are rounded to bfloat16 where they enter one; sums and states are
+float32. Float32 inputs enter as sums of three bfloat16 terms, which hold all of their bits. That
+takes six products in the place of one, the time of three TF32 products, which would keep 21 bits.
+(A single TF32 product keeps 11, beyond the error budget of the ops; plain float32 products are too
+slow.) Interpreted kernels round as compiled ones do.
 
 **Lazy import.** jax has announced that it will remove this lowering. It is imported when a kernel
 is traced; `available()` says whether it is there."""
@@ -49,35 +49,38 @@ def tile_size(n: int) -> int:
 
 def call(
     name: str,
-    kernel: Callable[..., None],
+    kernel: Callable[[Any, Any], None],
     grid: tuple[int, ...],
-    inputs: Sequence[Any],
-    outputs: Sequence[Any],
-    warps: int,
+    inputs: Any,
+    outputs: Any,
     *,
+    warps: int,
     interpret: bool,
 ) -> Any:
-    """The outputs of `kernel(*inputs, *outputs)`, called with refs of whole arrays for every place
-    of the grid.
+    """The outputs of `kernel(refs, out)`, which runs once for every index of the grid.
 
-    Inputs and outputs may be trees, and None in them."""
-    return pl.pallas_call(
+    inputs: a `NamedTuple` of arrays; outputs: one of `jax.ShapeDtypeStruct`s. Their fields may also
+    be such tuples, or None. `refs` and `out` are the same tuples with references to whole arrays.
+    Returned is a tuple like `outputs` with arrays."""
+    (results,) = pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape=tuple(outputs),
+        out_shape=[outputs],
         interpret=interpret,
         name=name,
+        # NOTE: two stages: what the next step of a loop multiplies is copied to shared memory
+        # during this one.
         compiler_params=triton().CompilerParams(num_warps=warps, num_stages=2),
-    )(*inputs)
+    )(inputs)
+    return results
 
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive places along one axis of an array: index [n], and which of them exist (None:
-    all)."""
+    """Consecutive indices along one axis of an array."""
 
-    index: jax.Array
-    valid: jax.Array | None
+    index: jax.Array  # [n] int32
+    valid: jax.Array | None  # [n] bool, which of them exist; None: all
 
     @property
     def size(self) -> int:
@@ -85,65 +88,69 @@ class Span:
 
 
 def span(start: Any, size: int, limit: int, whole: bool) -> Span:
-    """`size` places from `start`; whole: static, no place is beyond `limit`, wherever it starts."""
+    """The `size` indices from `start` on, of an axis that ends at `limit`.
+
+    whole: whether no index can be beyond `limit`, whatever `start` is; known when the kernel is
+    traced."""
     index = start + lax.iota(jnp.int32, size)
     return Span(index, None if whole else index < limit)
 
 
 def load(ref: Any, *index: Any) -> jax.Array:
-    """The tile of `ref` at scalars and one or two Spans, zero where a Span has no place."""
-    at, mask = _address(index)
+    """The tile of `ref` at scalars and one or two Spans; zero where an index is not valid."""
+    indices, mask = _address(index)
     if mask is None:
-        return triton().load(ref.at[at])
-    return triton().load(ref.at[at], mask=mask, other=0)
+        return triton().load(ref.at[indices])
+    return triton().load(ref.at[indices], mask=mask, other=0)
 
 
 def store(ref: Any, value: jax.Array, *index: Any) -> None:
-    """Writes a tile where `load` would read it, in the dtype of `ref`."""
-    at, mask = _address(index)
-    triton().store(ref.at[at], value.astype(ref.dtype), mask=mask)
+    """Writes `value`, cast to the dtype of `ref`, where `load` would read it."""
+    indices, mask = _address(index)
+    triton().store(ref.at[indices], value.astype(ref.dtype), mask=mask)
 
 
 def _address(index: Sequence[Any]) -> tuple[tuple[Any, ...], jax.Array | None]:
-    spans = [x for x in index if isinstance(x, Span)]
-    shape = tuple(x.size for x in spans)
-    at, mask, axis = [], None, 0
+    """The index of each axis, Spans broadcast against each other, and the mask (None: no mask)."""
+    shape = tuple(x.size for x in index if isinstance(x, Span))
+    indices, mask, axis = [], None, 0
     for x in index:
         if not isinstance(x, Span):
-            at.append(x)
+            indices.append(x)
             continue
-        at.append(lax.broadcast_in_dim(x.index, shape, (axis,)))
+        indices.append(lax.broadcast_in_dim(x.index, shape, (axis,)))
         if x.valid is not None:
             valid = lax.broadcast_in_dim(x.valid, shape, (axis,))
             mask = valid if mask is None else mask & valid
         axis += 1
-    return tuple(at), mask
+    return tuple(indices), mask
 
 
 @dataclass(frozen=True)
 class Matmul:
     """Products of tiles with float32 sums: nn = A B, nt = A B^T, tn = A^T B.
 
-    dtype: of the inputs, bfloat16 or float32. fine: beside bfloat16 inputs, factors computed in
-    float32 enter in two terms, 16 bits, in place of one."""
+    A bfloat16 factor enters as it is, a float32 factor as a sum of bfloat16 terms."""
 
-    dtype: Any
-    fine: bool = False
+    dtype: Any  # of the op's inputs: bfloat16 or float32, whose factors enter in three terms
+    fine: bool = False  # with bfloat16 inputs: a float32 factor enters in two terms, not in one
 
     def _dot(self, a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-        of_a, of_b = (self._terms(x) for x in (a, b))
-        pairs = [(i, j) for i in range(len(of_a)) for j in range(len(of_b))]
-        most = max(len(of_a), len(of_b))  # what two last terms make is beyond them
+        a_terms, b_terms = (self._terms(x) for x in (a, b))
+        # The product of terms i and j is 2^(-8 (i + j)) of the whole: from `count` on it is lost
+        # in the rounding of the last term. The smallest products are added first.
+        count = max(len(a_terms), len(b_terms))
+        pairs = [(i, j) for i in range(len(a_terms)) for j in range(len(b_terms)) if i + j < count]
         total = None
-        for i, j in sorted((x for x in pairs if sum(x) < most), key=sum, reverse=True):
-            part = lax.dot_general(
-                of_a[i],
-                of_b[j],
+        for i, j in sorted(pairs, key=sum, reverse=True):
+            product = lax.dot_general(
+                a_terms[i],
+                b_terms[j],
                 (((a_axis,), (b_axis,)), ((), ())),
                 precision=lax.Precision.DEFAULT,
                 preferred_element_type=jnp.float32,
             )
-            total = part if total is None else total + part
+            total = product if total is None else total + product
         assert total is not None
         return total
 
@@ -167,21 +174,21 @@ class Matmul:
     def tn(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return self._dot(a, b, 0, 0)
 
-    def sums(self, which: jax.Array, x: jax.Array) -> jax.Array:
-        """For each row of `which` [R, C] bool the sum of those rows of x [C, X], float32.
+    def masked_sums(self, mask: jax.Array, x: jax.Array) -> jax.Array:
+        """[R, X] float32: row r is the sum of the rows c of x [C, X] with mask[r, c].
 
-        x enters in terms of 8 bits, which a bfloat16 product with zeros and ones leaves exact:
-        three terms are all of float32, two are twice the bits of bfloat16 inputs."""
-        return replace(self, fine=True).nn(which.astype(jnp.bfloat16), x)
+        mask: [R, C] bool. x enters in terms of 8 bits, whose products with zeros and ones are exact
+        in bfloat16: three terms are all of float32, two have twice the bits of bfloat16 inputs."""
+        return replace(self, fine=True).nn(mask.astype(jnp.bfloat16), x)
 
 
 def matmul_dtype(*arrays: jax.Array) -> Any:
-    """bfloat16 where all inputs are; otherwise float32."""
+    """The dtype of `Matmul`: bfloat16 where all arrays are, otherwise float32."""
     return jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in arrays) else jnp.float32
 
 
 def indices(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
-    """Row and column numbers [rows, columns]."""
+    """The row index and the column index of each element, both [rows, columns] int32."""
     return (
         lax.broadcasted_iota(jnp.int32, (rows, columns), 0),
         lax.broadcasted_iota(jnp.int32, (rows, columns), 1),
@@ -192,15 +199,15 @@ def zeros(*sizes: int) -> jax.Array:
     return jnp.zeros(sizes, jnp.float32)
 
 
-def divided(size: int, most: int) -> tuple[int, int]:
-    """The width of a tile, at most `most`, and how many cover `size`."""
-    width = min(tile_size(size), most)
+def tiling(size: int, max_width: int) -> tuple[int, int]:
+    """The width of a tile, at most `max_width`, and how many such tiles cover `size`."""
+    width = min(tile_size(size), max_width)
     return width, pl.cdiv(size, width)
 
 
 def split_time(chunks: int, programs: int) -> int:
-    """In how many parts to cut `chunks` chunks where `programs` programs run beside each other
-    without.
+    """The number of parts into which `chunks` chunks are cut; programs: how many there are for
+    each part.
 
     Every part after the first costs another pass over its keys and values; no part is shorter than
     eight chunks."""
@@ -211,19 +218,24 @@ def split_time(chunks: int, programs: int) -> int:
 
 
 def part_starts(
-    multiply: Callable[[Any, Any], Any], products: Any, added: Any, entering: Any, reverse: bool
+    multiply: Callable[[Any, Any], Any],
+    factors: Any,
+    increments: Any,
+    initial_state: Any,
+    reverse: bool,
 ) -> Any:
-    """States that enter the parts, numbers of arrays [B, parts, ...] as products and added;
-    entering: [B, 1, ...].
+    """The states that enter the parts, a tree like `increments`, of arrays [B, parts, ...].
 
-    S' = product S + added from part to part, from the last to the first in reverse.
+    A part maps S to multiply(factor, S) + increment. factors, increments: trees of arrays
+    [B, parts, ...]; initial_state: a tree of [B, 1, ...], the state that enters the first part.
+    reverse: time runs from the last part to the first, and the initial state enters the last.
     """
 
     def step(S: Any, part: Any) -> Any:
-        product, added = part
-        return jax.tree.map(jnp.add, multiply(product, S), added), S
+        factor, increment = part
+        return jax.tree.map(jnp.add, multiply(factor, S), increment), S
 
-    parts = jax.tree.map(lambda x: x.swapaxes(0, 1), (products, added))
-    entering = jax.tree.map(lambda x: x[:, 0], entering)
-    _, starts = lax.scan(step, entering, parts, reverse=reverse)
+    parts = jax.tree.map(lambda x: x.swapaxes(0, 1), (factors, increments))
+    first = jax.tree.map(lambda x: x[:, 0], initial_state)
+    _, starts = lax.scan(step, first, parts, reverse=reverse)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), starts)

@@ -155,7 +155,7 @@ def test_gpu_kernels_equal_the_reference(variant, monkeypatch):
 @pytest.mark.parametrize(("length", "parts"), [(130, 2), (193, 3)])
 @pytest.mark.parametrize("variant", ["real, constant", "complex, per token"])
 def test_gpu_kernels_cut_time_into_parts(variant, length, parts, monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "parts", lambda length, programs: parts)
+    monkeypatch.setattr(pallas_gpu, "part_count", lambda length, programs: parts)
     contract = TestDiagonalScan()
     inputs, state, ids = contract.data(variant, length)
     for segment_ids in (ids, None):

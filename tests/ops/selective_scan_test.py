@@ -13,7 +13,7 @@ import ops
 from ops import selective_scan
 from ops.selective_scan import pallas_gpu, pallas_tpu, xla
 from ops.selective_scan.examples import SHAPES
-from ops.selective_scan.pallas_gpu import walks
+from ops.selective_scan.pallas_gpu import gradients, walks
 from tests.contracts.ops import BATCH, DOCUMENT, LENGTH, TOLERANCE, OpContract, assert_close
 
 scan = jax.jit(
@@ -112,7 +112,7 @@ class TestKernels(TestSelectiveScan):
     def short_turns(self, monkeypatch):
         # Interpreted GPU kernels take longer to compile than to run.
         monkeypatch.setattr(walks, "TURN", 2)
-        monkeypatch.setattr(pallas_gpu, "BACKWARD_TURN", 2)
+        monkeypatch.setattr(gradients, "TURN", 2)
 
 
 @pytest.mark.parametrize("variant", ["positive", pytest.param("negative", marks=pytest.mark.slow)])
@@ -181,7 +181,7 @@ def test_a_tpu_kernel_carries_its_state_over_chunks_without_segments():
 )
 def test_gpu_kernels_equal_the_reference(variant, monkeypatch):
     monkeypatch.setattr(walks, "TURN", 2)
-    monkeypatch.setattr(pallas_gpu, "BACKWARD_TURN", 2)
+    monkeypatch.setattr(gradients, "TURN", 2)
     contract = TestSelectiveScan()
     inputs, state, ids = contract.data(variant, 71)
     expected = contract.values_and_gradients("reference", inputs, state, ids)
@@ -195,7 +195,7 @@ def test_gpu_kernels_equal_the_reference(variant, monkeypatch):
 @pytest.mark.parametrize(("length", "parts"), [(130, 2), (193, 3)])
 @pytest.mark.parametrize("variant", ["positive", "negative"])
 def test_gpu_kernels_cut_time_into_parts(variant, length, parts, monkeypatch):
-    monkeypatch.setattr(walks, "parts", lambda length, programs: parts)
+    monkeypatch.setattr(walks, "part_count", lambda length, programs: parts)
     contract = TestSelectiveScan()
     inputs, state, ids = contract.data(variant, length)
     for segment_ids in (ids, None):

@@ -1,6 +1,7 @@
-"""The last kernel of the delta rule backward on GPU: the gradients of all chunks at once
-(`pallas_gpu.py`)."""
+"""The delta rule on GPU: the kernel that computes the gradients of all chunks at once
+(`__init__.py` has the equations)."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -8,171 +9,198 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...gpu import tiles as gpu
-from ...gpu.chunks import Chunk, Sizes, key_dtypes
-from ...gpu.decay import ChannelDecay, token_log_gradient
-from .walks import Given, Walked, Writes
+from ...gpu.chunks import Chunk, Sizes
+from ...gpu.decay import DecaySums, TokenDecay, token_log_gradient
+from ...gpu.gradients import ChunkGradients, store_log_gradient
+from .walks import KernelInputs, WalkOutputs, Writes
 
 
-class Gradients(NamedTuple):
-    """dq, dk [B, T, H, K] and dlog [B, T, H] or, of a constant, [B, H, G]; or, with a decay per
-    channel, by_channel."""
-
-    dv: Any
-    dbeta: Any
-    dq: Any = None
-    dk: Any = None
-    dlog: Any = None
-    by_channel: Any = None
+class GradientInputs(NamedTuple):
+    inputs: KernelInputs
+    writes: Writes
+    do: Any  # [B, T, H, V]
+    forward: WalkOutputs  # of `walk`: S and N
+    backward: WalkOutputs  # of `walk_back`: dS' and dN
 
 
-def _gradient_shapes(
-    sizes: Sizes, given: Given, q: jax.Array, k: jax.Array, log: jax.Array | None
-) -> Gradients:
-    of_head = sizes.batch, sizes.heads
-    shape = jax.ShapeDtypeStruct
-    dv, dbeta = (shape(x.shape, x.dtype) for x in (given.v, given.beta))
-    if given.key_scores is not None:
-        scores, keys = (
-            shape((*of_head, sizes.rows, size), sizes.dtype) for size in (sizes.chunk, sizes.key)
-        )
-        total = shape((*of_head, sizes.chunks, sizes.key), jnp.float32)
-        by_channel = ChannelDecay(scores, keys, keys, total, scores, keys)
-        return Gradients(dv, dbeta, by_channel=by_channel)
-    size = sizes.batch, sizes.length, sizes.heads, sizes.key
-    dq, dk = (shape(size, dtype) for dtype in key_dtypes(q, k, sizes))
-    if log is None:
-        return Gradients(dv, dbeta, dq, dk)
-    constant = shape((*of_head, sizes.chunks), jnp.float32)
-    dlog = constant if log.ndim == 1 else shape(log.shape, log.dtype)
-    return Gradients(dv, dbeta, dq, dk, dlog)
+def chunk_gradients(sizes: Sizes, inputs: GradientInputs, shapes: ChunkGradients) -> ChunkGradients:
+    """Gradients of q, k, v, beta and the decays, `shapes` with arrays."""
+    max_width = 64 if sizes.dtype == jnp.bfloat16 else 32
+    key_width, key_tiles = gpu.tiling(sizes.key, max_width)
+    value_width, value_tiles = gpu.tiling(sizes.value, max_width)
 
-
-def chunk_gradients(
-    sizes: Sizes,
-    given: Given,
-    writes: Writes,
-    q: jax.Array,
-    k: jax.Array,
-    log: jax.Array | None,
-    do: jax.Array,
-    states: Walked,
-    dstates: Walked,
-) -> Gradients:
-    """All chunks at once, from what the walks kept."""
-    most = 64 if sizes.dtype == jnp.bfloat16 else 32
-    (of_key, key_tiles), (width, tiles) = (
-        gpu.divided(size, most) for size in (sizes.key, sizes.value)
-    )
-    constant = log is not None and log.ndim == 1
-    C = sizes.chunk
-
-    def kernel(given, writes, do, states, dstates, out):
+    def kernel(refs: GradientInputs, out: ChunkGradients) -> None:
         matmul = gpu.Matmul(sizes.dtype)
-        fine = gpu.Matmul(sizes.dtype, fine=True)
-        b, h, t = sizes.place()
-        inputs = given.of_reads
-        chunk = Chunk(sizes, inputs, matmul, b, h, t)
-        tokens, rows, square = sizes.tokens(t), sizes.padded(t), sizes.square
-        row, column = gpu.indices(C, C)
-        beta = gpu.load(given.beta, b, tokens, h).astype(jnp.float32)
-        decay, by_channel = chunk.decay(), out.by_channel
-
-        def key_tile(n: Any) -> gpu.Span:
-            return sizes.channels(n, of_key, sizes.key)
-
-        def value_tile(n: Any) -> tuple[gpu.Span, jax.Array, jax.Array, jax.Array]:
-            """N, D and dO."""
-            values = sizes.values(n, width)
-            N, dN = (gpu.load(x.inside, b, h, rows, values) for x in (states, dstates))
-            D = fine.tn(gpu.load(writes.M, b, h, rows, square), dN)
-            return values, N, D, chunk.values(do, values)
-
-        def of_keys(n: Any, KK: jax.Array) -> jax.Array:
-            k = chunk.keys(inputs.k, key_tile(n))
-            return KK + matmul.nt(k, k)
-
-        def of_values(n: Any, sums: Any) -> Any:
-            dP, dA, dbeta = sums
-            values, N, D, do_ = value_tile(n)
-            v = chunk.values(given.v, values).astype(jnp.float32)
-            gpu.store(out.dv, beta[:, None] * D, b, tokens, h, values)
-            dP, dA = dP + matmul.nt(do_, N), dA - matmul.nt(D, N)
-            return dP, dA, dbeta + (D * v).sum(1)
-
-        if by_channel is not None:
-            KK = gpu.load(given.key_scores, b, h, rows, square)
-        else:
-            KK = lax.fori_loop(0, key_tiles, of_keys, gpu.zeros(C, C)) * decay.weights
-            KK = jnp.where(row > column, KK, 0.0)
-        sums = gpu.zeros(C, C), gpu.zeros(C, C), gpu.zeros(C)
-        dP, dA, dbeta = lax.fori_loop(0, tiles, of_values, sums)
-        dP, dA = sizes.scale * dP, jnp.where(row > column, dA, 0.0)
-        dKK, dbeta = beta[:, None] * dA, dbeta + (dA * KK).sum(1)
-        P = gpu.load(writes.scores, b, h, rows, square).astype(jnp.float32)
-        of_weights = P * dP + KK * dKK
-        if by_channel is not None:
-            gpu.store(by_channel.scores, dP, b, h, rows, square)
-            gpu.store(by_channel.key_scores, dKK, b, h, rows, square)
-        dscores, dKK = decay.weights * dP, decay.weights * dKK
-        dKK = (dKK + dKK.T).astype(sizes.dtype)
-        dscores = dscores.astype(sizes.dtype)
-
-        def of_key_tile(n: Any, of_factors: Any) -> Any:
-            dbeta, of_prefix, of_suffix, of_total = of_factors
-            keys = key_tile(n)
-
-            def of_states(n: Any, sums: Any) -> Any:
-                dq, DS, dk_end, dtotal = sums
-                values, N, D, do_ = value_tile(n)
-                S, dS = (gpu.load(x.boundary, b, h, t, keys, values) for x in (states, dstates))
-                dtotal += (S.astype(jnp.float32) * dS.astype(jnp.float32)).sum(1)
-                dq, DS = dq + matmul.nt(do_, S), DS + matmul.nt(D, S)
-                return dq, DS, dk_end + matmul.nt(N, dS), dtotal
-
-            sums = *(gpu.zeros(C, of_key),) * 3, gpu.zeros(of_key)
-            dq, DS, dk_end, dtotal = lax.fori_loop(0, tiles, of_states, sums)
-            dq, dk_start = sizes.scale * dq, -beta[:, None] * DS
-            if by_channel is not None:
-                k = gpu.load(given.key_start, b, h, rows, keys).astype(jnp.float32)
-                gpu.store(by_channel.q_start, dq, b, h, rows, keys)
-                gpu.store(by_channel.k_end, dk_end, b, h, rows, keys)
-                gpu.store(by_channel.key_start, dk_start, b, h, rows, keys)
-                gpu.store(by_channel.total, dtotal, b, h, t, keys)
-                return dbeta - (k * DS).sum(1), of_prefix, of_suffix, of_total
-            q, k = (chunk.keys(x, keys) for x in (inputs.q, inputs.k))
-            q_, k_ = (x.astype(jnp.float32) for x in (q, k))
-            DS, dq, dk_start = (decay.read(x) for x in (DS, dq, dk_start))
-            dk_end = decay.write(dk_end)
-            of_factors = (
-                dbeta - (k_ * DS).sum(1),
-                of_prefix + (q_ * dq + k_ * dk_start).sum(1),
-                of_suffix + (k_ * dk_end).sum(1),
-                of_total + dtotal.sum(0),
-            )
-            gpu.store(out.dq, dq + matmul.nn(dscores, k), b, tokens, h, keys)
-            dk = dk_start + dk_end + matmul.tn(dscores, q) + matmul.nn(dKK, k)
-            gpu.store(out.dk, dk, b, tokens, h, keys)
-            return of_factors
-
-        of_factors = dbeta, gpu.zeros(C), gpu.zeros(C), jnp.float32(0)
-        dbeta, of_prefix, of_suffix, of_total = lax.fori_loop(0, key_tiles, of_key_tile, of_factors)
+        chunk = Chunk(sizes, refs.inputs.chunks, matmul, *sizes.program())
+        b, h, tokens = chunk.b, chunk.h, sizes.tokens(chunk.t)
+        beta = gpu.load(refs.inputs.beta, b, tokens, h).astype(jnp.float32)  # [C]
+        program = _Program(
+            refs, out, chunk, chunk.decay(), beta, key_width, key_tiles, value_width, value_tiles
+        )
+        KK = _key_scores(program)  # [C, C]
+        dP, dA, dbeta = _value_gradients(program)  # [C, C], [C, C], [C]
+        scores, dbeta = _score_gradients(program, KK, dP, dA, dbeta)
+        dbeta, sums = _key_gradients(program, scores, dbeta)
         gpu.store(out.dbeta, dbeta, b, tokens, h)
-        if out.dlog is None:
-            return
-        dlog = token_log_gradient(of_weights, of_prefix, of_suffix, decay.total * of_total, matmul)
-        if not constant:
-            gpu.store(out.dlog, dlog, b, tokens, h)
-        else:  # no token, no decay: what its row holds is not asked for
-            valid = tokens.index < sizes.length
-            gpu.store(out.dlog, jnp.where(valid, dlog, 0.0).sum(0), b, h, t)
+        if out.dlog is not None:
+            dlog = token_log_gradient(program.decay, scores.weights_term, sums, matmul)  # [C]
+            store_log_gradient(chunk, out.dlog, dlog)
 
-    (gradients,) = gpu.call(
+    return gpu.call(
         "delta_chunk_gradients",
         kernel,
         (sizes.chunks, sizes.batch * sizes.heads),
-        (given, writes, do, states, dstates),
-        [_gradient_shapes(sizes, given, q, k, log)],
+        inputs,
+        shapes,
         warps=8,
         interpret=sizes.interpret,
     )
-    return gradients
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A program of the kernel, which has one chunk."""
+
+    refs: GradientInputs
+    out: ChunkGradients
+    chunk: Chunk
+    decay: TokenDecay
+    beta: jax.Array  # [C] float32
+    key_width: int
+    key_tiles: int
+    value_width: int
+    value_tiles: int
+
+    def keys(self, n: Any) -> gpu.Span:
+        """The n-th tile of the key channels."""
+        sizes = self.chunk.sizes
+        return sizes.channels(n, self.key_width, sizes.key)
+
+    def value_tile(self, n: Any) -> tuple[gpu.Span, jax.Array, jax.Array, jax.Array]:
+        """The n-th tile of the value channels, and its N, D (Eq. 10) and dO [C, V]."""
+        chunk, refs = self.chunk, self.refs
+        values = chunk.sizes.values(n, self.value_width)
+        N, dN = (chunk.padded(ref, values) for ref in (refs.forward.N, refs.backward.N))
+        M = chunk.padded(refs.writes.M, chunk.sizes.columns)  # [C, C]
+        D = gpu.Matmul(chunk.sizes.dtype, fine=True).tn(M, dN)
+        return values, N, D, chunk.values(refs.do, values)
+
+
+def _key_scores(program: _Program) -> jax.Array:
+    """KK [C, C]."""
+    chunk, sizes = program.chunk, program.chunk.sizes
+    if program.refs.inputs.key_scores is not None:
+        return chunk.padded(program.refs.inputs.key_scores, sizes.columns)
+
+    def add_keys(n: Any, KK: jax.Array) -> jax.Array:
+        k = chunk.keys(program.keys(n))  # [C, K]
+        return KK + chunk.matmul.nt(k, k)
+
+    KK = lax.fori_loop(0, program.key_tiles, add_keys, gpu.zeros(sizes.chunk, sizes.chunk))
+    KK *= program.decay.weights
+    row, column = gpu.indices(sizes.chunk, sizes.chunk)
+    return jnp.where(row > column, KK, 0.0)  # Eq. 1
+
+
+def _value_gradients(program: _Program) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dP [C, C], dA [C, C] and the first term of dbeta [C]; writes dV."""
+    chunk, sizes, matmul = program.chunk, program.chunk.sizes, program.chunk.matmul
+    C, tokens = sizes.chunk, sizes.tokens(chunk.t)
+
+    def value_tile(n: Any, sums: Any) -> Any:
+        dP, dA, dbeta = sums
+        values, N, D, do = program.value_tile(n)
+        v = chunk.values(program.refs.inputs.v, values).astype(jnp.float32)  # [C, V]
+        dv = program.beta[:, None] * D  # [C, V]  Eq. 12
+        gpu.store(program.out.dv, dv, chunk.b, tokens, chunk.h, values)
+        dP, dA = dP + matmul.nt(do, N), dA - matmul.nt(D, N)
+        return dP, dA, dbeta + (D * v).sum(1)
+
+    sums = gpu.zeros(C, C), gpu.zeros(C, C), gpu.zeros(C)
+    dP, dA, dbeta = lax.fori_loop(0, program.value_tiles, value_tile, sums)
+    row, column = gpu.indices(C, C)
+    return sizes.scale * dP, jnp.where(row > column, dA, 0.0), dbeta  # Eq. 11
+
+
+class _ScoreGradients(NamedTuple):
+    """[C, C] each; the first two in the dtype of matmuls."""
+
+    queries: jax.Array  # W . dP
+    keys: jax.Array  # W . dKK, and its transpose added
+    weights_term: jax.Array  # W dW
+
+
+def _score_gradients(
+    program: _Program, KK: jax.Array, dP: jax.Array, dA: jax.Array, dbeta: jax.Array
+) -> tuple[_ScoreGradients, jax.Array]:
+    """The gradients of the scores, and dbeta with its second term."""
+    chunk, out, sizes = program.chunk, program.out, program.chunk.sizes
+    rows, columns = sizes.padded(chunk.t), sizes.columns
+    dKK, dbeta = program.beta[:, None] * dA, dbeta + (dA * KK).sum(1)  # Eq. 13
+    P = chunk.padded(program.refs.writes.scores, columns).astype(jnp.float32)
+    weights_term = P * dP + KK * dKK
+    if out.channels is not None:
+        gpu.store(out.channels.scores, dP, chunk.b, chunk.h, rows, columns)
+        gpu.store(out.channels.key_scores, dKK, chunk.b, chunk.h, rows, columns)
+    dP, dKK = program.decay.weights * dP, program.decay.weights * dKK
+    dKK = (dKK + dKK.T).astype(sizes.dtype)
+    return _ScoreGradients(dP.astype(sizes.dtype), dKK, weights_term), dbeta
+
+
+def _key_gradients(
+    program: _Program, scores: _ScoreGradients, dbeta: jax.Array
+) -> tuple[jax.Array, DecaySums]:
+    """dbeta with its last term, and what the gradient of the logs needs; writes dQ and dK, or with
+    a decay for each channel what `channel_scores_adjoint` takes."""
+    refs, out, chunk, decay = program.refs, program.out, program.chunk, program.decay
+    sizes, matmul = chunk.sizes, chunk.matmul
+    b, h, t, tokens, rows = chunk.b, chunk.h, chunk.t, sizes.tokens(chunk.t), sizes.padded(chunk.t)
+
+    def key_tile(n: Any, carry: Any) -> Any:
+        dbeta, sums = carry
+        keys = program.keys(n)
+        dq, DS, dk_end, dtotal = _state_products(program, keys)  # [C, K] three times, and [K]
+        dq, dk_start = sizes.scale * dq, -program.beta[:, None] * DS
+        if out.channels is not None:
+            k = chunk.padded(refs.inputs.k_start, keys).astype(jnp.float32)  # [C, K]
+            gpu.store(out.channels.q_start, dq, b, h, rows, keys)
+            gpu.store(out.channels.k_end, dk_end, b, h, rows, keys)
+            gpu.store(out.channels.k_start, dk_start, b, h, rows, keys)
+            gpu.store(out.channels.total, dtotal, b, h, t, keys)
+            return dbeta - (k * DS).sum(1), sums
+        q, k = chunk.queries(keys), chunk.keys(keys)  # [C, K]
+        q_float32, k_float32 = q.astype(jnp.float32), k.astype(jnp.float32)
+        DS, dq, dk_start = (decay.times_prefix(x) for x in (DS, dq, dk_start))
+        dk_end = decay.times_suffix(dk_end)
+        dbeta -= (k_float32 * DS).sum(1)  # Eq. 13
+        sums = DecaySums(
+            sums.prefix_term + (q_float32 * dq + k_float32 * dk_start).sum(1),
+            sums.suffix_term + (k_float32 * dk_end).sum(1),
+            sums.dtotal + dtotal.sum(0),
+        )
+        gpu.store(out.dq, dq + matmul.nn(scores.queries, k), b, tokens, h, keys)  # Eq. 14
+        dk = dk_start + dk_end + matmul.tn(scores.queries, q) + matmul.nn(scores.keys, k)
+        gpu.store(out.dk, dk, b, tokens, h, keys)  # Eq. 15
+        return dbeta, sums
+
+    carry = dbeta, DecaySums.zeros(sizes.chunk)
+    return lax.fori_loop(0, program.key_tiles, key_tile, carry)
+
+
+def _state_products(
+    program: _Program, keys: gpu.Span
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """dO S^T, D S^T and N dS'^T [C, K], and dtotal [K]."""
+    refs, chunk, matmul = program.refs, program.chunk, program.chunk.matmul
+
+    def value_tile(n: Any, sums: Any) -> Any:
+        dq, DS, dk_end, dtotal = sums
+        values, N, D, do = program.value_tile(n)
+        S, dS = (chunk.boundary(ref, keys, values) for ref in (refs.forward.S, refs.backward.S))
+        dtotal += (S.astype(jnp.float32) * dS.astype(jnp.float32)).sum(1)
+        dq, DS = dq + matmul.nt(do, S), DS + matmul.nt(D, S)
+        return dq, DS, dk_end + matmul.nt(N, dS), dtotal
+
+    zeros = gpu.zeros(chunk.sizes.chunk, program.key_width)
+    sums = zeros, zeros, zeros, gpu.zeros(program.key_width)
+    return lax.fori_loop(0, program.value_tiles, value_tile, sums)

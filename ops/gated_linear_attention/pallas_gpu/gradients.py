@@ -1,150 +1,164 @@
-"""The last kernel of gated linear attention backward on GPU: the gradients of all chunks at once
-(`pallas_gpu.py`)."""
+"""Gated linear attention on GPU: the kernel that computes the gradients of all chunks at once
+(`__init__.py` has the equations)."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ...gpu import tiles as gpu
-from ...gpu.chunks import Chunk, Inputs, Sizes, key_dtypes
-from ...gpu.decay import token_log_gradient
+from ...gpu.chunks import Chunk, ChunkInputs, Sizes
+from ...gpu.decay import DecaySums, TokenDecay, token_log_gradient
+from ...gpu.gradients import ChunkGradients, store_log_gradient
+
+MAX_WIDTH = 64  # key or value channels of a tile
 
 
-def chunk_gradients(
-    sizes: Sizes,
-    inputs: Inputs,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    decay_log: jax.Array | None,
-    do: jax.Array,
-    S: jax.Array,
-    dS: jax.Array,
-) -> tuple[list[jax.Array], jax.Array, jax.Array | None]:
-    """All chunks at once, from the states S at their starts and the gradients dS of those at their
-    ends.
+class GradientInputs(NamedTuple):
+    chunks: ChunkInputs
+    v: Any  # [B, T, H, V]
+    do: Any  # [B, T, H, V]
+    S: Any  # [B, H, G, K, V], the states at the starts of chunks
+    dS: Any  # [B, H, G, K, V], dS', the gradients of the states at their ends
 
-    Returns dq, dk [B, T, H, K]; with a decay per channel the cotangents of scores [B, H, GC, C],
-    q_start and k_end [B, H, GC, K]. Then dv, and the cotangent of the logs: [B, T, H], [B, H, G] of
-    a constant, of `total` [B, H, G, K]."""
-    by_channel = inputs.scores is not None
-    constant = decay_log is not None and decay_log.ndim == 1
-    (of_key, key_tiles), (width, tiles) = (
-        gpu.divided(size, 64) for size in (sizes.key, sizes.value)
-    )
-    shape = jax.ShapeDtypeStruct
-    of_head = sizes.batch, sizes.heads
-    if by_channel:
-        outputs = [
-            shape((*of_head, sizes.rows, sizes.chunk), sizes.dtype),
-            shape((*of_head, sizes.rows, sizes.key), sizes.dtype),
-            shape((*of_head, sizes.rows, sizes.key), sizes.dtype),
-        ]
-        of_log = [shape((*of_head, sizes.chunks, sizes.key), jnp.float32)]
-    else:
-        size = sizes.batch, sizes.length, sizes.heads, sizes.key
-        outputs = [shape(size, dtype) for dtype in key_dtypes(q, k, sizes)]
-        if decay_log is None:
-            of_log = []
-        elif constant:
-            of_log = [shape((*of_head, sizes.chunks), jnp.float32)]
-        else:
-            of_log = [shape(decay_log.shape, decay_log.dtype)]
 
-    def kernel(inputs, v, do, S, dS, *outputs):
-        *of_keys, dv = outputs[: -len(of_log)] if of_log else outputs
-        dlog = outputs[-1] if of_log else None
+def chunk_gradients(sizes: Sizes, inputs: GradientInputs, shapes: ChunkGradients) -> ChunkGradients:
+    """Gradients of q, k, v and the decays, `shapes` with arrays."""
+    key_width, key_tiles = gpu.tiling(sizes.key, MAX_WIDTH)
+    value_width, value_tiles = gpu.tiling(sizes.value, MAX_WIDTH)
+
+    def kernel(refs: GradientInputs, out: ChunkGradients) -> None:
         matmul = gpu.Matmul(sizes.dtype)
-        b, h, t = sizes.place()
-        chunk, rows = Chunk(sizes, inputs, matmul, b, h, t), sizes.tokens(t)
-        decay = chunk.decay()
+        chunk = Chunk(sizes, refs.chunks, matmul, *sizes.program())
+        program = _Program(
+            refs, out, chunk, chunk.decay(), key_width, key_tiles, value_width, value_tiles
+        )
+        P = _scores(program)  # [C, C]
+        dP = _value_gradients(program, P)  # [C, C]
+        sums = _key_gradients(program, dP)
+        if out.dlog is not None:
+            dlog = token_log_gradient(program.decay, P * dP, sums, matmul)  # [C]
+            store_log_gradient(chunk, out.dlog, dlog)
 
-        def key_tile(n: Any) -> tuple[gpu.Span, jax.Array, jax.Array]:
-            keys = sizes.channels(n, of_key, sizes.key)
-            return keys, chunk.keys(inputs.q, keys), chunk.keys(inputs.k, keys)
-
-        def of_scores(n: Any, P: jax.Array) -> jax.Array:
-            _, q, k = key_tile(n)
-            return P + matmul.nt(q, k)
-
-        def of_values(n: Any, dP: jax.Array) -> jax.Array:
-            values = sizes.values(n, width)
-            v_, do_ = (chunk.values(ref, values) for ref in (v, do))
-
-            def of_state(n: Any, dv: jax.Array) -> jax.Array:
-                keys, _, k = key_tile(n)
-                return dv + matmul.nn(k, gpu.load(dS, b, h, t, keys, values))
-
-            dv_ = lax.fori_loop(0, key_tiles, of_state, gpu.zeros(sizes.chunk, width))
-            dv_ = decay.write(dv_) + sizes.scale * matmul.tn(P, do_)
-            gpu.store(dv, dv_, b, rows, h, values)
-            return dP + matmul.nt(do_, v_)
-
-        if by_channel:
-            P = chunk.scores()
-        else:
-            P = lax.fori_loop(0, key_tiles, of_scores, gpu.zeros(*(sizes.chunk,) * 2))
-            P *= decay.weights
-        dP = lax.fori_loop(0, tiles, of_values, gpu.zeros(*(sizes.chunk,) * 2))
-        dP *= sizes.scale
-        dscores = decay.weights * dP
-        if by_channel:
-            gpu.store(of_keys[0], dP, b, h, sizes.padded(t), sizes.square)
-
-        def of_key_tile(n: Any, of_factors: Any) -> Any:
-            keys, q, k = key_tile(n)
-
-            def of_states(n: Any, sums: Any) -> Any:
-                dq, dk, dtotal = sums
-                values = sizes.values(n, width)
-                v_, do_ = (chunk.values(ref, values) for ref in (v, do))
-                S_, dS_ = (gpu.load(ref, b, h, t, keys, values) for ref in (S, dS))
-                if of_log:
-                    dtotal += (S_.astype(jnp.float32) * dS_.astype(jnp.float32)).sum(1)
-                return dq + matmul.nt(do_, S_), dk + matmul.nt(v_, dS_), dtotal
-
-            sums = *(gpu.zeros(sizes.chunk, of_key),) * 2, gpu.zeros(of_key)
-            dq, dk, dtotal = lax.fori_loop(0, tiles, of_states, sums)
-            dq *= sizes.scale
-            if by_channel:
-                gpu.store(of_keys[1], dq, b, h, sizes.padded(t), keys)
-                gpu.store(of_keys[2], dk, b, h, sizes.padded(t), keys)
-                gpu.store(dlog, dtotal, b, h, t, keys)
-                return of_factors
-            dq, dk = decay.read(dq), decay.write(dk)
-            gpu.store(of_keys[0], dq + matmul.nn(dscores, k), b, rows, h, keys)
-            gpu.store(of_keys[1], dk + matmul.tn(dscores, q), b, rows, h, keys)
-            if dlog is None:
-                return of_factors
-            of_prefix, of_suffix, of_total = of_factors
-            return (
-                of_prefix + (q.astype(jnp.float32) * dq).sum(1),
-                of_suffix + (k.astype(jnp.float32) * dk).sum(1),
-                of_total + dtotal.sum(0),
-            )
-
-        of_factors = gpu.zeros(sizes.chunk), gpu.zeros(sizes.chunk), jnp.float32(0)
-        of_factors = lax.fori_loop(0, key_tiles, of_key_tile, of_factors)
-        if dlog is None or by_channel:
-            return
-        of_prefix, of_suffix, of_total = of_factors
-        gradient = token_log_gradient(P * dP, of_prefix, of_suffix, decay.total * of_total, matmul)
-        if not constant:
-            gpu.store(dlog, gradient, b, rows, h)
-        else:  # no token, no decay: what the sum over its row holds is not asked for
-            valid = rows.index < sizes.length
-            gpu.store(dlog, jnp.where(valid, gradient, 0.0).sum(0), b, h, t)
-
-    results = gpu.call(
+    return gpu.call(
         "gla_chunk_gradients",
         kernel,
         (sizes.chunks, sizes.batch * sizes.heads),
-        (inputs, v, do, S, dS),
-        (*outputs, shape(v.shape, v.dtype), *of_log),
+        inputs,
+        shapes,
         warps=sizes.warps,
         interpret=sizes.interpret,
     )
-    at = len(outputs)
-    return list(results[:at]), results[at], results[at + 1] if of_log else None
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A program of the kernel, which has one chunk."""
+
+    refs: GradientInputs
+    out: ChunkGradients
+    chunk: Chunk
+    decay: TokenDecay
+    key_width: int
+    key_tiles: int
+    value_width: int
+    value_tiles: int
+
+    def keys(self, n: Any) -> gpu.Span:
+        """The n-th tile of the key channels."""
+        sizes = self.chunk.sizes
+        return sizes.channels(n, self.key_width, sizes.key)
+
+    def values(self, n: Any) -> gpu.Span:
+        """The n-th tile of the value channels."""
+        return self.chunk.sizes.values(n, self.value_width)
+
+
+def _scores(program: _Program) -> jax.Array:
+    """P [C, C]."""
+    chunk, sizes = program.chunk, program.chunk.sizes
+    if program.refs.chunks.scores is not None:
+        return chunk.padded(program.refs.chunks.scores, sizes.columns)
+
+    def add_keys(n: Any, QK: jax.Array) -> jax.Array:
+        keys = program.keys(n)
+        q, k = chunk.queries(keys), chunk.keys(keys)  # [C, K]
+        return QK + chunk.matmul.nt(q, k)
+
+    QK = lax.fori_loop(0, program.key_tiles, add_keys, gpu.zeros(sizes.chunk, sizes.chunk))
+    return QK * program.decay.weights  # Eq. 1
+
+
+def _value_gradients(program: _Program, P: jax.Array) -> jax.Array:
+    """dP [C, C]; writes dV."""
+    refs, chunk, decay = program.refs, program.chunk, program.decay
+    sizes, matmul = chunk.sizes, chunk.matmul
+
+    def add_values(n: Any, dP: jax.Array) -> jax.Array:
+        values = program.values(n)
+        v, do = chunk.values(refs.v, values), chunk.values(refs.do, values)  # [C, V]
+
+        def add_keys(n: Any, K_dS: jax.Array) -> jax.Array:
+            keys = program.keys(n)
+            k = chunk.keys(keys)  # [C, K]
+            return K_dS + matmul.nn(k, chunk.boundary(refs.dS, keys, values))
+
+        K_dS = gpu.zeros(sizes.chunk, program.value_width)
+        K_dS = lax.fori_loop(0, program.key_tiles, add_keys, K_dS)  # [C, V]
+        dv = decay.times_suffix(K_dS) + sizes.scale * matmul.tn(P, do)  # [C, V]  Eq. 6
+        gpu.store(program.out.dv, dv, chunk.b, sizes.tokens(chunk.t), chunk.h, values)
+        return dP + matmul.nt(do, v)
+
+    dP = lax.fori_loop(0, program.value_tiles, add_values, gpu.zeros(sizes.chunk, sizes.chunk))
+    dP *= sizes.scale  # Eq. 5
+    if program.out.channels is not None:
+        rows = sizes.padded(chunk.t)
+        gpu.store(program.out.channels.scores, dP, chunk.b, chunk.h, rows, sizes.columns)
+    return dP
+
+
+def _key_gradients(program: _Program, dP: jax.Array) -> DecaySums:
+    """What the gradient of the logs needs; writes dQ and dK, or with a decay for each channel what
+    `channel_scores_adjoint` takes."""
+    refs, out, chunk, decay = program.refs, program.out, program.chunk, program.decay
+    sizes, matmul = chunk.sizes, chunk.matmul
+    b, h, t, tokens = chunk.b, chunk.h, chunk.t, sizes.tokens(chunk.t)
+    dscores = decay.weights * dP  # [C, C]
+    has_decay = out.dlog is not None or out.channels is not None
+
+    def key_tile(n: Any, sums: DecaySums) -> DecaySums:
+        keys = program.keys(n)
+        q, k = chunk.queries(keys), chunk.keys(keys)  # [C, K]
+
+        def add_values(n: Any, products: Any) -> Any:
+            dq, dk, dtotal = products
+            values = program.values(n)
+            v, do = chunk.values(refs.v, values), chunk.values(refs.do, values)  # [C, V]
+            S, dS = (chunk.boundary(ref, keys, values) for ref in (refs.S, refs.dS))  # [K, V]
+            if has_decay:
+                dtotal += (S.astype(jnp.float32) * dS.astype(jnp.float32)).sum(1)
+            return dq + matmul.nt(do, S), dk + matmul.nt(v, dS), dtotal
+
+        products = *(gpu.zeros(sizes.chunk, program.key_width),) * 2, gpu.zeros(program.key_width)
+        # dO S^T and V dS'^T [C, K], and dtotal [K].
+        dq, dk, dtotal = lax.fori_loop(0, program.value_tiles, add_values, products)
+        dq *= sizes.scale
+        if out.channels is not None:
+            gpu.store(out.channels.q_start, dq, b, h, sizes.padded(t), keys)
+            gpu.store(out.channels.k_end, dk, b, h, sizes.padded(t), keys)
+            gpu.store(out.channels.total, dtotal, b, h, t, keys)
+            return sums
+        dq, dk = decay.times_prefix(dq), decay.times_suffix(dk)
+        gpu.store(out.dq, dq + matmul.nn(dscores, k), b, tokens, h, keys)  # Eq. 7
+        gpu.store(out.dk, dk + matmul.tn(dscores, q), b, tokens, h, keys)  # Eq. 8
+        if out.dlog is None:
+            return sums
+        return DecaySums(
+            sums.prefix_term + (q.astype(jnp.float32) * dq).sum(1),
+            sums.suffix_term + (k.astype(jnp.float32) * dk).sum(1),
+            sums.dtotal + dtotal.sum(0),
+        )
+
+    return lax.fori_loop(0, program.key_tiles, key_tile, DecaySums.zeros(sizes.chunk))

@@ -1,5 +1,5 @@
-"""How much attention's loss depends on the choice of its learning rate, with and without QK-norm and
-z-loss.
+"""How much attention's loss depends on the choice of its learning rate, with and without QK-norm
+and z-loss.
 
     python -m launch.sweep --sweep=experiments/sweeps/lr_sensitivity.py --scale=tiny \
         --report=lr_sensitivity.html

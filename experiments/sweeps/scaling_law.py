@@ -21,8 +21,8 @@ The fit minimises the Huber loss of log L (Eq. 3), here by Gauss-Newton steps fr
 grid of starts. Bands are percentiles over a bootstrap of the residuals: a sweep is a small grid, of
 which resampled runs would often leave one value of N or D. They are a little narrow: over 30
 planted laws with 25 runs each, bands of 5 to 95% held 85% of the numbers. Beside the law stand the
-power laws in N alone and in D alone, L = (x_c / x)^alpha, of Kaplan et al., 2020, arXiv 2001.08361, from the runs
-with the most tokens and with the most parameters."""
+power laws in N alone and in D alone, L = (x_c / x)^alpha, of Kaplan et al., 2020, arXiv 2001.08361,
+from the runs with the most tokens and with the most parameters."""
 
 import contextlib
 import json

@@ -30,9 +30,10 @@ def prepared(dataset: str, data_dir: str, download: bool, choices: str) -> Any:
             ) from error
     if not builder.is_prepared():
         raise ValueError(
-            f"data set {dataset} is not prepared under {directory}. Set task.data_dir to where it"
-            " is, or prepare it once, connected to the internet (many data sets need TensorFlow for"
-            ' this step): set task.download=True, or run python -c "import tensorflow_datasets as tfds;'
+            f"data set {dataset} is not prepared under {directory}. Set task.data_dir to"
+            " where it is, or prepare it once, connected to the internet (many data sets need"
+            " TensorFlow for this step): set task.download=True, or run python -c"
+            ' "import tensorflow_datasets as tfds;'
             f" tfds.builder({dataset!r}, data_dir={str(directory)!r}, file_format='array_record')"
             '.download_and_prepare()"'
         )

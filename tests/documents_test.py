@@ -1,0 +1,43 @@
+"""What the documents say is what the tree is."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments.configs.recipes.base import available_recipes
+from models.networks.stack import available_mixers
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "experiments/MESH.md"]
+
+
+def test_the_readme_lists_exactly_the_models() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    listed = re.findall(r"^\| \[`(\w+)`\]\(models/[\w/]+\.py\)", text, re.MULTILINE)
+    assert sorted(listed) == sorted({*available_mixers(), "linear_self_attention"})
+
+
+def test_every_model_has_a_config() -> None:
+    configs = {path.stem for path in (ROOT / "experiments/configs").glob("*.py")}
+    only_in_hybrids = {"window_attention", "base_conv"}
+    assert set(available_mixers()) - only_in_hybrids <= configs
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_and_files_in_documents_exist(document: str) -> None:
+    text = (ROOT / document).read_text("utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    commands = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
+    assert commands <= targets, commands - targets
+    for module in re.findall(r"python -m ((?:experiments|launch)[.\w]+)", text):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    folder = (ROOT / document).parent
+    for path in re.findall(r"\]\(([^)#]+)\)", text):
+        assert path.startswith("http") or (folder / path).exists(), path
+    # Paths in backquotes, if they name no placeholder.
+    for path in re.findall(r"`((?:ops|models|experiments|launch|tests)/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
+    for config, task in re.findall(r"--config=(experiments/configs/\w+\.py):(\w+)", text):
+        assert (ROOT / config).exists(), config
+        assert task in available_recipes(), task

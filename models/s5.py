@@ -2,22 +2,19 @@
 2023, arXiv 2208.04933.
 
     h_t = Lbar h_{t-1} + Bbar x_t,    y_t = 2 Re(C h_t) + D x_t                     (Section 3)
-    zoh         Lbar = exp(z),                      Bbar = ((Lbar - 1) / Lambda) B,     z = Lambda
-    Delta
-    bilinear    Lbar = (1 + z / 2) / (1 - z / 2),   Bbar = Delta / (1 - z / 2) B
-    out = v sigmoid(g W + b),    g = gelu(y)                        v = g of gate="half_glu1", the
-    authors' default
-                                                                    v = y of "half_glu2"
+    zoh         Lbar = exp(z),                      Bbar = ((Lbar - 1) / Lambda) B
+    bilinear    Lbar = (1 + z / 2) / (1 - z / 2),   Bbar = Delta / (1 - z / 2) B,   z = Lambda Delta
+    out = v sigmoid(g W + b),    g = gelu(y)        v = g of gate="half_glu1", the authors' default;
+                                                    v = y of "half_glu2"
 
-    x           x_BTD                           input, model width D: one system with D inputs and D
-                                                outputs
+    x           x_BTD                           model width D: one system, D inputs and D outputs
     Lambda      eigenvalue_real_N, _imaginary_N float32; N = state_size / 2 stored modes
     Delta       exp(step_log_N)                 float32; one step size per mode
     B           write_real, write_imaginary     [D,N]
     C           read_real, read_imaginary       [N,D]
     D           skip_D
-    h           "memory", a pair of [B,N]       float32: real and imaginary part; a conjugate of
-                                                each is implied
+    h           "memory", a pair of [B,N]       float32: real and imaginary part; the conjugate of
+                                                each mode is implied
 
 State: state_size floats. Cost per token: O(D state_size + D^2). One homogeneous block: use it with
 mlp="none".
@@ -29,15 +26,14 @@ Delta log-uniform; D ~ N(0, 1). init="ptd" is S5-PTD (Yu et al., ICLR 2024, arXi
 Lambda and V of HiPPO-LegS after a small perturbation (models/parts/hippo.py), whose V^-1 takes the
 place of V*; nothing else changes.
 
-clip_eigenvalues keeps Re Lambda <= -1e-4, so that |Lbar| < 1; Lambda is free otherwise, as in the
+clip_eigenvalues keeps Re Lambda <= -1e-4, so that |Lbar| < 1. Otherwise Lambda is free, as in the
 paper.
 
 Departures: causal only, where the paper's models of the Long Range Arena are bidirectional; RMSNorm
 of the backbone instead of batch normalisation, no dropout. B learns at the full rate and decays
 (the authors' option "BfastandCdecay").
 
-Authors' code: https://github.com/lindermanlab/S5
-"""
+Authors' code: https://github.com/lindermanlab/S5"""
 
 import functools
 import math

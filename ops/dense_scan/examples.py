@@ -1,14 +1,15 @@
 """Arguments of the dense scan as models have them; ops/framework/examples.py says what is what.
 
-Sizes are width (systems), state size and outputs of each system.
+Sizes are width (systems), state_size and outputs of each system. State matrices have norm 1, about:
+as after discretisation, their powers neither grow nor vanish at once.
 """
 
+import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from ..framework.examples import Shape
+from ..framework.examples import CHUNK, Shape
 
 SHAPES = {
     "test": {"batch": 2, "length": 129, "width": 3, "state_size": 4, "outputs": 2},
@@ -23,18 +24,17 @@ VARIANTS = ("",)
 
 
 def inputs(shape: Shape, variant: str, dtype: str, key: jax.Array) -> dict[str, jax.Array]:
-    """u, and of each system A, B and C. A rotates by small angles and contracts, as a discretised
-    system does: 0.99 times the Cayley transform of a skew-symmetric matrix."""
-    D, N, M = (shape[name] for name in ("width", "state_size", "outputs"))
+    """u [B, T, width] of `dtype`; A [width, N, N], B [width, N] and C [width, outputs, N] in
+    float32."""
+    batch, length, width, N, outputs = (
+        shape[name] for name in ("batch", "length", "width", "state_size", "outputs")
+    )
     keys = jax.random.split(key, 4)
-    u = jax.random.normal(keys[0], (shape["batch"], shape["length"], D))
-    square = jax.random.normal(keys[1], (D, N, N)) / jnp.sqrt(N)
-    skew, one = 0.05 * (square - square.mT), jnp.eye(N)[None]
     return {
-        "u": u.astype(dtype),
-        "A": 0.99 * jnp.linalg.solve(one - skew, one + skew),
-        "B": jax.random.normal(keys[2], (D, N)),
-        "C": jax.random.normal(keys[3], (D, M, N)) / N,
+        "u": jax.random.normal(keys[0], (batch, length, width)).astype(dtype),
+        "A": jax.random.normal(keys[1], (width, N, N)) / (2 * math.sqrt(N)),
+        "B": jax.random.normal(keys[2], (width, N)),
+        "C": jax.random.normal(keys[3], (width, outputs, N)),
     }
 
 
@@ -42,6 +42,10 @@ def options(shape: Shape, variant: str) -> dict[str, Any]:
     return {}
 
 
-def matmul_flops(shape: Shape, direction: str, chunk: int = 0) -> float:
-    """None over tokens: without states it is a convolution."""
-    return 0.0
+def matmul_flops(shape: Shape, direction: str, chunk: int = CHUNK) -> float:
+    """Of a chunk: its own tokens, what it reads of the state and writes to it, and the state's way
+    through it. The backward pass does it again, and two products for each."""
+    N, outputs = shape["state_size"], shape["outputs"]
+    of_chunk = chunk * chunk * outputs + chunk * outputs * N + chunk * N + N * N
+    chunks = shape["batch"] * shape["width"] * shape["length"] / chunk
+    return 2.0 * chunks * of_chunk * (1 if direction == "forward" else 3)

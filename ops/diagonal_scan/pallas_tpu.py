@@ -45,6 +45,7 @@ class Tuning:
 
 
 TUNING = Tuning()
+WALKS_BACKWARDS = True
 
 Number = tuple[Any, ...]  # the parts of a number of each channel, or references to them
 

@@ -45,6 +45,7 @@ class Tuning:
 
 
 TUNING = Tuning()
+WALKS_BACKWARDS = True
 
 
 @dataclass(frozen=True)

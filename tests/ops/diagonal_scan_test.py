@@ -111,22 +111,25 @@ def test_tpu_kernels_equal_the_reference(variant):
         assert_close(name, got[name], expected[name])
 
 
-# Tokens per chunk: two full ones and a token, so that states are passed on.
+# Of 16 tokens per chunk: two full ones, and a token, so that states are passed on.
 @pytest.mark.parametrize(
-    "variant",
+    ("variant", "reverse", "length"),
     [
-        pytest.param("real, per token", marks=pytest.mark.slow),
-        pytest.param("real, constant", marks=pytest.mark.full),
-        pytest.param("complex, per token", marks=pytest.mark.full),
+        pytest.param("real, per token", False, 33, marks=pytest.mark.slow),
+        pytest.param("real, constant", False, 33, marks=pytest.mark.full),
+        pytest.param("complex, per token", False, 33, marks=pytest.mark.full),
+        pytest.param("real, per token", True, 33, marks=pytest.mark.slow),
+        pytest.param("real, constant", True, 33, marks=pytest.mark.full),
+        pytest.param("complex, per token", True, 32, marks=pytest.mark.full),
     ],
 )
-def test_tpu_kernels_carry_states_and_gradients_over_chunks(variant, monkeypatch):
+def test_tpu_kernels_carry_states_and_gradients_over_chunks(variant, reverse, length, monkeypatch):
     tuning = pallas_tpu.Tuning(values=16 * CHANNELS)
     monkeypatch.setattr(pallas_tpu, "TUNING", tuning)
     contract = TestDiagonalScan()
-    inputs, state, ids = contract.data(variant, 33)
-    expected = contract.values_and_gradients("reference", inputs, state, ids)
-    got = contract.values_and_gradients("pallas_tpu", inputs, state, ids)
+    case = contract.data(variant, length)
+    expected = contract.values_and_gradients("reference", *case, reverse=reverse)
+    got = contract.values_and_gradients("pallas_tpu", *case, reverse=reverse)
     for name in expected:
         assert_close(name, got[name], expected[name])
 

@@ -11,7 +11,7 @@ from jax.experimental import checkify
 
 import ops
 from ops import selective_scan
-from ops.selective_scan import pallas_gpu, pallas_tpu, xla
+from ops.selective_scan import gating, pallas_gpu, pallas_tpu, xla
 from ops.selective_scan.examples import SHAPES
 from ops.selective_scan.pallas_gpu import gradients, walks
 from tests.contracts.ops import BATCH, DOCUMENT, LENGTH, TOLERANCE, OpContract, assert_close
@@ -155,6 +155,20 @@ def test_tpu_kernels_make_step_sizes_of_a_bias_or_a_softplus_alone(made_by):
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
     ):
         assert_close(jax.tree_util.keystr(path), value, wanted)
+
+
+# Chunks of 32 tokens forward and 16 backward: full ones, and a token, so that states are passed on
+# and kept.
+@pytest.mark.slow
+def test_tpu_kernels_walk_backwards_over_chunks(monkeypatch):
+    monkeypatch.setattr(gating, "CHUNK", 16)
+    monkeypatch.setattr(pallas_tpu, "TUNING", pallas_tpu.Tuning(chunk=32))
+    contract = TestSelectiveScan()
+    case = contract.data("positive", 33)
+    expected = contract.values_and_gradients("reference", *case, reverse=True)
+    got = contract.values_and_gradients("pallas_tpu", *case, reverse=True)
+    for name in expected:
+        assert_close(name, got[name], expected[name])
 
 
 @pytest.mark.slow

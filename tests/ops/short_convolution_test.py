@@ -58,14 +58,15 @@ class TestPallasTpu(TestShortConvolution):
 
 
 @pytest.mark.slow
-def test_tpu_kernels_equal_the_reference_over_chunks_and_segments(monkeypatch):
+@pytest.mark.parametrize("reverse", [False, True])
+def test_tpu_kernels_equal_the_reference_over_chunks_and_segments(reverse, monkeypatch):
     # Three chunks of 16 tokens, in two pieces each, and a token.
     tuning = pallas_tpu.Tuning(chunk=16, rows=8)
     monkeypatch.setattr(pallas_tpu, "TUNING", tuning)
     contract = TestShortConvolution()
-    inputs, state, ids = contract.data("4 taps", 49)
-    expected = contract.values_and_gradients("reference", inputs, state, ids)
-    got = contract.values_and_gradients("pallas_tpu", inputs, state, ids)
+    case = contract.data("4 taps", 49)
+    expected = contract.values_and_gradients("reference", *case, reverse=reverse)
+    got = contract.values_and_gradients("pallas_tpu", *case, reverse=reverse)
     for name in expected:
         assert_close(name, got[name], expected[name])
 

@@ -71,6 +71,7 @@ class Tuning:
 
 
 TUNING = Tuning()
+WALKS_BACKWARDS = True
 
 
 def forward(

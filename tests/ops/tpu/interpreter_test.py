@@ -48,12 +48,14 @@ IN_MAKE_TEST = {("gated_linear_attention", "scalar"), ("short_convolution", "4 t
 
 
 def cases() -> Iterator[object]:
-    for op, (_, _, contract) in OPS.items():
+    for op, (kernels, _, contract) in OPS.items():
         for variant in contract.variants:
             variant = getattr(variant, "values", (variant,))[0]
             short = (op, variant) in IN_MAKE_TEST
             marks = pytest.mark.slow if short else pytest.mark.full
-            yield pytest.param(op, variant, marks=marks)
+            yield pytest.param(op, variant, False, marks=marks)
+            if hasattr(kernels, "WALKS_BACKWARDS"):
+                yield pytest.param(op, variant, True, marks=pytest.mark.full)
 
 
 @pytest.fixture
@@ -68,14 +70,14 @@ def simulated_tpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("simulated_tpu")
-@pytest.mark.parametrize(("op", "variant"), list(cases()))
-def test_kernels_use_the_memory_of_a_tpu_as_it_is(op, variant, monkeypatch):
+@pytest.mark.parametrize(("op", "variant", "reverse"), list(cases()))
+def test_kernels_use_the_memory_of_a_tpu_as_it_is(op, variant, reverse, monkeypatch):
     kernels, tuning, contract = OPS[op]
     tuning = dataclasses.replace(kernels.TUNING, **tuning)
     monkeypatch.setattr(gating, "CHUNK", 16)
     monkeypatch.setattr(kernels, "TUNING", tuning)
     case = contract().data(variant, LENGTH)
-    expected = contract().values_and_gradients("reference", *case)
-    got = contract().values_and_gradients("pallas_tpu", *case)
+    expected = contract().values_and_gradients("reference", *case, reverse=reverse)
+    got = contract().values_and_gradients("pallas_tpu", *case, reverse=reverse)
     for name in expected:
         assert_close(name, got[name], expected[name])

@@ -18,6 +18,20 @@ def test_the_readme_lists_exactly_the_models() -> None:
     assert sorted(listed) == sorted({*available_mixers(), "linear_self_attention"})
 
 
+def test_the_readme_names_the_ops_of_a_model() -> None:
+    """Those that it imports itself are among those that it has through parts."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| \[`\w+`\]\((models/.+?)\) \|.*?\|.*?\| (.*?) \|", text, re.MULTILINE)
+    assert len(rows) == len(available_mixers()) + 1
+    for path, listed in rows:
+        package = path.endswith("__init__.py")
+        files = (ROOT / path).parent.glob("*.py") if package else [ROOT / path]
+        source = "".join(file.read_text("utf-8") for file in files)
+        ops = set(re.findall(r"`(\w+)`", listed))
+        assert ops and set(re.findall(r"from ops\.(\w+)\.api import", source)) <= ops, path
+        assert all((ROOT / "ops" / op / "api.py").exists() for op in ops), path
+
+
 def test_every_model_has_a_config() -> None:
     configs = {path.stem for path in (ROOT / "experiments/configs").glob("*.py")}
     only_in_hybrids = {"window_attention", "base_conv"}

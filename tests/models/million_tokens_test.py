@@ -63,7 +63,7 @@ def test_a_million_tokens_forward_and_backward(case):
         gradients, o = jax.jit(jax.grad(loss, has_aux=True))(inputs)
         return {"output": o, **gradients}
 
-    with mock.patch.object(pieces, "MOST", PIECE):
+    with mock.patch.object(pieces, "MAX_TOKENS", PIECE):
         got = results("pallas_gpu")
     wanted = results("xla")
     errors = {name: relative_l2(got[name], wanted[name]) for name in wanted}

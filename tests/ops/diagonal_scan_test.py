@@ -137,18 +137,19 @@ def test_tpu_kernels_carry_states_and_gradients_over_chunks(variant, reverse, le
 # Five turns, the last ragged, of four tokens: interpreted kernels take longer to compile than to
 # run.
 @pytest.mark.parametrize(
-    "variant",
+    ("variant", "reverse"),
     [
-        pytest.param("complex, per token", marks=pytest.mark.slow),
-        pytest.param("real, constant", marks=pytest.mark.full),
+        pytest.param("complex, per token", False, marks=pytest.mark.slow),
+        pytest.param("complex, per token", True, marks=pytest.mark.slow),
+        pytest.param("real, constant", False, marks=pytest.mark.full),
     ],
 )
-def test_gpu_kernels_equal_the_reference(variant, monkeypatch):
+def test_gpu_kernels_equal_the_reference(variant, reverse, monkeypatch):
     monkeypatch.setattr(pallas_gpu, "TURN", 4)
     contract = TestDiagonalScan()
     inputs, state, ids = contract.data(variant, 19)
-    expected = contract.values_and_gradients("reference", inputs, state, ids)
-    got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
+    expected = contract.values_and_gradients("reference", inputs, state, ids, reverse=reverse)
+    got = contract.values_and_gradients("pallas_gpu", inputs, state, ids, reverse=reverse)
     for name in expected:
         assert_close(name, got[name], expected[name])
 
@@ -161,9 +162,10 @@ def test_gpu_kernels_cut_time_into_parts(variant, length, parts, monkeypatch):
     monkeypatch.setattr(pallas_gpu, "part_count", lambda length, programs: parts)
     contract = TestDiagonalScan()
     inputs, state, ids = contract.data(variant, length)
-    for segment_ids in (ids, None):
-        expected = contract.values_and_gradients("reference", inputs, state, segment_ids)
-        got = contract.values_and_gradients("pallas_gpu", inputs, state, segment_ids)
+    for segment_ids, reverse in ((ids, False), (None, False), (ids, True)):
+        run = functools.partial(contract.values_and_gradients, reverse=reverse)
+        expected = run("reference", inputs, state, segment_ids)
+        got = run("pallas_gpu", inputs, state, segment_ids)
         for name in expected:
             assert_close(name, got[name], expected[name])
 

@@ -412,7 +412,7 @@ def test_gpu_kernels_take_a_long_sequence_piece_by_piece(length):
     inputs, state, ids = contract.data("vector", length)
     ids = ids.at[0, 63:65].set(jnp.array([90, 91]))  # a segment ends with a piece
     expected = contract.values_and_gradients("reference", inputs, state, ids)
-    with mock.patch.object(pieces, "MOST", 1):
+    with mock.patch.object(pieces, "MAX_TOKENS", 1):
         got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
     for name in expected:
         assert_close(name, got[name], expected[name])

@@ -187,19 +187,20 @@ def test_a_tpu_kernel_carries_its_state_over_chunks_without_segments():
 # Two chunks, the last ragged. Turns of two tokens: interpreted kernels take longer to compile than
 # to run.
 @pytest.mark.parametrize(
-    "variant",
+    ("variant", "reverse"),
     [
-        pytest.param("positive", marks=pytest.mark.slow),
-        pytest.param("negative", marks=pytest.mark.full),
+        pytest.param("positive", False, marks=pytest.mark.slow),
+        pytest.param("positive", True, marks=pytest.mark.slow),
+        pytest.param("negative", False, marks=pytest.mark.full),
     ],
 )
-def test_gpu_kernels_equal_the_reference(variant, monkeypatch):
+def test_gpu_kernels_equal_the_reference(variant, reverse, monkeypatch):
     monkeypatch.setattr(walks, "TURN", 2)
     monkeypatch.setattr(gradients, "TURN", 2)
     contract = TestSelectiveScan()
     inputs, state, ids = contract.data(variant, 71)
-    expected = contract.values_and_gradients("reference", inputs, state, ids)
-    got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
+    expected = contract.values_and_gradients("reference", inputs, state, ids, reverse=reverse)
+    got = contract.values_and_gradients("pallas_gpu", inputs, state, ids, reverse=reverse)
     for name in expected:
         assert_close(name, got[name], expected[name])
 
@@ -212,9 +213,10 @@ def test_gpu_kernels_cut_time_into_parts(variant, length, parts, monkeypatch):
     monkeypatch.setattr(walks, "part_count", lambda length, programs: parts)
     contract = TestSelectiveScan()
     inputs, state, ids = contract.data(variant, length)
-    for segment_ids in (ids, None):
-        expected = contract.values_and_gradients("reference", inputs, state, segment_ids)
-        got = contract.values_and_gradients("pallas_gpu", inputs, state, segment_ids)
+    for segment_ids, reverse in ((ids, False), (None, False), (ids, True)):
+        run = functools.partial(contract.values_and_gradients, reverse=reverse)
+        expected = run("reference", inputs, state, segment_ids)
+        got = run("pallas_gpu", inputs, state, segment_ids)
         for name in expected:
             assert_close(name, got[name], expected[name])
 

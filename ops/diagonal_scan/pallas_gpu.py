@@ -301,10 +301,6 @@ def _walk(sizes: Sizes, inputs: _WalkInputs) -> _WalkOutputs:
 # --- Parts of time
 
 
-class _PartInputs(NamedTuple):
-    tokens: KernelInputs
-
-
 class _PartOutputs(NamedTuple):
     """A part maps a state h (back: conj(a) g) to factors h + increments; [B, parts, width]."""
 
@@ -322,21 +318,21 @@ def _part_starts(
     state = _pad_state(initial_state, sizes)
     if sizes.parts == 1:
         return state
-    increments, factors = _walk_parts(sizes, _PartInputs(inputs), back)
+    increments, factors = _walk_parts(sizes, inputs, back)
     return gpu.part_starts(multiply_or_zero, factors, increments, state, back)
 
 
-def _walk_parts(sizes: Sizes, inputs: _PartInputs, back: bool) -> _PartOutputs:
+def _walk_parts(sizes: Sizes, inputs: KernelInputs, back: bool) -> _PartOutputs:
     """Walks over each part from zero, without outputs of tokens."""
 
-    def kernel(refs: _PartInputs, out: _PartOutputs) -> None:
-        program = Program(sizes, refs.tokens)
+    def kernel(refs: KernelInputs, out: _PartOutputs) -> None:
+        program = Program(sizes, refs)
         begin, step = (program.end - 1, -1) if back else (program.first, 1)
 
         def turn(n: Any, carry: Any) -> Any:
             h, product, x, a = carry
             i = begin + step * n
-            following = program.load_turn(refs.tokens.x, i + step), program.load_factors(i + step)
+            following = program.load_turn(refs.x, i + step), program.load_factors(i + step)
             for k in range(TURN)[::step]:
                 token = program.token(i, k, x, a)
                 factor = _conjugate(token.a) if back else token.a
@@ -350,7 +346,7 @@ def _walk_parts(sizes: Sizes, inputs: _PartInputs, back: bool) -> _PartOutputs:
         zero = jnp.zeros((LANES,), jnp.float32)
         zeros = (zero,) * sizes.numbers
         one = zero + 1, *zeros[1:]
-        x = program.load_turn(refs.tokens.x, begin)
+        x = program.load_turn(refs.x, begin)
         carry = zeros, one, x, program.load_factors(begin)
         h, product, _, _ = lax.fori_loop(0, program.end - program.first, turn, carry)
         program.store(out.increments, h, program.b, program.part)

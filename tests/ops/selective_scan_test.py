@@ -13,7 +13,7 @@ import ops
 from ops import selective_scan
 from ops.selective_scan import gating, pallas_gpu, pallas_tpu, xla
 from ops.selective_scan.examples import SHAPES
-from ops.selective_scan.pallas_gpu import gradients, walks
+from ops.selective_scan.pallas_gpu import gradients, program, walks
 from tests.contracts.ops import BATCH, DOCUMENT, LENGTH, TOLERANCE, OpContract, assert_close
 
 scan = jax.jit(
@@ -210,7 +210,7 @@ def test_gpu_kernels_equal_the_reference(variant, reverse, monkeypatch):
 @pytest.mark.parametrize(("length", "parts"), [(130, 2), (193, 3)])
 @pytest.mark.parametrize("variant", ["positive", "negative"])
 def test_gpu_kernels_cut_time_into_parts(variant, length, parts, monkeypatch):
-    monkeypatch.setattr(walks, "part_count", lambda length, programs: parts)
+    monkeypatch.setattr(program, "part_count", lambda length, programs: parts)
     contract = TestSelectiveScan()
     inputs, state, ids = contract.data(variant, length)
     for segment_ids, reverse in ((ids, False), (None, False), (ids, True)):

@@ -54,9 +54,10 @@ import jax.numpy as jnp
 from ...gpu import tiles as gpu
 from ...gpu.channels import LANES, MAX_BATCH, lanes, pad_last
 from .. import gating
-from . import walks
+from . import program
 from .gradients import TILES, GradientInputs, walk_back
-from .walks import WalkInputs
+from .program import KernelInputs, Sizes
+from .walks import WalkInputs, backward_preparation, forward_outputs, part_starts, states_at_parts
 
 WALKS_BACKWARDS = True  # the rules take `reverse`
 MAX_STATES = 64  # what fits registers
@@ -97,7 +98,7 @@ def forward(
     (`gating.py`) or None; shapes as in `api.py`."""
     delta = gating.step_sizes(delta, bias, delta_softplus)
     (batch, _, channels), states = x.shape, A.shape[1]
-    sizes = walks.make_sizes(
+    sizes = program.make_sizes(
         x,
         A,
         eigenvalue_range,
@@ -106,12 +107,12 @@ def forward(
         reverse=reverse,
         interpret=interpret,
     )
-    inputs = walks.make_inputs(sizes, x, delta, A, B, C, D, segment_ids)
-    state = walks.pad_state(initial_state, sizes)[:, None]
-    starts = walks.part_starts(sizes, inputs, state, back=False)
+    inputs = program.make_inputs(sizes, x, delta, A, B, C, D, segment_ids)
+    state = program.pad_state(initial_state, sizes)[:, None]
+    starts = part_starts(sizes, inputs, state, back=False)
     gate = None if z is None else (pad_last(z, sizes.width),)
     keep_chunk_states = with_chunk_states and gating.keeps_chunk_states(x, A)
-    y, ends, chunk_states = walks.forward_outputs(
+    y, ends, chunk_states = forward_outputs(
         sizes, WalkInputs(inputs, starts, gate), x.dtype, keep_chunk_states
     )
     if chunk_states is not None:
@@ -143,14 +144,14 @@ def backward(
     initial_state; chunk_states: what `forward` left, or None."""
     delta, pull_delta = gating.step_sizes_vjp(delta, bias, delta_softplus)
     channels, states = x.shape[2], A.shape[1]
-    sizes = walks.make_sizes(
+    sizes = program.make_sizes(
         x, A, eigenvalue_range, tiles=TILES, lanes=LANES, reverse=reverse, interpret=interpret
     )
-    inputs = walks.make_inputs(sizes, x, delta, A, B, C, D, segment_ids, dout)
+    inputs = program.make_inputs(sizes, x, delta, A, B, C, D, segment_ids, dout)
     chunk_states, dz, dy = _preparation(sizes, inputs, z, initial_state, chunk_states)
     inputs = inputs._replace(dy=dy)
-    state = walks.pad_state(dfinal_state, sizes)[:, None]
-    ends = walks.part_starts(sizes, inputs, state, back=True)
+    state = program.pad_state(dfinal_state, sizes)[:, None]
+    ends = part_starts(sizes, inputs, state, back=True)
     gradients = walk_back(sizes, GradientInputs(inputs, chunk_states, ends))
     dx, ddelta = (sizes.tokens_of(x)[..., :channels] for x in (gradients.dx, gradients.ddelta))
     dB, dC = (sizes.tokens_of(x.sum(1))[..., :states] for x in (gradients.dB, gradients.dC))
@@ -170,8 +171,8 @@ def backward(
 
 
 def _preparation(
-    sizes: walks.Sizes,
-    inputs: walks.KernelInputs,
+    sizes: Sizes,
+    inputs: KernelInputs,
     z: jax.Array | None,
     initial_state: jax.Array,
     chunk_states: jax.Array | None,
@@ -182,15 +183,15 @@ def _preparation(
     if chunk_states is None and sizes.chunks == 1:
         chunk_states = jnp.swapaxes(initial_state, 1, 2)[:, None]
     if chunk_states is not None:
-        chunk_states = walks.pad_chunk_states(chunk_states, sizes)
-        starts = walks.states_at_parts(sizes, chunk_states)
+        chunk_states = program.pad_chunk_states(chunk_states, sizes)
+        starts = states_at_parts(sizes, chunk_states)
         if z is None:
             return chunk_states, None, inputs.dy
     else:
-        state = walks.pad_state(initial_state, sizes)[:, None]
-        starts = walks.part_starts(sizes, inputs, state, back=False)
+        state = program.pad_state(initial_state, sizes)[:, None]
+        starts = part_starts(sizes, inputs, state, back=False)
     gate = None if z is None else (pad_last(z, sizes.width), inputs.dy)
-    outputs, computed_starts = walks.backward_preparation(
+    outputs, computed_starts = backward_preparation(
         sizes, WalkInputs(inputs, starts, gate), keep_chunk_states=chunk_states is None
     )
     chunk_states = computed_starts if chunk_states is None else chunk_states

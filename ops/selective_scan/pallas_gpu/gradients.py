@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 from ...gpu import tiles as gpu
 from ...gpu.channels import CHUNK, barrier, reset, round_up
-from .walks import LN_2, KernelInputs, Program, Sizes, Tiles, float32
+from .program import LN_2, KernelInputs, Program, Sizes, Tiles, float32
 
 TURN = 4  # tokens whose states are in registers at once
 TILES = 2  # tiles of channels of a program
@@ -125,9 +125,9 @@ def _advance(
 def _store_turn_start(
     program: Program, out: GradientOutputs, A: Tiles, first: Any, i: Any, carry: Any
 ) -> Any:
-    """One turn of a chunk, forward: writes the state before it; first: the chunk's first turn.
+    """The carry after one turn of a chunk, forward; writes the state before the turn.
 
-    carry: the state, and x and delta of the turn's tokens."""
+    carry: the state, and x and delta of the turn's tokens; first: the chunk's first turn."""
     h, steps = carry
     program.store_states(out.turn_starts, h, program.b, program.part, i)
     i += first
@@ -146,8 +146,9 @@ def _turn_back(
     i: Any,
     carry: _Carry,
 ) -> _Carry:
-    """One turn of a chunk, back: writes the gradients of its tokens; first: the chunk's first
-    turn."""
+    """The carry after one turn of a chunk, back; writes the gradients of the turn's tokens.
+
+    first: the chunk's first turn."""
     sizes, refs, b, block = program.sizes, program.refs, program.b, program.block
     ag, dA, dD = (list(tiles) for tiles in carry)
 

@@ -1,12 +1,9 @@
-"""Selective scan on GPU: a program at work, and the kernels that walk forward over time, or back
-without storing gradients of tokens (`__init__.py` has the equations).
+"""Selective scan on GPU: the kernels that walk over time forward, or over parts of time without
+writing anything of tokens (`__init__.py` has the equations).
 
 A gate is applied to a turn of tokens at once, for which y passes through memory of the program's
 own: what is elementwise on tokens and channels is then computed once, by all threads."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,234 +12,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ...gpu import tiles as gpu
-from ...gpu.channels import (
-    CHUNK,
-    barrier,
-    exp2,
-    keep_of,
-    lanes,
-    pad_last,
-    part_count,
-    reset,
-    round_up,
-)
+from ...gpu.channels import CHUNK, barrier, reset
 from .. import gating
+from .program import KernelInputs, Program, Sizes, float32
 
-LN_2 = math.log(2)
-TURN = 8  # tokens of a turn, forward
-
-Tiles = list[jax.Array]  # one for each tile of a program's channels
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is static in a kernel."""
-
-    batch: int
-    length: int
-    channels: int
-    width: int  # channels, padded to whole programs
-    states: int  # N, padded to a power of two
-    tiles: int  # of channels in a program
-    lanes: int  # channels of a tile
-    parts: int  # of time
-    negative: bool  # a = 2 e - 1
-    reverse: bool  # time runs from the last token to the first
-    interpret: bool
-
-    @property
-    def blocks(self) -> int:
-        """Programs along channels."""
-        return self.width // (self.tiles * self.lanes)
-
-    @property
-    def chunks(self) -> int:
-        """G."""
-        return pl.cdiv(self.length, CHUNK)
-
-    @property
-    def turns(self) -> int:
-        """Turns of the whole sequence, forward."""
-        return pl.cdiv(self.length, TURN)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.blocks * self.parts, self.batch
-
-    @property
-    def all_states(self) -> gpu.Span:
-        return gpu.span(0, self.states, self.states, True)
-
-    def one_tile(self) -> "Sizes":
-        """The sizes for programs of one tile."""
-        return replace(self, tiles=1, lanes=lanes(self.batch, self.channels, self.states))
-
-    def part_chunks(self, part: Any) -> tuple[Any, Any]:
-        """The first chunk of a part, and the first after it."""
-        chunks = pl.cdiv(self.chunks, self.parts)
-        first = jnp.minimum(part * chunks, self.chunks)
-        return first, jnp.minimum(first + chunks, self.chunks)
-
-    def tokens_of(self, x: jax.Array) -> jax.Array:
-        """[.., T, X] of an output [.., T padded to whole turns, X]."""
-        return x[..., -self.length :, :] if self.reverse else x[..., : self.length, :]
-
-
-def make_sizes(
-    x: jax.Array,
-    A: jax.Array,
-    eigenvalue_range: tuple[int, int],
-    *,
-    tiles: int,
-    lanes: int,
-    reverse: bool,
-    interpret: bool,
-) -> Sizes:
-    batch, length, channels = x.shape
-    width = round_up(channels, tiles * lanes)
-    return Sizes(
-        batch,
-        length,
-        channels,
-        width,
-        states=1 << (A.shape[1] - 1).bit_length(),
-        tiles=tiles,
-        lanes=lanes,
-        parts=part_count(length, batch * width // (tiles * lanes)),
-        negative=eigenvalue_range == (-1, 1),
-        reverse=reverse,
-        interpret=interpret,
-    )
-
-
-class KernelInputs(NamedTuple):
-    """The op's inputs with padded channels and states, as arrays or as refs."""
-
-    x: Any  # [B, T, width]
-    delta: Any  # [B, T, width]
-    A: Any  # A log2(e) [width, N]
-    B: Any  # [B, T, N]
-    C: Any  # [B, T, N]
-    D: Any  # [width], or None
-    keep: Any  # [B, T] int32, or None
-    dy: Any = None  # [B, T, width] backward
-
-
-def make_inputs(sizes: Sizes, x, delta, A, B, C, D, segment_ids, dy=None) -> KernelInputs:
-    return KernelInputs(
-        pad_last(x, sizes.width),
-        pad_last(delta, sizes.width),
-        pad_state(A.astype(jnp.float32) / LN_2, sizes),
-        pad_last(B, sizes.states),
-        pad_last(C, sizes.states),
-        None if D is None else pad_last(D.astype(jnp.float32), sizes.width),
-        keep_of(segment_ids, sizes.reverse),
-        None if dy is None else pad_last(dy, sizes.width),
-    )
-
-
-def pad_state(x: jax.Array, sizes: Sizes) -> jax.Array:
-    """[..., D, N] -> [..., width, states] in float32."""
-    x = pad_last(x.astype(jnp.float32), sizes.states)
-    missing = sizes.width - sizes.channels
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, missing), (0, 0))) if missing else x
-
-
-def pad_chunk_states(states: jax.Array, sizes: Sizes) -> jax.Array:
-    """[B, G, N, D] -> [B, G, states, width] in float32."""
-    states = pad_last(states.astype(jnp.float32), sizes.width)
-    missing = sizes.states - states.shape[2]
-    return jnp.pad(states, ((0, 0), (0, 0), (0, missing), (0, 0)))
-
-
-def float32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-# --- A program
-
-
-@dataclass(frozen=True)
-class Program:
-    """A program at work: its indices, and loads and stores of its channels.
-
-    Tokens are counted in walking order."""
-
-    sizes: Sizes
-    refs: KernelInputs
-    b: Any
-    part: Any
-    block: Any
-    channels: list[gpu.Span]  # of each tile
-
-    @staticmethod
-    def of(sizes: Sizes, refs: KernelInputs) -> "Program":
-        x, b = pl.program_id(0), pl.program_id(1)
-        block, part = x % sizes.blocks, x // sizes.blocks
-        first = block * sizes.tiles * sizes.lanes
-        channels = [
-            gpu.span(first + n * sizes.lanes, sizes.lanes, sizes.width, True)
-            for n in range(sizes.tiles)
-        ]
-        return Program(sizes, refs, b, part, block, channels)
-
-    def input_index(self, t: Any) -> Any:
-        """Where token t is in an input; of a token past the end, where the last one is."""
-        t = jnp.clip(t, 0, self.sizes.length - 1)
-        return self.sizes.length - 1 - t if self.sizes.reverse else t
-
-    def output_index(self, ref: Any, t: Any) -> Any:
-        """Where token t is in an output [.., T padded to whole turns, X]."""
-        return ref.shape[-2] - 1 - t if self.sizes.reverse else t
-
-    def if_valid(self, t: Any, value: Any, otherwise: float) -> Any:
-        """`otherwise` for a token past the end."""
-        if self.sizes.length % CHUNK == 0:
-            return value
-        return jnp.where(t < self.sizes.length, value, otherwise)
-
-    def load_token(self, ref: Any, t: Any) -> Tiles:
-        """x_t, delta_t or dy_t, [lanes] float32; past the end zero, which leaves the state
-        alone."""
-        tiles = [gpu.load(ref, self.b, self.input_index(t), c) for c in self.channels]
-        return [self.if_valid(t, tile.astype(jnp.float32), 0.0) for tile in tiles]
-
-    def load_vector(self, ref: Any, t: Any) -> jax.Array:
-        """B_t or C_t [1, N] float32."""
-        vector = gpu.load(ref, self.b, self.input_index(t), self.sizes.all_states)
-        return vector.astype(jnp.float32)[None, :]
-
-    def keep(self, t: Any) -> jax.Array | None:
-        """Whether the state before token t survives into it, [] int32."""
-        if self.refs.keep is None:
-            return None
-        keep = gpu.load(self.refs.keep, self.b, self.input_index(t))
-        return self.if_valid(t, keep, 1)
-
-    def exponential(self, delta: jax.Array, A: jax.Array) -> jax.Array:
-        """e = exp(delta A) [lanes, N]."""
-        return exp2(delta[:, None] * A, self.sizes.interpret)
-
-    def factor(self, e: jax.Array) -> jax.Array:
-        """a [lanes, N]."""
-        return e + e - 1 if self.sizes.negative else e
-
-    def load_states(self, ref: Any, *index: Any) -> Tiles:
-        """[lanes, N] each, of [*index, width, N]."""
-        return [gpu.load(ref, *index, c, self.sizes.all_states) for c in self.channels]
-
-    def store_states(self, ref: Any, tiles: Sequence[jax.Array], *index: Any) -> None:
-        """Writes [lanes, N] each to [*index, width, N]."""
-        for tile, c in zip(tiles, self.channels, strict=True):
-            gpu.store(ref, tile, *index, c, self.sizes.all_states)
-
-    def load_chunk_state(self, ref: Any, g: Any) -> Tiles:
-        """The state before chunk g, [lanes, N] each, of [B, G, N, width]."""
-        states = self.sizes.all_states
-        return [gpu.load(ref, self.b, g, states, c).T for c in self.channels]
-
-
-# --- The walk forward
+TURN = 8  # tokens that a program loads at once
 
 
 class WalkInputs(NamedTuple):
@@ -283,7 +57,9 @@ def _walk(
     name: str, sizes: Sizes, inputs: WalkInputs, dtypes: tuple[Any, ...], keep_chunk_states: bool
 ) -> WalkOutputs:
     """Passes states over the tokens of each part; dtypes: of `WalkOutputs.tokens`."""
-    turns, padded = CHUNK // TURN, sizes.turns * TURN  # of a chunk; tokens of an output
+    turns = CHUNK // TURN  # of a chunk
+    all_turns = pl.cdiv(sizes.length, TURN)
+    padded = all_turns * TURN  # tokens of an output
 
     def kernel(refs: WalkInputs, out: WalkOutputs) -> None:
         program = Program.of(sizes, refs.tokens)
@@ -325,7 +101,7 @@ def _walk(
 
         def chunk(g: Any, carry: Any) -> Any:
             gpu.store(out.chunk_states, carry[0].T, b, g, sizes.all_states, c)
-            last_turn = jnp.minimum((g + 1) * turns, sizes.turns)
+            last_turn = jnp.minimum((g + 1) * turns, all_turns)
             return lax.fori_loop(g * turns, last_turn, turn, carry)
 
         (h,) = program.load_states(refs.starts, b, part)  # [lanes, N]
@@ -333,7 +109,7 @@ def _walk(
         if keep_chunk_states:
             h, _ = lax.fori_loop(first, end, chunk, carry)
         else:
-            last_turn = jnp.minimum(end * turns, sizes.turns)
+            last_turn = jnp.minimum(end * turns, all_turns)
             h, _ = lax.fori_loop(first * turns, last_turn, turn, carry)
         program.store_states(out.ends, [h], b, part)
 
@@ -391,10 +167,6 @@ def _padded_turn_span(sizes: Sizes, ref: Any, t: Any) -> gpu.Span:
 # --- Parts of time
 
 
-class PartInputs(NamedTuple):
-    tokens: KernelInputs
-
-
 class PartOutputs(NamedTuple):
     """[B, parts, width, N] each: a part maps a state S (back: a g) to factors S + increments."""
 
@@ -411,7 +183,7 @@ def part_starts(
     the walk to the first; `initial_state` is then the gradient of the final state."""
     if sizes.parts == 1:
         return initial_state
-    increments, factors = _walk_parts(sizes.one_tile(), PartInputs(inputs), back)
+    increments, factors = _walk_parts(sizes.one_tile(), inputs, back)
     return gpu.part_starts(jnp.multiply, factors, increments, initial_state, back)
 
 
@@ -423,23 +195,23 @@ def states_at_parts(sizes: Sizes, chunk_states: jax.Array) -> jax.Array:
     return jnp.swapaxes(jnp.take(chunk_states, first, axis=1, mode="clip"), 2, 3)
 
 
-def _walk_parts(sizes: Sizes, inputs: PartInputs, back: bool) -> PartOutputs:
+def _walk_parts(sizes: Sizes, inputs: KernelInputs, back: bool) -> PartOutputs:
     """Walks over each part from zero, without outputs of tokens."""
     turns = CHUNK // TURN
 
-    def kernel(refs: PartInputs, out: PartOutputs) -> None:
-        program, tokens = Program.of(sizes, refs.tokens), refs.tokens
-        (A,) = program.load_states(tokens.A)  # [lanes, N]
+    def kernel(refs: KernelInputs, out: PartOutputs) -> None:
+        program = Program.of(sizes, refs)
+        (A,) = program.load_states(refs.A)  # [lanes, N]
         first, end = sizes.part_chunks(program.part)
         begin = end * turns - 1 if back else first * turns
 
         def load_turn(i: Any) -> list[tuple[jax.Array, jax.Array]]:
             """x (back: dy) and delta [lanes] of the tokens of turn i."""
-            ref = tokens.dy if back else tokens.x
+            ref = refs.dy if back else refs.x
             return [
                 (
                     program.load_token(ref, i * TURN + k)[0],
-                    program.load_token(tokens.delta, i * TURN + k)[0],
+                    program.load_token(refs.delta, i * TURN + k)[0],
                 )
                 for k in range(TURN)
             ]
@@ -453,11 +225,11 @@ def _walk_parts(sizes: Sizes, inputs: PartInputs, back: bool) -> PartOutputs:
                 keep = program.keep(t)
                 a = program.factor(program.exponential(delta, A))  # [lanes, N]  Eq. 2
                 if back:
-                    g = h + x[:, None] * program.load_vector(tokens.C, t)  # Eq. 4
+                    g = h + x[:, None] * program.load_vector(refs.C, t)  # Eq. 4
                     h = reset(a * g, keep)
                 else:
                     u = (delta * x)[:, None]  # [lanes, 1]
-                    h = a * reset(h, keep) + u * program.load_vector(tokens.B, t)  # Eq. 1
+                    h = a * reset(h, keep) + u * program.load_vector(refs.B, t)  # Eq. 1
                 product = reset(a * product, keep)
             return h, product, next_tokens
 

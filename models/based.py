@@ -17,8 +17,7 @@ H F (V + 1) floats. Cost per token: O(H F V).
 
 Departures: phi holds each product q_i q_j once, weighted by sqrt(2), where the authors' layer holds
 it twice (F = 273): the same scores from 0.56 of the state. The short gated convolutions of the
-released models are not part.
-Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
+released models are not part. Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
 
 Authors' code: https://github.com/HazyResearch/based
 """
@@ -103,6 +102,7 @@ class BasedLinearAttention(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
+        # Section 4
         o_BTHV, memory = normalised_attention(
             taylor_features(split_heads(self.query(x_BTD), self.heads)),
             taylor_features(split_heads(self.key(x_BTD), self.heads)),

@@ -10,8 +10,7 @@ Franke, Hutter, Pontil, "Unlocking State-Tracking in Linear RNNs Through Negativ
 
     q, k    q_BTHK, k_BTHK      unit norm per head: x / sqrt(sum x^2 + 1e-6), in float32
     v       v_BTHV
-    beta    beta_BTH            in (0, 1), or 2 sigmoid(x W_beta) in (0, 2) with
-    eigenvalue_range=(-1, 1)
+    beta    beta_BTH            in (0, 1); with eigenvalue_range=(-1, 1) twice that, in (0, 2)
     S       "memory" [B,H,K,V]  float32
 
 The transition has K - 1 eigenvalues 1 and one eigenvalue 1 - beta_t: in (0, 1), or in (-1, 1),
@@ -22,7 +21,8 @@ Departures: none known; `conv_width=0` is the paper's "without convolution" (SiL
 Initialisation: Xavier-uniform with gain 2^-2.5.
 
 Authors' code: https://github.com/fla-org/flash-linear-attention,
-https://github.com/automl/unlocking_state_tracking"""
+https://github.com/automl/unlocking_state_tracking
+"""
 
 import functools
 from typing import Any
@@ -32,16 +32,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.norms import l2_normalise, rms_norm
 from models.parts.options import check_choice
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
-from models.parts.short_convolution import ShortConvolution
 from ops.delta_rule.api import delta_rule
 
 
-class DeltaNet(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V]}, all
-    float32."""
+class DeltaNet(ConvolvedProjections):
+    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V]}, float32."""
 
     causal = True
 
@@ -73,9 +72,7 @@ class DeltaNet(nnx.Module):
         self.key = dense(width, key_width, ("embed", "heads"))
         self.value = dense(width, value_width, ("embed", "heads"))
         self.beta = dense(width, heads, ("embed", "heads"))
-        self.conv_q = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
-        self.conv_k = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
-        self.conv_v = ShortConvolution(value_width, conv_width, rngs=rngs, **dtypes)
+        self.add_convolutions(key_width, value_width, conv_width, rngs=rngs, **dtypes)
         self.norm = rms_norm(self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
         self.output = dense(value_width, width, ("heads", "embed"))
 
@@ -88,9 +85,7 @@ class DeltaNet(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
-        q_BTD, conv_q = self.conv_q(self.query(x_BTD), state.get("conv_q"), segment_ids)
-        k_BTD, conv_k = self.conv_k(self.key(x_BTD), state.get("conv_k"), segment_ids)
-        v_BTD, conv_v = self.conv_v(self.value(x_BTD), state.get("conv_v"), segment_ids)
+        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(x_BTD, state, segment_ids)
         q_BTHK = l2_normalise(split_heads(jax.nn.silu(q_BTD), self.heads))
         k_BTHK = l2_normalise(split_heads(jax.nn.silu(k_BTD), self.heads))
         o_BTHV, memory = delta_rule(
@@ -102,14 +97,12 @@ class DeltaNet(nnx.Module):
             segment_ids=segment_ids,
         )
         y_BTD = self.output(merge_heads(self.norm(o_BTHV)).astype(self.compute_dtype))
-        return y_BTD, {"conv_q": conv_q, "conv_k": conv_k, "conv_v": conv_v, "memory": memory}
+        return y_BTD, {**convolutions, "memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
         return {
-            "conv_q": self.conv_q.init_state(batch),
-            "conv_k": self.conv_k.init_state(batch),
-            "conv_v": self.conv_v.init_state(batch),
+            **self.init_convolutions(batch),
             "memory": jnp.zeros((batch, self.heads, self.key_size, self.value_size), jnp.float32),
         }
 

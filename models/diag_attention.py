@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.positions import count_positions
+from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
     XAVIER_MEDIUM,
     head_size,
@@ -87,11 +87,7 @@ class DiagAttention(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        positions_BT = (
-            count_positions(state["position"], length, segment_ids)
-            if positions is None
-            else positions
-        )
+        positions_BT = token_positions(positions, state["position"], length, segment_ids)
         starts_BT = positions_BT % self.block == 0
         # A state from before a block that starts with this call's first token is not seen any more.
         window = state["window"]
@@ -107,7 +103,7 @@ class DiagAttention(nnx.Module):
             segment_ids=jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32),
         )
         y_BTD = self.output(merge_heads(o_BTHV))
-        return y_BTD, {"window": window, "position": (positions_BT[:, -1] + 1).astype(jnp.int32)}
+        return y_BTD, {"window": window, "position": next_position(positions_BT)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: an empty window at position 0."""

@@ -2,17 +2,18 @@
 Rule", ICLR 2025, arXiv 2412.06464. With eigenvalue_range=(-1, 1): Grazzi et al., ICLR 2025, arXiv
 2411.12537.
 
-    S_t = alpha_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t,    o_t = q_t S_t / sqrt(K)
-    (Eq. 10) q, k = l2norm(silu(conv(x W_{q,k}))),    v = silu(conv(x W_v)),    beta = sigmoid(x
-    W_beta) log alpha_t = -exp(a_log) softplus(x_t W_a + b_dt)
+    S_t = alpha_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t                        (Eq. 10)
+    o_t = q_t S_t / sqrt(K)
+    q, k = l2norm(silu(conv(x W_{q,k}))),    v = silu(conv(x W_v)),    beta = sigmoid(x W_beta)
+    log alpha_t = -exp(a_log) softplus(x_t W_a + b_dt)
     y_t = (norm(o_t) * silu(x_t W_g)) W_o,    norm per head
 
     q, k        q_BTHK, k_BTHK      unit norm per head; heads * K = expand_k d = 0.75 d
     v           v_BTHV              heads * V = expand_v d = 1.5 d
     beta        beta_BTH            in (0, 1), or in (0, 2) with eigenvalue_range=(-1, 1)
     log alpha   decay_log_BTH       float32, one per head
-    a_log, b_dt a_log_H, dt_bias_H  exp(a_log) from U(0, 16); softplus(b_dt) log-uniform on [dt_min,
-                                    dt_max]
+    a_log, b_dt a_log_H, dt_bias_H  exp(a_log) from U(0, 16); softplus(b_dt) log-uniform on
+                                    [dt_min, dt_max]
     S           "memory" [B,H,K,V]  float32
 
 alpha forgets all of the state at once, beta edits one association in it. State: H K V floats, and
@@ -20,11 +21,11 @@ alpha forgets all of the state at once, beta edits one association in it. State:
 d^2 parameters.
 
 Departures: the paper leaves the formula of alpha out; it is the one of the authors' code (that of
-Mamba-2).
-Initialisation: Xavier-uniform with gain 2^-2.5.
+Mamba-2). Initialisation: Xavier-uniform with gain 2^-2.5.
 
 Authors' code: https://github.com/NVlabs/GatedDeltaNet,
-https://github.com/fla-org/flash-linear-attention"""
+https://github.com/fla-org/flash-linear-attention
+"""
 
 import functools
 from typing import Any
@@ -34,17 +35,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.discretisation import dt_bias
 from models.parts.norms import l2_normalise, rms_norm
 from models.parts.options import check_choice
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
-from models.parts.short_convolution import ShortConvolution
 from ops.delta_rule.api import delta_rule
 
 
-class GatedDeltaNet(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V]}, all
-    float32."""
+class GatedDeltaNet(ConvolvedProjections):
+    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V]}, float32."""
 
     causal = True
 
@@ -79,9 +79,7 @@ class GatedDeltaNet(nnx.Module):
         self.key = dense(width, key_width, ("embed", "heads"))
         self.value = dense(width, value_width, ("embed", "heads"))
         self.beta = dense(width, heads, ("embed", "heads"))
-        self.conv_q = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
-        self.conv_k = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
-        self.conv_v = ShortConvolution(value_width, conv_width, rngs=rngs, **dtypes)
+        self.add_convolutions(key_width, value_width, conv_width, rngs=rngs, **dtypes)
         self.dt = dense(width, heads, ("embed", "heads"))
         # float32 whatever param_dtype is: they enter exponentials. 1 - u is in (0, 1]: no logarithm
         # of 0.
@@ -102,9 +100,7 @@ class GatedDeltaNet(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
-        q_BTD, conv_q = self.conv_q(self.query(x_BTD), state.get("conv_q"), segment_ids)
-        k_BTD, conv_k = self.conv_k(self.key(x_BTD), state.get("conv_k"), segment_ids)
-        v_BTD, conv_v = self.conv_v(self.value(x_BTD), state.get("conv_v"), segment_ids)
+        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(x_BTD, state, segment_ids)
         q_BTHK = l2_normalise(split_heads(jax.nn.silu(q_BTD), self.heads))
         k_BTHK = l2_normalise(split_heads(jax.nn.silu(k_BTD), self.heads))
         dt_BTH = jax.nn.softplus(
@@ -122,14 +118,12 @@ class GatedDeltaNet(nnx.Module):
         )
         o_BTD = merge_heads(self.norm(o_BTHV)).astype(self.compute_dtype)
         y_BTD = self.output(o_BTD * jax.nn.silu(self.output_gate(x_BTD)))
-        return y_BTD, {"conv_q": conv_q, "conv_k": conv_k, "conv_v": conv_v, "memory": memory}
+        return y_BTD, {**convolutions, "memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
         return {
-            "conv_q": self.conv_q.init_state(batch),
-            "conv_k": self.conv_k.init_state(batch),
-            "conv_v": self.conv_v.init_state(batch),
+            **self.init_convolutions(batch),
             "memory": jnp.zeros((batch, self.heads, self.key_size, self.value_size), jnp.float32),
         }
 

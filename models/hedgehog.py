@@ -1,15 +1,13 @@
 """Hedgehog. Zhang, Bhatia, Kumbong, Re, "The Hedgehog & the Porcupine: Expressive Linear Attentions
 with Softmax Mimicry", ICLR 2024, arXiv 2402.04347.
 
-    o_t = sum_{s <= t} a_ts v_s,    a_ts = phi_q(q_t) phi_k(k_s) / sum_{r <= t} phi_q(q_t)
-                                    phi_k(k_r)
+    o_t = sum_{s <= t} a_ts v_s,   a_ts = phi_q(q_t) phi_k(k_s) / sum_{r <= t} phi_q(q_t) phi_k(k_r)
     phi(x) = softmax([y, -y])  or  exp([y, -y]),    y = tau (x W_phi + b)
     y_t = o_t W_o
 
     q, k        q_BTHK, k_BTHK          x W_q, x W_k, rotated (rope)
     v           v_BTHV
-    W_phi, b    weight_HKK, bias_HK     one map per head, one for queries and one for keys; start as
-    I and 0
+    W_phi, b    weight_HKK, bias_HK     one map per head for queries, one for keys; start as I and 0
     tau         temperature
     numerator,  "memory" [B,H,2K,V+1]   float32; the last column sums the key features
     denominator
@@ -39,7 +37,7 @@ from jax.typing import DTypeLike
 
 from models.parts.normalised_attention import normalised_attention
 from models.parts.options import check_choice
-from models.parts.positions import count_positions
+from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
     head_size,
     merge_heads,
@@ -139,11 +137,7 @@ class Hedgehog(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        positions_BT = (
-            count_positions(state["position"], length, segment_ids)
-            if positions is None
-            else positions
-        )
+        positions_BT = token_positions(positions, state["position"], length, segment_ids)
         q_BTHK, k_BTHK = (
             split_heads(self.query(x_BTD), self.heads),
             split_heads(self.key(x_BTD), self.heads),
@@ -160,7 +154,7 @@ class Hedgehog(nnx.Module):
             segment_ids=segment_ids,
         )
         y_BTD = self.output(merge_heads(o_BTHV.astype(self.compute_dtype)))
-        return y_BTD, {"memory": memory, "position": (positions_BT[:, -1] + 1).astype(jnp.int32)}
+        return y_BTD, {"memory": memory, "position": next_position(positions_BT)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

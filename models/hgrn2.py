@@ -4,16 +4,14 @@ COLM 2024, arXiv 2404.07904; the lower bounds are from HGRN, NeurIPS 2023, arXiv
     S_t = Diag(f_t) S_{t-1} + (1 - f_t)^T v_t,    o_t = q_t S_t
     f_t = lb_l + (1 - lb_l) sigmoid(x_t W_f),    q_t = swish(x_t W_q),    v_t = x_t W_v
     y_t = norm(o_t) W_o,    norm over all heads together
-    P = softmax(Gamma) over layers,    lb_l = sum_{0 < i <= l} P_i,    1 - lb_l = P_0 + sum_{i > l}
-    P_i
+    P = softmax(Gamma) over layers,  lb_l = sum_{0 < i <= l} P_i,  1 - lb_l = P_0 + sum_{i > l} P_i
 
     q, 1 - f    q_BTHK, k_BTHK      heads * K = d: the key is what the gate does not keep
     v           v_BTHV              heads * V = d
     log f       decay_log_BTHK      float32
-    Gamma       gamma_LD            float32, one for the whole network; L counts the layers of this
-    mixer alone log P       p_log_LD            float32
-    lb_l        lower bound of the l-th of them, per channel: 0 in the first, increasing with l,
-                below 1
+    Gamma       gamma_LD            float32, one of the whole network; L counts this mixer's layers
+    log P       p_log_LD            float32
+    lb_l        lower bound of the l-th of them, per channel: 0 in the first, increasing, below 1
     S           "memory" [B,H,K,V]  float32; each row is a running convex mean of values
 
 State: d^2 / H floats; heads have 128 channels in the paper (H = d / 128). Cost per token: O(d^2 /

@@ -1,10 +1,11 @@
 """KDA, Kimi Delta Attention. Kimi Team, "Kimi Linear: An Expressive, Efficient Attention
 Architecture", 2025, arXiv 2510.26692.
 
-    S_t = (I - beta_t k_t^T k_t) Diag(alpha_t) S_{t-1} + beta_t k_t^T v_t,    o_t = q_t S_t /
-    sqrt(K)     (Eq. 1) q, k = l2norm(silu(conv(x W_{q,k}))),    v = silu(conv(x W_v)),    beta =
-    sigmoid(x W_beta) log alpha_t = -exp(a_log) softplus((x_t W_1) W_2 + b_dt) y_t = (sigmoid((x_t
-    W_3) W_4 + b_4) * norm(o_t)) W_o,    norm per head
+    S_t = (I - beta_t k_t^T k_t) Diag(alpha_t) S_{t-1} + beta_t k_t^T v_t                   (Eq. 1)
+    o_t = q_t S_t / sqrt(K)
+    q, k = l2norm(silu(conv(x W_{q,k}))),    v = silu(conv(x W_v)),    beta = sigmoid(x W_beta)
+    log alpha_t = -exp(a_log) softplus((x_t W_1) W_2 + b_dt)
+    y_t = (sigmoid((x_t W_3) W_4 + b_4) * norm(o_t)) W_o,    norm per head
 
     q, k        q_BTHK, k_BTHK          unit norm per head
     v           v_BTHV
@@ -19,10 +20,8 @@ which is also the rank of both low-rank maps. State: H K V floats, and 3 (W - 1)
 convolutions. Cost per token: O(H K V).
 
 Departures: ranks and initial values follow the authors' layer, which the report does not state. Its
-optional gate with
-a lower bound is left out: it keeps a kernel's factorised exponentials in range, and the op here has
-no such limit.
-Initialisation: Xavier-uniform with gain 2^-2.5.
+optional gate with a lower bound is left out: it keeps a kernel's factorised exponentials in range,
+and the op here has no such limit. Initialisation: Xavier-uniform with gain 2^-2.5.
 
 Authors' code: https://github.com/fla-org/flash-linear-attention
 """
@@ -35,16 +34,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.discretisation import dt_bias
 from models.parts.norms import l2_normalise, rms_norm
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
-from models.parts.short_convolution import ShortConvolution
 from ops.delta_rule.api import delta_rule
 
 
-class KimiDeltaAttention(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V]}, all
-    float32."""
+class KimiDeltaAttention(ConvolvedProjections):
+    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V]}, float32."""
 
     causal = True
 
@@ -75,9 +73,7 @@ class KimiDeltaAttention(nnx.Module):
         self.key = dense(width, key_width, ("embed", "heads"))
         self.value = dense(width, value_width, ("embed", "heads"))
         self.beta = dense(width, heads, ("embed", "heads"))
-        self.conv_q = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
-        self.conv_k = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
-        self.conv_v = ShortConvolution(value_width, conv_width, rngs=rngs, **dtypes)
+        self.add_convolutions(key_width, value_width, conv_width, rngs=rngs, **dtypes)
         self.dt_in = dense(width, self.value_size, ("embed", None))
         self.dt_out = dense(self.value_size, key_width, (None, "heads"))
         # float32 whatever param_dtype is: they enter exponentials.
@@ -99,9 +95,7 @@ class KimiDeltaAttention(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
-        q_BTD, conv_q = self.conv_q(self.query(x_BTD), state.get("conv_q"), segment_ids)
-        k_BTD, conv_k = self.conv_k(self.key(x_BTD), state.get("conv_k"), segment_ids)
-        v_BTD, conv_v = self.conv_v(self.value(x_BTD), state.get("conv_v"), segment_ids)
+        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(x_BTD, state, segment_ids)
         q_BTHK = l2_normalise(split_heads(jax.nn.silu(q_BTD), self.heads))
         k_BTHK = l2_normalise(split_heads(jax.nn.silu(k_BTD), self.heads))
         dt_BTHK = split_heads(self.dt_out(self.dt_in(x_BTD)).astype(jnp.float32), self.heads)
@@ -120,14 +114,12 @@ class KimiDeltaAttention(nnx.Module):
         y_BTD = self.output(
             jax.nn.sigmoid(self.output_gate_out(self.output_gate_in(x_BTD))) * o_BTD
         )
-        return y_BTD, {"conv_q": conv_q, "conv_k": conv_k, "conv_v": conv_v, "memory": memory}
+        return y_BTD, {**convolutions, "memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
         return {
-            "conv_q": self.conv_q.init_state(batch),
-            "conv_k": self.conv_k.init_state(batch),
-            "conv_v": self.conv_v.init_state(batch),
+            **self.init_convolutions(batch),
             "memory": jnp.zeros((batch, self.heads, self.key_size, self.value_size), jnp.float32),
         }
 

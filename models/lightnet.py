@@ -2,8 +2,8 @@
 Sequential Modeling with LightNet", 2024, arXiv 2405.21022.
 
     z_t = log(exp(z_{t-1}) + exp(k_t)),    w_t = exp(k_t - z_t)
-    S_t = Diag(exp(z_{t-1} - z_t)) S_{t-1} + w_t^T v_t,    o_t = q_t S_t / sqrt(K)      (additive
-    recurrence) y_t = (norm(o_t) * swish((x_t W_1) W_2)) W_o,    norm over all heads together
+    S_t = Diag(exp(z_{t-1} - z_t)) S_{t-1} + w_t^T v_t,    o_t = q_t S_t / sqrt(K)
+    y_t = (norm(o_t) * swish((x_t W_1) W_2)) W_o,    norm over all heads together
 
     q, k        q_BTHK, k_BTHK          silu(x W_q), x W_k
     v           v_BTHV                  x W_v
@@ -17,15 +17,15 @@ which is how both are computed: exact sums to 1, however small one of them is.
 
 empty_sum: before the first token the sum is 0 ("zero", the weights add up to 1) or 1 ("one", the
 authors' code: a virtual first token with k = 0 and v = 0). State: d^2 / H + d floats; heads have
-128 channels in the authors' layer.
-Cost per token: O(d^2 / H).
+128 channels in the authors' layer. Cost per token: O(d^2 / H).
 
 Departures: without the paper's encodings MD-TPE and MD-LRPE, which place the tokens of grids; a
 text has its order from the recurrence. Gate and norm are those of the library below.
 Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
 
 Authors' code: https://github.com/OpenNLPLab/LightNet,
-https://github.com/fla-org/flash-linear-attention"""
+https://github.com/fla-org/flash-linear-attention
+"""
 
 import functools
 from typing import Any
@@ -33,6 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from models.parts.norms import rms_norm
@@ -44,7 +45,7 @@ from models.parts.projections import (
     residual_normal,
     split_heads,
 )
-from models.parts.running_normaliser import running_normaliser
+from ops.framework.segments import starts
 from ops.gated_linear_attention.api import gated_linear_attention
 
 
@@ -117,6 +118,32 @@ class LightNetAttention(nnx.Module):
             "memory": jnp.zeros((batch, self.heads, self.head_size, self.head_size), jnp.float32),
             "normaliser_log": jnp.full((batch, self.width), self.empty_log, jnp.float32),
         }
+
+
+def running_normaliser(
+    k_BTD: jax.Array, *, empty: float, initial_BD: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """z_t = log(exp(z_{t-1}) + exp(k_t)) per channel, and z_{t-1} itself, both [B, T, D] in
+    float32.
+
+    `initial_BD` stands before the first token and `empty`, the log of an empty sum (-inf, or 0 for
+    a sum that starts at 1), before the first token of a later segment. Nothing overflows, whatever
+    k is: no exponential of it is formed."""
+    k_BTD = k_BTD.astype(jnp.float32)
+    if segment_ids is None:
+        starts_BT1 = jnp.zeros((*k_BTD.shape[:2], 1), bool)
+    else:
+        starts_BT1 = starts(segment_ids)[..., None]
+    own_BTD = jnp.where(starts_BT1, jnp.logaddexp(empty, k_BTD), k_BTD)
+    own_BTD = own_BTD.at[:, 0].set(jnp.logaddexp(initial_BD, k_BTD[:, 0]))
+
+    def combine(earlier, later):
+        (starts, z), (later_starts, later_z) = earlier, later
+        return starts | later_starts, jnp.where(later_starts, later_z, jnp.logaddexp(z, later_z))
+
+    _, z_BTD = lax.associative_scan(combine, (starts_BT1, own_BTD), axis=1)
+    before_BTD = jnp.concatenate((initial_BD[:, None], z_BTD[:, :-1]), axis=1)
+    return z_BTD, jnp.where(starts_BT1, empty, before_BTD)
 
 
 Mixer = LightNetAttention

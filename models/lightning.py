@@ -29,7 +29,8 @@ exist in every layer, which is what layers of one program cost; the angles are 0
 none. Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
 
 Authors' code: https://github.com/OpenNLPLab/lightning-attention,
-https://github.com/OpenNLPLab/TransnormerLLM"""
+https://github.com/OpenNLPLab/TransnormerLLM
+"""
 
 import functools
 from typing import Any
@@ -41,7 +42,7 @@ from jax.typing import DTypeLike
 
 from models.parts.norms import simple_rms_norm
 from models.parts.options import check_choice
-from models.parts.positions import count_positions
+from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
     head_size,
     merge_heads,
@@ -134,11 +135,7 @@ class LightningAttention(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        positions_BT = (
-            count_positions(state["position"], length, segment_ids)
-            if positions is None
-            else positions
-        )
+        positions_BT = token_positions(positions, state["position"], length, segment_ids)
         q_BTHK = split_heads(jax.nn.silu(self.query(x_BTD)), self.heads)
         k_BTHK = split_heads(jax.nn.silu(self.key(x_BTD)), self.heads)
         if self.rotation is not None:
@@ -161,7 +158,7 @@ class LightningAttention(nnx.Module):
         o_BTD = simple_rms_norm(merge_heads(o_BTHV), self.norm_eps).astype(self.compute_dtype)
         return self.output(o_BTD * u_BTD), {
             "memory": memory,
-            "position": (positions_BT[:, -1] + 1).astype(jnp.int32),
+            "position": next_position(positions_BT),
         }
 
     def init_state(self, batch: int) -> dict[str, Any]:

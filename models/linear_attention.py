@@ -3,8 +3,8 @@ Autoregressive Transformers with Linear Attention", ICML 2020, arXiv 2006.16236.
 
     S_t = S_{t-1} + phi(k_t)^T v_t                                (Eq. 18)
     z_t = z_{t-1} + phi(k_t)                                      (Eq. 19)
-    o_t = phi(q_t) S_t / (phi(q_t) z_t)                           (Eq. 20),  phi(x) = elu(x) + 1
-    (Eq. 7)
+    o_t = phi(q_t) S_t / (phi(q_t) z_t)                           (Eq. 20)
+    phi(x) = elu(x) + 1                                           (Eq. 7)
 
     q, k    q_BTHK, k_BTHK      x W_q, x W_k
     v       v_BTHV              x W_v; with the denominator a column of ones is appended
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.normalised_attention import normalised_attention
 from models.parts.norms import rms_norm
 from models.parts.options import check_choice
@@ -41,16 +42,16 @@ from models.parts.projections import (
     residual_normal,
     split_heads,
 )
-from models.parts.short_convolution import ShortConvolution
 from ops.gated_linear_attention.api import gated_linear_attention
 
 FEATURE_MAPS = {"elu": lambda x: jax.nn.elu(x) + 1, "identity": lambda x: x}
 DENOMINATOR_EPS = 1e-10
 
 
-class LinearAttention(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V or V+1]}, all
-    float32."""
+class LinearAttention(ConvolvedProjections):
+    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory" [B,H,K,V or V+1]}.
+
+    All of it is float32."""
 
     causal = True
 
@@ -87,9 +88,7 @@ class LinearAttention(nnx.Module):
         self.query = dense(width, key_width, ("embed", "heads"))
         self.key = dense(width, key_width, ("embed", "heads"))
         self.value = dense(width, value_width, ("embed", "heads"))
-        self.conv_q = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
-        self.conv_k = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
-        self.conv_v = ShortConvolution(value_width, conv_width, rngs=rngs, **dtypes)
+        self.add_convolutions(key_width, value_width, conv_width, rngs=rngs, **dtypes)
         norm = functools.partial(
             rms_norm, self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype
         )
@@ -106,9 +105,7 @@ class LinearAttention(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
         phi = FEATURE_MAPS[self.feature_map]
-        q_BTD, conv_q = self.conv_q(self.query(x_BTD), state.get("conv_q"), segment_ids)
-        k_BTD, conv_k = self.conv_k(self.key(x_BTD), state.get("conv_k"), segment_ids)
-        v_BTD, conv_v = self.conv_v(self.value(x_BTD), state.get("conv_v"), segment_ids)
+        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(x_BTD, state, segment_ids)
         if self.conv_q.width:
             q_BTD, k_BTD, v_BTD = (jax.nn.silu(q_BTD), jax.nn.silu(k_BTD), jax.nn.silu(v_BTD))
         q_BTHK = phi(split_heads(q_BTD, self.heads))
@@ -125,15 +122,13 @@ class LinearAttention(nnx.Module):
             o_BTHV, memory = gated_linear_attention(q_BTHK, k_BTHK, v_BTHV, **past)
             o_BTHV = self.norm(o_BTHV)
         y_BTD = self.output(merge_heads(o_BTHV.astype(self.compute_dtype)))
-        return y_BTD, {"conv_q": conv_q, "conv_k": conv_k, "conv_v": conv_v, "memory": memory}
+        return y_BTD, {**convolutions, "memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""
         columns = self.value_size + (self.norm is None)
         return {
-            "conv_q": self.conv_q.init_state(batch),
-            "conv_k": self.conv_k.init_state(batch),
-            "conv_v": self.conv_v.init_state(batch),
+            **self.init_convolutions(batch),
             "memory": jnp.zeros((batch, self.heads, self.key_size, columns), jnp.float32),
         }
 

@@ -2,8 +2,7 @@
 "Resurrecting Recurrent Neural Networks for Long Sequences", ICML 2023, arXiv 2303.06349.
 
     h_t = lambda h_{t-1} + exp(gamma) (B x_t),    lambda = exp(-exp(nu) + i exp(theta))
-    y_t = Re(C h_t) + D x_t                                     per state, complex; |lambda| < 1 for
-                                                                every nu
+    y_t = Re(C h_t) + D x_t                     per state, complex; |lambda| < 1 for every nu
     out = (g W_1 + b_1) sigmoid(g W_2 + b_2),    g = gelu(y)    (the GLU of the paper's block)
 
     x                   x_BTD                   input, model width D
@@ -12,8 +11,8 @@
     B                   write_real, write_imaginary [D,N]
     C                   read_real, read_imaginary [N,D]
     D                   skip_D
-    h                   "memory", a pair of [B,N], float32: real and imaginary part; no conjugates
-                        are implied
+    h                   "memory", a pair of [B,N], float32: real and imaginary part; no
+                        conjugates are implied
 
 State: 2 N floats. Cost per token: O(D N + D^2). One homogeneous block: use it with mlp="none".
 

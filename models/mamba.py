@@ -1,11 +1,11 @@
 """Mamba. Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", COLM 2024,
 arXiv 2312.00752. With eigenvalue_range=(-1, 1): Grazzi et al., ICLR 2025, arXiv 2411.12537.
 
-    [x, z] = u W_in;    x <- silu(conv(x) + b_conv);    [delta, B, C] = x W_x;    Delta =
-    softplus(delta W_dt + b_dt) h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t              (Eq. 2a,
-    per channel and state; Alg. 2)
-    y_t = C_t h_t + D x_t                                       (Eq. 2b)
-    out = (y silu(z)) W_out                                     (Section 3.4, Fig. 3)
+    [x, z] = u W_in,    x <- silu(conv(x) + b_conv)         (Section 3.4, Fig. 3)
+    [delta, B, C] = x W_x,    Delta = softplus(delta W_dt + b_dt)
+    h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t          (Eq. 2a, per channel and state; Alg. 2)
+    y_t = C_t h_t + D x_t                                   (Eq. 2b)
+    out = (y silu(z)) W_out                                 (Section 3.4, Fig. 3)
 
     u       x_BTD               input, model width D
     x, z    x_BTE, z_BTE        E = expand * width inner channels
@@ -16,8 +16,7 @@ arXiv 2312.00752. With eigenvalue_range=(-1, 1): Grazzi et al., ICLR 2025, arXiv
     h       "memory" [B,E,N]    float32
 
 State: E N floats, and (W - 1) E for the convolution. Cost per token: O(E N) beside the projections.
-One homogeneous
-block: use it with mlp="none".
+One homogeneous block: use it with mlp="none".
 
 eigenvalue_range=(-1, 1) replaces the factor exp(Delta A) by 2 exp(Delta A) - 1, nothing else.
 
@@ -114,6 +113,7 @@ class Mamba(nnx.Module):
         state = state or {}
         x_BTE, conv = self.conv(self.input(x_BTD), state.get("conv"), segment_ids)
         x_BTE = jax.nn.silu(x_BTE)
+        # Eq. 2a and 2b; the gate silu(z) of Fig. 3
         y_BTE, memory = selective_scan(
             x_BTE,
             self.dt_out(self.dt_in(x_BTE)),

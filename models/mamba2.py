@@ -1,23 +1,24 @@
 """Mamba-2. Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
 Structured State Space Duality", ICML 2024, arXiv 2405.21060.
 
-    [z, x, B, C, dt] = u W_in;    [x, B, C] <- silu(conv([x, B, C]) + b_conv);    Delta =
-    softplus(dt + b_dt) h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t^T x_t,    y_t = C_t h_t + D x_t
-    per head (Section 2.1, Eq. 1) out = norm(y silu(z)) W_out,    norm over all heads together
-    (Section 7.1, Fig. 6)
+    [z, x, B, C, dt] = u W_in,    [x, B, C] <- silu(conv([x, B, C]) + b_conv)
+    Delta = softplus(dt + b_dt)
+    h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t^T x_t                        (Eq. 1, per head)
+    y_t = C_t h_t + D x_t
+    out = norm(y silu(z)) W_out,    norm over all heads together            (Section 7.1, Fig. 6)
 
     u       x_BTD               input, model width d
     x, z    x_BTHP, z_BTE       E = expand * d inner channels in H heads of P
-    B, C    B_BTGN, C_BTGN      G groups, each shared by H / G heads: keys and queries of linear
-    attention Delta   dt_BTH              float32, one per head
+    B, C    B_BTGN, C_BTGN      G groups, each shared by H / G heads: keys and queries
+    Delta   dt_BTH              float32, one per head
     A       -exp(a_log_H)       scalar per head; A starts as -U(1, 16)
     D       skip_H              starts at 1
     h       "memory" [B,H,N,P]  float32
 
 Structured state space duality: h is the matrix state of linear attention with a scalar decay per
 head, queries C, keys B and values Delta x, and is computed so. State: E N floats, and (W - 1) (E +
-2 G N) for the convolutions. Cost per
-token: O(E N). About 6 d^2 parameters per block, one homogeneous block: use it with mlp="none".
+2 G N) for the convolutions. Cost per token: O(E N). About 6 d^2 parameters per block, one
+homogeneous block: use it with mlp="none".
 
 Departures: W_in and the convolution are stored as their parts, so that each shards by itself; the
 distributions are the same. Zero-order hold for A, Euler for B, as in Mamba's code.
@@ -42,8 +43,7 @@ from ops.gated_linear_attention.api import gated_linear_attention
 
 
 class Mamba2(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"conv_x", "conv_B", "conv_C", "memory" [B,H,N,P]}, all
-    float32."""
+    """x_BTD -> y_BTD; the state is {"conv_x", "conv_B", "conv_C", "memory" [B,H,N,P]}, float32."""
 
     causal = True
 
@@ -123,6 +123,7 @@ class Mamba2(nnx.Module):
         dt_BTH = jax.nn.softplus(
             self.dt(x_BTD).astype(jnp.float32) + self.dt_bias_H[...][None, None, :]
         )
+        # Eq. 1
         y_BTHP, memory = gated_linear_attention(
             split_heads(jax.nn.silu(C_BTE), self.groups),
             split_heads(jax.nn.silu(B_BTE), self.groups),
@@ -133,6 +134,7 @@ class Mamba2(nnx.Module):
             segment_ids=segment_ids,
         )
         y_BTE = merge_heads(y_BTHP + self.skip_H[...][None, None, :, None] * x_BTHP)
+        # Section 7.1, Fig. 6
         gate_BTE = jax.nn.silu(self.gate(x_BTD)).astype(jnp.float32)
         y_BTE = self.norm(y_BTE * gate_BTE) if self.norm_after_gate else self.norm(y_BTE) * gate_BTE
         y_BTD = self.output(y_BTE.astype(self.compute_dtype))

@@ -6,8 +6,7 @@ for Large Language Models", 2023, arXiv 2307.08621.
     gamma_h = 1 - 2^(-5 - h),    h = 0 .. H - 1                                         (Eq. 8)
     y_t = (swish(x_t W_g) * norm(o_t)) W_o,    norm per head                            (Eq. 8)
 
-    q, k        q_BTHK, k_BTHK      heads * K = d; pairs of channels turned by position *
-    10000^(-2i/K)
+    q, k        q_BTHK, k_BTHK      heads * K = d; pairs of channels turned by t 10000^(-2i/K)
     v           v_BTHV              heads * V = expand_v d = 2 d
     log gamma   decay_log_H         constant
     S           "memory" [B,H,K,V]  float32; holds rotated keys
@@ -32,7 +31,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.norms import simple_rms_norm
-from models.parts.positions import count_positions
+from models.parts.positions import next_position, token_positions
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
 from models.parts.rotary import check_pairs, rotate
 from ops.gated_linear_attention.api import gated_linear_attention
@@ -99,11 +98,8 @@ class Retention(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        positions_BT = (
-            count_positions(state["position"], length, segment_ids)
-            if positions is None
-            else positions
-        )
+        positions_BT = token_positions(positions, state["position"], length, segment_ids)
+        # Eq. 5
         q_BTHK = rotate(
             split_heads(self.query(x_BTD), self.heads), positions_BT, base=self.rope_base
         )
@@ -117,9 +113,10 @@ class Retention(nnx.Module):
             initial_state=state["memory"],
             segment_ids=segment_ids,
         )
+        # Eq. 8
         o_BTD = merge_heads(simple_rms_norm(o_BTHV, self.norm_eps)).astype(self.compute_dtype)
         y_BTD = self.output(jax.nn.silu(self.output_gate(x_BTD)) * o_BTD)
-        return y_BTD, {"memory": memory, "position": (positions_BT[:, -1] + 1).astype(jnp.int32)}
+        return y_BTD, {"memory": memory, "position": next_position(positions_BT)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

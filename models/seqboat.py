@@ -2,25 +2,22 @@
 Efficient Sequence Modeling", NeurIPS 2023, arXiv 2306.11197.
 
     h_t = a h_{t-1} + p b x_t,   a = 1 - sigmoid(delta) sigmoid(alpha),   p = sigmoid(delta)
-    (damped EMA, n = 1..N) M_t = silu(sum_n gamma_n h_tn / sqrt(N) + omega x_t)
-    (features)
-    [r_t, H_t] = M_t W_h + b_h,   pi_t = softmax(r_t / tau),   g_t = pi_t[1] where pi_t[1] >
-                                  pi_t[0], else 0 (router)
-    M^c = the rows of M with g_t > 0, in order
-    (compress)
+    M_t = silu(sum_n gamma_n h_tn / sqrt(N) + omega x_t)        damped EMA of N states, features
+    [r_t, H_t] = M_t W_h + b_h,   pi_t = softmax(r_t / tau)     router
+    g_t = pi_t[1] where pi_t[1] > pi_t[0], else 0
+    M^c = the rows of M with g_t > 0, in order                  compress
     [z, rho, v] = silu(M^c W + b),   q = z gamma_0 + beta_0,   k = z gamma_1 + beta_1
-    Y^c = (attention(q, k, v) * rho) W_o                         over the w activated tokens before,
-                                                                 and itself
+    Y^c = (attention(q, k, v) * rho) W_o                        over a token and the w activated
+                                                                ones before it
+    y_t = silu(H_t + g_t Y_t + x_t)                             extract: Y_t is the row of t in Y^c
+                                                                where t is activated
     attention   "softmax": softmax(q k / sqrt(Z)) v,   "squared_relu": max(q k / w, 0)^2 v
-    y_t = silu(H_t + g_t Y_t + x_t),   Y_t the row of t in Y^c where it is activated
-    (extract)
 
-    a, p b, gamma       factor_DN, write_DN, read_DN    a in [0, 1] for every delta, alpha; all per
-    channel q, k, v             [B, T, 1, Z], [B, T, 1, V]      of the compressed sequence; V =
-    expand_v D; positions are those
-                                                        of the uncompressed one (rotary)
-    h                   "memory" [B, D N]               float32
-    tau                 exp(temperature_log)            starts at init_temperature sqrt(D)
+    a, p b, gamma   factor_DN, write_DN, read_DN    a in [0, 1] for every delta, alpha; per channel
+    q, k, v         [B, T, 1, Z], [B, T, 1, V]      of the compressed sequence, V = expand_v D;
+                                                    positions are those before it was compressed
+    h               "memory" [B, D N]               float32
+    tau             exp(temperature_log)            starts at init_temperature sqrt(D)
 
 State: D N floats, and keys and values of the last w activated tokens: w (Z + V). The window reaches
 as far back as activations are sparse. The compressed sequence has the static length T, activated
@@ -46,7 +43,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.options import check_choice
-from models.parts.positions import count_positions
+from models.parts.positions import next_position, token_positions
 from models.parts.projections import projection
 from models.parts.rotary import check_pairs, rotate
 from models.parts.variables import report
@@ -222,8 +219,7 @@ class SeqBoat(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        if positions is None:
-            positions = count_positions(state["position"], length, segment_ids)
+        positions = token_positions(positions, state["position"], length, segment_ids)
         m_BTD, memory = self.ema(x_BTD, state["memory"], segment_ids)
         m_BTD = jax.nn.silu(m_BTD)
         g_BT = self.route(m_BTD)
@@ -234,7 +230,7 @@ class SeqBoat(nnx.Module):
         return jax.nn.silu(h_BTD), {
             "memory": memory,
             "window": window,
-            "position": (positions[:, -1] + 1).astype(jnp.int32),
+            "position": next_position(positions),
         }
 
     def route(self, m_BTD: jax.Array) -> jax.Array:

@@ -4,8 +4,8 @@
     o_t = sum_{s <= t} softmax_s(q_t k_s / sqrt(K)) v_s        (Eq. 1, causal)
     y_t = o_t W_o
 
-    q, k    q_BTHK, k_BTHK      x W_q, x W_k, optionally normalised per head (qk_norm), then rotated
-    (rope)
+    q, k    q_BTHK, k_BTHK      x W_q, x W_k, optionally normalised per head (qk_norm), then
+                                rotated (rope)
     v       v_BTHV              x W_v
     T       context_length      tokens that a query sees at most, itself included
 

@@ -2,9 +2,9 @@
 in Linear Transformer", EMNLP 2022, arXiv 2210.10340. The lower half is `diag_attention`.
 
     o_t = norm(sum_{s <= t} (q_t k_s) v_s),    norm(x) = x / sqrt(mean(x^2) + eps) over all heads
-                                               together
-    q_t = phi(x_t W_q) turned by t theta,    k_s = phi(x_s W_k) turned by s theta,    phi(x) =
-    elu(x) + 1 y_t = o_t W_o
+    q_t = phi(x_t W_q) turned by t theta,    k_s = phi(x_s W_k) turned by s theta
+    phi(x) = elu(x) + 1
+    y_t = o_t W_o
 
     q, k    q_BTHK, k_BTHK      heads * K = d
     v       v_BTHV              heads * V = d
@@ -31,7 +31,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.norms import simple_rms_norm
-from models.parts.positions import count_positions
+from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
     XAVIER_MEDIUM,
     head_size,
@@ -85,11 +85,7 @@ class NormAttention(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        positions_BT = (
-            count_positions(state["position"], length, segment_ids)
-            if positions is None
-            else positions
-        )
+        positions_BT = token_positions(positions, state["position"], length, segment_ids)
         q_BTHK = jax.nn.elu(split_heads(self.query(x_BTD), self.heads)) + 1
         k_BTHK = jax.nn.elu(split_heads(self.key(x_BTD), self.heads)) + 1
         o_BTHV, memory = gated_linear_attention(
@@ -103,7 +99,7 @@ class NormAttention(nnx.Module):
         y_BTD = self.output(
             simple_rms_norm(merge_heads(o_BTHV), self.norm_eps).astype(self.compute_dtype)
         )
-        return y_BTD, {"memory": memory, "position": (positions_BT[:, -1] + 1).astype(jnp.int32)}
+        return y_BTD, {"memory": memory, "position": next_position(positions_BT)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

@@ -2,18 +2,17 @@
 Transformer", 2020, arXiv 2004.05150; the mixer beside a recurrence in hybrids (Based, DeltaNet,
 Samba and others).
 
-    o_t = sum_{s in W_t} p_ts v_s,   p_t = softmax_{s in W_t}(q_t k_s / sqrt(K)),   W_t = {t -
-                                     window + 1, ..., t}
+    o_t = sum_{s in W_t} p_ts v_s,    p_t = softmax_{s in W_t}(q_t k_s / sqrt(K))
+    W_t = {t - window + 1, ..., t}
     y_t = o_t W_o
 
-    q, k    q_BTHK, k_BTHK      x W_q, x W_k, optionally normalised per head (qk_norm), then rotated
-    (rope)
+    q, k    q_BTHK, k_BTHK      x W_q, x W_k, optionally normalised per head (qk_norm), then
+                                rotated (rope)
     v       v_BTHV              x W_v
     window  window              tokens that a query sees, itself included
 
 State: the keys and values of the last window - 1 tokens, 2 (window - 1) key_value_heads K numbers
-of the compute dtype.
-Cost per token: O(window d).
+of the compute dtype. Cost per token: O(window d).
 
 Departures: causal and without dilation or global tokens, as language models use it. Rotary
 positions and grouped key/value heads are later additions (arXiv 2104.09864, 2305.13245), and so is
@@ -32,7 +31,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.norms import rms_norm
-from models.parts.positions import count_positions
+from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
     head_size,
     merge_heads,
@@ -115,9 +114,7 @@ class WindowAttention(nnx.Module):
             if state
             else (jnp.zeros((batch,), jnp.int32), None)
         )
-        positions_BT = (
-            count_positions(start_B, length, segment_ids) if positions is None else positions
-        )
+        positions_BT = token_positions(positions, start_B, length, segment_ids)
 
         q_BTHK = split_heads(self.query(x_BTD), self.heads)
         k_BTHK = split_heads(self.key(x_BTD), self.key_value_heads)
@@ -136,7 +133,7 @@ class WindowAttention(nnx.Module):
             segment_ids=segment_ids,
         )
         y_BTD = self.output(merge_heads(o_BTHV))
-        return y_BTD, {"window": window, "position": (positions_BT[:, -1] + 1).astype(jnp.int32)}
+        return y_BTD, {"window": window, "position": next_position(positions_BT)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: an empty window at position 0."""

@@ -1,16 +1,16 @@
 """Monarch Mixer (M2), causal. Fu, Arora, Grogan, Johnson, Eyuboglu, Thomas, Spector, Poli, Rudra,
 Ré, "Monarch Mixer: A Simple Sub-Quadratic GEMM-Based Architecture", NeurIPS 2023, arXiv 2310.12109.
 
-    [x1, x2, v] = conv3(u W_in + b_in),    z = v x1                                     (short
-    convolution, width 3) s = (K z + beta z) x2 + (K' u + beta' u),    h = s W_out + b_out
-    (along the sequence) y = h + W_2 (gelu(g) a),    [g, a] = W_1 h
-    (along the channels)
+    [x1, x2, v] = conv3(u W_in + b_in),    z = v x1                 short convolution, width 3
+    s = (K z + beta z) x2 + (K' u + beta' u),    h = s W_out + b_out    along the sequence
+    y = h + W_2 (gelu(g) a),    [g, a] = W_1 h                      along the channels
 
-    K, K'       kernels_EL      convolutions with filters as long as the context: Toeplitz, by
-    Monarch products k_c(l)      MLP(t_l) exp(-t_l delta_c),  t_l = l / (L - 1);  three layers of
-    128 sin(omega x)
-    W_1, W_2    BlockDiagonal   D -> 2 r D and r D -> D with `blocks` blocks, no bias: one factor of
-                a Monarch matrix
+    K, K'       kernels_EL      convolutions with filters as long as the context: Toeplitz matrices,
+                                applied by Monarch products
+    k_c(l)      filters         MLP(t_l) exp(-t_l delta_c), t_l = l / (L - 1); three layers of 128
+                                sin(omega x)
+    W_1, W_2    BlockDiagonal   D -> 2 r D and r D -> D with `blocks` blocks, no bias: each is one
+                                factor of a Monarch matrix
     L           context_length  a token sees that many, itself included
 
 A convolution is F^-1 (F k . F z); transform="monarch" computes F as the Monarch matrix that it is,
@@ -19,7 +19,7 @@ per token: O(D T^1/2) or O(D log T), and O(D^2) for W_in and W_out.
 
 State: no fixed one; the last L - 1 numbers of z and u, float32, O(L D) per token of decoding,
 beside the filters, which are computed in every call. Packed documents cost log T convolutions
-(`ops/long_convolution`).
+(ops/long_convolution/documents.py).
 
 Departures: causal, where the paper's released models are bidirectional and its causal models learn
 the Monarch factors of K under a degree constraint; here K has the filter of the released models.

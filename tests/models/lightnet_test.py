@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models import lightnet
-from models.parts.running_normaliser import running_normaliser
+from models.lightnet import running_normaliser
 from tests.support.layers import (
     array,
     build_mixer,

@@ -7,6 +7,7 @@
     sharding            which axes of a mesh cut which dimension of an array
     sequence_parallel   what devices that hold consecutive parts of time send each other
     time_parts          parts of time as rows of a batch, for layers that rearrange tokens
+    examples            realistic arguments, for tests and benchmarks
 
 **Words.** Time is cut four times, from the outside in:
 

@@ -1,16 +1,24 @@
 """Ring attention: queries stay on their device, keys and values visit all devices one after
 another.
 
-    m' = max(m, max_s x_ts)     l' = l e^(m - m') + sum_s e^(x_ts - m')     o' = o e^(m - m') +
-    sum_s e^(x_ts - m') v_s
+With x_ts the logits of query t, every device that the keys visit updates
 
-over the logits x of the tokens s that are there, from the device's own tokens to those of the first
-device; then o / l, and m + log l is kept for the backward pass, in which the gradients of keys and
-values travel with them and end where they belong. (Liu, Zaharia, Abbeel, Ring Attention with
-Blockwise Transformers, ICLR 2024, arXiv 2310.01889.)
+    m' = max(m, max_s x_ts)                                                                    (1)
+    l' = l e^(m - m') + sum_s e^(x_ts - m')                                                    (2)
+    o' = o e^(m - m') + sum_s e^(x_ts - m') v_s                                                (3)
 
-Blocks of queries take turns, so that the logits of one block with one device's keys are all there
-is. Letters as in `xla.py`, R = H / M query heads per key head; n tokens per device."""
+over the tokens s of these keys, from the device's own to those of the first device. The output is
+o / l. The log sum m + log l is kept for the backward pass, in which the gradients of keys and
+values travel with them, until they are at home:
+
+    p_ts = e^(x_ts - log sum)       dx_ts = scale p_ts (do_t . v_s - do_t . o_t)               (4)
+    dq_t = sum_s dx_ts k_s          dk_s  = sum_t dx_ts q_t        dv_s = sum_t p_ts do_t      (5)
+
+(Liu, Zaharia, Abbeel, Ring Attention with Blockwise Transformers, ICLR 2024, arXiv 2310.01889.)
+
+Blocks of queries take turns, so that no more logits exist at a time than those of one block with
+the keys of one device. Letters as in `xla.py`: M key heads, R = H / M query heads per key head; n
+tokens per device. `runs` are the numbers of segments, counted over all devices."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,8 +36,8 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class _Keys(NamedTuple):
-    """What travels: keys and values [B, n, M, K | V], the run of each token [B, n], and the number
-    of its device."""
+    """What travels: keys and values [B, n, M, K or V], the number of each token's segment [B, n],
+    and the rank of their device."""
 
     k: jax.Array
     v: jax.Array
@@ -38,21 +46,21 @@ class _Keys(NamedTuple):
 
 
 def _onward(values: Any, axis: TimeAxis) -> Any:
-    """From each device to the next, from the last to the first."""
+    """What the device before holds; on the first what the last holds."""
     pairs = [(r, (r + 1) % axis.size) for r in range(axis.size)]
     return jax.tree.map(lambda x: lax.ppermute(x, SEQUENCE, pairs), values)
 
 
 def _held_together(q, k, v, runs, axis: TimeAxis):
-    """q, and what travels.
+    """q, and what travels, tied to q.
 
-    Tied to q, so that no part of the masks is known without it: differentiation would compute the
-    known part on its own, the masks of all blocks and all devices at once."""
+    Otherwise the masks would not depend on q, and differentiation would compute them on their own,
+    of all blocks and all devices at once."""
     return lax.optimization_barrier((q, _Keys(k, v, runs, axis.rank)))
 
 
 def _logits(q, number, q_runs, rank, keys: _Keys, window, scale):
-    """Logits [B, M, R, C, n] of the block of queries `number`, and which of them count."""
+    """Logits [B, M, R, C, n] of the block of queries `number`, and whether each counts."""
     block, length = q.shape[1], keys.k.shape[1]
     t = rank * length + number * block + jnp.arange(block)
     s = keys.device * length + jnp.arange(length)
@@ -64,26 +72,26 @@ def _logits(q, number, q_runs, rank, keys: _Keys, window, scale):
 
 
 def _visible(rank, keys: _Keys, window) -> jax.Array:
-    """Whether any query of this device can see any of the keys."""
+    """Whether a query of this device can see one of the keys."""
     length = keys.k.shape[1]
     apart = (rank - keys.device) * length  # of the first tokens
     return (apart >= 0) & (apart - (length - 1) < window)
 
 
 def _cut(x: jax.Array, block: int) -> jax.Array:
-    """[B, n, ...] -> [G, B, C, ...]."""
+    """[G, B, C, ...] of [B, n, ...]."""
     return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
 
 def _joined(x: jax.Array) -> jax.Array:
-    """[G, B, C, ...] -> [B, n, ...]."""
+    """[B, n, ...] of [G, B, C, ...]."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _round(axis: TimeAxis, visit: Callable[[Any, Any], Any], mine: Any, travelling: Any):
-    """visit(mine, travelling) -> both, with what each device holds in turn; one step from home at
-    the end."""
+    """What `visit(mine, travelling) -> both` leaves when what travels has visited every device; it
+    is one step from home then."""
     mine, travelling = visit(mine, travelling)
 
     def step(carry, _):
@@ -95,7 +103,7 @@ def _round(axis: TimeAxis, visit: Callable[[Any, Any], Any], mine: Any, travelli
 
 
 def _grouped(x, key_heads):
-    """[B, n, H, X] -> [B, n, M, R, X] in float32."""
+    """[B, n, M, R, X] in float32 of [B, n, H, X]."""
     return x.astype(jnp.float32).reshape(*x.shape[:2], key_heads, -1, x.shape[-1])
 
 
@@ -105,8 +113,7 @@ def _block(length: int) -> int:
 
 
 def forward(axis: TimeAxis, q, k, v, runs, *, window, scale):
-    """o [B, n, H, V] and the log sums of exponentials [B, n, M, R], float32; runs [B, n] count over
-    all devices."""
+    """o [B, n, H, V] and the log sums [B, n, M, R], in float32; runs [B, n]."""
     batch, length, heads, _ = q.shape
     key_heads, block = k.shape[2], _block(length)
     q, own = _held_together(q, k, v, runs, axis)
@@ -119,9 +126,10 @@ def forward(axis: TimeAxis, q, k, v, runs, *, window, scale):
                 number, q, q_runs, m, l, o = inputs
                 x, sees = _logits(q, number, q_runs, own.device, keys, window, scale)
                 x = jnp.where(sees, x, LOWEST)
-                top = jnp.maximum(m, x.max(-1))
+                top = jnp.maximum(m, x.max(-1))  # Eq. 1
                 p = jnp.where(sees, jnp.exp(x - top[..., None]), 0.0)
                 faded = jnp.exp(m - top)
+                # Eq. 3 and 2
                 o = o * faded[..., None] + einsum(
                     "bmrcs,bsmv->bmrcv", p, keys.v.astype(jnp.float32)
                 )
@@ -142,7 +150,7 @@ def forward(axis: TimeAxis, q, k, v, runs, *, window, scale):
 
 
 def backward(axis: TimeAxis, q, k, v, runs, o, log_sum, do, *, window, scale):
-    """Cotangents of q, k and v in float32."""
+    """Gradients of q, k and v in float32."""
     length, key_heads = k.shape[1:3]
     block = _block(length)
     q, own = _held_together(q, k, v, runs, axis)
@@ -164,9 +172,11 @@ def backward(axis: TimeAxis, q, k, v, runs, o, log_sum, do, *, window, scale):
                 log_sum, correction = (
                     jnp.moveaxis(y, 1, 3)[..., None] for y in (log_sum, correction)
                 )
+                # Eq. 4
                 p = jnp.where(sees, jnp.exp(x - log_sum), 0.0)
                 dp = einsum("bcmrv,bsmv->bmrcs", do, keys.v.astype(jnp.float32))
                 dx = scale * p * (dp - correction)
+                # Eq. 5
                 dq += einsum("bmrcs,bsmk->bcmrk", dx, keys.k.astype(jnp.float32))
                 dk += einsum("bmrcs,bcmrk->bsmk", dx, q)
                 dv += einsum("bmrcs,bcmrv->bsmv", p, do)

@@ -45,6 +45,7 @@ class Rules:
     """See `SequenceParallel` in `ops/framework/op.py`."""
 
     def forward(self, rules, axis: TimeAxis, q, k, v, k_past, v_past, valid_past, ids):
+        """o and the parts of the final state, and what `backward` takes."""
         past = rules.static["window"] - 1
         first = _past(k, v, k_past, v_past, valid_past, past)
         if _in_a_ring(rules, axis, k.shape[1], valid_past):
@@ -55,43 +56,57 @@ class Rules:
             before, final = _gathered(axis, k, v, first, ids)
             carried = None
         else:
-            tail, entered = _tail(k, v, ids, past), axis.entered(ids)
-            before = jax.tree.map(
-                lambda x, y: jnp.where(axis.rank == 0, x, y), first, axis.shift(tail)
-            )
-            if entered is not None:
-                before = (*before[:2], before[2] & entered[:, None])
-            final = axis.from_device((*tail[:2], tail[2].astype(jnp.int32)), axis.size - 1)
-            final = (*final[:2], final[2] != 0)
+            before, final = _received(axis, k, v, first, ids)
             before = carried = checkpoint_name(before, CARRIED)
         o, *_ = rules.forward(q, k, v, *before, ids)
         return (o, *final), carried
 
     def backward(self, rules, axis: TimeAxis, carried, inputs, cotangents):
+        """Gradients of all inputs; None for valid_past and ids, and for the initial state without
+        one."""
         q, k, v, k_past, v_past, valid_past, ids = inputs
-        do, dk_last, dv_last = cotangents
         past = rules.static["window"] - 1
         if _in_a_ring(rules, axis, k.shape[1], valid_past):
             return *_ring_backward(rules, axis, carried, inputs, cotangents), *(None,) * 3
         if k.shape[1] < past:
             dq, dk, dv, dk_first, dv_first = _gathered_backward(rules, axis, inputs, cotangents)
         else:
-            near = None if ids is None else ids[:, :past]
-            rows = (x[:, :past] for x in (q, k, v))
-            nothing = jnp.zeros_like(dk_last), jnp.zeros_like(dv_last)
-            dbefore = (dk_last[:, :0], dv_last[:, :0])
-            if past:
-                dbefore = rules.backward((*rows, *carried, near), (do[:, :past], *nothing))[3:5]
-            dtail = jax.tree.map(
-                lambda x, y: jnp.where(axis.rank == axis.size - 1, x, y),
-                (dk_last, dv_last),
-                axis.shift(dbefore, by=-1),
+            dq, dk, dv, dk_first, dv_first = _received_backward(
+                rules, axis, carried, (q, k, v, ids), cotangents
             )
-            dq, dk, dv, *_ = rules.backward((q, k, v, *carried, ids), (do, *dtail))
-            dk_first, dv_first = axis.from_device(dbefore, 0)
         if valid_past is None:
             return dq, dk, dv, None, None, None
         return (dq, dk, dv, dk_first.astype(k_past.dtype), dv_first.astype(v_past.dtype), None)
+
+
+def _received(axis: TimeAxis, k, v, first, ids):
+    """The state before this device's tokens, from the device before, and the one after the tokens
+    of all devices; each holds at least as many tokens as the state."""
+    tail, entered = _tail(k, v, ids, first[2].shape[1]), axis.entered(ids)
+    before = jax.tree.map(lambda x, y: jnp.where(axis.rank == 0, x, y), first, axis.shift(tail))
+    if entered is not None:
+        before = (*before[:2], before[2] & entered[:, None])
+    k_last, v_last, valid = axis.from_device((*tail[:2], tail[2].astype(jnp.int32)), axis.size - 1)
+    return before, (k_last, v_last, valid != 0)
+
+
+def _received_backward(rules, axis: TimeAxis, before, inputs, cotangents):
+    """Gradients of q, k, v and of the keys and values of the state before the first token; before:
+    the state that `_received` gave."""
+    (q, k, v, ids), (do, *dlast) = inputs, cotangents
+    past = rules.static["window"] - 1
+    near = None if ids is None else ids[:, :past]
+    rows = (x[:, :past] for x in (q, k, v))
+    nothing = [jnp.zeros_like(x) for x in dlast]
+    dbefore = tuple(x[:, :0] for x in dlast)
+    if past:
+        dbefore = rules.backward((*rows, *before, near), (do[:, :past], *nothing))[3:5]
+    is_last = axis.rank == axis.size - 1
+    dtail = jax.tree.map(
+        lambda x, y: jnp.where(is_last, x, y), tuple(dlast), axis.shift(dbefore, by=-1)
+    )
+    dq, dk, dv, *_ = rules.backward((q, k, v, *before, ids), (do, *dtail))
+    return dq, dk, dv, *axis.from_device(dbefore, 0)
 
 
 def _all_runs(axis: TimeAxis, ids, batch, length):

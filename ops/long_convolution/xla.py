@@ -37,7 +37,7 @@ def forward(u, kernel):
 
 
 def backward(u, kernel, dy):
-    """Cotangents of u and kernel, in float32."""
+    """Gradients of u and kernel, in float32."""
     length = u.shape[1]
     k_DF = _spectrum(kernel.astype(jnp.float32), length)
     u_BDF, dy_BDF = (_spectrum(_time_last(x), length) for x in (u, dy))

@@ -19,10 +19,10 @@ OP = Op("window_attention", {"xla": xla, "pallas_tpu": pallas_tpu}, sequence_par
 class WindowState(NamedTuple):
     """The last window - 1 tokens, oldest first.
 
-    k: [B, window - 1, HK, K], keys
-    v: [B, window - 1, HK, V], values
+    k: [B, window - 1, HK, K], keys.
+    v: [B, window - 1, HK, V], values.
     valid: [B, window - 1] bool, whether the token is there: it exists, and lies in the segment that
-    the state belongs to"""
+      the state belongs to."""
 
     k: jax.Array
     v: jax.Array
@@ -60,8 +60,8 @@ def window_attention(
     """Attention of each token to itself and the window - 1 tokens before it that are in its
     segment.
 
-        o_t = sum_s p_ts v_s        p_t = softmax(scale q_t k_s)   over t - window < s <= t in the
-                                    segment of t or p_ts = max(scale q_t k_s, 0)^2
+        o_t = sum_s p_ts v_s   over t - window < s <= t in the segment of t
+        p_t = softmax(scale q_t k_s)   or   p_ts = max(scale q_t k_s, 0)^2
 
     (Beltagy et al., Longformer, 2020, arXiv 2004.05150, causal and without dilation or global
     tokens; squares: Hua et al., FLASH, ICML 2022, arXiv 2202.10447.)

@@ -124,7 +124,7 @@ def backward(
     activation,
     interpret=False,
 ):
-    """Cotangents of q, k, v, k_past and v_past (None without initial state), and None for
+    """Gradients of q, k, v, k_past and v_past (None without initial state), and None for
     valid_past."""
     del activation
     inputs = (q, k, v, k_past, v_past, valid_past, segment_ids)

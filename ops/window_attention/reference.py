@@ -7,9 +7,8 @@ from jax import lax
 
 
 def window_attention(q, k, v, k_past, v_past, valid_past, segment_ids, window, scale, activation):
-    """o_t = sum_s p_ts v_s,   p_t = softmax of scale q_t k_s over the tokens s of t's segment with
-                               t - window < s <= t,
-    or p_ts = max(scale q_t k_s, 0)^2 there.
+    """o_t = sum_s p_ts v_s over the tokens s of t's segment with t - window < s <= t,
+    p_t = softmax of scale q_t k_s or p_ts = max(scale q_t k_s, 0)^2.
 
     Shapes as in `api.py`; k_past [B, window - 1, HK, K], v_past and valid_past are the initial
     state. Returns o [B, T, H, V] in float32 and k, v, valid of the last window - 1 tokens."""

@@ -1,11 +1,14 @@
 """Choosing a form by the platform that a program is lowered for."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.compiled.kernels import kernel_calls
+from ops.framework import platforms
 from ops.framework.platforms import by_platform
 
 
@@ -62,3 +65,45 @@ def test_a_jaxpr_shows_the_kernels_of_a_platform():
     jaxpr = jax.make_jaxpr(function)(jnp.ones((8, 128)))
     assert len(list(kernel_calls(jaxpr, "tpu"))) == 1
     assert not list(kernel_calls(jaxpr, "cuda"))
+
+
+def kernel_module():
+    """An implementation whose results say whether it was interpreted."""
+
+    def forward(x, *, interpret):
+        return ((3.0 if interpret else 5.0) * x,)
+
+    return types.SimpleNamespace(forward=forward, SUPPORTED="vectors", supports=is_vector)
+
+
+def is_vector(x):
+    return x.ndim == 1
+
+
+def call(names, x):
+    plain = types.SimpleNamespace(forward=lambda x: (7.0 * x,))
+    modules = {name: plain if name == "xla" else kernel_module() for name in names}
+    rules = {name: module.forward for name, module in modules.items()}
+    return platforms.call(modules, rules, x, named=len(names) == 1)[0]
+
+
+def lowered(names, x, platform):
+    function = jax.jit(lambda x: call(names, x))
+    return function.trace(x).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_a_named_kernel_is_compiled_at_home_interpreted_on_a_cpu_and_refused_elsewhere():
+    x = jnp.arange(4.0)
+    np.testing.assert_array_equal(call(["pallas_tpu"], x), 3 * x)
+    assert "5.0" in lowered(["pallas_tpu"], x, "tpu")
+    with pytest.raises(ValueError, match=r"has forms for tpu, cpu.*lowered for cuda"):
+        lowered(["pallas_tpu"], x, "cuda")
+    with pytest.raises(ValueError, match=r"'pallas_tpu' takes vectors; got float32\(2, 2\)"):
+        call(["pallas_tpu"], jnp.ones((2, 2)))
+
+
+def test_without_a_name_kernels_run_at_home_where_they_can_and_xla_everywhere_else():
+    names, x = ["xla", "pallas_tpu", "pallas_gpu"], jnp.arange(4.0)
+    np.testing.assert_array_equal(call(names, x), 7 * x)
+    assert "5.0" in lowered(names, x, "tpu") and "5.0" in lowered(names, x, "cuda")
+    assert "7.0" in lowered(names, jnp.ones((2, 2)), "tpu")

@@ -1,13 +1,12 @@
 """Arguments of the dense scan as models have them; ops/framework/examples.py says what is what.
 
-Sizes are width (systems), state_size and outputs of each system. State matrices have norm 1, about:
-as after discretisation, their powers neither grow nor vanish at once.
+Sizes are width (systems), state size and outputs of each system.
 """
 
-import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..framework.examples import CHUNK, Shape
 
@@ -24,17 +23,18 @@ VARIANTS = ("",)
 
 
 def inputs(shape: Shape, variant: str, dtype: str, key: jax.Array) -> dict[str, jax.Array]:
-    """u [B, T, width] of `dtype`; A [width, N, N], B [width, N] and C [width, outputs, N] in
-    float32."""
-    batch, length, width, N, outputs = (
-        shape[name] for name in ("batch", "length", "width", "state_size", "outputs")
-    )
+    """u, and of each system A, B and C. A rotates by small angles and contracts, as a discretised
+    system does: 0.99 times the Cayley transform of a skew-symmetric matrix."""
+    D, N, M = (shape[name] for name in ("width", "state_size", "outputs"))
     keys = jax.random.split(key, 4)
+    u = jax.random.normal(keys[0], (shape["batch"], shape["length"], D))
+    square = jax.random.normal(keys[1], (D, N, N)) / jnp.sqrt(N)
+    skew, one = 0.05 * (square - square.mT), jnp.eye(N)[None]
     return {
-        "u": jax.random.normal(keys[0], (batch, length, width)).astype(dtype),
-        "A": jax.random.normal(keys[1], (width, N, N)) / (2 * math.sqrt(N)),
-        "B": jax.random.normal(keys[2], (width, N)),
-        "C": jax.random.normal(keys[3], (width, outputs, N)),
+        "u": u.astype(dtype),
+        "A": 0.99 * jnp.linalg.solve(one - skew, one + skew),
+        "B": jax.random.normal(keys[2], (D, N)),
+        "C": jax.random.normal(keys[3], (D, M, N)) / N,
     }
 
 

@@ -1,7 +1,7 @@
 """Arguments of the diagonal convolution as models have them; ops/framework/examples.py says what is
 what.
 
-Sizes are width (systems) and modes of each, complex ones where the variant is.
+Sizes are width (systems) and modes of each, complex ones where the variant is, as in S4D.
 """
 
 from typing import Any
@@ -18,22 +18,27 @@ SHAPES = {
     "s4d_image": {"batch": 50, "length": 1024, "width": 512, "modes": 32},
     "s4d_path_x": {"batch": 16, "length": 16384, "width": 256, "modes": 32},
 }
-GPU_SHAPES = ("s4d_path_x",)
+GPU_SHAPES = ("s4d_image", "s4d_path_x")
 VARIANTS = ("complex", "real")
 
 
 def inputs(shape: Shape, variant: str, dtype: str, key: jax.Array) -> dict[str, Any]:
-    """u [B, T, width] of `dtype`; a, b and c [width, modes] in float32, arrays or pairs of real and
-    imaginary part."""
-    batch, length, width, modes = (shape[name] for name in ("batch", "length", "width", "modes"))
-    keys = jax.random.split(key, 4)
-    radius, angle = (jax.random.uniform(key, (width, modes)) for key in keys[:2])
-    a = radius * jnp.cos(angle), radius * jnp.sin(angle)
-    b, c = (tuple(jax.random.normal(key, (2, width, modes))) for key in keys[2:])
-    u = jax.random.normal(key, (batch, length, width)).astype(dtype)
+    """u, and a, b and c [width, modes]: arrays, or pairs of real and imaginary part. a lies in the
+    unit disc, near its edge."""
+    systems = shape["width"], shape["modes"]
+    keys = jax.random.split(key, 7)
+    u = jax.random.normal(keys[0], (shape["batch"], shape["length"], shape["width"]))
+    radius = 1 - jnp.exp(-2 - 3 * jax.random.uniform(keys[1], systems))
+    angle = jnp.pi * jax.random.uniform(keys[2], systems)
+    a = (radius * jnp.cos(angle), radius * jnp.sin(angle))
+    b, c = (
+        tuple(jax.random.normal(key, systems) / shape["modes"] for key in pair)
+        for pair in (keys[3:5], keys[5:7])
+    )
+    numbers = {"a": a, "b": b, "c": c}
     if variant == "real":
-        return {"u": u, "a": a[0], "b": b[0], "c": c[0]}
-    return {"u": u, "a": a, "b": b, "c": c}
+        numbers = {name: real for name, (real, _) in numbers.items()}
+    return {"u": u.astype(dtype), **numbers}
 
 
 def options(shape: Shape, variant: str) -> dict[str, Any]:

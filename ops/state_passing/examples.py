@@ -1,31 +1,32 @@
-"""Arguments of state passing as dense_scan has them; ops/framework/examples.py says what is what.
+"""Arguments of state passing as models have them; ops/framework/examples.py says what is what.
 
-The length is a number of parts: of a sequence that is cut over so many devices, or of its chunks.
-Sizes are width (systems) and state_size of each.
+Sizes are systems, states of each, and as the length the parts of a sequence.
 """
 
-import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..framework.examples import Shape
 
 SHAPES = {
-    "cpu": {"batch": 4, "length": 32, "width": 32, "state_size": 16},
-    "ragged": {"batch": 2, "length": 11, "width": 96, "state_size": 64},
-    "s4_devices": {"batch": 16, "length": 8, "width": 256, "state_size": 64},
+    "test": {"batch": 2, "length": 9, "systems": 3, "state": 4},
+    "cpu": {"batch": 4, "length": 16, "systems": 32, "state": 64},
+    "ragged": {"batch": 2, "length": 7, "systems": 96, "state": 64},
+    "s4_image": {"batch": 50, "length": 16, "systems": 512, "state": 64},
 }
-GPU_SHAPES = ("s4_devices",)
+GPU_SHAPES = ("s4_image",)
 VARIANTS = ("",)
 
 
 def inputs(shape: Shape, variant: str, dtype: str, key: jax.Array) -> dict[str, jax.Array]:
-    """A [width, N, N] in float32, of norm 1, about, and written [B, T, width, N] of `dtype`."""
-    batch, length, width, N = (shape[name] for name in ("batch", "length", "width", "state_size"))
+    """A [systems, N, N], which contracts, and what parts write, [B, parts, systems, N]."""
     key_A, key_written = jax.random.split(key)
-    written = jax.random.normal(key_written, (batch, length, width, N)).astype(dtype)
-    return {"A": jax.random.normal(key_A, (width, N, N)) / (2 * math.sqrt(N)), "written": written}
+    D, N = shape["systems"], shape["state"]
+    A = 0.5 * jax.random.normal(key_A, (D, N, N)) / jnp.sqrt(N)
+    written = jax.random.normal(key_written, (shape["batch"], shape["length"], D, N))
+    return {"A": A, "written": written.astype(dtype)}
 
 
 def options(shape: Shape, variant: str) -> dict[str, Any]:
@@ -33,6 +34,6 @@ def options(shape: Shape, variant: str) -> dict[str, Any]:
 
 
 def matmul_flops(shape: Shape, direction: str, chunk: int = 0) -> float:
-    """A times the state; backward once more, and the products that give the gradients of both."""
-    products = shape["batch"] * shape["length"] * shape["width"] * shape["state_size"] ** 2
-    return 2.0 * products * (1 if direction == "forward" else 3)
+    """A times the state of each part; backward also its gradient."""
+    per_part = shape["systems"] * shape["state"] ** 2 * {"forward": 1, "backward": 2}[direction]
+    return 2.0 * shape["batch"] * shape["length"] * per_part

@@ -26,13 +26,12 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ..tpu import channels
-from ..tpu.channels import ChannelGrid, pad_channels
-from ..tpu.kernel import SUBLANES, Input, Output, call
+from ..tpu.channels import ChannelGrid
+from ..tpu.kernel import SUBLANES, Input, call
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ def forward(a, b, initial_state, segment_ids, *, reverse=False, interpret=False)
         a=_factors(a, scan),
         initial_state=_states(initial_state, grid),
         keep=grid.keep(segment_ids, past=0) if scan.masked else None,
-        h=(Output(_float32(grid.batch, grid.length, grid.width), grid.tokens()),) * parts,
-        final_state=(_state_output(grid),) * parts,
+        h=(grid.token_output(b[0], dtype=jnp.float32),) * parts,
+        final_state=(grid.sequence_output(1),) * parts,
         b_rows=rows,
         h_rows=rows,
         a_rows=None if scan.constant else rows,
@@ -100,7 +99,7 @@ def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, reverse=Fals
     states."""
     scan = _scan(a, h, segment_ids, reverse, interpret)
     grid, parts, size = scan.grid, len(h), h[0].shape[2]
-    tokens, rows = grid.tokens(backward=True), (grid.group_scratch(),) * parts
+    rows = (grid.group_scratch(),) * parts
     refs = BackwardRefs(
         h=_tokens(h, grid, backward=True),
         a=_factors(a, scan, backward=True),
@@ -109,12 +108,12 @@ def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, reverse=Fals
         initial_state=_states(initial_state, grid),
         dfinal_state=_states(dfinal_state, grid),
         keep=grid.keep(segment_ids, backward=True, past=0) if scan.masked else None,
-        db=(Output(_float32(grid.batch, grid.length, grid.width), tokens),) * parts,
+        db=(grid.token_output(h[0], backward=True, dtype=jnp.float32),) * parts,
         da=tuple(
-            _state_output(grid) if scan.constant else Output(_like(part, grid), tokens)
+            grid.sequence_output(1) if scan.constant else grid.token_output(part, backward=True)
             for part in a
         ),
-        dinitial_state=(_state_output(grid),) * parts,
+        dinitial_state=(grid.sequence_output(1),) * parts,
         h_rows=(grid.group_scratch(1),) * parts,
         g_rows=rows,
         a_rows=None if scan.constant else rows,
@@ -143,17 +142,14 @@ def _scan(a, b, segment_ids, reverse: bool, interpret: bool) -> Scan:
     return Scan(grid, constant=a[0].ndim == 1, masked=masked)
 
 
-def _widened(x: jax.Array, grid: ChannelGrid) -> jax.Array:
-    return x if x.shape[-1] == grid.width else pad_channels(x)
-
-
 def _tokens(x: Number, grid: ChannelGrid, backward: bool = False) -> Number:
-    return tuple(Input(_widened(part, grid), grid.tokens(backward)) for part in x)
+    return tuple(grid.of_tokens(part, backward) for part in x)
 
 
 def _states(x_BN: Number, grid: ChannelGrid) -> Number:
-    parts = (_widened(part.astype(jnp.float32), grid)[:, None] for part in x_BN)
-    return tuple(Input(part, grid.sequence(1)) for part in parts)
+    """States [B, N] as [B, 1, width]."""
+    parts = (grid.widened(part.astype(jnp.float32))[:, None] for part in x_BN)
+    return tuple(grid.of_sequences(part) for part in parts)
 
 
 def _edges(h: Number, grid: ChannelGrid) -> Number:
@@ -168,26 +164,14 @@ def _edges(h: Number, grid: ChannelGrid) -> Number:
         return b, jnp.maximum(chunk_index * per_chunk - 1, 0), d
 
     tile = pl.BlockSpec((1, SUBLANES, grid.lanes), index)
-    return tuple(Input(_widened(part, grid), tile) for part in h)
+    return tuple(Input(grid.widened(part), tile) for part in h)
 
 
 def _factors(a: Number, scan: Scan, backward: bool = False) -> Number:
     if not scan.constant:
         return _tokens(a, scan.grid, backward)
-    rows = (_widened(part.astype(jnp.float32), scan.grid)[None] for part in a)
-    return tuple(Input(row, scan.grid.constant(1)) for row in rows)
-
-
-def _state_output(grid: ChannelGrid) -> Output:
-    return Output(_float32(grid.batch, 1, grid.width), grid.sequence(1))
-
-
-def _float32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _like(x: jax.Array, grid: ChannelGrid) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*x.shape[:2], grid.width), x.dtype)
+    rows = (scan.grid.widened(part.astype(jnp.float32))[None] for part in a)  # [1, width]
+    return tuple(scan.grid.constant(row) for row in rows)
 
 
 # --- Inside a kernel

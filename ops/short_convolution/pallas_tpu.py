@@ -29,8 +29,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..framework import segments
 from ..tpu import channels
-from ..tpu.channels import ChannelGrid, pad_channels
-from ..tpu.kernel import LANES, SUBLANES, Input, Output, call
+from ..tpu.channels import ChannelGrid
+from ..tpu.kernel import LANES, SUBLANES, Input, call
 from . import xla
 
 
@@ -99,11 +99,11 @@ def forward(x, w, initial_state, segment_ids, *, reverse=False, interpret=False)
     conv, depth_BT = _convolution(x, w, segment_ids, reverse, interpret)
     grid, before = conv.grid, w.shape[0] - 1
     refs = ForwardRefs(
-        x=Input(pad_channels(x), grid.tokens()),
+        x=grid.of_tokens(x),
         w=_taps(w, grid),
         initial_state=_initial_rows(initial_state, conv),
         depth=_depths(depth_BT, conv, backward=False),
-        y=Output(_like(x, grid), grid.tokens()),
+        y=grid.token_output(x),
         z=pltpu.VMEM((conv.rows, grid.lanes), jnp.float32),
         edge=_edge(conv),
         column=_column(conv, grid.chunk),
@@ -121,15 +121,13 @@ def backward(x, w, initial_state, segment_ids, dy, dfinal_state, *, reverse=Fals
     conv, depth_BT = _convolution(x, w, segment_ids, reverse, interpret)
     grid, (taps, size), length = conv.grid, w.shape, x.shape[1]
     dy = dy.astype(x.dtype)  # y was cast to it, so that its cotangent is exact in it
-    tokens, dw_rows = grid.tokens(backward=True), taps * SUBLANES
-    dw_shape = jax.ShapeDtypeStruct((grid.batch, dw_rows, grid.width), jnp.float32)
     refs = BackwardRefs(
-        x=Input(pad_channels(x), tokens),
-        dy=Input(pad_channels(dy), tokens),
+        x=grid.of_tokens(x, backward=True),
+        dy=grid.of_tokens(dy, backward=True),
         w=_taps(w, grid),
         depth=_depths(depth_BT, conv, backward=True),
-        dx=Output(_like(x, grid), tokens),
-        dw=Output(dw_shape, grid.sequence(dw_rows)),
+        dx=grid.token_output(x, backward=True),
+        dw=grid.sequence_output(taps * SUBLANES),
         dz=pltpu.VMEM((conv.rows, grid.lanes), jnp.float32),
         edge=_edge(conv),
         column=_column(conv, conv.rows),
@@ -203,13 +201,13 @@ def _initial_rows(initial_state: jax.Array, conv: Convolution) -> Input | None:
     `reverse` behind the last one."""
     if not conv.beside:
         return None
-    rows = pad_channels(initial_state.astype(jnp.float32))
+    rows = conv.grid.widened(initial_state.astype(jnp.float32))
     missing = conv.beside - rows.shape[1]
     if conv.grid.reverse:
         rows = jnp.pad(rows[:, ::-1], ((0, 0), (0, missing), (0, 0)))
     else:
         rows = jnp.pad(rows, ((0, 0), (missing, 0), (0, 0)))
-    return Input(rows, conv.grid.sequence(conv.beside))
+    return conv.grid.of_sequences(rows)
 
 
 def _depths(depth_BT: jax.Array | None, conv: Convolution, backward: bool) -> Input | None:
@@ -236,11 +234,7 @@ def _depths(depth_BT: jax.Array | None, conv: Convolution, backward: bool) -> In
 
 
 def _taps(w: jax.Array, grid: ChannelGrid) -> Input:
-    return Input(pad_channels(w.astype(jnp.float32)), grid.constant(w.shape[0]))
-
-
-def _like(x: jax.Array, grid: ChannelGrid) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*x.shape[:2], grid.width), x.dtype)
+    return grid.constant(grid.widened(w.astype(jnp.float32)))
 
 
 def _edge(conv: Convolution) -> Any:

@@ -8,15 +8,17 @@
     inverse.py    inverse of a unit lower-triangular matrix
     gradients.py  layout of the gradients of ops with a matrix state
 
-**Words.**
-tile: the block of an array that one grid step has in fast memory (VMEM).
-chunk: C consecutive tokens, a grid step's share of time; chunks run in order on one core.
-carry: what a chunk hands on to the next one, the state forward and its gradient backward. It stays
-  in fast memory, in scratch or in an output tile whose place does not change.
-keep: 1 where the state before a token survives into it, 0 where the token starts a segment.
-kind of decay: none, one per token and head, or one per token, head and channel; the classes of
-  decay.py, which the kernels of one op share.
-rows, lanes: the two axes of a register, [8, 128] in float32; rows are also called sublanes.
+**Words** of `ops/framework/__init__.py`, and what they are here:
+
+    tile            the block of an array that a grid step has in fast memory (VMEM)
+    chunk           C tokens, a grid step's share of time; chunks run in order on one core
+    carry           what a chunk hands on to the next one, the state forward and its gradient
+                    backward; it stays in fast memory, in scratch or in an output tile whose place
+                    does not change
+    keep            1 where the state before a token reaches it, 0 where a segment starts
+    kind of decay   none, one per token and head, or one per token, head and channel: the classes
+                    of decay.py, between which a kernel does not distinguish
+    rows, lanes     the two axes of a register, [8, 128] in float32; rows are also called sublanes
 
 **References.** A kernel has one `NamedTuple` of references. The rule that calls it fills the same
 tuple with an `Input`, an `Output` or scratch memory at each field, None for what a call does not

@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..framework import segments
-from .kernel import LANES, SUBLANES, Input, Ref
+from .kernel import LANES, SUBLANES, Input, Output, Ref
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,36 @@ class ChannelGrid:
 
     # --- Tiles
 
+    def of_tokens(self, x_BTD: jax.Array, backward: bool = False) -> Input:
+        """A chunk of a block."""
+        return Input(self.widened(x_BTD), self.tokens(backward))
+
+    def token_output(
+        self, x_BTD: jax.Array, backward: bool = False, *, dtype: Any = None
+    ) -> Output:
+        """[B, T, width] in x's dtype, unless another is given."""
+        shape = *x_BTD.shape[:2], self.width
+        return Output(jax.ShapeDtypeStruct(shape, dtype or x_BTD.dtype), self.tokens(backward))
+
+    def of_sequences(self, x: jax.Array) -> Input:
+        """All of one sequence of [B, rows, width]."""
+        return Input(x, self.sequence(x.shape[1]))
+
+    def sequence_output(self, rows: int) -> Output:
+        """[B, rows, width] in float32: a state or a sum over time of each sequence. A kernel finds
+        in its tile what it wrote there in the sequence's steps before."""
+        shape = jax.ShapeDtypeStruct((self.batch, rows, self.width), jnp.float32)
+        return Output(shape, self.sequence(rows))
+
+    def constant(self, x: jax.Array) -> Input:
+        """All of [rows, width], fetched once."""
+        return Input(x, pl.BlockSpec(x.shape, lambda b, t, d: (0, 0)))
+
+    def widened(self, x: jax.Array) -> jax.Array:
+        """[..., D] with zeros up to the width."""
+        missing = self.width - x.shape[-1]
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
     def tokens(self, backward: bool = False) -> pl.BlockSpec:
         """A chunk of a block of [B, T, width]."""
         tile = 1, self.chunk, self.lanes
@@ -91,10 +121,6 @@ class ChannelGrid:
     def sequence(self, rows: int) -> pl.BlockSpec:
         """All of one sequence of [B, rows, width], in fast memory until its last step."""
         return pl.BlockSpec((1, rows, self.width), lambda b, t, d: (b, 0, 0))
-
-    def constant(self, rows: int) -> pl.BlockSpec:
-        """All of [rows, width], fetched once."""
-        return pl.BlockSpec((rows, self.width), lambda b, t, d: (0, 0))
 
     def keep(self, segment_ids: jax.Array | None, backward: bool = False, *, past: int) -> Input:
         """Scalars [1, 1, 1, C] of int32: whether the state before a token survives into it; `past`
@@ -131,9 +157,9 @@ class ChannelGrid:
 
     def read(self, ref: Ref, chunk_index: Any) -> jax.Array:
         """A chunk [C, L] in float32; zeros where no token is."""
-        return self.of_tokens(ref[0].astype(jnp.float32), chunk_index)
+        return self.masked(ref[0].astype(jnp.float32), chunk_index)
 
-    def of_tokens(self, x: jax.Array, chunk_index: Any) -> jax.Array:
+    def masked(self, x: jax.Array, chunk_index: Any) -> jax.Array:
         """x [C, L], zero where no token is."""
         if self.length % self.chunk == 0:
             return x
@@ -198,9 +224,3 @@ def cut(
     fitting = [n for n in range(LANES, max(lanes, LANES) + 1, LANES) if width % n == 0]
     few = SUBLANES if length <= SUBLANES else 2 * SUBLANES * pl.cdiv(length, 16)
     return ChannelGrid(batch, length, width, min(chunk, few), max(fitting), reverse, interpret)
-
-
-def pad_channels(x: jax.Array) -> jax.Array:
-    """[..., D] with zeros up to whole lanes."""
-    missing = -x.shape[-1] % LANES
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x

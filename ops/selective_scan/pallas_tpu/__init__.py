@@ -47,7 +47,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ...tpu import channels
-from ...tpu.channels import ChannelGrid, pad_channels
+from ...tpu.channels import ChannelGrid
 from ...tpu.kernel import LANES, SUBLANES, Input, Output, call
 from .. import gating
 from . import kernels
@@ -100,17 +100,17 @@ def forward(
     grid = scan.grid
     parts = grid.chunk // gating.CHUNK
     refs = ForwardRefs(
-        x=Input(pad_channels(x), grid.tokens()),
-        delta=Input(pad_channels(delta), grid.tokens()),
+        x=grid.of_tokens(x),
+        delta=grid.of_tokens(delta),
         columns=_columns(B, C, scan),
-        A_log2=Input(LOG2_E * _states_first(A, scan), grid.constant(scan.states)),
+        A_log2=grid.constant(LOG2_E * _states_first(A, scan)),
         D=_row(D, grid),
         initial_state=_state(initial_state, scan),
-        z=None if z is None else Input(pad_channels(z), grid.tokens()),
+        z=None if z is None else grid.of_tokens(z),
         bias=None if bias is None else _row(bias, grid),
         keep=None if segment_ids is None else grid.keep(segment_ids, past=1),
-        y=Output(_like(x, grid), grid.tokens()),
-        h=_sequence_output(scan, scan.states),
+        y=grid.token_output(x),
+        h=grid.sequence_output(scan.states),
         starts=_chunk_starts(scan, parts) if keeps else None,
         y_rows=grid.group_scratch(),
         y_terms=kernels.terms_scratch(grid),
@@ -157,29 +157,30 @@ def backward(
     else:
         starts = _starts(x, delta, A_states, columns.array, bias, initial_state, segment_ids, scan)
 
-    tokens = grid.tokens(backward=True)
-    dcolumns_shape = _float32(batch, grid.chunks, grid.chunk * 2 * N // LANES, 1, LANES)
+    dcolumns_shape = jax.ShapeDtypeStruct(
+        (batch, grid.chunks, grid.chunk * 2 * N // LANES, 1, LANES), jnp.float32
+    )
     refs = BackwardRefs(
-        x=Input(pad_channels(x), tokens),
-        delta=Input(pad_channels(delta), tokens),
-        dout=Input(pad_channels(dout), tokens),
+        x=grid.of_tokens(x, backward=True),
+        delta=grid.of_tokens(delta, backward=True),
+        dout=grid.of_tokens(dout, backward=True),
         columns=columns,
         starts=Input(starts, grid.chunk_states(N, backward=True)),
-        A=Input(A_states, grid.constant(N)),
-        A_log2=Input(LOG2_E * A_states, grid.constant(N)),
+        A=grid.constant(A_states),
+        A_log2=grid.constant(LOG2_E * A_states),
         D=_row(D, grid),
         dfinal_state=_state(dfinal_state, scan),
-        z=None if z is None else Input(pad_channels(z), tokens),
+        z=None if z is None else grid.of_tokens(z, backward=True),
         bias=None if bias is None else _row(bias, grid),
         keep=None if segment_ids is None else grid.keep(segment_ids, backward=True, past=1),
-        dx=Output(_like(x, grid), tokens),
-        ddelta=Output(_like(delta, grid), tokens),
+        dx=grid.token_output(x, backward=True),
+        ddelta=grid.token_output(delta, backward=True),
         dcolumns=Output(dcolumns_shape, grid.shared(dcolumns_shape, backward=True)),
-        dA=_sequence_output(scan, N),
-        dD=_sequence_output(scan, SUBLANES),
-        ag=_sequence_output(scan, N),
-        dz=None if z is None else Output(_like(z, grid), tokens),
-        dbias=None if bias is None else _sequence_output(scan, SUBLANES),
+        dA=grid.sequence_output(N),
+        dD=grid.sequence_output(SUBLANES),
+        ag=grid.sequence_output(N),
+        dz=None if z is None else grid.token_output(z, backward=True),
+        dbias=None if bias is None else grid.sequence_output(SUBLANES),
         **kernels.backward_scratch(scan),
     )
     results = call(functools.partial(kernels.selective_backward, scan=scan), grid, refs)
@@ -201,10 +202,10 @@ def _starts(x, delta, A_states, columns, bias, initial_state, segment_ids, scan:
     """The states at the starts of chunks [B, chunks, N, width], computed anew."""
     grid = scan.grid
     refs = StatesRefs(
-        x=Input(pad_channels(x), grid.tokens()),
-        delta=Input(pad_channels(delta), grid.tokens()),
+        x=grid.of_tokens(x),
+        delta=grid.of_tokens(delta),
         columns=Input(columns, grid.shared(columns)),
-        A_log2=Input(LOG2_E * A_states, grid.constant(scan.states)),
+        A_log2=grid.constant(LOG2_E * A_states),
         initial_state=_state(initial_state, scan),
         bias=None if bias is None else _row(bias, grid),
         keep=None if segment_ids is None else grid.keep(segment_ids, past=1),
@@ -258,14 +259,8 @@ def _within(chunk: int, states: int) -> int:
 def _chunk_starts(scan: Scan, count: int = 1) -> Output:
     """The states at the starts of chunks, or of `count` parts of each chunk."""
     grid, N = scan.grid, scan.states
-    states = _float32(grid.batch, grid.chunks * count, N, grid.width)
-    return Output(states, grid.chunk_states(N, count=count))
-
-
-def _sequence_output(scan: Scan, rows: int) -> Output:
-    """[B, rows, width]: one sum over time, or one state, of each sequence."""
-    grid = scan.grid
-    return Output(_float32(grid.batch, rows, grid.width), grid.sequence(rows))
+    shape = grid.batch, grid.chunks * count, N, grid.width
+    return Output(jax.ShapeDtypeStruct(shape, jnp.float32), grid.chunk_states(N, count=count))
 
 
 def _columns(B, C, scan: Scan, backward: bool = False) -> Input:
@@ -281,7 +276,7 @@ def _columns(B, C, scan: Scan, backward: bool = False) -> Input:
 
 def _state(x: jax.Array, scan: Scan) -> Input:
     """A state [B, D, N] as [B, N, width]."""
-    return Input(_states_first(x, scan), scan.grid.sequence(scan.states))
+    return scan.grid.of_sequences(_states_first(x, scan))
 
 
 def _states_first(x: jax.Array, scan: Scan) -> jax.Array:
@@ -291,7 +286,7 @@ def _states_first(x: jax.Array, scan: Scan) -> jax.Array:
 
 def _pad_states(x: jax.Array, scan: Scan) -> jax.Array:
     """[..., N, D] with zeros up to what a scan has of both."""
-    x, missing = pad_channels(x), scan.states - x.shape[-2]
+    x, missing = scan.grid.widened(x), scan.states - x.shape[-2]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)])
 
 
@@ -303,15 +298,5 @@ def _states_last(x: jax.Array, A: jax.Array) -> jax.Array:
 def _row(x_D: jax.Array | None, grid: ChannelGrid) -> Input:
     """[1, width], zeros for None."""
     if x_D is None:
-        row = jnp.zeros((1, grid.width), jnp.float32)
-    else:
-        row = pad_channels(x_D.astype(jnp.float32)[None])
-    return Input(row, grid.constant(1))
-
-
-def _float32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _like(x: jax.Array, grid: ChannelGrid) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*x.shape[:2], grid.width), x.dtype)
+        return grid.constant(jnp.zeros((1, grid.width), jnp.float32))
+    return grid.constant(grid.widened(x_D.astype(jnp.float32)[None]))

@@ -138,7 +138,7 @@ def _step_sizes(scan: Scan, projected: jax.Array, chunk_index: Any) -> jax.Array
     if scan.softplus:
         projected = jax.nn.softplus(projected)
     changed = scan.softplus or scan.bias
-    return scan.grid.of_tokens(projected, chunk_index) if changed else projected
+    return scan.grid.masked(projected, chunk_index) if changed else projected
 
 
 # --- Sums over the states of a channel, of 8 tokens at once
@@ -370,7 +370,7 @@ def selective_backward(refs: BackwardRefs, *, scan: Scan) -> None:
     if scan.softplus:
         ddelta = ddelta * jax.nn.sigmoid(projected())
     if scan.bias:
-        refs.dbias[0, :, here] += grid.grouped(grid.of_tokens(ddelta, chunk_index)).sum(0)
+        refs.dbias[0, :, here] += grid.grouped(grid.masked(ddelta, chunk_index)).sum(0)
     refs.ddelta[0] = ddelta.astype(refs.ddelta.dtype)
     if scan.gate:
         y = refs.y_rows[...].reshape(x.shape) + refs.D[:, here] * x  # [C, L], Eq. 2

@@ -29,13 +29,17 @@ def examples_of(op: str) -> ModuleType:
 
 
 def has_implementation(op: str, implementation: str) -> bool:
+    """Whether the op's folder has a file or folder of this name."""
     return importlib.util.find_spec(f"ops.{op}.{implementation}") is not None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one of its shapes, in one variant. `shape` is the shape's name, `sizes` the shape
-    itself."""
+    """One op at one of its shapes, in one variant.
+
+    shape   the shape's name
+    sizes   the shape itself
+    """
 
     op: str
     variant: str
@@ -55,6 +59,7 @@ class Case:
         return getattr(ops, self.op)
 
     def at(self, shape: str) -> "Case":
+        """The same op and variant at another of its shapes."""
         return Case(self.op, self.variant, shape, self.examples.SHAPES[shape])
 
     def inputs(self, dtype: str) -> dict[str, Any]:
@@ -72,12 +77,12 @@ class Case:
 
 
 def without_state(outputs: Any) -> Any:
-    """Of (o, final state) the first; an op without a state returns o alone."""
+    """The first of (o, final state), or all that an op without a state returns."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def cases(op: str, shape: str) -> list[Case]:
-    """One for each variant of the op, if it has a shape of this name."""
+    """Cases of an op, one per variant, at the shape of this name; none if it has no such shape."""
     examples = examples_of(op)
     if shape not in examples.SHAPES:
         return []

@@ -51,7 +51,7 @@ TURNS = 5
 
 
 def all_cases() -> list[Case]:
-    """The first GPU shape of every op and variant before the second of any."""
+    """Cases of all ops: the first GPU shape of every op and variant before the second of any."""
     shapes = {op: examples_of(op).GPU_SHAPES for op in ops_with_examples()}
     return [
         case
@@ -63,7 +63,7 @@ def all_cases() -> list[Case]:
 
 
 def implementations(op: str) -> tuple[str, ...]:
-    """The first is checked, and "ours"."""
+    """Names of what is timed of an op; the first is checked, and is "ours" on the page."""
     return ("pallas_gpu", "xla") if has_implementation(op, "pallas_gpu") else ("xla",)
 
 
@@ -104,7 +104,7 @@ def check(case: Case, dtype: str) -> dict[str, Any]:
 
 
 def relative_l2(got: Any, wanted: Any) -> float:
-    """Of all arrays of a tree together."""
+    """Relative L2 error of all arrays of a tree together."""
     a, b = (
         np.concatenate([np.asarray(x.astype(jnp.float32), np.float64).ravel() for x in leaves])
         for leaves in (jax.tree.leaves(got), jax.tree.leaves(wanted))
@@ -134,7 +134,7 @@ def floors(case: Case, inputs: dict[str, Any], mode: str, kind: str) -> dict[str
 def programs(
     case: Case, inputs: dict[str, Any], mode: str
 ) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """What makes the program of each implementation and peer, ours first."""
+    """By name of implementation or peer a function that compiles its program, ours first."""
     ours = {
         name: lambda name=name: peers.jax_program(case.call(name), inputs, mode)
         for name in implementations(case.op)
@@ -185,7 +185,7 @@ def _turn(program: Callable[[], Any], repeats: int) -> float:
 
 
 def _repeats(program: Callable[[], Any]) -> int:
-    """As many runs as take about 50 ms, 20 at most: their results are all in memory."""
+    """Number of runs that take about 50 ms, at most 20: their results are all in memory."""
     return max(1, min(20, int(50 / max(_turn(program, 1), 1e-3))))
 
 
@@ -227,6 +227,7 @@ def run(minutes: float, only: str) -> None:
 
 
 def save(record: dict[str, Any]) -> None:
+    """Writes the record and its page."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "bench_gpu.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "bench_gpu.md").write_text(page(record))

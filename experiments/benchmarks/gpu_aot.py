@@ -21,12 +21,11 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,10 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments.benchmarks import gpu_aot_page, gpu_dump, ratchet
 from experiments.benchmarks.program import GpuProgram, gpu_programs
 from experiments.compiled.hardware import (
     GPUS,
-    PROGRAMS_PER_MULTIPROCESSOR,
     REGISTERS_PER_MULTIPROCESSOR,
     THREADS_PER_MULTIPROCESSOR,
     Gpu,
@@ -50,7 +49,6 @@ from experiments.training import command_line
 from experiments.training.checkout import CHECKOUT, RESULTS
 
 RATCHET = RESULTS / "gpu_aot_ratchet.json"
-GROWTH = 1.02
 
 
 def target_config(gpu: Gpu) -> str:
@@ -77,28 +75,18 @@ def target_config(gpu: Gpu) -> str:
         device_description_str: "{gpu.device_kind}" """
 
 
-def ptxas() -> str | None:
-    """The assembler of the package nvidia-cuda-nvcc, else one on the path."""
-    try:
-        files = importlib.metadata.files("nvidia-cuda-nvcc") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    found = [str(file.locate()) for file in files if file.name == "ptxas"]
-    return found[0] if found else shutil.which("ptxas")
-
-
 def missing() -> str | None:
     """What is not installed, in words; None where programs can be compiled."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         return 'jax-cuda13-plugin is not installed: pip install "scanax[aot-gpu]"'
-    if ptxas() is None:
+    if gpu_dump.ptxas() is None:
         return 'ptxas is not installed: pip install "scanax[aot-gpu]"'
     return None
 
 
 def work(program: GpuProgram) -> dict[str, Any]:
-    """Compiles in this process; returns the seconds it took, the bytes beside inputs and outputs,
-    and the names of the kernels that the program runs."""
+    """Seconds of compiling the program in this process, bytes beside inputs and outputs, and names
+    of the kernels that the program runs."""
     topology = topologies.get_topology_desc(
         topology_name="",
         platform="cuda",
@@ -124,7 +112,7 @@ def work(program: GpuProgram) -> dict[str, Any]:
 
 
 def kernel_names(function: Callable[..., Any], *arguments: Any) -> list[str]:
-    """Of the Pallas kernels that a program runs on a GPU, in order. Raises ValueError for one
+    """Names of the Pallas kernels that a program runs on a GPU, in order. Raises ValueError for one
     without a name: it could not be told from those that XLA makes."""
     calls = kernel_calls(jax.make_jaxpr(function)(*arguments), "cuda")
     names = [call.params["name"] for call in calls]
@@ -139,6 +127,8 @@ def measure(program: GpuProgram, timeout_s: float = 900) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             "JAX_PLATFORMS": "cpu",
+            # Tests may have set it; registers and spills are those of optimised code.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
             "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_emitter_re=.*",
             # What names addresses for a stack trace that nobody asked for takes most of a
             # compilation.
@@ -156,90 +146,14 @@ def measure(program: GpuProgram, timeout_s: float = 900) -> dict[str, Any]:
             last = "\n".join(done.stderr.strip().splitlines()[-30:])
             raise RuntimeError(f"{program.name} did not compile:\n{last[-3000:]}")
         result = json.loads(done.stdout.splitlines()[-1])
-        kernels = read_kernels(Path(folder), program.architecture, result.pop("names"))
+        kernels = gpu_dump.kernels(Path(folder), program.architecture, result.pop("names"))
     of_program = {"name": program.name, "architecture": program.architecture}
     return of_program | result | {"kernels": kernels}
 
 
-LAUNCH = re.compile(
-    r"(\w+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), 1, 1\]\s+shared_memory:"
-    r" (\d+) bytes"
-)
-FUNCTION = re.compile(
-    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill"
-    r" loads.*?Used (\d+) registers",
-    re.DOTALL,
-)
-
-
-def read_kernels(folder: Path, architecture: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    """What each Pallas kernel of a dump takes, in the order of their launches; `names`: those that
-    the program runs.
-
-    Raises RuntimeError if one of them is not launched or not assembled: its numbers would be
-    missed in silence."""
-    assembled: dict[str, tuple[int, int]] = {}
-    for file in sorted(folder.glob("*.ptx")):
-        if not file.read_text().strip("\0 \n"):
-            continue  # a module of constants alone has no code
-        output = assemble(file, architecture)
-        for name, stored, loaded, registers in FUNCTION.findall(output):
-            assembled[name] = int(registers), int(stored) + int(loaded)
-    rows = []
-    for file in sorted(folder.glob("*thunk_sequence.txt")):
-        for launched, *sizes in LAUNCH.findall(file.read_text()):
-            # XLA numbers the second and later ones of a name.
-            name = re.sub(r"__\d+$", "", launched)
-            if name not in names or launched not in assembled:
-                continue
-            x, y, z, threads, shared = map(int, sizes)
-            registers, spilled = assembled[launched]
-            rows.append(
-                {
-                    "kernel": name,
-                    "programs": x * y * z,
-                    "threads": threads,
-                    "registers": registers,
-                    "spilled_bytes": spilled,
-                    "shared_bytes": shared,
-                    "resident": resident(architecture, registers, threads, shared),
-                }
-            )
-    if missed := set(names) - {row["kernel"] for row in rows}:
-        launches = [
-            launch
-            for file in folder.glob("*thunk_sequence.txt")
-            for launch, *_ in LAUNCH.findall(file.read_text())
-        ]
-        raise RuntimeError(
-            f"the dump has no launch, or no code, of {', '.join(sorted(missed))}; launched are"
-            f" {', '.join(launches)}, assembled {', '.join(assembled)}"
-        )
-    return rows
-
-
-def assemble(file: Path, architecture: str) -> str:
-    """What `ptxas -v` says of a file of PTX. Raises RuntimeError with its words if it does not
-    assemble."""
-    command = [str(ptxas()), "-v", "--gpu-name", architecture, str(file)]
-    command += ["-o", str(file.with_suffix(".cubin"))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"ptxas on {file.name}: {done.stderr[-2000:]}")
-    return done.stderr
-
-
-def resident(architecture: str, registers: int, threads: int, shared: int) -> int:
-    """Programs that one multiprocessor holds at once."""
-    per_warp = -(-registers * 32 // 256) * 256  # allocated in pieces
-    by_registers = REGISTERS_PER_MULTIPROCESSOR // (per_warp * threads // 32)
-    by_memory = GPUS[architecture].shared_bytes // (shared + 1024)
-    by_threads = THREADS_PER_MULTIPROCESSOR // threads
-    return min(by_registers, by_memory, by_threads, PROGRAMS_PER_MULTIPROCESSOR)
-
-
 def installed_versions() -> dict[str, str]:
-    tool = ptxas()
+    """Versions of all that compiles, by package."""
+    tool = gpu_dump.ptxas()
     assert tool is not None
     done = subprocess.run([tool, "--version"], capture_output=True, text=True)
     release = re.search(r"V(\d[\d.]*)", done.stdout)
@@ -249,7 +163,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def section(versions: dict[str, str]) -> str:
-    """What a section of the ratchet is for: another compiler takes other numbers."""
+    """Name of the ratchet's section for a compiler: another one takes other numbers."""
     return f"jaxlib {versions['jaxlib']}, ptxas {versions['ptxas']}"
 
 
@@ -263,24 +177,25 @@ def taken(row: dict[str, Any]) -> dict[str, list[int]]:
     return most
 
 
-def grown(row: dict[str, Any], section: str) -> list[str]:
-    """What of a row exceeds the ratchet by more than 2%, in words, and which kernels only one of
-    the two knows; nothing for an unknown compiler."""
-    ratchet = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
-    if section not in ratchet:
+def grown(row: dict[str, Any], compiler: str) -> list[str]:
+    """What of a row exceeds the ratchet, in words, and which kernels only one of the two knows;
+    nothing for a compiler of which nothing is recorded."""
+    by_program = ratchet.recorded(RATCHET, compiler)
+    if by_program is None:
         return []
-    recorded, now = ratchet[section].get(row["name"], {}), taken(row)
+    recorded, now = by_program.get(row["name"], {}), taken(row)
     found = [
         f"{kernel} of {row['name']} is {'not recorded' if kernel in now else 'no longer there'}"
         for kernel in sorted(set(recorded) ^ set(now))
     ]
-    for kernel in sorted(set(recorded) & set(now)):
+    return found + [
+        f"{what} of {kernel} in {row['name']}: {value}, recorded {before}"
+        for kernel in sorted(set(recorded) & set(now))
         for what, value, before in zip(
             ("registers", "spilled bytes"), now[kernel], recorded[kernel], strict=True
-        ):
-            if value > GROWTH * before:
-                found.append(f"{what} of {kernel} in {row['name']}: {value}, recorded {before}")
-    return found
+        )
+        if value > ratchet.GROWTH * before
+    ]
 
 
 def report(record_ratchet: bool, only: str = "") -> None:
@@ -298,9 +213,7 @@ def report(record_ratchet: bool, only: str = "") -> None:
         print(json.dumps(row), flush=True)
         record(row)
         if record_ratchet:
-            ratchet = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
-            ratchet.setdefault(section(versions), {})[row["name"]] = taken(row)
-            RATCHET.write_text(json.dumps(ratchet, indent=1, sort_keys=True) + "\n")
+            ratchet.record(RATCHET, section(versions), program.name, taken(row))
 
 
 def record(row: dict[str, Any]) -> None:
@@ -311,53 +224,7 @@ def record(row: dict[str, Any]) -> None:
     by_name = {row["name"]: row for row in [*rows, row]}
     rows = [by_name[x.name] for x in gpu_programs() if x.name in by_name]
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    (RESULTS / "gpu_aot.md").write_text(table(rows) + "\n")
-
-
-HEADING = """\
-# GPU kernels, compiled ahead of time
-
-{versions}. Compiled for, not run on, a GPU. Made by `python -m experiments.benchmarks.gpu_aot`.
-Registers and spilled bytes (stores and loads) are per thread. Resident: programs that one
-multiprocessor holds at once. Temporary: memory beside inputs and outputs, such as states at the
-boundaries of chunks.
-
-"""
-COLUMNS = (
-    "program",
-    "kernel",
-    "programs",
-    "threads",
-    "registers",
-    "spilled",
-    "shared KB",
-    "resident",
-    "temporary MB",
-    "compile s",
-)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The report as Markdown."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"{'|---' * len(COLUMNS)}|"]
-    for row in rows:
-        of_program = [row["name"], f"{row['temporary_bytes'] / 1e6:.0f}", row["compile_s"]]
-        for kernel in row["kernels"]:
-            name, *rest = of_program
-            cells = [
-                name,
-                *(kernel[x] for x in ("kernel", "programs", "threads", "registers")),
-                kernel["spilled_bytes"],
-                f"{kernel['shared_bytes'] / 1024:.0f}",
-                kernel["resident"],
-                *rest,
-            ]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-            of_program = ["", "", ""]
-    versions = {
-        "jax {jax}, jaxlib {jaxlib}, ptxas {ptxas}".format(**row["versions"]) for row in rows
-    }
-    return HEADING.format(versions="; ".join(sorted(versions))) + "\n".join(lines)
+    (RESULTS / "gpu_aot.md").write_text(gpu_aot_page.page(rows) + "\n")
 
 
 def main() -> None:

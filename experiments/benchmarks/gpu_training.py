@@ -39,6 +39,8 @@ WIDTH = 1024
 
 @dataclass(frozen=True)
 class Run:
+    """One training, of a model at a length of sequences, with kernels or without."""
+
     model: str
     length: int
     kernels: bool
@@ -48,6 +50,7 @@ class Run:
         return f"{self.model} {self.length} {'kernels' if self.kernels else 'xla'}"
 
     def overrides(self) -> dict[str, Any]:
+        """What the run sets in the config of its model."""
         return {
             "model.width": WIDTH,
             "model.depth": MODELS[self.model],
@@ -64,7 +67,7 @@ class Run:
 
 
 def runs() -> Iterator[Run]:
-    """All, the shortest sequences of every model first."""
+    """All runs, the shortest sequences of every model first."""
     for length in LENGTHS:
         for model in MODELS:
             for kernels in (True, False):
@@ -113,6 +116,7 @@ def report(minutes: float, only: str) -> None:
 
 
 def save(record: dict[str, Any]) -> None:
+    """Writes the record and its page."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / f"{NAME}.md").write_text(page(record))

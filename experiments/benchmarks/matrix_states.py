@@ -20,6 +20,7 @@ LONG_SIZES = ((1, 524288, 8, 8, 128, 128), (1, 1048576, 8, 8, 128, 128))
 
 
 def shape(B: int, T: int, HK: int, H: int, K: int, V: int) -> Shape:
+    """Sizes as examples have them."""
     return {"batch": B, "length": T, "key_heads": HK, "heads": H, "key": K, "value": V}
 
 
@@ -58,7 +59,7 @@ def tpu_program(
     segments: bool = False,
     analyse: bool = False,
 ) -> TpuProgram:
-    """One rule of `rules` at batch one; `op` as it stands in names."""
+    """The program of one rule of `rules` at batch one; `op` as it stands in names."""
     HK, H, K, V = heads
     C = rules.TUNING.chunk
     name = [
@@ -88,7 +89,7 @@ def tpu_program(
 
 
 def gpu_programs(op: str, examples: ModuleType, rules: ModuleType) -> Iterator[GpuProgram]:
-    """Every decay, size, dtype and architecture; `op` as it stands in names."""
+    """Programs of every decay, size, dtype and architecture; `op` as it stands in names."""
     for direction in ("forward", "backward"):
         make = functools.partial(_gpu_program, op, examples, rules, direction)
         for decay in ("none", "constant", "scalar", "vector"):

@@ -85,6 +85,7 @@ def _turn(program: Callable[..., Any], inputs: dict[str, Any]) -> float:
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table."""
     lines = [
         (
             "| op | shape | variant | mode | implementation | median ms | min ms | over"
@@ -107,7 +108,7 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
 
 
 def in_processes(count: int) -> list[dict[str, Any]]:
-    """The rows of this command line, measured by as many processes, one after another."""
+    """Rows of this command line, measured by as many processes, one after another."""
     runs = []
     for _ in range(count):
         with tempfile.TemporaryDirectory() as folder:
@@ -119,8 +120,7 @@ def in_processes(count: int) -> list[dict[str, Any]]:
 
 
 def median_rows(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Of each row the medians over the runs, the least time, and the least and the largest
-    ratio."""
+    """Rows with medians over the runs, the least time, and the least and the largest ratio."""
     rows = []
     for same in zip(*runs, strict=True):
         ratios = [row["over_first"] for row in same]

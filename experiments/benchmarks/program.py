@@ -76,12 +76,12 @@ class GpuProgram:
 
 
 def tpu_programs() -> Iterator[TpuProgram]:
-    """Of all ops: what the report and `make test-all` compile for TPUs."""
+    """Programs of all ops for TPUs: what the report and `make test-all` compile."""
     return _programs("tpu_programs")
 
 
 def gpu_programs() -> Iterator[GpuProgram]:
-    """Of all ops: what the report and `make test-all` compile for GPUs."""
+    """Programs of all ops for GPUs: what the report and `make test-all` compile."""
     return _programs("gpu_programs")
 
 
@@ -92,6 +92,7 @@ def _programs(kind: str) -> Iterator[Any]:
 
 
 def array(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    """An array of which only shape and dtype are known."""
     return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
 
 

@@ -40,7 +40,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.benchmarks import tpu_aot_page, tpu_bundles
+from experiments.benchmarks import ratchet, tpu_aot_page, tpu_bundles
 from experiments.benchmarks.peers import tpu as tpu_peers
 from experiments.benchmarks.program import TOKENS, TpuProgram, tpu_programs
 from experiments.compiled.hardware import TPU_CHIPS
@@ -51,11 +51,10 @@ from experiments.training.checkout import CHECKOUT, RESULTS
 
 RATCHET = RESULTS / "tpu_aot_ratchet.json"
 RATCHET_KEYS = ("cycles", "vmem_bytes", "spills")
-GROWTH = 1.02
 
 
 def all_programs() -> Iterator[TpuProgram]:
-    """Ours, then those of peers that can be imported."""
+    """Our programs, then those of peers that can be imported."""
     yield from tpu_programs()
     yield from tpu_peers.programs()
 
@@ -92,7 +91,7 @@ def moved_bytes(call: Any) -> int:
 
 
 def minimum_bytes(program: TpuProgram, length: int) -> int:
-    """Inputs and outputs once, and what is kept between kernels written and read."""
+    """Bytes of inputs and outputs once, and of what is kept between kernels written and read."""
     function, shapes = program.function_and_shapes(length)
     outputs = jax.eval_shape(function, *shapes)
     arrays = jax.tree.leaves([shapes, outputs])
@@ -159,6 +158,8 @@ def measure(program: TpuProgram, timeout_s: float = 900) -> dict[str, Any]:
             compiler_flags += f" --xla_jf_dump_static_llo_profile_to={folder}"
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
+            # Tests may have set it; cycles are those of optimised code.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_SKIP_MDS_QUERY": "1",
             "LIBTPU_INIT_ARGS": compiler_flags,
@@ -199,10 +200,8 @@ def report(record_ratchet: bool, only: str = "") -> None:
         print(json.dumps(row), flush=True)
         record(row)
         if record_ratchet and program.name not in tpu_peers.names():
-            ratchet = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
-            best = ratchet.setdefault(versions["libtpu"], {})
-            best[row["name"]] = {x: row[x] for x in RATCHET_KEYS if x in row}
-            RATCHET.write_text(json.dumps(ratchet, indent=1, sort_keys=True) + "\n")
+            numbers = {key: row[key] for key in RATCHET_KEYS if key in row}
+            ratchet.record(RATCHET, versions["libtpu"], row["name"], numbers)
 
 
 def record(row: dict[str, Any]) -> None:
@@ -220,19 +219,19 @@ def record(row: dict[str, Any]) -> None:
 
 
 def installed_versions() -> dict[str, str]:
+    """Versions of all that compiles, by package."""
     packages = ("jax", "jaxlib", "libtpu")
     return {name: importlib.metadata.version(name) for name in packages}
 
 
 def grown(row: dict[str, Any], libtpu: str) -> list[str]:
-    """What of a row exceeds the ratchet by more than 2%, in words; nothing for an unknown version
-    or program."""
-    ratchet = json.loads(RATCHET.read_text()) if RATCHET.exists() else {}
-    recorded = ratchet.get(libtpu, {}).get(row["name"], {})
+    """What of a row exceeds the ratchet, in words; nothing for an unknown version or program."""
+    recorded = (ratchet.recorded(RATCHET, libtpu) or {}).get(row["name"], {})
     return [
         f"{key} of {row['name']}: {row[key]}, recorded {recorded[key]}"
         for key in RATCHET_KEYS
-        if None not in (recorded.get(key), row.get(key)) and row[key] > GROWTH * recorded[key]
+        if None not in (recorded.get(key), row.get(key))
+        and row[key] > ratchet.GROWTH * recorded[key]
     ]
 
 

@@ -14,7 +14,7 @@ FILL, SPILL = "VLOAD:FILL", "VSTORE:SPILL"  # contained in VLOAD and VSTORE
 
 
 def flags(folder: str) -> str:
-    """What LIBTPU_INIT_ARGS has to hold for libtpu to dump them into `folder`."""
+    """Flags in LIBTPU_INIT_ARGS with which libtpu dumps the bundles into `folder`."""
     return (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         " --xla_jf_dump_llo_pass_label_regex=static-per-bundle"
@@ -27,9 +27,14 @@ def kernel_names(text: str) -> list[str]:
 
 
 def use(folder: str, kernels: list[str]) -> dict[str, Any]:
-    """Of all kernels together: bundles, moves of vector registers to memory and back, share of each
-    unit's slots that is used, and of bundles in which some unit has no slot left: in the others a
-    result is waited for."""
+    """Counts over all kernels together.
+
+    bundles    in the final code, each once
+    full       share of bundles in which some unit has no slot left; in the others a result is
+               waited for
+    spills     moves of vector registers to memory and back
+    occupancy  share of its slots that each unit uses
+    """
     bundles, full, capacity, used = 0, 0, {}, {}
     for kernel in kernels:
         dumps = Path(folder).glob(f"*-{kernel}-*final*static-per-bundle*.txt")

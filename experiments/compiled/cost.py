@@ -51,7 +51,8 @@ class Flops(NamedTuple):
 
 
 def matmul_flops(program: CompiledProgram, kernels: dict[str, Flops]) -> Flops:
-    """Of one call of the program; `kernels`: flops of one run by name, as from `kernel_flops`."""
+    """Flops of the matmuls of one call of the program; `kernels`: those of one run of a kernel by
+    name, as from `kernel_flops`."""
     found = []
     for times, computation, instruction in program.steps():
         if kernel := kernel_name(instruction):

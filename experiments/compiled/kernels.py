@@ -51,7 +51,8 @@ def _inner(equation: Any) -> Iterator[Any]:
 
 
 def _body_flops(jaxpr: Any) -> Flops:
-    """Matmuls of a kernel's body: of a conditional the dearest branch, of a scan all its turns."""
+    """Flops of the matmuls of a kernel's body: of a conditional the dearest branch, of a scan all
+    its turns."""
     total = Flops(0.0, 0.0)
     for equation in jaxpr.eqns:
         inner = [_body_flops(x) for x in _inner(equation)]

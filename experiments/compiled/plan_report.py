@@ -18,7 +18,7 @@ DECIMAL_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def si(value: float, unit: str) -> str:
-    """Three digits and a decimal prefix: 1.23 GB."""
+    """The value with three digits and a decimal prefix: 1.23 GB."""
     step = 0
     while abs(value) >= 999.5 and step + 1 < len(DECIMAL_PREFIXES):
         value, step = value / 1000, step + 1
@@ -27,7 +27,7 @@ def si(value: float, unit: str) -> str:
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """What was compiled, memory, collectives, work, and the modelled time of a step."""
+    """The plan as text: what was compiled, memory, collectives, work, modelled time of a step."""
     memory, work, modelled = plan["memory"], plan["work"], plan["time"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     batch = f"{plan['batch_size']:,}"

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from experiments.compiled.hardware import parse_topology
-from experiments.compiled.plan_report import advice, format_plan, si
+from experiments.compiled.plan_report import format_plan
 from experiments.compiled.topology import LIBTPU_ENVIRONMENT, tpu_devices
 from experiments.configs import gla
 from experiments.plan import make_plan
@@ -37,38 +37,11 @@ def test_a_state_that_cannot_fit_is_refused_before_compilation_with_advice():
     )
 
 
-def test_advice_against_large_activations_follows_what_the_config_can_still_change():
-    config: Any = gla.get_config("text,smoke")
-    memory = {"hbm_bytes": 16e9, "parameters": 1e9, "optimizer_state": 2e9}
-    plan = {"topology": "v5e:2x2", "batch_size": 8, "mesh": MESH, "memory": memory}
-    refusal = "RESOURCE_EXHAUSTED: Ran out of memory on HBM: 20G."
-    memory["total"] = 20e9
-    said = advice(plan, config, refusal)
-    assert "temporaries 17 GB (compiler: Ran out of memory on HBM: 20G.)" in said
-    assert said.endswith(
-        "Largest: temporaries; smaller with config.model.remat=full, or time over"
-        " config.mesh.sequence (now 2), or config.accumulate=2, or config.batch_size=4"
-    )
-    config.model.remat, plan["batch_size"] = "full", 4
-    assert advice(plan, config, refusal).endswith(
-        "Largest: temporaries; smaller with time over config.mesh.sequence (now 2)"
-    )
-
-
 def test_a_mesh_that_does_not_fill_the_slice_is_refused():
     config: Any = gla.get_config("text,smoke")
     config.mesh.data, config.mesh.fsdp = 1, 3
     with pytest.raises(ValueError, match=r"number of devices, 1; .*fsdp=3"):
         make_plan(config, parse_topology("v5e:1x1"), jax.devices()[:1])
-
-
-def test_quantities_are_written_with_three_digits_and_a_prefix():
-    assert [si(x, "B") for x in (0, 999, 1_234_567, 9.996e11)] == [
-        "0 B",
-        "999 B",
-        "1.23 MB",
-        "1 TB",
-    ]
 
 
 def test_numbers_of_a_step_that_the_compiler_refused_are_missing():

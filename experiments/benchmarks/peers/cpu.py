@@ -16,7 +16,7 @@ NAMES = {
 
 
 def check_installed() -> None:
-    """Raises ValueError where the package is not installed."""
+    """Raises ValueError unless the package is installed."""
     if importlib.util.find_spec("jla") is None:
         raise ValueError(
             "--peers needs jax-linear-attention (Python 3.12, jax 0.11): pip install"
@@ -25,8 +25,8 @@ def check_installed() -> None:
 
 
 def functions(op: str, variant: str) -> dict[str, Callable[[dict[str, Any]], Any]]:
-    """Its form of an op by the name "jax-linear-attention", as a function of a case's inputs; empty
-    where it has none."""
+    """The package's form of an op, by the name "jax-linear-attention", as a function of a case's
+    inputs; empty where it has none."""
     if (op, variant) not in NAMES:
         return {}
     function = getattr(importlib.import_module("jla.ops.chunked"), NAMES[op, variant])

@@ -39,7 +39,7 @@ JAX_LINEAR_ATTENTION = {
 
 
 def peers(op: str, variant: str) -> dict[str, Peer]:
-    """What can be timed beside ours, by name."""
+    """Others that can be timed beside ours, by name."""
     found: dict[str, Peer] = {}
     if (op, variant) in FLASH_LINEAR_ATTENTION:
         module, name = FLASH_LINEAR_ATTENTION[op, variant]
@@ -63,7 +63,7 @@ def peers(op: str, variant: str) -> dict[str, Peer]:
 
 
 class TorchProgram:
-    """A program whose end torch knows, not jax."""
+    """A program of torch: `wait` returns when what was called has run."""
 
     def __init__(self, run: Callable[[], Any], wait: Callable[[], None]):
         self._run, self.wait = run, wait
@@ -73,6 +73,7 @@ class TorchProgram:
 
 
 def jax_program(call: Callable[[Inputs], Any], inputs: Inputs, mode: str) -> Callable[[], Any]:
+    """The compiled program of a function of the inputs."""
     program = call if mode == "forward" else jax.grad(sum_of_squares(call))
     compiled = jax.jit(program).lower(inputs).compile()
     return lambda: compiled(inputs)

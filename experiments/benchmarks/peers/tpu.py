@@ -32,12 +32,12 @@ def name(side: str, variant: str, passes: str, generation: str) -> str:
 
 
 def names() -> list[str]:
-    """Of all programs, also where the peer cannot be imported."""
+    """Names of all programs, also where the peer cannot be imported."""
     return [name(side, *case) for case in CASES for side in SIDES]
 
 
 def programs() -> Iterator[TpuProgram]:
-    """Ours and theirs in turn; nothing where theirs cannot be imported."""
+    """Programs of both sides in turn; none where theirs cannot be imported."""
     if importlib.util.find_spec(PEER) is not None:
         for case in CASES:
             for side in SIDES:
@@ -92,8 +92,8 @@ def _theirs(variant: str, forward: bool) -> Callable[..., jax.Array]:
 
 
 def _as_on_a_tpu(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """It interprets its kernels unless the process has a TPU; here they are to be compiled without
-    one."""
+    """The rule as the peer traces it on a TPU: without one it would have its kernels interpreted,
+    but here they are to be compiled."""
 
     def traced(*inputs: Any) -> Any:
         with mock.patch.object(jax, "default_backend", lambda: "tpu"):

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from experiments.benchmarks import tpu_aot, tpu_aot_page, tpu_bundles
-from experiments.benchmarks.peers import tpu as tpu_peers
+from experiments.benchmarks import tpu_aot
 from experiments.benchmarks.program import tpu_programs
 from experiments.compiled.hardware import parse_topology
 from experiments.compiled.kernels import kernel_calls
@@ -166,74 +165,6 @@ def test_growth_beyond_two_percent_is_found_and_unknown_versions_are_not_judged(
     ]
     assert not tpu_aot.grown({"name": "p", "cycles": 500.0, "vmem_bytes": 900}, "2.0")
     assert not tpu_aot.grown({"name": "q", "cycles": 500.0, "vmem_bytes": 900}, "1.0")
-
-
-DUMP = """== CAPACITY:
-MXU, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL
-    2     3     3     2     2
-== UTILIZATION:
-1 3 2 0 0
-2 0 0 1 1
-"""
-
-
-def test_spills_and_occupancy_are_those_of_the_last_dump_of_each_kernel(tmp_path):
-    for name, text in {
-        "10-f.1-01-final_hlo-static-per-bundle-utilization.txt": DUMP + "0 3 3 0 0\n",
-        "11-f.1-00-pre-delay_hlo-static-per-bundle-utilization.txt": DUMP,
-        "12-f.1-01-final_hlo-static-per-bundle-utilization.txt": DUMP,
-        "13-g.2-01-final_hlo-static-per-bundle-utilization.txt": DUMP + "1 1 0 1 1\n",
-        "14-fusion-01-final_hlo-static-per-bundle-utilization.txt": DUMP,
-    }.items():
-        (tmp_path / name).write_text(text)
-    hlo = """
-      %f.1 = (f32[8]) custom-call(%x), custom_call_target="tpu_custom_call"
-      %fusion = f32[8] fusion(%f.1)
-      g.2 = f32[8] custom-call(%fusion), custom_call_target="tpu_custom_call"
-    """
-    kernels = tpu_bundles.kernel_names(hlo)
-    assert kernels == ["f.1", "g.2"]
-    assert tpu_bundles.use(str(tmp_path), kernels) == {
-        "bundles": 5,
-        "full": 0.8,
-        "spills": 7,
-        "occupancy": {"MXU": 0.7, "VLOAD": 0.467, "VSTORE": 0.3},
-    }
-
-
-def test_the_page_has_a_column_for_a_newer_compiler_and_a_line_for_each_peer():
-    def row(name, libtpu, **numbers):
-        versions = {"jax": "1", "jaxlib": "1", "libtpu": libtpu}
-        compiled = {"vmem_bytes": 2_000_000, "compile_s": 1.0, "spills": 7}
-        compiled["full"] = 0.8
-        compiled["occupancy"] = {"MXU": 0.5, "VALU": 0.75}
-        return {"name": name, "versions": versions} | compiled | numbers
-
-    def analysed(cycles):
-        shares = {"bytes": 3.0, "minimum_bytes": 2.0, "bandwidth_bound": 20.0}
-        return {"cycles": cycles, "cycles_by_kernel": [cycles], "xla_cycles": 0.0} | shares
-
-    ours, theirs = (tpu_peers.name(side, *tpu_peers.CASES[0]) for side in tpu_peers.SIDES)
-    page = tpu_aot_page.page(
-        [
-            row("p", "0.1", **analysed(10.0)),
-            row("q", "0.1"),
-            row("p", "0.2", **analysed(11.0)),
-            row(ours, "0.2", **analysed(10.0)),
-            row(theirs, "0.2", **analysed(50.0)),
-        ]
-    )
-    assert "cycles, libtpu 0.2 |" in page
-    busiest = "VALU 75%, any 80%"
-    p = f"| p | 10.0 | 10.0 | 0.0 | 20.0 | - | 1.50 | 2.0 | 7 | {busiest} | 1.0 | 11.0 |"
-    assert f"{p} {busiest} |" in page and "| q | -" in page
-    # Ours is bound by memory there, 20 cycles.
-    assert f"| {tpu_peers.PEER} | 50.0 | 0.0 | 20.0 | 2.50 | 7 | {busiest} |" in page
-
-
-def test_the_committed_page_is_that_of_the_committed_rows():
-    rows = json.loads((tpu_aot.RESULTS / "tpu_aot.json").read_text())["rows"]
-    assert (tpu_aot.RESULTS / "tpu_aot.md").read_text() == tpu_aot_page.page(rows) + "\n"
 
 
 def test_representative_programs_exist_once():

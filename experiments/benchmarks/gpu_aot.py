@@ -36,7 +36,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmarks import gpu_aot_page, gpu_dump, ratchet
-from experiments.benchmarks.program import GpuProgram, gpu_programs
+from experiments.benchmarks.ahead_of_time import GpuProgram, gpu_programs
 from experiments.compiled.hardware import (
     GPUS,
     REGISTERS_PER_MULTIPROCESSOR,

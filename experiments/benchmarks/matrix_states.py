@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from experiments.benchmarks.program import TOKENS, GpuProgram, TpuProgram, array
+from experiments.benchmarks.ahead_of_time import TOKENS, GpuProgram, TpuProgram, array
 from ops.framework.examples import Shape, abstract_inputs
 
 # Key heads, heads, K, V.

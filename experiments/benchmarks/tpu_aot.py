@@ -41,8 +41,8 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.benchmarks import ratchet, tpu_aot_page, tpu_bundles
+from experiments.benchmarks.ahead_of_time import TOKENS, TpuProgram, tpu_programs
 from experiments.benchmarks.peers import tpu as tpu_peers
-from experiments.benchmarks.program import TOKENS, TpuProgram, tpu_programs
 from experiments.compiled.hardware import TPU_CHIPS
 from experiments.compiled.kernels import kernel_calls
 from experiments.compiled.topology import one_device_mesh

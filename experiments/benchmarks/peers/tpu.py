@@ -15,7 +15,7 @@ from unittest import mock
 
 import jax
 
-from experiments.benchmarks.program import Shapes, TpuProgram, array
+from experiments.benchmarks.ahead_of_time import Shapes, TpuProgram, array
 from ops import delta_rule, gated_linear_attention
 
 PEER = "deltanet_tpu"

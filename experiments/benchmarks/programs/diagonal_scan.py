@@ -5,7 +5,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.benchmarks.program import GpuProgram, TpuProgram, array
+from experiments.benchmarks.ahead_of_time import GpuProgram, TpuProgram, array
 from ops.diagonal_scan import examples, pallas_gpu, pallas_tpu
 from ops.framework.examples import abstract_inputs
 

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Iterator
 
 from experiments.benchmarks import matrix_states
-from experiments.benchmarks.program import GpuProgram, TpuProgram
+from experiments.benchmarks.ahead_of_time import GpuProgram, TpuProgram
 from ops.gated_linear_attention import examples, pallas_gpu, pallas_tpu
 
 

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.benchmarks.program import GpuProgram, TpuProgram, array
+from experiments.benchmarks.ahead_of_time import GpuProgram, TpuProgram, array
 from ops.framework.examples import abstract_inputs
 from ops.selective_scan import examples, gating, pallas_gpu, pallas_tpu
 

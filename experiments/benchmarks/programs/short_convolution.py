@@ -4,7 +4,7 @@ unit is 1024 channels. It has no GPU kernel."""
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.benchmarks.program import GENERATIONS, TpuProgram, array
+from experiments.benchmarks.ahead_of_time import GENERATIONS, TpuProgram, array
 from ops.framework.examples import abstract_inputs
 from ops.short_convolution import examples, pallas_tpu
 

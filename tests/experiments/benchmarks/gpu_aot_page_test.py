@@ -3,7 +3,7 @@
 import json
 
 from experiments.benchmarks import gpu_aot_page
-from experiments.benchmarks.program import gpu_programs
+from experiments.benchmarks.ahead_of_time import gpu_programs
 from experiments.training.checkout import RESULTS
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from experiments.benchmarks import gpu_aot
-from experiments.benchmarks.program import gpu_programs
+from experiments.benchmarks.ahead_of_time import gpu_programs
 
 needs_compilers = pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.missing()))
 REPRESENTATIVE = {

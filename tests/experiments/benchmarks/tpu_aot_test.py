@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from experiments.benchmarks import tpu_aot
-from experiments.benchmarks.program import tpu_programs
+from experiments.benchmarks.ahead_of_time import tpu_programs
 from experiments.compiled.hardware import parse_topology
 from experiments.compiled.kernels import kernel_calls
 from experiments.compiled.topology import tpu_devices

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.objectives.objective import objective, report_metrics
+from experiments.objectives.objective import minimised, report_metrics
 from models import gated_delta_net, gla, mom
 from models.mom.dispatch import dispatch
 from models.networks.lm import build
@@ -360,10 +360,10 @@ def test_training_minimises_the_auxiliary_loss_too_and_logs_what_layers_report()
 
     model = nnx.List([Reporting(), Reporting()])
 
-    def loss(model, batch):
+    def loss(model, batch, key):
         return task_loss(lambda x: model[1](model[0](x)), batch)
 
-    value, sums = objective(loss, model, jnp.ones(3))
+    value, sums = minimised(loss, model, jnp.ones(3), jax.random.key(0))
     assert value == 1.5
     assert sums == {"weight_sum": 3.0, "auxiliary_loss_reported": 1.5, "density_reported": 0.75}
     assert report_metrics(sums) == {"auxiliary_loss": 0.5, "density": 0.25}

@@ -1,5 +1,7 @@
 """The delay task: band-limited signals, equally frequent levels, answers from the past."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from experiments.training.task import Examples, find_task
 
 
 def batch(n=200, name="test", **options):
-    task = find_task("delay", options)
+    task: Any = find_task("delay", options)
     train = task.train(0)
     assert isinstance(train, Examples)
     examples = task.evaluations["test"] if name == "test" else train

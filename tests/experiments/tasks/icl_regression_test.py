@@ -18,7 +18,8 @@ BACKWARDS = ANISOTROPIC[::-1, ::-1]
 
 
 def draw(evaluation: str = "in_distribution", prompts: int = 20_000, **options: Any) -> Batch:
-    return find_task("icl_regression", options).evaluations[evaluation].fetch(np.arange(prompts))
+    task: Any = find_task("icl_regression", options)
+    return task.evaluations[evaluation].fetch(np.arange(prompts))
 
 
 def predict(batch: Batch, preconditioner: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 finds."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ NAMES = [*map(str, range(10)), "[MAX", "[MIN", "[MED", "[SM", "]"]
 
 
 def batch(n=300, name="test", **options):
-    task = find_task("listops", {"shortest": 8, "longest": 60, "depth": 4, **options})
+    task: Any = find_task("listops", {"shortest": 8, "longest": 60, "depth": 4, **options})
     train = task.train(0)
     assert isinstance(train, Examples)
     examples = train if name == "train" else task.evaluations[name]

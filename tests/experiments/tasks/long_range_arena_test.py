@@ -13,7 +13,7 @@ from PIL import Image
 
 from experiments.tasks.sources.byte_documents import ANSWER, MARK, PADDING, ask
 from experiments.training.batches import train_batches
-from experiments.training.task import Examples, Task, find_task
+from experiments.training.task import Examples, find_task
 from tests.support.lra_files import (
     EXPRESSIONS,
     PAIRS,
@@ -26,17 +26,17 @@ from tests.support.lra_files import (
 WORDS = [*map(str, range(10)), "[MAX", "[MIN", "[MED", "[SM", "]"]
 
 
-def make(name: str, directory: Path, **options: Any) -> Task:
+def make(name: str, directory: Path, **options: Any) -> Any:
     return find_task(name, {"data_dir": str(directory), **options})
 
 
-def splits(task: Task) -> dict[str, Examples]:
+def splits(task: Any) -> dict[str, Examples]:
     train = task.train(0)
     assert isinstance(train, Examples)
     return {"train": train, **task.evaluations}
 
 
-def everything(task: Task) -> dict[str, dict[str, np.ndarray]]:
+def everything(task: Any) -> dict[str, dict[str, np.ndarray]]:
     return {
         name: examples.fetch(np.arange(examples.length)) for name, examples in splits(task).items()
     }

@@ -1,5 +1,7 @@
 """MAD and induction heads: oracles answer everything that is asked, and nothing else is asked."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ def training(task, seed):
 
 
 def sequences_of(kind, **options):
-    task = find_task("mad", {"kind": kind, **options})
+    task: Any = find_task("mad", {"kind": kind, **options})
     batch = task.evaluations["test"].fetch(INDICES)
     return task, batch["tokens"], batch["targets"], batch["weights"] > 0
 
@@ -129,7 +131,7 @@ def test_impossible_options_are_named(options, message):
 
 
 def test_induction_heads_ask_for_what_followed_the_special_token():
-    task = find_task("induction_heads", {"length": 20, "test_lengths": (5, 64)})
+    task: Any = find_task("induction_heads", {"length": 20, "test_lengths": (5, 64)})
     assert set(task.evaluations) == {"test", "length_5", "length_64"}
     for examples in (training(task, 0), *task.evaluations.values()):
         batch = examples.fetch(INDICES)

@@ -85,9 +85,12 @@ class GatedLinearAttention(ConvolvedProjections):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
-        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(x_BTD, state, segment_ids)
+        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(
+            x_BTD, state, segment_ids, reverse=reverse
+        )
         if self.conv_q.width:
             q_BTD, k_BTD, v_BTD = (jax.nn.silu(q_BTD), jax.nn.silu(k_BTD), jax.nn.silu(v_BTD))
         # Section 4.4
@@ -101,6 +104,7 @@ class GatedLinearAttention(ConvolvedProjections):
             split_heads(decay_log_BTD, self.heads),
             initial_state=state.get("memory"),
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         o_BTD = merge_heads(self.norm(o_BTHV)).astype(self.compute_dtype)
         y_BTD = self.output(jax.nn.silu(self.output_gate(x_BTD)) * o_BTD)

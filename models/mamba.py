@@ -109,9 +109,10 @@ class Mamba(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
-        x_BTE, conv = self.conv(self.input(x_BTD), state.get("conv"), segment_ids)
+        x_BTE, conv = self.conv(self.input(x_BTD), state.get("conv"), segment_ids, reverse)
         x_BTE = jax.nn.silu(x_BTE)
         # Eq. 2a and 2b; the gate silu(z) of Fig. 3
         y_BTE, memory = selective_scan(
@@ -127,6 +128,7 @@ class Mamba(nnx.Module):
             eigenvalue_range=self.eigenvalue_range,
             initial_state=state.get("memory"),
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         return self.output(y_BTE), {"conv": conv, "memory": memory}
 

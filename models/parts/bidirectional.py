@@ -4,8 +4,10 @@
     y = [f(x), reversed(g(reversed(x)))] W                      combine="concatenation"
 
 f and g are causal mixers with parameters of their own; reversed(x) has the tokens in the opposite
-order. Both read the token itself. Segments stay apart, whichever way they are read."""
+order. Both read the token itself. Segments stay apart, whichever way they are read. A mixer that
+names `reverse` in its call's signature walks backwards itself; for others x is reversed."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -64,10 +66,16 @@ class Bidirectional(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         forward_BTD, _ = self.forward(x_BTD, positions=positions, segment_ids=segment_ids)
-        backward_BTD, _ = self.backward(
-            reverse(x_BTD), positions=reverse(positions), segment_ids=reverse(segment_ids)
-        )
-        backward_BTD = reverse(backward_BTD)
+        if "reverse" in inspect.signature(type(self.backward).__call__).parameters:
+            # Where time is cut over devices, activations stay where they are: only states travel.
+            backward_BTD, _ = self.backward(
+                x_BTD, positions=positions, segment_ids=segment_ids, reverse=True
+            )
+        else:
+            backward_BTD, _ = self.backward(
+                reverse(x_BTD), positions=reverse(positions), segment_ids=reverse(segment_ids)
+            )
+            backward_BTD = reverse(backward_BTD)
         if self.output is None:
             return forward_BTD + backward_BTD, None
         return self.output(jnp.concatenate((forward_BTD, backward_BTD), axis=-1)), None

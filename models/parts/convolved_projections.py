@@ -41,13 +41,19 @@ class ConvolvedProjections(nnx.Module):
         self.conv_v = ShortConvolution(value_width, conv_width, **given)
 
     def convolved(
-        self, x_BTD: jax.Array, state: dict[str, Any], segment_ids: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        state: dict[str, Any],
+        segment_ids: jax.Array | None,
+        *,
+        reverse: bool = False,
     ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, Any]]:
         """conv(x W) for q, k, v, [B, T, H K] twice and [B, T, H V], before any activation, and the
         convolutions' next states; `state` {} is the state before the first token."""
-        q_BTD, conv_q = self.conv_q(self.query(x_BTD), state.get("conv_q"), segment_ids)
-        k_BTD, conv_k = self.conv_k(self.key(x_BTD), state.get("conv_k"), segment_ids)
-        v_BTD, conv_v = self.conv_v(self.value(x_BTD), state.get("conv_v"), segment_ids)
+        given = (segment_ids, reverse)
+        q_BTD, conv_q = self.conv_q(self.query(x_BTD), state.get("conv_q"), *given)
+        k_BTD, conv_k = self.conv_k(self.key(x_BTD), state.get("conv_k"), *given)
+        v_BTD, conv_v = self.conv_v(self.value(x_BTD), state.get("conv_v"), *given)
         return q_BTD, k_BTD, v_BTD, {"conv_q": conv_q, "conv_k": conv_k, "conv_v": conv_v}
 
     def init_convolutions(self, batch: int) -> dict[str, Any]:

@@ -43,13 +43,18 @@ class ShortConvolution(nnx.Module):
             self.bias_D = None
 
     def __call__(
-        self, x_BTD: jax.Array, state: jax.Array | None, segment_ids: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        state: jax.Array | None,
+        segment_ids: jax.Array | None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
+        """y_BTD and the inputs that the next call needs; with `reverse` time runs backwards."""
         if self.weight_WD is None:
             return x_BTD, None
         weight_WD = self.weight_WD[...].astype(self.compute_dtype)
         y_BTD, state = short_convolution(
-            x_BTD, weight_WD, initial_state=state, segment_ids=segment_ids
+            x_BTD, weight_WD, initial_state=state, segment_ids=segment_ids, reverse=reverse
         )
         if self.bias_D is not None:
             y_BTD = y_BTD + self.bias_D[...].astype(self.compute_dtype)[None, None, :]

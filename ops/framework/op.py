@@ -60,14 +60,14 @@ class Op:
 
     name: of the function, for messages.
     implementations: modules by their public names, with a `forward` and a `backward` each. A module
-      may say what it takes, by `supports` and `SUPPORTED`, and with `WALKS_BACKWARDS = True` that
-      its rules take `reverse`.
+      may say what inputs it takes, the same for both rules, by `supports` and `SUPPORTED`, and with
+      `WALKS_BACKWARDS = True` that its rules take `reverse`.
     sequence_parallel: the rules where time is cut; None for an op whose layouts leave time whole.
     residuals: (inputs, outputs) -> what the backward rule takes in the place of the inputs, each of
       the shape and layout of that input, so that `supports` can be asked about it.
     keeps_chunk_states: whether `forward` takes `with_chunk_states` and returns one value more: if
-      true the states at the starts of chunks, in the order of the walk, or None. `backward` takes
-      them after the inputs."""
+      true the states at the starts of chunks, of one shape in all implementations, or None. The
+      `backward` of the same implementation takes them after the inputs."""
 
     name: str
     implementations: Mapping[str, ModuleType]

@@ -79,6 +79,41 @@ def selective_scan(
         non-finite step or a positive or non-finite `A` where values can be seen (an eager call, or
         under `ops.checks`).
     """
+    inputs = x, delta, A, B, C, D, z, delta_bias
+    _check_arrays(*inputs, initial_state, segment_ids)
+    if not isinstance(delta_softplus, bool):
+        raise ValueError(f"delta_softplus must be True or False; got {delta_softplus!r}")
+    if tuple(eigenvalue_range) not in EIGENVALUE_RANGES:
+        raise ValueError(f"eigenvalue_range must be (0, 1) or (-1, 1); got {eigenvalue_range!r}")
+    _check_steps(delta, delta_bias, delta_softplus)
+    check_values("A", A, "finite and <= 0", lambda values: (values <= 0) & finite(values))
+    platforms.check_implementation(OP.name, implementation, OP.implementations)
+
+    eigenvalue_range = (int(eigenvalue_range[0]), int(eigenvalue_range[1]))
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
+    if implementation == "reference":
+        y, state = reference.selective_scan(
+            *inputs, delta_softplus, eigenvalue_range, initial_state, segment_ids, reverse
+        )
+        return y.astype(x.dtype), state
+    return run(
+        OP,
+        implementation,
+        *inputs,
+        initial_state,
+        segment_ids,
+        layouts=("BTH", "BTH", "HN", "BTN", "BTN", "H", "BTH", "H", "BHN", "BT"),
+        outputs=("BTH", "BHN"),
+        dtypes=(x.dtype, jnp.dtype(jnp.float32)),
+        reverse=reverse,
+        delta_softplus=delta_softplus,
+        eigenvalue_range=eigenvalue_range,
+    )
+
+
+def _check_arrays(x, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids) -> None:
+    """Raises ValueError for arrays of wrong shapes or dtypes."""
     check_float(x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     check_float(initial_state=initial_state)
     check_shape("x", x, "[B, T, D]", (None,) * 3)
@@ -98,13 +133,13 @@ def selective_scan(
         check_shape("z", z, "[B, T, D] like x", x.shape)
     if delta_bias is not None:
         check_shape("delta_bias", delta_bias, "[D]", (channels,))
-    if not isinstance(delta_softplus, bool):
-        raise ValueError(f"delta_softplus must be True or False; got {delta_softplus!r}")
     if initial_state is not None:
         check_shape("initial_state", initial_state, "[B, D, N]", (batch, channels, states))
     check_segment_ids(segment_ids, batch, length)
-    if tuple(eigenvalue_range) not in EIGENVALUE_RANGES:
-        raise ValueError(f"eigenvalue_range must be (0, 1) or (-1, 1); got {eigenvalue_range!r}")
+
+
+def _check_steps(delta, delta_bias, delta_softplus: bool) -> None:
+    """Raises ValueError for step sizes that can be seen and are negative or not finite."""
     if delta_softplus:
         check_values("delta", delta, "finite", finite)
         check_values("delta_bias", delta_bias, "finite", finite)
@@ -115,48 +150,3 @@ def selective_scan(
             "finite and >= 0",
             lambda values: (values >= 0) & finite(values),
         )
-    check_values("A", A, "finite and <= 0", lambda values: (values <= 0) & finite(values))
-    platforms.check_implementation(OP.name, implementation, OP.implementations)
-
-    eigenvalue_range = (int(eigenvalue_range[0]), int(eigenvalue_range[1]))
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, channels, states), jnp.float32)
-    if implementation == "reference":
-        y, state = reference.selective_scan(
-            x,
-            delta,
-            A,
-            B,
-            C,
-            D,
-            z,
-            delta_bias,
-            delta_softplus,
-            eigenvalue_range,
-            initial_state,
-            segment_ids,
-            reverse,
-        )
-        y = y.astype(x.dtype)
-    else:
-        y, state = run(
-            OP,
-            implementation,
-            x,
-            delta,
-            A,
-            B,
-            C,
-            D,
-            z,
-            delta_bias,
-            initial_state,
-            segment_ids,
-            layouts=(*("BTH", "BTH", "HN", "BTN", "BTN", "H", "BTH", "H"), *("BHN", "BT")),
-            outputs=("BTH", "BHN"),
-            dtypes=(x.dtype, jnp.dtype(jnp.float32)),
-            reverse=reverse,
-            delta_softplus=delta_softplus,
-            eigenvalue_range=eigenvalue_range,
-        )
-    return y, state

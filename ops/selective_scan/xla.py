@@ -25,6 +25,10 @@ over memory (an associative scan inside the chunk takes about twice the time); o
 many small steps are what a kernel avoids. A state is [B, N, D] here: D, the large axis, is the
 contiguous one. Letters: C chunk length, G number of chunks."""
 
+import functools
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -35,46 +39,70 @@ from . import gating
 WALKS_BACKWARDS = True
 
 
-def _factor(delta_BD, A_ND, keep_B, eigenvalue_range):
-    """The factor a [B, N, D] and its derivative da/dw; both zero where a segment starts."""
-    e = jnp.exp(delta_BD[:, None, :] * A_ND[None, :, :])
-    a, da = (e, e) if eigenvalue_range == (0, 1) else (2 * e - 1, 2 * e)
-    if keep_B is not None:
-        a, da = (jnp.where(keep_B[:, None, None], factor, 0.0) for factor in (a, da))
-    return a, da
+class _Recurrence(NamedTuple):
+    """The state equation h = a h + delta x B, and the direction of the walk over tokens."""
+
+    A_ND: jax.Array
+    eigenvalue_range: tuple[int, int]
+    reverse: bool
+
+    def factor(self, delta_BD, keep_B):
+        """a [B, N, D] and its derivative da/dw; both zero where a segment starts."""
+        e = jnp.exp(delta_BD[:, None, :] * self.A_ND[None, :, :])
+        a, da = (e, e) if self.eigenvalue_range == (0, 1) else (2 * e - 1, 2 * e)
+        if keep_B is not None:
+            a, da = (jnp.where(keep_B[:, None, None], factor, 0.0) for factor in (a, da))
+        return a, da
+
+    def advance(self, h_BND, token):
+        """The state after a token."""
+        a, _ = self.factor(token.delta, token.keep)
+        return a * h_BND + (token.delta * token.x)[:, None, :] * token.B[:, :, None]
+
+    def walk(self, step, carry, inputs):
+        """`lax.scan` over tokens or chunks in the order of the walk."""
+        return lax.scan(step, carry, inputs, reverse=self.reverse)
+
+    def walk_back(self, step, carry, inputs):
+        """`lax.scan` over tokens or chunks from the end of the walk."""
+        return lax.scan(step, carry, inputs, reverse=not self.reverse)
 
 
-def _write(x_BD, delta_BD, B_BN):
-    """delta x B [B, N, D]."""
-    return (delta_BD * x_BD)[:, None, :] * B_BN[:, :, None]
+class _Tokens(NamedTuple):
+    """The inputs of one token [B, D or N], of a chunk [C, B, ...] or of all chunks [G, C, B, ...],
+    in float32."""
+
+    x: Any
+    delta: Any
+    B: Any
+    C: Any
+    keep: Any  # [B] bool, whether the state reaches the token; None: all
+    dy: Any = None
 
 
 def _to_chunks(array, chunk, reverse, fill=0):
-    """[B, T, ...] -> [G, C, B, ...], time padded where the walk ends; with delta = 0 a padded token
+    """[G, C, B, ...] of [B, T, ...], time padded where the walk ends; with delta = 0 a padded token
     leaves the state alone."""
+    if array is None:
+        return None
     pad = -array.shape[1] % chunk
     padding = ((0, 0), (pad, 0) if reverse else (0, pad)) + ((0, 0),) * (array.ndim - 2)
     array = jnp.moveaxis(jnp.pad(array, padding, constant_values=fill), 0, 1)
     return array.reshape(-1, chunk, *array.shape[1:])
 
 
-def _keep_chunks(segment_ids, chunk, reverse):
-    """Whether a token continues a segment [G, C, B]; padded ones do."""
-    keep_BT = segments.continues(segment_ids, reverse=reverse)
-    return None if keep_BT is None else _to_chunks(keep_BT, chunk, reverse, fill=True)
+def _chunks(x, delta, B, C, segment_ids, chunk, reverse, dy=None) -> _Tokens:
+    """The tokens of all chunks; padded ones continue the segment."""
+    x, delta, B, C, dy = (_to_chunks(array, chunk, reverse) for array in (x, delta, B, C, dy))
+    keep = _to_chunks(segments.continues(segment_ids, reverse=reverse), chunk, reverse, fill=1)
+    return _Tokens(x, delta, B, C, keep, dy)
 
 
 def _from_chunks(array_GCBX, length, reverse):
-    """[G, C, B, X] -> [B, T, X]."""
+    """[B, T, X] of [G, C, B, X]."""
     array_TBX = array_GCBX.reshape(-1, *array_GCBX.shape[2:])
     array_TBX = array_TBX[-length:] if reverse else array_TBX[:length]
     return jnp.moveaxis(array_TBX, 0, 1)
-
-
-def _walking_order(states_GBND, reverse):
-    """States at the starts of chunks, the first of the walk first, from their order in time; and
-    back."""
-    return states_GBND[::-1] if reverse else states_GBND
 
 
 def _cast(*arrays):
@@ -104,33 +132,24 @@ def forward(
     keeps = with_chunk_states and gating.keeps_chunk_states(x, A)
     chunk = gating.CHUNK if keeps else x.shape[1]
     x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, h_BDN = _cast(x, delta, A, B, C, initial_state)
-    A_ND = A_DN.T
+    recurrence = _Recurrence(A_DN.T, eigenvalue_range, reverse)
 
     def step(h_BND, token):
-        x_BD, delta_BD, B_BN, C_BN, keep_B = token
-        a, _ = _factor(delta_BD, A_ND, keep_B, eigenvalue_range)
-        h_BND = a * h_BND + _write(x_BD, delta_BD, B_BN)
-        return h_BND, einsum("bnd,bn->bd", h_BND, C_BN)
+        h_BND = recurrence.advance(h_BND, token)
+        return h_BND, einsum("bnd,bn->bd", h_BND, token.C)
 
     def step_chunk(h_BND, tokens):
-        last_BND, y_CBD = lax.scan(step, h_BND, tokens, reverse=reverse)
+        last_BND, y_CBD = recurrence.walk(step, h_BND, tokens)
         return last_BND, (h_BND if keeps else None, y_CBD)
 
-    chunks = (
-        *(_to_chunks(array, chunk, reverse) for array in (x_BTD, delta_BTD, B_BTN, C_BTN)),
-        _keep_chunks(segment_ids, chunk, reverse),
-    )
-    state_BND, (starts_GBND, y_GCBD) = lax.scan(
-        step_chunk, h_BDN.swapaxes(1, 2), chunks, reverse=reverse
-    )
+    tokens = _chunks(x_BTD, delta_BTD, B_BTN, C_BTN, segment_ids, chunk, reverse)
+    state_BND, (starts_GBND, y_GCBD) = recurrence.walk(step_chunk, h_BDN.swapaxes(1, 2), tokens)
     y_BTD = _from_chunks(y_GCBD, x.shape[1], reverse)
     if D is not None:
         y_BTD = y_BTD + D.astype(jnp.float32)[None, None, :] * x_BTD
     if z is not None:
         y_BTD = gating.gate(y_BTD, z.astype(jnp.float32))
-    starts = None
-    if starts_GBND is not None:
-        starts = jnp.swapaxes(_walking_order(starts_GBND, reverse), 0, 1)
+    starts = None if starts_GBND is None else jnp.swapaxes(starts_GBND, 0, 1)
     return y_BTD, state_BND.swapaxes(1, 2), starts
 
 
@@ -157,6 +176,7 @@ def backward(
     initial_state, in float32; starts: what `forward` left, or None."""
     delta, pull_delta = gating.step_sizes_vjp(delta, bias, delta_softplus)
     x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, h_BDN = _cast(x, delta, A, B, C, initial_state)
+    recurrence = _Recurrence(A_DN.T, eigenvalue_range, reverse)
     dy = per_y = dout.astype(jnp.float32)
     if z is not None:
         dy, per_y = gating.gate_gradients(z.astype(jnp.float32), dy)
@@ -164,76 +184,69 @@ def backward(
     # As few chunks of at most CHUNK tokens as there must be, of equal length unless their starts
     # are given.
     chunk = -(-length // -(-length // gating.CHUNK)) if starts is None else gating.CHUNK
-    A_ND, h_BND = A_DN.T, h_BDN.swapaxes(1, 2)
-    x_GCBD, delta_GCBD, B_GCBN, C_GCBN, dy_GCBD = (
-        _to_chunks(z, chunk, reverse) for z in (x_BTD, delta_BTD, B_BTN, C_BTN, dy)
-    )
-    keep_GCB = _keep_chunks(segment_ids, chunk, reverse)
-
-    def advance(h_BND, token):
-        x_BD, delta_BD, B_BN, keep_B = token
-        a, _ = _factor(delta_BD, A_ND, keep_B, eigenvalue_range)
-        return a * h_BND + _write(x_BD, delta_BD, B_BN)
-
-    def skip_chunk(h_BND, tokens):
-        last_BND, _ = lax.scan(
-            lambda h, token: (advance(h, token), None), h_BND, tokens, reverse=reverse
-        )
-        return last_BND, h_BND
-
-    def recompute(h_BND, token):  # dC and y need the state only
-        C_BN, dy_BD, *token = token
-        next_BND = advance(h_BND, token)
-        dC_BN = einsum("bnd,bd->bn", next_BND, dy_BD)  # Eq. 3
-        y_BD = None if z is None else einsum("bnd,bn->bd", next_BND, C_BN)
-        return next_BND, (h_BND, dC_BN, y_BD)
-
-    def retreat(carry, token):
-        # a_{t+1} g_{t+1}; dA is summed over the batch once, at the end.
-        ag_BND, dA_BND = carry
-        x_BD, delta_BD, B_BN, C_BN, dy_BD, keep_B, before_BND = token
-        a, da = _factor(delta_BD, A_ND, keep_B, eigenvalue_range)
-        g_BND = ag_BND + C_BN[:, :, None] * dy_BD[:, None, :]  # Eq. 1
-        dw_BND = g_BND * before_BND * da  # Eq. 2
-        dwrite_BD = einsum("bnd,bn->bd", g_BND, B_BN)
-        dB_BN = einsum("bnd,bd->bn", g_BND, delta_BD * x_BD)  # Eq. 3
-        ddelta_BD = x_BD * dwrite_BD + (dw_BND * A_ND[None, :, :]).sum(1)  # Eq. 5
-        return (a * g_BND, dA_BND + dw_BND * delta_BD[:, None, :]), (
-            delta_BD * dwrite_BD,
-            ddelta_BD,
-            dB_BN,
-        )
-
-    def retreat_chunk(carry, chunk):
-        x_CBD, delta_CBD, B_CBN, C_CBN, dy_CBD, keep_CB, start_BND = chunk
-        _, (before_CBND, dC_CBN, y_CBD) = lax.scan(
-            recompute, start_BND, (C_CBN, dy_CBD, x_CBD, delta_CBD, B_CBN, keep_CB), reverse=reverse
-        )
-        tokens = (x_CBD, delta_CBD, B_CBN, C_CBN, dy_CBD, keep_CB, before_CBND)
-        carry, (dx_CBD, ddelta_CBD, dB_CBN) = lax.scan(retreat, carry, tokens, reverse=not reverse)
-        return carry, (dx_CBD, ddelta_CBD, dB_CBN, dC_CBN, y_CBD)
-
+    tokens = _chunks(x_BTD, delta_BTD, B_BTN, C_BTN, segment_ids, chunk, reverse, dy)
+    h_BND = h_BDN.swapaxes(1, 2)
     if starts is not None:
-        starts_GBND = _walking_order(jnp.swapaxes(starts, 0, 1), reverse)
-    elif length <= chunk:
-        starts_GBND = h_BND[None]
+        starts_GBND = jnp.swapaxes(starts, 0, 1)
     else:
-        _, starts_GBND = lax.scan(
-            skip_chunk, h_BND, (x_GCBD, delta_GCBD, B_GCBN, keep_GCB), reverse=reverse
-        )
-    carry = (dfinal_state.swapaxes(1, 2), jnp.zeros_like(h_BND))
-    chunks = (x_GCBD, delta_GCBD, B_GCBN, C_GCBN, dy_GCBD, keep_GCB, starts_GBND)
-    (dinitial_BND, dA_BND), of_tokens = lax.scan(retreat_chunk, carry, chunks, reverse=not reverse)
+        starts_GBND = h_BND[None] if length <= chunk else _chunk_starts(recurrence, h_BND, tokens)
 
+    carry = (dfinal_state.swapaxes(1, 2), jnp.zeros_like(h_BND))
+    retreat_chunk = functools.partial(_retreat_chunk, recurrence, with_y=z is not None)
+    (dinitial_BND, dA_BND), of_tokens = recurrence.walk_back(
+        retreat_chunk, carry, (tokens, starts_GBND)
+    )
     dx, ddelta, dB, dC, y = (
         None if values is None else _from_chunks(values, length, reverse) for values in of_tokens
     )
     dD = None
     if D is not None:
         skip = D.astype(jnp.float32)[None, None, :]
-        dx, dD = dx + skip * dy, (dy * x_BTD).sum((0, 1))
+        dx, dD = dx + skip * dy, (dy * x_BTD).sum((0, 1))  # Eq. 4
         y = None if y is None else y + skip * x_BTD
     dz = None if y is None else per_y * y
-    dA = dA_BND.sum(0).T
     ddelta, dbias = pull_delta(ddelta)
+    dA = dA_BND.sum(0).T
     return dx, ddelta, dA, dB, dC, dD, dz, dbias, dinitial_BND.swapaxes(1, 2)
+
+
+def _chunk_starts(recurrence: _Recurrence, h_BND, tokens: _Tokens):
+    """The states before the chunks [G, B, N, D], by a walk over all tokens."""
+
+    def step(h_BND, token):
+        return recurrence.advance(h_BND, token), None
+
+    def step_chunk(h_BND, tokens):
+        return recurrence.walk(step, h_BND, tokens)[0], h_BND
+
+    return recurrence.walk(step_chunk, h_BND, tokens)[1]
+
+
+def _retreat_chunk(recurrence: _Recurrence, carry, chunk, *, with_y):
+    """The carry (a g, the sum so far of dA) before a chunk, and dx, ddelta, dB, dC and y of its
+    tokens, y if asked for; the state before the chunk is given."""
+    tokens, start_BND = chunk
+
+    def recompute(h_BND, token):  # dC and y need the state only
+        next_BND = recurrence.advance(h_BND, token)
+        dC_BN = einsum("bnd,bd->bn", next_BND, token.dy)  # Eq. 3
+        y_BD = einsum("bnd,bn->bd", next_BND, token.C) if with_y else None
+        return next_BND, (h_BND, dC_BN, y_BD)
+
+    def retreat(carry, inputs):
+        # a_{t+1} g_{t+1}; dA is summed over the batch once, at the end.
+        (ag_BND, dA_BND), (token, before_BND) = carry, inputs
+        a, da = recurrence.factor(token.delta, token.keep)
+        g_BND = ag_BND + token.C[:, :, None] * token.dy[:, None, :]  # Eq. 1
+        dw_BND = g_BND * before_BND * da  # Eq. 2
+        dwrite_BD = einsum("bnd,bn->bd", g_BND, token.B)
+        dx_BD = token.delta * dwrite_BD  # Eq. 4, without D
+        dB_BN = einsum("bnd,bd->bn", g_BND, token.delta * token.x)  # Eq. 3
+        # Eq. 5
+        ddelta_BD = token.x * dwrite_BD + (dw_BND * recurrence.A_ND[None, :, :]).sum(1)
+        dA_BND = dA_BND + dw_BND * token.delta[:, None, :]  # Eq. 2
+        return (a * g_BND, dA_BND), (dx_BD, ddelta_BD, dB_BN)
+
+    _, (before_CBND, dC_CBN, y_CBD) = recurrence.walk(recompute, start_BND, tokens)
+    carry, of_tokens = recurrence.walk_back(retreat, carry, (tokens, before_CBND))
+    return carry, (*of_tokens, dC_CBN, y_CBD)

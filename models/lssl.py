@@ -157,7 +157,7 @@ class LSSL(nnx.Module):
             )
             / v["right"][None, :, None]
         )
-        # (I - Delta/2 A)^-1 (I + Delta/2 A) = 2 (I - Delta/2 A)^-1 - I
+        # Eq. 3: (I - Delta/2 A)^-1 (I + Delta/2 A) = 2 (I - Delta/2 A)^-1 - I
         A_DNN = 2 * inverse_DNN - jnp.eye(self.state_size)[None]
         B_N = v["left"] * v["write"]
         return A_DNN, step_D1 * (inverse_DNN * B_N[None, None]).sum(-1)

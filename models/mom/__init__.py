@@ -149,7 +149,7 @@ class MixtureOfMemories(nnx.Module):
         gates = jax.tree.map(plan.sorted, self.rule.gates(x_BTD))
         o, memory = self.recurrence(q, k, v, gates, state["memory"], plan)
         o_BTJX = plan.copies(merge_heads(o)).astype(jnp.float32)
-        o_BTX = jnp.einsum("btj,btjx->btx", weight_BTJ, o_BTJX)
+        o_BTX = jnp.einsum("btj,btjx->btx", weight_BTJ, o_BTJX)  # sum_m w^m q^m S^m
         o_BTX = merge_heads(self.norm(split_heads(o_BTX, self.heads)))
         gate_BTX = jax.nn.silu(self.output_gate(x_BTD))
         return self.output(o_BTX.astype(self.compute_dtype) * gate_BTX), {

@@ -165,7 +165,7 @@ class S4(nnx.Module):
         columns = [p_DM[..., None] for p_DM in jnp.unstack(p_DRM, axis=1)]
 
         def onto(p_DM1: jax.Array, x_DMX: jax.Array) -> jax.Array:
-            """p* x, conjugates included."""
+            """p* x [D, 1, X], conjugates included."""
             return 2 * (p_DM1.conj() * x_DMX).sum(1, keepdims=True).real
 
         # (I - Delta/2 A)^-1 v by Sherman and Morrison, one column of p after another.
@@ -183,7 +183,7 @@ class S4(nnx.Module):
             rho_D11 = 1 / (1 + onto(p_DM1, solved_DM1))
             corrections.append((p_DM1, solved_DM1, rho_D11))
 
-        # Abar - I = (I - Delta/2 A)^-1 Delta A
+        # Eq. 3: Abar - I = (I - Delta/2 A)^-1 Delta A, Bbar = (I - Delta/2 A)^-1 Delta B
         identity_MM = jnp.eye(self.state_size // 2)
         unit_1MN = jnp.concatenate([identity_MM, 1j * identity_MM], axis=1)[None]
         A_DMN = half_DM1 * unit_1MN
@@ -196,7 +196,7 @@ class S4(nnx.Module):
         )
 
     def truncation(self, E_DNN: jax.Array) -> jax.Array:
-        """I - Abar^L, given E = Abar - I."""
+        """I - Abar^L [D, N, N], given E = Abar - I; Ctil = C (I - Abar^L) (Section 3.2)."""
         return -power_less_one(E_DNN, self.kernel_length)
 
     def kernel(self) -> jax.Array:
@@ -215,7 +215,7 @@ class S4(nnx.Module):
             axis=1,
         )
         phase_1F = jnp.asarray(np.exp(1j * angle_F), jnp.complex64)[None]
-        return jnp.fft.irfft(phase_1F * spectrum_DF, self.kernel_length)
+        return jnp.fft.irfft(phase_1F * spectrum_DF, self.kernel_length)  # K = F^-1 Khat
 
     def __call__(
         self,

@@ -17,8 +17,8 @@ from .sharding import constrain
 
 
 def to_parts(x: jax.Array, parts: int) -> jax.Array:
-    """[B, T, ...] -> [P, n, ...]. Raises ValueError for a length that is not a multiple of the
-    parts."""
+    """The parts [P, n, ...] of arrays [B, T, ...]. Raises ValueError for a length that is not a
+    multiple of the parts."""
     batch, length, *rest = x.shape
     if length % parts:
         raise ValueError(
@@ -30,7 +30,7 @@ def to_parts(x: jax.Array, parts: int) -> jax.Array:
 
 
 def to_whole(x: jax.Array, parts: int) -> jax.Array:
-    """[P, n, ...] -> [B, T, ...]."""
+    """The sequences [B, T, ...] of parts [P, n, ...]."""
     rows, _, *rest = x.shape
     x = jnp.swapaxes(x.reshape(parts, -1, *x.shape[1:]), 0, 1)
     x = x.reshape(rows // parts, -1, *rest)
@@ -51,11 +51,11 @@ def documents(
 def along_parts(
     step: Callable[[Any, Any], Any], first: Any, values: Any, parts: int
 ) -> tuple[Any, Any]:
-    """carried <- step(carried, value of the part), from `first` [B, ...] on; values are trees of
-    [P, ...].
+    """What each part receives [P, ...] and what the last one leaves [B, ...], where a part turns
+    what it receives into step(received, value of the part), and the first one receives `first`
+    [B, ...]; values are trees of [P, ...].
 
-    Returns what each part receives [P, ...], and what the last one leaves [B, ...]. Every device
-    goes through all parts: their values are gathered once, before the first."""
+    Every device goes through all parts: their values are gathered once, before the first."""
 
     def everywhere(x: jax.Array) -> jax.Array:
         return constrain(x, "nB" + "_" * (x.ndim - 2))

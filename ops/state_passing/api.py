@@ -23,28 +23,28 @@ def state_passing(
 ) -> tuple[jax.Array, jax.Array]:
     """The state before each part of a sequence, from what each part writes by itself.
 
-        S_{t+1} = keep_t A S_t + M_t        out: S_t for every part t, and the last one
+        S_{t+1} = keep_t A S_t + M_t
 
-    for D systems with dense state matrices: the middle one of the three steps of a chunked
-    recurrence (states of chunks, state passing, outputs of chunks; Dao and Gu, 2024, arXiv
-    2405.21060, Section 6), with A the transition over a whole part. Where a mesh cuts time its
-    devices hold consecutive parts, and the states travel as those of every recurrence do
-    (`ops/framework/sequence_parallel.py`); A, which all of them know, does not.
+    for D systems with dense state matrices; A is the transition over a whole part. This is the
+    middle one of the three steps of a chunked recurrence: states of chunks, state passing, outputs
+    of chunks (Dao and Gu, 2024, arXiv 2405.21060, Section 6). Where a mesh cuts time, its devices
+    hold consecutive parts, and states travel as those of every recurrence do
+    (`ops/framework/sequence_parallel.py`); A does not travel, because every device knows it.
 
     Args:
       A: [D, N, N], the transition over one part.
       written: [B, T, D, N], M: the state that each of T >= 1 parts leaves where it begins with
-      zeros.
-      keeps: [B, T] bool, false where a part does not hand on what came in: a document starts in it.
-      None: all do.
-      initial_state: [B, D, N], before the first part; None means zeros.
+        zeros.
+      keeps: [B, T] bool, false where a part does not hand on what came in, because a document
+        starts in it. None: all do.
+      initial_state: [B, D, N], the state before the first part; None means zeros.
       reverse: whether to walk from the last part to the first. `initial_state` is then the one
         after the last part, S_t the state that part t receives from the part after it.
       implementation: "reference" (differentiated by JAX), "xla" (with a backward pass of its own),
-      or None for "xla".
+        or None for "xla". A named implementation runs or raises.
 
     Returns:
-      The states before the parts [B, T, D, N] and the one after the last [B, D, N], float32.
+      S_t before every part [B, T, D, N], and the state after the last part [B, D, N], float32.
       Differentiable in A, written and initial_state.
 
     Raises:

@@ -5,12 +5,13 @@ from jax import lax
 
 
 def act(A, S):
-    """A S of every system; A [D, N, N], S [B, D, N]."""
+    """A S [B, D, N] of every system, of A [D, N, N] and S [B, D, N]."""
     return jnp.einsum("dnk,bdk->bdn", A, S, precision=lax.Precision.HIGHEST)
 
 
 def state_passing(A, written, keeps, initial_state, reverse=False):
-    """Shapes as in `api.py`."""
+    """S_{t+1} = keep_t A S_t + M_t; the states before the parts [B, T, D, N] and the last one
+    [B, D, N], float32. Shapes as in `api.py`."""
     A, first = A.astype(jnp.float32), initial_state.astype(jnp.float32)
 
     def step(S, part):

@@ -25,6 +25,8 @@ BUCKETS = {"gke-gcsfuse/volumes": "true"}
 
 
 class JobSet:
+    """The backend `jobset`: a JobSet per run, which Kueue queues."""
+
     def __init__(self, name: str, resources: Resources):
         resources.need("jobset", "image", "queue", "claim")
         self.name, self.resources = kubernetes_name(name, 40), resources

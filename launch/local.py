@@ -15,6 +15,8 @@ GRACE_S = 120  # a run that is told to end finishes its step and writes a checkp
 
 
 class Local:
+    """The backend `local`: processes on this machine, `resources.parallel` at a time."""
+
     def __init__(self, name: str, resources: Resources):
         self.parallel = max(1, resources.parallel)
         self._queue: list[Run] = []

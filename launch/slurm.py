@@ -15,6 +15,8 @@ WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"}
 
 
 class Slurm:
+    """The backend `slurm`: one job array."""
+
     def __init__(self, name: str, resources: Resources):
         self.name, self.resources = name, resources
         self._tasks: dict[str, str] = {}  # run name -> "<job>_<task>"

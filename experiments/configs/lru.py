@@ -3,12 +3,10 @@
     python -m experiments.train --config=experiments/configs/lru.py:images,smoke --workdir=runs/lru
 
 images,smoke: half a minute on 2 CPU cores, to a test accuracy near 0.9. Published test accuracies
-on the Long Range
-Arena: sequential CIFAR in colour 89.0, ListOps 60.2, text 89.4, retrieval 89.9, Pathfinder 95.1,
-Path-X 94.2. Of listops and lra_listops .. lra_pathx the depth, 6, and the largest phase for Path-X
-are the paper's. The rest is not
-known to us: the settings are S4's, with as many states as the model is wide.
-"""
+on the Long Range Arena: sequential CIFAR in colour 89.0, ListOps 60.2, text 89.4, retrieval 89.9,
+Pathfinder 95.1, Path-X 94.2. Of listops and lra_listops .. lra_pathx the depth, 6, and the largest
+phase for Path-X are the paper's. The rest is not known to us: the settings are S4's, with as many
+states as the model is wide."""
 
 import math
 from typing import Any

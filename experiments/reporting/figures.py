@@ -13,8 +13,8 @@ from experiments.training.metrics_file import mean, read_rows
 
 
 def draw_table(table: ModuleType, cells: Sequence[Cell], rows: Sequence[Any], path: Path) -> None:
-    """Draws the figure of a table into the file `path`, from the rows there are, if there are
-    any."""
+    """Draws the figure of a table into the file `path`. Without rows, or a `draw` of the table,
+    there is none."""
     results = [
         (cell, row) for cell, row in zip(cells, rows, strict=True) if row and is_finite(cell, row)
     ]

@@ -29,7 +29,7 @@ FACTS = (
 
 
 def make_row(table: str, scale: str, cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a finished run; `summary` as `train.run` returns it."""
+    """The row of a finished run; `summary` as `train.run` returns it."""
     config: Any = cell.make_config()
     return {
         "table": table,
@@ -45,6 +45,7 @@ def make_row(table: str, scale: str, cell: Cell, summary: Mapping[str, Any]) -> 
 
 
 def append(row: Mapping[str, Any], directory: Path = RESULTS) -> None:
+    """Appends a row to <table>.jsonl in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / f"{row['table']}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -70,7 +71,9 @@ def read(table: str, directory: Path = RESULTS) -> list[dict[str, Any]]:
 def matching(
     cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]], scale: str
 ) -> list[Mapping[str, Any] | None]:
-    """For every cell its newest row: one of this scale whose config is the cell's of today."""
+    """The newest row of every cell: one of this scale, and of the config that the cell has today.
+
+    None for a gap and for a cell that has no row."""
     newest = {(row["scale"], row["config_hash"]): row for row in rows}
     return [
         None if cell.gap else newest.get((scale, config_hash(cell.make_config()))) for cell in cells
@@ -83,10 +86,12 @@ def origins(rows: Iterable[Mapping[str, Any]]) -> set[str]:
 
 
 def commit(row: Mapping[str, Any]) -> str:
+    """Ten digits of the commit that a row was computed at, and whether files had changed since."""
     return (row["commit"] or "no commit")[:10] + ("+changes" if row["dirty"] else "")
 
 
 def machine(row: Mapping[str, Any]) -> str:
+    """The devices that a row was computed on: "1 x cpu (cpu)"."""
     return f"{row['device_count']} x {row['device']} ({row['platform']})"
 
 

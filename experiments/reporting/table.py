@@ -149,6 +149,7 @@ def grid(
 
 
 def available_tables() -> tuple[str, ...]:
+    """Names of the files in experiments/tables."""
     return tuple(sorted(file.stem for file in (CHECKOUT / "experiments/tables").glob("*.py")))
 
 

@@ -32,7 +32,7 @@ def recipe(argument: str) -> ConfigDict:
 
 @functools.cache
 def available_recipes() -> dict[str, Callable[[bool], ConfigDict]]:
-    """The recipes by name."""
+    """The recipes by name: those of all files beside this one."""
     found = {}
     for file in Path(__file__).parent.glob("*.py"):
         module = importlib.import_module(f"experiments.configs.recipes.{file.stem}")
@@ -133,7 +133,8 @@ def language_model(*, width: int, depth: int, **options: Any) -> dict[str, Any]:
 
 
 def shrink(config: Any, *, steps: int, batch_size: int, width: int, lr: float) -> None:
-    """Smoke size: `width`, at most two layers, a tenth of the steps as warm-up, two evaluations."""
+    """Sets the smoke size: `width`, at most two layers, a tenth of the steps as warm-up, two
+    evaluations."""
     config.steps, config.batch_size, config.log_every_steps = steps, batch_size, 20
     config.model.update({"width": width, "depth": min(config.model.depth, 2)})
     config.optimizer.update({"lr": lr, "warmup_steps": steps // 10})

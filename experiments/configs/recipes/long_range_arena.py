@@ -77,7 +77,7 @@ def lra_image(smoke: bool) -> ConfigDict:
 
 
 def lra_pathfinder(smoke: bool) -> ConfigDict:
-    """Are two dots joined by a path? Images of 32 x 32."""
+    """Whether a path joins two dots, in images of 32 x 32."""
     config = _arena("lra_pathfinder", task_options("pathfinder"))
     if smoke:
         shrink(config, steps=200, batch_size=8, width=32, lr=3e-3)
@@ -85,7 +85,7 @@ def lra_pathfinder(smoke: bool) -> ConfigDict:
 
 
 def lra_pathx(smoke: bool) -> ConfigDict:
-    """Path-X: Pathfinder with images of 128 x 128."""
+    """Path-X: the same in images of 128 x 128."""
     released = "~/lra_release/lra_release/pathfinder128"
     config = _arena("lra_pathx", task_options("pathfinder", data_dir=released, size=128))
     if smoke:
@@ -109,8 +109,8 @@ def _arena(argument: str, task: Mapping[str, Any]) -> Any:
 
 
 def set_as_published(config: Any, argument: str, table: Mapping[str, Any] | None = None) -> None:
-    """Sets what `table` has for the task of a config argument, and what it lacks as S4; nothing for
-    other arguments."""
+    """Sets what `table` has for the task of a config argument, and S4's values where it has none.
+    An argument that is no task of the arena at full size changes nothing."""
     if argument not in ARGUMENTS:
         return
     place = TASKS.index(ARGUMENTS[argument])
@@ -128,7 +128,7 @@ def set_as_published(config: Any, argument: str, table: Mapping[str, Any] | None
 
 
 def for_mixer(mixer: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of a table, for options of a mixer."""
+    """Rows of a table for options of a mixer: {option: values} with whole keys of the config."""
     return {f"model.mixers.{mixer}.{name}": row for name, row in options.items()}
 
 

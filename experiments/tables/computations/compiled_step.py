@@ -21,10 +21,12 @@ def measure(
     does not fit the memory, of which `gigabytes` may still be known. The text is the letter a:
     windows of any length are cut from it, and only their shape counts.
 
-    gigabytes: of memory per device; sent_gigabytes, collectives: per device and step, every pass of
-    a loop counted;
-    compute_ms, memory_ms, collectives_ms: modelled, each alone; tokens_per_second: if the three run
-    at once. Raises ValueError for a config that cannot work there."""
+    gigabytes                                   of memory per device
+    sent_gigabytes, collectives                 per device and step, every pass of a loop counted
+    compute_ms, memory_ms, collectives_ms       modelled, each alone
+    tokens_per_second                           if the three run at once
+
+    Raises ValueError for a config that cannot work there."""
     del seed  # nothing is drawn
     with tempfile.TemporaryDirectory() as folder:
         path, text = Path(folder) / "plan.json", Path(folder) / "a.txt"

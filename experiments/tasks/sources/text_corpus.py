@@ -28,6 +28,8 @@ TOPICS_FILE = "pydoc_data/topics.py"  # read as the texts in it
 
 @dataclass(frozen=True)
 class Document:
+    """A file, or what stands for one, and its bytes."""
+
     name: str
     content: bytes
 

@@ -59,13 +59,13 @@ class Scan:
     masked: bool
 
     @property
-    def before(self) -> int:
+    def groups_before(self) -> int:
         """Groups of rows before those of a chunk's states, for the state before the chunk; with
         `reverse` it lies in a group behind them."""
         return 0 if self.grid.reverse else 1
 
     @property
-    def ends_inside(self) -> bool:
+    def enters_inside(self) -> bool:
         """Whether the recurrence enters the sequence inside a chunk, whose tokens past T it meets
         first. They are masked, so that the initial state has to be brought to token T - 1."""
         return self.grid.reverse and self.grid.length % self.grid.chunk != 0
@@ -114,7 +114,7 @@ def backward(a, h, initial_state, segment_ids, dh, dfinal_state, *, reverse=Fals
             for part in a
         ),
         dinitial_state=(grid.sequence_output(1),) * parts,
-        h_rows=(grid.group_scratch(1),) * parts,
+        h_rows=(grid.group_scratch(beside=1),) * parts,
         g_rows=rows,
         a_rows=None if scan.constant else rows,
     )
@@ -277,7 +277,7 @@ def diagonal_forward(refs: ForwardRefs, *, scan: Scan) -> None:
     chunk_index = grid.chunk_index(t)
     chunk = Chunk(scan, chunk_index, refs.a, refs.keep, refs.a_rows)
     _stage(grid, chunk_index, refs.b, refs.b_rows)
-    if scan.ends_inside:
+    if scan.enters_inside:
 
         @pl.when(t == 0)
         def _():
@@ -328,7 +328,7 @@ def diagonal_backward(refs: BackwardRefs, *, scan: Scan) -> None:
     zeros = (jnp.zeros((1, grid.lanes), jnp.float32),) * len(refs.h)
     chunk = Chunk(scan, chunk_index, refs.a, refs.keep, refs.a_rows)
     _stage(grid, chunk_index, refs.dh, refs.g_rows)
-    _stage(grid, chunk_index, refs.h, refs.h_rows, at=scan.before)
+    _stage(grid, chunk_index, refs.h, refs.h_rows, at=scan.groups_before)
     _write_state_before_chunk(refs, scan, chunk_index, at)
 
     @pl.when(t == 0)
@@ -350,7 +350,7 @@ def diagonal_backward(refs: BackwardRefs, *, scan: Scan) -> None:
         if scan.constant:
             da = _add(da, da_t)
         else:
-            _write(refs.h_rows, _row(g + scan.before, row), da_t)
+            _write(refs.h_rows, _row(g + scan.groups_before, row), da_t)
         return chunk.kept(_times(_conjugate(chunk.factor(g, row)), g_t), g, row), da
 
     carry = _read(refs.dinitial_state, at), _read(refs.da, at) if scan.constant else zeros
@@ -360,8 +360,8 @@ def diagonal_backward(refs: BackwardRefs, *, scan: Scan) -> None:
         _write(refs.da, at, da)
     _unstage(grid, refs.g_rows, refs.db)
     if not scan.constant:
-        _unstage(grid, refs.h_rows, refs.da, at=scan.before)
-    if scan.ends_inside:
+        _unstage(grid, refs.h_rows, refs.da, at=scan.groups_before)
+    if scan.enters_inside:
 
         @pl.when(t == grid.chunks - 1)
         def _():
@@ -373,14 +373,14 @@ def diagonal_backward(refs: BackwardRefs, *, scan: Scan) -> None:
 def _write_state_before_chunk(refs: BackwardRefs, scan: Scan, chunk_index: Any, at: Any) -> None:
     """Writes the state that the chunk started from beside the chunk's states."""
     grid = scan.grid
-    # The row next to the chunk's.
+    # Of the tile beside the chunk the row that is next to it.
     edge = tuple(ref[0, :1] if grid.reverse else ref[0, -1:] for ref in refs.edge)  # [1, L]
     is_first = chunk_index == (grid.chunks - 1 if grid.reverse else 0)
-    initial = _read(refs.initial_state, at)
-    before = (jnp.where(is_first, mine, other) for mine, other in zip(initial, edge, strict=True))
+    initial = _read(refs.initial_state, at)  # [1, L]
+    before = (jnp.where(is_first, *parts) for parts in zip(initial, edge, strict=True))
     place = _row(grid.groups, 0) if grid.reverse else _row(0, SUBLANES - 1)
     _write(refs.h_rows, place, tuple(before))
-    if scan.ends_inside:
+    if scan.enters_inside:
 
         @pl.when(is_first)
         def _():

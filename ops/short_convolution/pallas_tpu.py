@@ -63,10 +63,11 @@ class Convolution:
 
     @property
     def rows(self) -> int:
+        """Of a chunk and of those beside it."""
         return self.grid.chunk + self.beside
 
-    def pieces(self) -> list[tuple[int, int]]:
-        """First row and number of rows of the chunk's pieces."""
+    def stretches(self) -> list[tuple[int, int]]:
+        """First row and number of rows of what a kernel has in registers at once."""
         chunk = self.grid.chunk
         starts = range(0, chunk, TUNING.rows)
         return [(start, min(TUNING.rows, chunk - start)) for start in starts]
@@ -216,20 +217,22 @@ def _depths(depth_BT: jax.Array | None, conv: Convolution, backward: bool) -> In
     if depth_BT is None:
         return None
     grid, beside = conv.grid, conv.beside if backward else 0
-    past = grid.chunks * grid.chunk - grid.length
-    around = (beside, past) if grid.reverse else (0, past)
-    depth = jnp.pad(depth_BT.astype(jnp.float32), ((0, 0), around))
-    if grid.reverse:  # the chunk and `beside` tokens before it
-        starts = range(0, grid.chunks * grid.chunk, grid.chunk)
-        parts = [depth[:, start : start + grid.chunk + beside] for start in starts]
-        array = jnp.stack(parts, 1)[:, :, None]
-        return Input(array, grid.shared(array, backward))
+    padding = ((0, 0), (0, grid.chunks * grid.chunk - grid.length))
+    depth = jnp.pad(depth_BT.astype(jnp.float32), padding)
     depth = depth.reshape(grid.batch, grid.chunks, 1, grid.chunk)
-    following = [
-        jnp.pad(depth, ((0, 0), (0, i), (0, 0), (0, 0)))[:, i:]
-        for i in range(1 + pl.cdiv(beside, grid.chunk))
-    ]
-    array = jnp.concatenate(following, axis=-1)[..., : grid.chunk + beside]
+
+    def neighbour(i: int) -> jax.Array:
+        """Depths of the chunk that is i chunks further in the direction of the recurrence."""
+        if grid.reverse:
+            return jnp.pad(depth, ((0, 0), (i, 0), (0, 0), (0, 0)))[:, : grid.chunks]
+        return jnp.pad(depth, ((0, 0), (0, i), (0, 0), (0, 0)))[:, i:]
+
+    neighbours = [neighbour(i) for i in range(1 + pl.cdiv(beside, grid.chunk))]
+    rows = grid.chunk + beside
+    if grid.reverse:
+        array = jnp.concatenate(neighbours[::-1], axis=-1)[..., -rows:]
+    else:
+        array = jnp.concatenate(neighbours, axis=-1)[..., :rows]
     return Input(array, grid.shared(array, backward))
 
 
@@ -300,7 +303,7 @@ def convolution_forward(refs: ForwardRefs, *, conv: Convolution) -> None:
 
     for tile, place in zip(grid.tiles, places, strict=True):
         w = refs.w[:, place]  # [W, 128]
-        for start, count in conv.pieces():
+        for start, count in conv.stretches():
             y = jnp.zeros((count, LANES), jnp.float32)
             for lag in range(conv.taps):
                 z = refs.z[conv.shifted(start, count, lag, backward=False), tile]  # [count, 128]
@@ -339,7 +342,7 @@ def convolution_backward(refs: BackwardRefs, *, conv: Convolution) -> None:
     x = grid.read(refs.x, chunk_index)  # [C, L]
     for tile, place in zip(grid.tiles, places, strict=True):
         w = refs.w[:, place]  # [W, 128]
-        for start, count in conv.pieces():
+        for start, count in conv.stretches():
             dx = jnp.zeros((count, LANES), jnp.float32)
             for lag in range(conv.taps):
                 rows, tap = conv.shifted(start, count, lag, backward=True), conv.taps - 1 - lag

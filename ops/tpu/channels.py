@@ -135,9 +135,9 @@ class ChannelGrid:
         keep = keep.reshape(self.batch, self.chunks, 1, self.chunk)
         return Input(keep, self.shared(keep, backward, memory=pltpu.SMEM))
 
-    def group_scratch(self, before: int = 0, after: int = 0) -> Any:
-        """For the groups of a chunk, `before` groups before it and `after` behind it."""
-        return pltpu.VMEM((before + self.groups + after, SUBLANES, self.lanes), jnp.float32)
+    def group_scratch(self, beside: int = 0) -> Any:
+        """Scratch for the groups of a chunk, and for `beside` groups beside it."""
+        return pltpu.VMEM((self.groups + beside, SUBLANES, self.lanes), jnp.float32)
 
     # --- Inside a kernel
 

@@ -92,6 +92,7 @@ class HeadGrid:
         return Input(flat(x_BTHV), self.value_tile(backward))
 
     def value_tile(self, backward: bool = False) -> pl.BlockSpec:
+        """C tokens of the step's heads of [B, T, H * V]."""
         return self._tokens(self.heads * self.value_size, False, backward)
 
     def decay_tile(self, backward: bool = False) -> pl.BlockSpec:
@@ -108,12 +109,13 @@ class HeadGrid:
         self, array: jax.Array | jax.ShapeDtypeStruct, backward: bool = False
     ) -> pl.BlockSpec:
         """One chunk of [B or 1, blocks of heads or 1, G or 1, ...]."""
+        # Factors of the indices: 0 along an axis of one element, which all steps share.
         batch, blocks, chunks = (size > 1 for size in array.shape[:3])
         rest = array.shape[3:]
 
         def index(b, h, t):
-            chunk = self.chunk_index(t, backward)
-            return b * batch, h * blocks, chunk * chunks, *(0 for _ in rest)
+            chunk_index = self.chunk_index(t, backward)
+            return b * batch, h * blocks, chunk_index * chunks, *(0 for _ in rest)
 
         return pl.BlockSpec((1, 1, 1, *rest), index)
 
@@ -132,6 +134,7 @@ class HeadGrid:
         return Output(jax.ShapeDtypeStruct(shape, jnp.float32), self.state_tile())
 
     def state_tile(self) -> pl.BlockSpec:
+        """The step's heads of [B, H, K, V]."""
         tile = 1, self.heads, self.key_size, self.value_size
         return pl.BlockSpec(tile, lambda b, h, t: (b, h, 0, 0))
 
@@ -141,6 +144,7 @@ class HeadGrid:
         return Output(jax.ShapeDtypeStruct(shape, jnp.float32), self.chunk_states_tile())
 
     def chunk_states_tile(self, backward: bool = False) -> pl.BlockSpec:
+        """The step's heads of one chunk of [B, G, H, V, K]."""
         tile = 1, 1, self.heads, self.value_size, self.key_size
         return pl.BlockSpec(tile, lambda b, h, t: (b, self.chunk_index(t, backward), h, 0, 0))
 
@@ -238,10 +242,10 @@ def flat(x_BTHX: jax.Array) -> jax.Array:
     return x_BTHX.reshape(*x_BTHX.shape[:2], -1)
 
 
-def flat_shape(x_BTHX: jax.Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
-    """Shape of `flat(x)`, and its dtype unless another is given."""
+def flat_shape(x_BTHX: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of `flat(x)`."""
     batch, length, heads, size = x_BTHX.shape
-    return jax.ShapeDtypeStruct((batch, length, heads * size), dtype or x_BTHX.dtype)
+    return jax.ShapeDtypeStruct((batch, length, heads * size), x_BTHX.dtype)
 
 
 def read(ref: Ref, head: int, size: int, valid: jax.Array | None) -> jax.Array:

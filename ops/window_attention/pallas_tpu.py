@@ -1,9 +1,10 @@
 """Window attention on TPU by JAX's own kernel, splash attention: blocks of keys that no query of a
 block sees are never fetched, and logits stay in fast memory.
 
-The kernel wants a multiple of 128 tokens and scaled queries, which are rounded again where the
-scale is no power of two; padded keys are in no segment, and what padded queries find is cut off.
-Its backward pass runs from the inputs: the forward kernel is run again for the sums of the softmax.
+The kernel takes a multiple of 128 tokens, and queries that are scaled before, which rounds them
+again where the scale is no power of two. Padded keys are in no segment; the outputs of padded
+queries are cut off. The backward pass runs from the inputs: the forward kernel runs again for the
+sums of the softmax.
 (Dao, FlashAttention-2, 2023, arXiv 2307.08691; `jax.experimental.pallas.ops.tpu.splash_attention`.)
 """
 
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from ..tpu.kernel import LANES
 from .xla import join, last_state
 
-LANES = 128
 # Tokens per block of queries and of keys; wide blocks fetch less, narrow ones waste less of a
 # narrow window.
 LARGEST_BLOCK = 512
@@ -24,8 +25,8 @@ SUPPORTED = "softmax, and bfloat16 q, k and v of at least 128 tokens, on a TPU"
 
 
 def supports(q, k, v, *_, activation, **__) -> bool:
-    """The kernel rounds the factors of its products to bfloat16, which float32 inputs do not ask
-    for; few queries do not fill it."""
+    """Whether the kernel serves these inputs: it rounds the factors of its products to bfloat16,
+    which would lose bits of float32 inputs, and few queries do not fill it."""
     return (
         activation == "softmax"
         and q.shape[1] >= LANES
@@ -34,8 +35,8 @@ def supports(q, k, v, *_, activation, **__) -> bool:
 
 
 def _block(tokens: int, window: int) -> int:
-    """The largest power of two from 128 that divides `tokens` and is no wider than the window
-    asks."""
+    """Tokens of a block: the largest power of two from 128 to `LARGEST_BLOCK` that divides `tokens`
+    and is narrower than two windows."""
     block = LARGEST_BLOCK
     while block > LANES and (tokens % block or block >= 2 * window):
         block //= 2
@@ -100,8 +101,8 @@ def _gradients(inputs, cotangents, **options):
 def forward(
     q, k, v, k_past, v_past, valid_past, segment_ids, *, window, scale, activation, interpret=False
 ):
-    """Shapes as in `api.py`, the initial state by its parts or three times None; o in v's dtype,
-    and the final state's parts."""
+    """o in v's dtype and the parts of the final state; shapes as in `api.py`, the initial state by
+    its parts or three times None."""
     del activation
     inputs = (q, k, v, k_past, v_past, valid_past, segment_ids)
     return _outputs(*inputs, window=window, scale=scale, interpret=interpret)

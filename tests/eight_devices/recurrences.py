@@ -231,7 +231,8 @@ def values_and_gradients(contract, inputs, state, ids, implementation="xla", **o
         pytest.param("gated_linear_attention", "constant", "ring", marks=pytest.mark.full),
     ],
 )
-def test_a_state_per_segment_goes_on_from_device_to_device(op, variant, method):
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_state_per_segment_goes_on_from_device_to_device(op, variant, method, reverse):
     """Each device has its tokens sorted by segment; on one device, all of a segment follow each
     other."""
     contract, segments, devices = CONTRACTS[op](), 3, 4
@@ -261,7 +262,7 @@ def test_a_state_per_segment_goes_on_from_device_to_device(op, variant, method):
     def run(contract):
         return jax.jit(
             lambda inputs, states, ids: values_and_gradients(
-                contract, inputs, states, ids, num_segments=segments
+                contract, inputs, states, ids, num_segments=segments, reverse=reverse
             )
         )(inputs, states, jnp.asarray(ids))
 

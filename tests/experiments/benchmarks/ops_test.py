@@ -1,10 +1,31 @@
 """The benchmark on CPU: what it makes of several processes."""
 
+import importlib
+import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
+
+import pytest
 
 from experiments.benchmarks import ops as benchmark
+from experiments.benchmarks.peers import cpu as peers
+
+
+def test_a_peer_that_is_not_installed_is_asked_for(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install jax-linear-attention"):
+        peers.check_installed()
+
+
+def test_a_peer_gets_the_inputs_in_its_own_order_and_gives_the_first_output(monkeypatch):
+    package = SimpleNamespace(kda=lambda *inputs: (inputs, "state"), delta_rule=None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: package)
+    (call,) = peers.functions("delta_rule", "vector").values()
+    inputs = {"beta": 5, "decay_log": 4, "v": 3, "k": 2, "q": 1}
+    assert call(inputs) == (1, 2, 3, 4, 5)
+    assert peers.functions("delta_rule", "constant") == {}
 
 
 def row(implementation, median_ms, min_ms, over_first):

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+import ops
 from experiments.benchmarks import tpu_aot
 from experiments.benchmarks.ahead_of_time import tpu_programs
 from experiments.compiled.hardware import parse_topology
 from experiments.compiled.kernels import kernel_calls
 from experiments.compiled.topology import tpu_devices
-from ops import window_attention
+from ops.framework.examples import abstract_inputs
+from ops.window_attention import examples
 from tests.ops import (
     delta_rule_test,
     diagonal_scan_test,
@@ -67,27 +69,25 @@ def test_kernels_compile_for_tpu_and_do_not_become_slower(program):
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("topology", "heads", "key_heads", "size", "window"),
+    ("topology", "shape"),
     [
-        pytest.param("v5e:1x1", 16, 16, 112, 128, marks=pytest.mark.slow),
-        pytest.param("v6e:1x1", 32, 8, 64, 2048, marks=pytest.mark.full),
+        pytest.param("v5e:1x1", "based_1_3b", marks=pytest.mark.slow),
+        pytest.param("v6e:1x1", "long_window", marks=pytest.mark.full),
     ],
 )
-def test_window_attention_compiles_for_tpu_with_jax_own_kernel(
-    topology, heads, key_heads, size, window
-):
+def test_window_attention_compiles_for_tpu_with_jax_own_kernel(topology, shape):
+    sizes = {**examples.SHAPES[shape], "batch": 1, "length": 2048}
     sharding = SingleDeviceSharding(tpu_devices(parse_topology(topology))[0])
+    inputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract_inputs(examples.inputs, sizes, "", "bfloat16"),
+    )
 
-    def like(heads):
-        shape = (1, 2048, heads, size)
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
-
-    def loss(q, k, v):
-        o, _ = window_attention(q, k, v, window=window)
+    def loss(inputs):
+        o, _ = ops.window_attention(**inputs, window=sizes["window"])
         return o.astype(jnp.float32).sum()
 
-    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
-    program = gradients.lower(like(heads), like(key_heads), like(key_heads)).compile()
+    program = jax.jit(jax.grad(loss)).lower(inputs).compile()
     # Forward for the sums of the softmax, then the gradients of queries, and of keys and values.
     assert (program.as_text() or "").count("tpu_custom_call") == 3
 

@@ -10,6 +10,7 @@ import pytest
 import ops
 from ops.framework.examples import MEASURED, abstract_inputs, segment_ids
 from ops.gated_linear_attention import examples as attention
+from tests.contracts.ops import assert_close
 
 OPS = sorted(file.parent.name for file in Path(ops.__path__[0]).glob("*/examples.py"))
 OPS.remove("framework")
@@ -45,6 +46,27 @@ def test_examples_have_the_dtype_that_is_asked_for_and_depend_on_the_key(op):
         assert any(x.dtype == jnp.bfloat16 for x in leaves)
         other = jax.tree.leaves(second)
         assert any((a != b).any() for a, b in zip(leaves, other, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_values_and_gradients_of_examples_equal_the_reference(op):
+    examples = importlib.import_module(f"ops.{op}.examples")
+    shape = {**examples.SHAPES["cpu"], "batch": 1, "length": 70}
+    for variant in examples.VARIANTS:
+        inputs = examples.inputs(shape, variant, "float32", jax.random.key(3))
+        results = {}
+        for implementation in ("reference", "xla"):
+
+            def loss(inputs, variant=variant, implementation=implementation):
+                options = examples.options(shape, variant)
+                outputs = getattr(ops, op)(**inputs, **options, implementation=implementation)
+                return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(outputs)), outputs
+
+            results[implementation] = jax.jit(jax.grad(loss, has_aux=True))(inputs)
+        names = jax.tree.leaves_with_path(results["reference"])
+        for (name, expected), got in zip(names, jax.tree.leaves(results["xla"]), strict=True):
+            assert_close(f"{variant} {jax.tree_util.keystr(name)}", got, expected)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -78,6 +78,13 @@ def execute(backend: Backend, runs: Sequence[Run], *, retries: int, poll_s: floa
     def tell(number: int, frame: FrameType | None) -> None:
         told.append(number)
 
+    def report(run: Run, news: str) -> None:
+        over = len(runs) - len(open_runs)
+        left_s = (time.monotonic() - began) / over * len(open_runs) if over else None
+        eta = "" if left_s is None else f", ETA {left_s / 60:.0f} min"
+        counts = f"{over - len(failed)}/{len(runs)} done, {len(failed)} failed{eta}"
+        print(f"[{counts}] {run.label}: {news}", flush=True)
+
     handlers = {s: signal.signal(s, tell) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         backend.submit(list(open_runs.values()))
@@ -87,23 +94,15 @@ def execute(backend: Backend, runs: Sequence[Run], *, retries: int, poll_s: floa
             for name, run in list(open_runs.items()):
                 if run.summary() is not None:
                     del open_runs[name]
-                    _report(run.label, "finished", runs, open_runs, failed, began)
+                    report(run, "finished")
                 elif states.get(name) == ENDED and attempts[name] <= retries:
                     attempts[name] += 1
                     again.append(run)
-                    _report(
-                        run.label,
-                        f"ended early, attempt {attempts[name]}",
-                        runs,
-                        open_runs,
-                        failed,
-                        began,
-                    )
+                    report(run, f"ended early, attempt {attempts[name]}")
                 elif states.get(name) == ENDED:
                     del open_runs[name]
                     failed.append(name)
-                    where = run.workdir / "log.txt"
-                    _report(run.label, f"failed, see {where}", runs, open_runs, failed, began)
+                    report(run, f"failed, see {run.workdir / 'log.txt'}")
             if again:
                 backend.submit(again)
             if sys.stdout.isatty():
@@ -120,23 +119,6 @@ def execute(backend: Backend, runs: Sequence[Run], *, retries: int, poll_s: floa
     if told:
         raise SystemExit(128 + told[0])
     return failed
-
-
-def _report(
-    label: str,
-    news: str,
-    runs: Sequence[Run],
-    open_runs: dict[str, Run],
-    failed: list[str],
-    began: float,
-) -> None:
-    over = len(runs) - len(open_runs)
-    seconds = time.monotonic() - began
-    eta = f", ETA {seconds / over * len(open_runs) / 60:.0f} min" if over else ""
-    print(
-        f"[{over - len(failed)}/{len(runs)} done, {len(failed)} failed{eta}] {label}: {news}",
-        flush=True,
-    )
 
 
 def collect(

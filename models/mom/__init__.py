@@ -173,7 +173,7 @@ class MixtureOfMemories(nnx.Module):
         else:
             x_RNX, tail_BEWX = plan.sorted_after(x_BTEX, tail_BEWX)
         with parts_as_batch():
-            y_RNX, _ = convolution(x_RNX, None, plan.rows(plan.segments.ids))
+            y_RNX, _ = convolution(x_RNX, None, plan.segment_ids)
         return split_heads(jax.nn.silu(y_RNX), self.heads), tail_BEWX
 
     def recurrence(
@@ -186,15 +186,16 @@ class MixtureOfMemories(nnx.Module):
         plan: Dispatch,
     ) -> tuple[jax.Array, jax.Array]:
         """The outputs of all entries [B R, N, H, V] and the memories [B, E, H, K, V]."""
-        writes, resets = plan.rows(plan.order.is_token), plan.rows(plan.segments.resets)
-        decay_log = jnp.where(writes[..., None], gates["decay_log"], 0.0)
-        decay_log = jnp.where(resets[..., None], FORGET_LOG, decay_log)
+        decay_log = jnp.where(plan.writes[..., None], gates["decay_log"], 0.0)
+        decay_log = jnp.where(plan.resets[..., None], FORGET_LOG, decay_log)
         gates = {**gates, "decay_log": decay_log}
-        rule = functools.partial(self.rule, *jax.tree.map(plan.streams, (q, k, v, gates, writes)))
+        entries = jax.tree.map(plan.streams, (q, k, v, gates, plan.writes))
+        rule = functools.partial(self.rule, *entries)
         if self.one_stream:
-            memory_of_entry = plan.streams(plan.rows(plan.order.memory))
             o, after = rule(
-                initial_state=memory, segment_ids=memory_of_entry, num_segments=self.memories
+                initial_state=memory,
+                segment_ids=plan.streams(plan.memory),
+                num_segments=self.memories,
             )
         else:
             o, after = rule(initial_state=memory.reshape(-1, *memory.shape[2:]))

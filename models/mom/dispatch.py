@@ -169,6 +169,26 @@ class Dispatch:
     latest: Latest
     outdated: jax.Array  # [B / parts, E]: the memory does not hold the last document
 
+    @property
+    def segment_ids(self) -> jax.Array:
+        """What the convolutions of parts must not look across [B R, N]."""
+        return _rows(self.segments.ids)
+
+    @property
+    def memory(self) -> jax.Array:
+        """The memory of each entry [B R, N]."""
+        return _rows(self.order.memory)
+
+    @property
+    def writes(self) -> jax.Array:
+        """Whether an entry writes to its memory and decays it [B R, N]: tokens do."""
+        return _rows(self.order.is_token)
+
+    @property
+    def resets(self) -> jax.Array:
+        """Whether a memory has to forget everything before this entry [B R, N]."""
+        return _rows(self.segments.resets)
+
     def sorted(self, x_BTEX: jax.Array) -> jax.Array:
         """The entries [B R, N, X] of the inputs [B, T, E, X] of every memory, or [B, T, 1, X] of
         all memories alike; zeros for what is remembered."""
@@ -180,11 +200,6 @@ class Dispatch:
         x_BTEX = self._in_parts(x_BTEX)
         before, last = self._remembered(x_BTEX, tail_BEWX)
         return self._entries(x_BTEX, before), last
-
-    def rows(self, x_BRN: jax.Array) -> jax.Array:
-        """[B R, N] of an array [B, R, N] about entries: the streams of parts, as the convolutions
-        take them."""
-        return x_BRN.reshape(-1, x_BRN.shape[-1])
 
     def streams(self, x_RNX: jax.Array) -> jax.Array:
         """[B R, N, ...] of parts -> streams of whole sequences, as the recurrence takes them: a
@@ -271,6 +286,11 @@ def _first_places(count_BRL: jax.Array, number_BRN: jax.Array) -> jax.Array:
     number_BRN = jnp.broadcast_to(number_BRN, (*count_BRL.shape[:2], number_BRN.shape[-1]))
     find = jax.vmap(jax.vmap(jnp.searchsorted))
     return jnp.minimum(find(count_BRL, number_BRN), count_BRL.shape[-1] - 1)
+
+
+def _rows(x_BRN: jax.Array) -> jax.Array:
+    """[B R, N], the streams as rows."""
+    return x_BRN.reshape(-1, x_BRN.shape[-1])
 
 
 def _of_row(x_BL: jax.Array, index_BRN: jax.Array) -> jax.Array:

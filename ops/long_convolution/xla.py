@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 
 def _spectrum(x, length):
-    """The transform over the last axis, cut into non-negative frequencies."""
+    """The transform [..., F] of x [..., length] padded to L, at frequencies from 0 up."""
     return jnp.fft.rfft(x, 2 * _power_of_two(length))
 
 
 def _sequence(spectrum, length):
+    """The first `length` values [..., length] of what has this spectrum [..., F]."""
     return jnp.fft.irfft(spectrum, 2 * _power_of_two(length))[..., :length]
 
 
@@ -25,11 +26,12 @@ def _power_of_two(n):
 
 
 def _time_last(x_BTD):
+    """[B, D, T], float32."""
     return jnp.swapaxes(x_BTD.astype(jnp.float32), 1, 2)
 
 
 def forward(u, kernel):
-    """Shapes as in `api.py`; returns (y,) in float32."""
+    """(y,), float32; shapes as in `api.py`."""
     length = u.shape[1]
     k_DF = _spectrum(kernel.astype(jnp.float32), length)
     u_BDF = _spectrum(_time_last(u), length)
@@ -37,7 +39,7 @@ def forward(u, kernel):
 
 
 def backward(u, kernel, dy):
-    """Gradients of u and kernel, in float32."""
+    """Gradients of u [B, T, D] and kernel [D, T], float32."""
     length = u.shape[1]
     k_DF = _spectrum(kernel.astype(jnp.float32), length)
     u_BDF, dy_BDF = (_spectrum(_time_last(x), length) for x in (u, dy))

@@ -8,8 +8,9 @@ Efficient Language Models", ICLR 2024, arXiv 2312.04927; under the mixer of inte
     conv    taps of the last conv_width tokens per channel, with a bias
 
 Gating and shift without a recurrence: the layer that lets the next one compare a token with its
-neighbour. State: the last conv_width - 1 inputs, (conv_width - 1) d numbers. Cost per token:
-O(d^2).
+neighbour.
+
+State: the last conv_width - 1 inputs, (conv_width - 1) d numbers. Cost per token: O(d^2).
 
 Departures: the short filter only, where the paper also has one as long as the sequence.
 Initialisation: N(0, 0.02^2) for W, taps and their bias uniform on +-conv_width^-1/2.

@@ -12,8 +12,9 @@ is its linear attention; the sliding window is `window_attention`, beside it in 
     phi     taylor_features         [..., K] -> [..., 1 + K + K (K + 1) / 2]
     S, z    "memory" [B,H,F,V+1]    float32, F = 153 features; z is the last column
 
-The second-order Taylor series of exp(s) is at least 1/2, so the denominator is at least t/2. State:
-H F (V + 1) floats. Cost per token: O(H F V).
+The second-order Taylor series of exp(s) is at least 1/2, so the denominator is at least t/2.
+
+State: H F (V + 1) floats. Cost per token: O(H F V).
 
 Departures: phi holds each product q_i q_j once, weighted by sqrt(2), where the authors' layer holds
 it twice (F = 273): the same scores from 0.56 of the state. The short gated convolutions of the

@@ -14,8 +14,9 @@ Franke, Hutter, Pontil, "Unlocking State-Tracking in Linear RNNs Through Negativ
     S       "memory" [B,H,K,V]  float32
 
 The transition has K - 1 eigenvalues 1 and one eigenvalue 1 - beta_t: in (0, 1), or in (-1, 1),
-which parity and group word problems need. State: H K V floats, and 3 (W - 1) d for the
-convolutions. Cost per token: O(H K V).
+which parity and group word problems need.
+
+State: H K V floats, and 3 (W - 1) d for the convolutions. Cost per token: O(H K V).
 
 Departures: none known; `conv_width=0` is the paper's "without convolution" (SiLU stays).
 Initialisation: Xavier-uniform with gain 2^-2.5.

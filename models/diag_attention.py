@@ -10,9 +10,10 @@ in Linear Transformer", EMNLP 2022, arXiv 2210.10340. The upper half is `transno
     theta   rotation.theta_K    [K/2], learned, starts at 10000^(-2i/K)
 
 Attention is on the diagonal blocks of the score matrix alone: near tokens are compared exactly, and
-no weight is spread thinly over a long past. A block is a segment of the window attention op. State:
-the keys and values of the block so far, at most 2 (block - 1) d numbers of the compute dtype. Cost
-per token: O(block d).
+no weight is spread thinly over a long past. A block is a segment of the window attention op.
+
+State: the keys and values of the block so far, at most 2 (block - 1) d numbers of the compute
+dtype. Cost per token: O(block d).
 
 Departures: this is T2 (softmax), the paper's choice for autoregressive models; T1 (ReLU of the
 scores), for bidirectional ones, is left out. The paper starts the projections of q, k and v
@@ -44,11 +45,10 @@ from ops.window_attention.api import init_window_state, window_attention
 
 
 class DiagAttention(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"window": WindowState of past keys and values, "position" [B]
-    int32}.
+    """x_BTD -> y_BTD; the state is {"window": WindowState, "position" [B] int32}.
 
-    "position" is where the next token stands when `positions` is not given; keys are stored
-    rotated."""
+    "window" holds past values and rotated keys; "position" is where the next token stands when
+    `positions` is not given."""
 
     causal = True
 

@@ -16,9 +16,10 @@ Rule", ICLR 2025, arXiv 2412.06464. With eigenvalue_range=(-1, 1): Grazzi et al.
                                     [dt_min, dt_max]
     S           "memory" [B,H,K,V]  float32
 
-alpha forgets all of the state at once, beta edits one association in it. State: H K V floats, and
-(W - 1) 3 d for the convolutions. Cost per token: O(H K V). With the defaults the mixer has about 6
-d^2 parameters.
+alpha forgets all of the state at once, beta edits one association in it.
+
+State: H K V floats, and (W - 1) 3 d for the convolutions. Cost per token: O(H K V). With the
+defaults the mixer has about 6 d^2 parameters.
 
 Departures: the paper leaves the formula of alpha out; it is the one of the authors' code (that of
 Mamba-2). Initialisation: Xavier-uniform with gain 2^-2.5.

@@ -5,7 +5,7 @@ with Hardware-Efficient Training", ICML 2024, arXiv 2312.06635.
     alpha_t = sigmoid((x_t W_1) W_2 + b)^(1/tau)                                       (Section 4.4)
     y_t = (swish(x_t W_r) * norm(o_t)) W_o,     norm per head                          (Section 4.4)
 
-    q, k        q_BTHK, k_BTHK      x W_q, x W_k; d_k = expand_k d = d/2 over H heads; q has K^-1/2
+    q, k        q_BTHK, k_BTHK      x W_q / sqrt(K), x W_k; d_k = expand_k d = d/2 over H heads
     v           v_BTHV              x W_v; d_v = expand_v d = d over H heads
     log alpha   decay_log_BTHK      float32; W_1 [d, gate_rank], W_2 [gate_rank, d_k];
                                     tau = gate_temperature = 16

@@ -14,8 +14,7 @@ COLM 2024, arXiv 2404.07904; the lower bounds are from HGRN, NeurIPS 2023, arXiv
     lb_l        lower bound of the l-th of them, per channel: 0 in the first, increasing, below 1
     S           "memory" [B,H,K,V]  float32; each row is a running convex mean of values
 
-State: d^2 / H floats; heads have 128 channels in the paper (H = d / 128). Cost per token: O(d^2 /
-H).
+State: d^2 / H floats; heads have 128 channels in the paper (H = d / 128). Cost per token: O(d^2/H).
 
 Gamma starts at 0: lb_l = l / L. A sum over i < l instead gives the same bounds with Gamma's rows
 numbered otherwise. In a hybrid, layers of other mixers have no bound and do not count.
@@ -48,8 +47,9 @@ Bounds = tuple[jax.Array, jax.Array]
 
 
 class LowerBounds(nnx.Module):
-    """log lb and log(1 - lb) of all layers, [L, D] each: sums of softmax entries, so that neither
-    cancels."""
+    """log lb and log(1 - lb) of all layers, [L, D] each.
+
+    Both are sums of softmax entries, so that neither cancels."""
 
     def __init__(self, width: int, *, layers: int):
         # float32 whatever param_dtype is: it enters an exponential.

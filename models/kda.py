@@ -16,8 +16,9 @@ Architecture", 2025, arXiv 2510.26692.
     S           "memory" [B,H,K,V]      float32
 
 The erase term reads the state after its decay. Heads have 128 channels in the paper (H = d / 128),
-which is also the rank of both low-rank maps. State: H K V floats, and 3 (W - 1) d for the
-convolutions. Cost per token: O(H K V).
+which is also the rank of both low-rank maps.
+
+State: H K V floats, and 3 (W - 1) d for the convolutions. Cost per token: O(H K V).
 
 Departures: ranks and initial values follow the authors' layer, which the report does not state. Its
 optional gate with a lower bound is left out: it keeps a kernel's factorised exponentials in range,

@@ -16,8 +16,9 @@ depend on their order. With d = k_t - z_{t-1} the weight is sigmoid(d) and the d
 which is how both are computed: exact sums to 1, however small one of them is.
 
 empty_sum: before the first token the sum is 0 ("zero", the weights add up to 1) or 1 ("one", the
-authors' code: a virtual first token with k = 0 and v = 0). State: d^2 / H + d floats; heads have
-128 channels in the authors' layer. Cost per token: O(d^2 / H).
+authors' code: a virtual first token with k = 0 and v = 0).
+
+State: d^2 / H + d floats; heads have 128 channels in the authors' layer. Cost per token: O(d^2/H).
 
 Departures: without the paper's encodings MD-TPE and MD-LRPE, which place the tokens of grids; a
 text has its order from the recurrence. Gate and norm are those of the library below.
@@ -123,8 +124,7 @@ class LightNetAttention(nnx.Module):
 def running_normaliser(
     k_BTD: jax.Array, *, empty: float, initial_BD: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """z_t = log(exp(z_{t-1}) + exp(k_t)) per channel, and z_{t-1} itself, both [B, T, D] in
-    float32.
+    """z_t = log(exp(z_{t-1}) + exp(k_t)) per channel and z_{t-1}, both [B, T, D] float32.
 
     `initial_BD` stands before the first token and `empty`, the log of an empty sum (-inf, or 0 for
     a sum that starts at 1), before the first token of a later segment. Nothing overflows, whatever

@@ -19,8 +19,10 @@ slopes of ALiBi; "receptive", the authors' later choice, one over receptive leng
 log from 2 to 256.
 
 Lightning Attention 1 (quadratic in time) and 2 (linear, a state between blocks) are one function;
-the op's chunked form has the block structure of 2. State: d^2 / H floats and the position; heads
-have 128 channels in the paper. Cost per token: O(d^2 / H).
+the op's chunked form has the block structure of 2.
+
+State: d^2 / H floats and the position; heads have 128 channels in the paper. Cost per token:
+O(d^2/H).
 
 Departures: the block around the mixer is the common one (norm with a learned scale, SwiGLU), where
 TNL has neither a scale nor an activation; the paper's ablations see no difference. `gate_rank` > 0
@@ -58,8 +60,9 @@ DECAYS = ("paper", "alibi", "receptive")
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """2^(-8h/H) for h = 1 .. H, H a power of two; else those of the power P below H, then every
-    other one of 2 P."""
+    """2^(-8h/H) for h = 1 .. H, a power of two.
+
+    For another H, the slopes of the power P below it, then every other one of those of 2 P."""
     if heads & (heads - 1) == 0:
         return [2 ** (-8 * h / heads) for h in range(1, heads + 1)]
     below = 1 << (heads.bit_length() - 1)
@@ -67,8 +70,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def decay_log(kind: str, heads: int, layer: jax.Array | int, depth: int) -> jax.Array:
-    """log lambda [H] of layer 0 <= `layer` < `depth`: -slope_h times a factor that falls with the
-    layer."""
+    """log lambda [H] of layer 0 <= `layer` < `depth`: -slope_h times a factor falling with it."""
     if kind == "paper":
         slopes, factor = [8 * h / heads for h in range(heads)], 1 - layer / depth
     elif kind == "alibi":

@@ -6,13 +6,13 @@
     out = (g W_1 + b_1) sigmoid(g W_2 + b_2),    g = gelu(y)    (the GLU of the paper's block)
 
     x                   x_BTD                   input, model width D
-    nu, theta, gamma    decay_log_N, angle_log_N, scale_log_N   float32
-    lambda              a pair of arrays [N]    computed anew in every call
-    B                   write_real, write_imaginary [D,N]
-    C                   read_real, read_imaginary [N,D]
+    nu, theta, gamma    decay_log_N, angle_log_N, scale_log_N, float32
+    lambda              factor()                a pair of arrays [N], computed anew in every call
+    B                   write_real, write_imaginary, [D, N]
+    C                   read_real, read_imaginary, [N, D]
     D                   skip_D
-    h                   "memory", a pair of [B,N], float32: real and imaginary part; no
-                        conjugates are implied
+    h                   "memory"                float32, real and imaginary part, each [B, N]; no
+                                                conjugates are implied
 
 State: 2 N floats. Cost per token: O(D N + D^2). One homogeneous block: use it with mlp="none".
 

@@ -16,9 +16,10 @@ Structured State Space Duality", ICML 2024, arXiv 2405.21060.
     h       "memory" [B,H,N,P]  float32
 
 Structured state space duality: h is the matrix state of linear attention with a scalar decay per
-head, queries C, keys B and values Delta x, and is computed so. State: E N floats, and (W - 1) (E +
-2 G N) for the convolutions. Cost per token: O(E N). About 6 d^2 parameters per block, one
-homogeneous block: use it with mlp="none".
+head, queries C, keys B and values Delta x, and is computed so.
+
+State: E N floats, and (W - 1) (E + 2 G N) for the convolutions. Cost per token: O(E N). About 6 d^2
+parameters per block, one homogeneous block: use it with mlp="none".
 
 Departures: W_in and the convolution are stored as their parts, so that each shards by itself; the
 distributions are the same. Zero-order hold for A, Euler for B, as in Mamba's code.

@@ -11,7 +11,7 @@ for Large Language Models", 2023, arXiv 2307.08621.
     log gamma   decay_log_H         constant
     S           "memory" [B,H,K,V]  float32; holds rotated keys
 
-State: 2 d^2 / H floats and the position. Cost per token: O(d^2 / H). The mixer has 8 d^2
+State: 2 d^2 / H floats and the position. Cost per token: O(d^2/H). The mixer has 8 d^2
 parameters: the paper pairs it with an MLP of 4 d^2 (mlp_ratio 2).
 
 Departures: the norm is the released code's RMSNorm without a learned scale, where the paper writes

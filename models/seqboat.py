@@ -53,8 +53,7 @@ from ops.window_attention.api import ACTIVATIONS, WindowState, init_window_state
 
 
 class DampedEMA(nnx.Module):
-    """y_t = sum_n gamma_n h_tn / sqrt(N) + omega x_t per channel: the multi-dimensional damped
-    average of Mega.
+    """y_t = sum_n gamma_n h_tn / sqrt(N) + omega x_t per channel, Mega's damped moving average.
 
     Ma et al., "Mega: Moving Average Equipped Gated Attention", ICLR 2023, arXiv 2209.10655.
     """
@@ -116,6 +115,7 @@ class Compressed(NamedTuple):
 
 
 def compress(active_BT: jax.Array, segment_ids: jax.Array | None) -> Compressed:
+    """The order that puts activated tokens first, and the documents in it."""
     token_BT = jnp.argsort(~active_BT, axis=1, stable=True)
     row_BT = jnp.maximum(jnp.cumsum(active_BT, axis=1) - 1, 0)
     document_BT = jnp.zeros(active_BT.shape, jnp.int32)
@@ -134,8 +134,9 @@ def compress(active_BT: jax.Array, segment_ids: jax.Array | None) -> Compressed:
 def following_window(
     window: WindowState, k: jax.Array, v: jax.Array, plan: Compressed
 ) -> WindowState:
-    """The last w activated tokens, of those remembered and those of this call; only the last
-    document's are valid."""
+    """Keys and values of the last w activated tokens, remembered or of this call.
+
+    Only those of the last document are valid."""
     remembered = window.valid.shape[1]
     row_BW = plan.activated[:, None] + jnp.arange(remembered)[None]
 
@@ -153,8 +154,9 @@ def following_window(
 
 
 class SeqBoat(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"memory" [B, D N], "window": the last w activated tokens,
-    "position" [B] int32}."""
+    """x_BTD -> y_BTD; the state is {"memory" [B, D N], "window", "position" [B] int32}.
+
+    "window" holds keys and values of the last w activated tokens."""
 
     causal = True
 
@@ -234,8 +236,7 @@ class SeqBoat(nnx.Module):
         }
 
     def route(self, m_BTD: jax.Array) -> jax.Array:
-        """g [B, T], float32: the probability of activation where it is the larger of the two, else
-        0."""
+        """g [B, T], float32: the probability of activation where it is above 1/2, else 0."""
         logits_BT2 = self.router(m_BTD) / jnp.exp(self.temperature_log[...])[None, None]
         p_BT2 = jax.nn.softmax(logits_BT2, axis=-1)
         return jnp.where(p_BT2[..., 1] > p_BT2[..., 0], p_BT2[..., 1], 0.0)

@@ -12,7 +12,8 @@ in Linear Transformer", EMNLP 2022, arXiv 2210.10340. The lower half is `diag_at
     sum     "memory" [B,H,K,V]  float32; sum of k_s^T v_s
 
 The norm takes the place of linear attention's denominator, through which gradients are unbounded.
-State: d^2 / H floats and the position. Cost per token: O(d^2 / H). The base model has 12 layers, 12
+
+State: d^2 / H floats and the position. Cost per token: O(d^2/H). The base model has 12 layers, 12
 heads and width 768: six layers of DiagAttention, then six of this.
 
 Departures: this is T2, the paper's choice for autoregressive models; T1, for bidirectional ones, is

@@ -44,11 +44,10 @@ from ops.window_attention.api import init_window_state, window_attention
 
 
 class WindowAttention(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"window": WindowState of past keys and values, "position" [B]
-    int32}.
+    """x_BTD -> y_BTD; the state is {"window": WindowState, "position" [B] int32}.
 
-    "position" is where the next token stands when `positions` is not given; keys are stored
-    rotated."""
+    "window" holds past values and rotated keys; "position" is where the next token stands when
+    `positions` is not given."""
 
     causal = True
 

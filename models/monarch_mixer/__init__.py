@@ -1,9 +1,9 @@
 """Monarch Mixer (M2), causal. Fu, Arora, Grogan, Johnson, Eyuboglu, Thomas, Spector, Poli, Rudra,
 Ré, "Monarch Mixer: A Simple Sub-Quadratic GEMM-Based Architecture", NeurIPS 2023, arXiv 2310.12109.
 
-    [x1, x2, v] = conv3(u W_in + b_in),    z = v x1                 short convolution, width 3
+    [x1, x2, v] = conv3(u W_in + b_in),    z = v x1                     short convolution, width 3
     s = (K z + beta z) x2 + (K' u + beta' u),    h = s W_out + b_out    along the sequence
-    y = h + W_2 (gelu(g) a),    [g, a] = W_1 h                      along the channels
+    y = h + W_2 (gelu(g) a),    [g, a] = W_1 h                          along the channels
 
     K, K'       kernels_EL      convolutions with filters as long as the context: Toeplitz matrices,
                                 applied by Monarch products

@@ -11,11 +11,10 @@ from models.parts.projections import projection, residual_normal
 
 
 def inner_width(width: int, ratio: float) -> int:
-    """2/3 * ratio * width, rounded up: three matrices then cost as much as the two of an ungated
-    MLP of `ratio`.
+    """2/3 * ratio * width: three matrices then cost what two of an ungated MLP of `ratio` cost.
 
-    To a multiple of 256 from width 1024 on, where the published models are, and of 8 below, where
-    256 would be most of it."""
+    Rounded up to a multiple of 256 from width 1024 on, where the published models are, and of 8
+    below, where 256 would be most of it."""
     multiple = 256 if width >= 1024 else 8
     return multiple * math.ceil(2 * ratio * width / 3 / multiple)
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 
 def zero_order_hold(eigenvalue: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Lbar and f, complex64, for u constant during each step; the values and gradients of f keep
-    their digits at 0."""
+    """Lbar and f, complex64, for u constant during each step.
+
+    Values and gradients of f keep their digits at eigenvalue 0."""
     z = eigenvalue * step
     factor = jnp.exp(z)
     # exp(z) - 1 and its derivative cancel there; the series is cut after z^8 / 9! < 1e-10.

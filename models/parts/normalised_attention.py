@@ -15,8 +15,9 @@ def normalised_attention(
     initial_state: jax.Array | None,
     segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """o_t = sum_{s <= t} (q_t k_s) v_s / (sum_{s <= t} q_t k_s + eps), and the state [B, H, K, V +
-    1].
+    """o_t = sum_{s <= t} (q_t k_s) v_s / (sum_{s <= t} q_t k_s + eps), [B, T, H, V], and the state.
+
+    Both are float32; the state is [B, H, K, V + 1].
 
     The denominator is the same sum with v = 1, so a column of ones is appended to v and the state's
     last column sums the keys. Float32 throughout: the op's output has v's dtype, and numerator and

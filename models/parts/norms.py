@@ -67,7 +67,8 @@ def simple_rms_norm(x: jax.Array, eps: float) -> jax.Array:
 
 
 def l2_normalise(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """x / sqrt(sum(x^2) + eps) over the last dimension, in float32; eps inside the root: finite
-    gradients at 0."""
+    """x / sqrt(sum(x^2) + eps) over the last dimension, in float32.
+
+    eps stands inside the root, so that gradients at 0 are finite."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + eps)

@@ -17,8 +17,9 @@ FAN_IN_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def residual_normal(depth: int) -> jax.nn.initializers.Initializer:
-    """N(0, 0.02^2 / (2 depth)), for the 2 * depth maps that write to the residual stream (GPT-2,
-    section 2.3)."""
+    """N(0, 0.02^2 / (2 depth)), for the 2 depth maps that write to the residual stream.
+
+    As in GPT-2 (Radford et al. 2019, section 2.3)."""
     return nnx.initializers.normal(0.02 / math.sqrt(2 * depth))
 
 
@@ -33,8 +34,9 @@ def projection(
     param_dtype: DTypeLike,
     compute_dtype: DTypeLike,
 ) -> nnx.Linear:
-    """x W (+ b), W [inputs, outputs] with logical axis names `axes`, b from zero; computed in
-    `compute_dtype`."""
+    """x W (+ b), W [inputs, outputs] with logical axis names `axes`; b starts at zero.
+
+    Computed in `compute_dtype`."""
     return nnx.Linear(
         inputs,
         outputs,
@@ -49,8 +51,9 @@ def projection(
 
 
 def head_size(width: int, heads: int, expand: float = 1.0) -> int:
-    """Size of one of `heads` heads that split `expand * width` channels; raises ValueError if they
-    do not divide."""
+    """Size of one of `heads` heads that split `expand * width` channels.
+
+    Raises ValueError if they do not divide."""
     channels = round(expand * width)
     if heads < 1 or channels < heads or channels % heads:
         raise ValueError(

@@ -23,8 +23,9 @@ def frequencies(size: int, base: float) -> jax.Array:
 
 
 def turn(x_BTHK: jax.Array, positions_BT: jax.Array, frequency_K: jax.Array) -> jax.Array:
-    """Turns the pair (x_i, x_{i + K/2}) by the angle position * frequency_K[i], i < K/2; angles in
-    float32.
+    """x with its pairs (x_i, x_{i + K/2}) turned by the angles position * frequency_K[i], i < K/2.
+
+    Angles are float32.
 
     The product of a turned query and a turned key depends on the difference of their positions
     alone."""
@@ -43,8 +44,7 @@ def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, *, base: float) -> jax.Ar
 
 
 class LearnedRotation(nnx.Module):
-    """LRPE (Qin et al. 2023, arXiv 2307.09270): `turn` by angles that are learned and start as
-    those of RoPE."""
+    """LRPE (Qin et al. 2023, arXiv 2307.09270): `turn` by learned angles that start as RoPE's."""
 
     def __init__(self, head_size: int):
         theta_K = frequencies(check_pairs(head_size), 10000.0)

@@ -10,8 +10,7 @@ from ops.short_convolution.api import short_convolution
 
 
 class ShortConvolution(nnx.Module):
-    """y_t = sum_i w_i x_{t - W + 1 + i} (+ bias), per channel; the last tap multiplies the current
-    input.
+    """y_t = sum_i w_i x_{t - W + 1 + i} (+ bias) per channel; the last tap is of the current input.
 
     width W = 1 is a learned scale per channel, W = 0 is no convolution: the identity, with no
     parameters and state None. Weights start as U(-W^-1/2, W^-1/2) (fan-in W, as a depthwise
@@ -61,8 +60,7 @@ class ShortConvolution(nnx.Module):
         return y_BTD, state
 
     def init_state(self, batch: int) -> jax.Array | None:
-        """The W - 1 inputs before the first token: zeros [B, W-1, D], float32; None without
-        convolution."""
+        """The W - 1 inputs before the first token: zeros [B, W-1, D] float32, None for W = 0."""
         if self.width == 0:
             return None
         return jnp.zeros((batch, self.width - 1, self.channels), jnp.float32)

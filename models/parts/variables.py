@@ -38,8 +38,7 @@ def mean_over_layers(reports: Any) -> dict[str, jax.Array]:
 
 
 class LayerConstant(nnx.Variable):
-    """An array that follows from a layer's index and is never trained: the optimizer takes
-    `nnx.Param` alone.
+    """An array that follows from a layer's index and is never trained.
 
     A variable and not a Python number, because the layers of a scan are one program: what differs
     between them is data, stacked like their parameters."""

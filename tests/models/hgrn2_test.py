@@ -12,6 +12,7 @@ from flax import nnx
 
 from models import hgrn2
 from models.networks import lm
+from models.networks.block import Context
 from models.networks.stack import Stack
 from models.parts.variables import Report
 from tests.support.layers import (
@@ -217,7 +218,7 @@ def test_a_network_with_hgrn2_equals_its_blocks_called_one_by_one(pattern):
                 bound_D = sum((P_LD[l] for l in range(1, layer + 1)), jnp.zeros(8))
                 shared = (jnp.log(bound_D), jnp.log1p(-bound_D))
                 layer += 1
-            y, _ = block(y, None, None, None, shared)
+            y, _ = block(y, None, shared, Context())
         return y
 
     def values_and_gradients(run, **options):

@@ -181,7 +181,7 @@ def _reset(x: Number, keep: Any) -> Number:
 
 
 class Token(NamedTuple):
-    """What a program takes of a token; past the end, of one that leaves the state alone."""
+    """One token of a program's channels. A token past the end leaves the state alone."""
 
     t: Any
     a: Number  # [LANES] float32

@@ -38,6 +38,9 @@ refs, out: a kernel's references to the arrays that it reads and writes, each a 
   fields are named like the tiles that are loaded from them. Before the launch the same tuples hold
   arrays and shapes.
 
+In equations A B is a matrix product and A . B an elementwise one, in which a vector [C] multiplies
+the rows of a matrix; dX is the gradient of X.
+
 Letters: B batch, T time, H heads, HK heads of q and k, K key and V value channels, D channels,
 N states of a channel, C tokens of a chunk, G chunks. In shape comments K and V may be one tile of
 the channels.

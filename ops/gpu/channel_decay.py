@@ -32,7 +32,6 @@ from jax import lax
 from ..framework.segments import numbers as segment_numbers
 from . import tiles as gpu
 from .chunks import ChunkInputs, Sizes, key_gradient_dtypes
-from .decay import load_segments
 
 MAX_WIDTH = 32  # channels of a tile
 
@@ -141,7 +140,7 @@ def channel_scores(sizes: Sizes, inputs: KeyInputs, key_scores: bool) -> Channel
     def kernel(refs: KeyInputs, out: ChannelDecay) -> None:
         matmul = gpu.Matmul(sizes.dtype)
         b, h, t = sizes.program()
-        segments = load_segments(refs.numbers, b, t * C, C, sizes.length)
+        segments = sizes.segments(refs.numbers, b, t)
         row, column = gpu.indices(C, C)
         rows, columns = sizes.padded(t), sizes.columns
 
@@ -232,7 +231,7 @@ def channel_scores_adjoint(
         cotangents, matmul = refs.cotangents, gpu.Matmul(sizes.dtype)
         b, h, x = sizes.program()
         n, t = x % tile_count, x // tile_count
-        segments = load_segments(refs.inputs.numbers, b, t * C, C, sizes.length)
+        segments = sizes.segments(refs.inputs.numbers, b, t)
         row, column = gpu.indices(C, C)
         rows, channels = sizes.padded(t), sizes.channels(n, width, sizes.key)
         q, k, log = _load(sizes, refs.inputs, b, h, t, channels)  # [C, K] each

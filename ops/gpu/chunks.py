@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from . import tiles as gpu
-from .decay import TokenDecay, load_segments, token_decay
+from .decay import Segments, TokenDecay, load_segments, token_decay
 
 # The registers of a program hold a tile of the state of so many numbers beside a chunk's matmuls.
 STATE_NUMBERS = {jnp.dtype(jnp.bfloat16): 8192, jnp.dtype(jnp.float32): 4096}
@@ -32,6 +32,7 @@ class Sizes:
     chunk: int
     dtype: Any  # of matmuls, `tiles.matmul_dtype`
     scale: float  # factor that the kernels must still apply to scores and reads
+    reverse: bool  # time runs from the last token to the first
     interpret: bool
 
     @property
@@ -70,12 +71,12 @@ class Sizes:
         return self.channels(n, width, self.value)
 
     def tokens(self, t: Any) -> gpu.Span:
-        """The tokens of chunk t."""
-        whole = self.length % self.chunk == 0
-        return gpu.span(t * self.chunk, self.chunk, self.length, whole)
+        """The tokens of chunk t; in reverse chunk 0 begins with the last token."""
+        span = gpu.reversed_span if self.reverse else gpu.span
+        return span(t * self.chunk, self.chunk, self.length, self.length % self.chunk == 0)
 
     def padded(self, t: Any) -> gpu.Span:
-        """The same tokens in an array of padded rows."""
+        """The same tokens in an array of padded rows, which are in walking order."""
         return gpu.span(t * self.chunk, self.chunk, self.rows, True)
 
     @property
@@ -87,6 +88,11 @@ class Sizes:
         """Batch and head of a program of a grid (x, B H), and x."""
         x, batch_and_head = pl.program_id(0), pl.program_id(1)
         return batch_and_head // self.heads, batch_and_head % self.heads, x
+
+    def segments(self, numbers: Any, b: Any, t: Any) -> Segments | None:
+        """The segments of chunk t; numbers: a ref to those of all tokens [B, T], or None."""
+        start = t * self.chunk
+        return load_segments(numbers, b, start, self.chunk, self.length, self.reverse)
 
     def part_chunks(self, part: Any, parts: int) -> tuple[Any, Any]:
         """The first chunk of a part of time, and the first after it."""
@@ -175,9 +181,7 @@ class Chunk:
     def decay(self) -> TokenDecay:
         """The products of the chunk's decays; of ones where `channel_scores` has applied them."""
         sizes = self.sizes
-        segments = load_segments(
-            self.refs.numbers, self.b, self.t * sizes.chunk, sizes.chunk, sizes.length
-        )
+        segments = sizes.segments(self.refs.numbers, self.b, self.t)
         return token_decay(self.log(), segments, self.matmul, sizes.chunk)
 
     def times_total(self, decay: TokenDecay, state: jax.Array, keys: gpu.Span) -> jax.Array:

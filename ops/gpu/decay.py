@@ -55,14 +55,19 @@ class Segments(NamedTuple):
         return self.before == self.last
 
 
-def load_segments(ref: Any, batch: Any, start: Any, chunk: int, length: int) -> Segments | None:
-    """The segments of the chunk that begins with token `start`; None without segments.
+def load_segments(
+    ref: Any, batch: Any, start: Any, chunk: int, length: int, reverse: bool
+) -> Segments | None:
+    """The segments of the chunk that begins with token `start`, in walking order; None without
+    segments.
 
     ref: segment numbers [B, T], or None. Tokens past the end belong to the last token's segment."""
     if ref is None:
         return None
     tokens = jnp.minimum(start + lax.iota(jnp.int32, chunk), length - 1)  # [C]
     before, last = jnp.maximum(start - 1, 0), jnp.minimum(start + chunk, length) - 1
+    if reverse:
+        tokens, before, last = (length - 1 - x for x in (tokens, before, last))
     return Segments(
         gpu.load(ref, batch, gpu.Span(tokens, None)),
         gpu.load(ref, batch, before),

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ..framework.segments import numbers as segment_numbers
 from . import tiles as gpu
@@ -69,7 +70,8 @@ def store_log_gradient(chunk: Chunk, ref: Any, gradient: jax.Array) -> None:
         gpu.store(ref, gradient, chunk.b, tokens, chunk.h)
         return
     # Tokens past the end have no decay: their rows do not count.
-    valid = tokens.index < chunk.sizes.length
+    C = chunk.sizes.chunk
+    valid = chunk.t * C + lax.iota(jnp.int32, C) < chunk.sizes.length
     gpu.store(ref, jnp.where(valid, gradient, 0.0).sum(0), chunk.b, chunk.h, chunk.t)
 
 

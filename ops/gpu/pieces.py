@@ -8,7 +8,7 @@ it takes the pieces from last to first. The price is one more pass over the stat
 each piece."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,12 @@ def forward(
     tokens: Tokens,
     initial_state: jax.Array,
     segment_ids: jax.Array | None,
+    reverse: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """o [B, T, H, V] in v's dtype and the final state, as
-    `rule(*tokens, initial_state, segment_ids)` returns them for one piece."""
+    `rule(*tokens, initial_state, segment_ids)` returns them for one piece.
+
+    reverse: the first piece is that of the last tokens."""
     length = _piece_length(tokens)
     count, rest = _pieces(tokens, length)
     if count == 0:
@@ -38,9 +41,10 @@ def forward(
 
     def step(start: Any, size: int, carry: Any) -> Any:
         o, S = carry
-        S = _reset(S, segment_ids, start)
-        piece_o, S = rule(*_cut(tokens, start, size), S, *_cut([segment_ids], start, size))
-        return lax.dynamic_update_slice_in_dim(o, piece_o, start, 1), S
+        piece = _Piece(start, size, tokens[2].shape[1], reverse)
+        S = piece.reset(S, segment_ids)
+        piece_o, S = rule(*piece.cut(tokens), S, *piece.cut([segment_ids]))
+        return piece.put(o, piece_o), S
 
     carry = jnp.zeros_like(tokens[2]), initial_state.astype(jnp.float32)
     carry = lax.fori_loop(0, count, lambda i, carry: step(i * length, length, carry), carry)
@@ -55,6 +59,7 @@ def backward(
     segment_ids: jax.Array | None,
     do: jax.Array,
     dfinal_state: jax.Array,
+    reverse: bool,
 ) -> tuple[Any, ...]:
     """The gradients of the tokens and of the initial state, as
     `rule(*tokens, initial_state, segment_ids, do, dfinal_state)` returns them for one piece.
@@ -66,30 +71,32 @@ def backward(
         return rule(*tokens, initial_state, segment_ids, do, dfinal_state)
 
     def pass_state(S: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        start = i * length
-        S = _reset(S, segment_ids, start)
-        piece = _cut(tokens, start, length), _cut([segment_ids], start, length)
-        return final_state(*piece[0], S, *piece[1]), S
+        piece = _Piece(i * length, length, tokens[2].shape[1], reverse)
+        S = piece.reset(S, segment_ids)
+        return final_state(*piece.cut(tokens), S, *piece.cut([segment_ids])), S
 
     # The state before the rest, and the states before the pieces.
     state, starts = lax.scan(pass_state, initial_state.astype(jnp.float32), jnp.arange(count))
 
-    def piece_gradients(start: Any, size: int, S: jax.Array, dS: jax.Array) -> Any:
-        piece, ids = _cut(tokens, start, size), _cut([segment_ids], start, size)
-        *gradients, dS = rule(*piece, S, *ids, *_cut([do], start, size), dS)
-        return gradients, _reset(dS, segment_ids, start)
+    def piece_gradients(piece: _Piece, S: jax.Array, dS: jax.Array) -> Any:
+        ids = piece.cut([segment_ids])
+        *gradients, dS = rule(*piece.cut(tokens), S, *ids, *piece.cut([do]), dS)
+        return gradients, piece.reset(dS, segment_ids)
 
     def step(start: Any, size: int, S: jax.Array, carry: Any) -> Any:
         gradients, dS = carry
-        piece, dS = piece_gradients(start, size, S, dS)
+        piece = _Piece(start, size, tokens[2].shape[1], reverse)
+        of_piece, dS = piece_gradients(piece, S, dS)
         whole = [
-            _put(x, gradient, piece_gradient, start)
-            for x, gradient, piece_gradient in zip(tokens, gradients, piece, strict=True)
+            # What has no time, such as a constant decay, has a sum over the pieces.
+            gradient + part if x is not None and x.ndim < 3 else piece.put(gradient, part)
+            for x, gradient, part in zip(tokens, gradients, of_piece, strict=True)
         ]
         return whole, dS
 
+    first = _Piece(0, length, tokens[2].shape[1], reverse)
     shapes, _ = jax.eval_shape(
-        lambda S, dS: piece_gradients(0, length, S, dS), initial_state, initial_state
+        lambda S, dS: piece_gradients(first, S, dS), initial_state, initial_state
     )
     zeros = [
         None if x is None else jnp.zeros(x.shape, like.dtype)
@@ -97,7 +104,8 @@ def backward(
     ]
     carry = zeros, dfinal_state.astype(jnp.float32)
     if rest:
-        state = _reset(state, segment_ids, count * length)
+        piece = _Piece(count * length, rest, tokens[2].shape[1], reverse)
+        state = piece.reset(state, segment_ids)
         carry = step(count * length, rest, state, carry)
 
     def step_back(i: Any, carry: Any) -> Any:
@@ -120,26 +128,41 @@ def _pieces(tokens: Tokens, length: int) -> tuple[int, int]:
     return (0, whole) if whole <= length else divmod(whole, length)
 
 
-def _cut(tokens: Tokens, start: Any, size: int) -> list[jax.Array | None]:
-    """The piece of `size` tokens from `start` on."""
-    return [
-        x if x is None or x.ndim == 1 else lax.dynamic_slice_in_dim(x, start, size, axis=1)
-        for x in tokens
-    ]
+class _Piece(NamedTuple):
+    """A piece of time, counted in walking order."""
 
+    start: Any
+    size: int
+    length: int  # of the sequence
+    reverse: bool
 
-def _put(x: Any, gradient: Any, piece: Any, start: Any) -> Any:
-    """The gradient of x with that of a piece in its place, or added where x has no time."""
-    if x is None:
-        return None
-    if x.ndim < 3:
-        return gradient + piece
-    return lax.dynamic_update_slice_in_dim(gradient, piece, start, 1)
+    @property
+    def first(self) -> Any:
+        """Its first element in an array."""
+        return self.length - self.start - self.size if self.reverse else self.start
 
+    def cut(self, tokens: Tokens) -> list[jax.Array | None]:
+        """The piece of arrays [B, T, ..]; what has no time as it is."""
+        return [
+            x
+            if x is None or x.ndim == 1
+            else lax.dynamic_slice_in_dim(x, self.first, self.size, axis=1)
+            for x in tokens
+        ]
 
-def _reset(S: jax.Array, segment_ids: jax.Array | None, start: Any) -> jax.Array:
-    """S [B, H, K, V], or zero where a segment starts with token `start`, the first excepted."""
-    if segment_ids is None:
-        return S
-    keep = segment_ids[:, jnp.maximum(start - 1, 0)] == segment_ids[:, start]
-    return jnp.where(keep[:, None, None, None], S, 0.0)
+    def put(self, whole: Any, piece: Any) -> Any:
+        """The array [B, T, ..] with the piece in its place."""
+        if whole is None:
+            return None
+        return lax.dynamic_update_slice_in_dim(whole, piece, self.first, 1)
+
+    def reset(self, S: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        """S [B, H, K, V], or zero where a segment starts with the piece; the first piece continues
+        the initial state."""
+        if segment_ids is None:
+            return S
+        before, token = jnp.maximum(self.start - 1, 0), self.start
+        if self.reverse:
+            before, token = self.length - 1 - before, self.length - 1 - token
+        keep = segment_ids[:, before] == segment_ids[:, token]
+        return jnp.where(keep[:, None, None, None], S, 0.0)

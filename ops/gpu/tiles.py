@@ -96,6 +96,12 @@ def span(start: Any, size: int, limit: int, whole: bool) -> Span:
     return Span(index, None if whole else index < limit)
 
 
+def reversed_span(start: Any, size: int, limit: int, whole: bool) -> Span:
+    """`span`, counted from the other end of the axis: index i becomes limit - 1 - i."""
+    index = limit - 1 - start - lax.iota(jnp.int32, size)
+    return Span(index, None if whole else index >= 0)
+
+
 def load(ref: Any, *index: Any) -> jax.Array:
     """The tile of `ref` at scalars and one or two Spans; zero where an index is not valid."""
     indices, mask = _address(index)

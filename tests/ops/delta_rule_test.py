@@ -129,8 +129,11 @@ def test_kernels_equal_the_reference(variant, length, kernels):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("variant", ["none", "scalar", "vector"])
-def test_gpu_kernels_cut_time_into_parts_that_agree(variant):
+@pytest.mark.parametrize(
+    ("variant", "reverse"),
+    [("none", False), ("scalar", False), ("scalar", True), ("vector", False)],
+)
+def test_gpu_kernels_cut_time_into_parts_that_agree(variant, reverse):
     """Three parts of one chunk each, the last of them of one token."""
     inputs, state, ids = one_group(variant, LENGTH)
     keys = jax.random.split(jax.random.key(9), 2)
@@ -140,25 +143,30 @@ def test_gpu_kernels_cut_time_into_parts_that_agree(variant):
     arguments = (inputs.get(n) for n in ("q", "k", "v", "beta", "decay_log"))
     arguments = (*arguments, state, ids)
 
+    static = {"scale": 0.3, "reverse": reverse, "interpret": True}
+
     def results(parts):
         with mock.patch.object(tiles, "split_time", lambda *_: parts):
-            outputs = gpu_kernels.forward(*arguments, scale=0.3, interpret=True)
-            return outputs, gpu_kernels.backward(*arguments, do, dfinal, scale=0.3, interpret=True)
+            outputs = gpu_kernels.forward(*arguments, **static)
+            return outputs, gpu_kernels.backward(*arguments, do, dfinal, **static)
 
     for got, wanted in zip(*map(jax.tree.leaves, map(results, (3, 1))), strict=True):
         assert_close("tensor", got, wanted)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("variant", ["constant", "vector"])
-def test_gpu_kernels_take_a_long_sequence_piece_by_piece(variant):
+@pytest.mark.parametrize(
+    ("variant", "reverse"), [("constant", False), ("constant", True), ("vector", False)]
+)
+def test_gpu_kernels_take_a_long_sequence_piece_by_piece(variant, reverse):
     """Two pieces of 64 tokens and a rest of six, a segment that ends with a piece."""
     inputs, state, ids = one_group(variant, 134)
-    ids = ids.at[0, 63:65].set(jnp.array([90, 91]))
-    contract = TestDeltaRule()
-    expected = contract.values_and_gradients("reference", inputs, state, ids)
+    end = 134 - 65 if reverse else 63
+    ids = ids.at[0, end : end + 2].set(jnp.array([90, 91]))
+    run = functools.partial(TestDeltaRule().values_and_gradients, reverse=reverse)
+    expected = run("reference", inputs, state, ids)
     with mock.patch.object(pieces, "MAX_TOKENS", 1):
-        got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
+        got = run("pallas_gpu", inputs, state, ids)
     for name in expected:
         assert_close(name, got[name], expected[name])
 

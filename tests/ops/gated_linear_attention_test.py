@@ -383,37 +383,47 @@ def test_kernels_leave_the_state_alone_after_the_last_token(kernels):
 
 
 @pytest.mark.parametrize(
-    "variant",
+    ("variant", "reverse"),
     [
-        pytest.param("none", marks=pytest.mark.full),
-        pytest.param("constant", marks=pytest.mark.full),
-        pytest.param("scalar", marks=pytest.mark.slow),
-        pytest.param("vector", marks=pytest.mark.full),
+        pytest.param("none", False, marks=pytest.mark.full),
+        pytest.param("constant", False, marks=pytest.mark.full),
+        pytest.param("constant", True, marks=pytest.mark.full),
+        pytest.param("scalar", False, marks=pytest.mark.slow),
+        pytest.param("scalar", True, marks=pytest.mark.slow),
+        pytest.param("vector", False, marks=pytest.mark.full),
     ],
 )
-def test_gpu_kernels_cut_a_long_sequence_into_parts(variant):
+def test_gpu_kernels_cut_a_long_sequence_into_parts(variant, reverse):
     contract = TestGatedLinearAttention()
     length = 150
     assert length > 2 * gpu_kernels.chunk_length(length)
     inputs, state, ids = contract.data(variant, length)
-    expected = contract.values_and_gradients("reference", inputs, state, ids)
+    run = functools.partial(contract.values_and_gradients, reverse=reverse)
+    expected = run("reference", inputs, state, ids)
     with mock.patch.object(tiles, "split_time", return_value=2):
-        got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
+        got = run("pallas_gpu", inputs, state, ids)
     for name in expected:
         assert_close(name, got[name], expected[name])
 
 
 @pytest.mark.parametrize(
-    "length", [pytest.param(128, marks=pytest.mark.full), pytest.param(150, marks=pytest.mark.slow)]
+    ("length", "reverse"),
+    [
+        pytest.param(128, False, marks=pytest.mark.full),
+        pytest.param(150, False, marks=pytest.mark.slow),
+        pytest.param(150, True, marks=pytest.mark.slow),
+    ],
 )
-def test_gpu_kernels_take_a_long_sequence_piece_by_piece(length):
+def test_gpu_kernels_take_a_long_sequence_piece_by_piece(length, reverse):
     """Two pieces of 64 tokens, and a rest where there is one."""
     contract = TestGatedLinearAttention()
     inputs, state, ids = contract.data("vector", length)
-    ids = ids.at[0, 63:65].set(jnp.array([90, 91]))  # a segment ends with a piece
-    expected = contract.values_and_gradients("reference", inputs, state, ids)
+    end = length - 65 if reverse else 63
+    ids = ids.at[0, end : end + 2].set(jnp.array([90, 91]))  # a segment ends with a piece
+    run = functools.partial(contract.values_and_gradients, reverse=reverse)
+    expected = run("reference", inputs, state, ids)
     with mock.patch.object(pieces, "MAX_TOKENS", 1):
-        got = contract.values_and_gradients("pallas_gpu", inputs, state, ids)
+        got = run("pallas_gpu", inputs, state, ids)
     for name in expected:
         assert_close(name, got[name], expected[name])
 

@@ -70,6 +70,7 @@ from ...gpu.gradients import gradient_shapes, input_gradients
 from .gradients import GradientInputs, chunk_gradients
 from .walks import KernelInputs, WalkInputs, Writes, compute_writes, walk, walk_back
 
+WALKS_BACKWARDS = True  # the rules take `reverse`
 MAX_KEY = 256  # states of more key channels do not fit registers
 SUPPORTED = f"float32 or bfloat16, K up to {MAX_KEY}"
 
@@ -84,11 +85,13 @@ def supports(q, k, v, beta, decay_log, initial_state, segment_ids, *_, scale) ->
     )
 
 
-def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, interpret=False):
+def forward(
+    q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, reverse=False, interpret=False
+):
     """o [B, T, H, V] in v's dtype and the final state in float32; shapes as in `api.py`."""
-    rule = functools.partial(_forward, scale=scale, interpret=interpret)
+    rule = functools.partial(_forward, scale=scale, reverse=reverse, interpret=interpret)
     tokens = q, k, v, beta, decay_log
-    return pieces.forward(rule, tokens, initial_state, segment_ids)
+    return pieces.forward(rule, tokens, initial_state, segment_ids, reverse)
 
 
 def backward(
@@ -103,25 +106,27 @@ def backward(
     dfinal_state,
     *,
     scale,
+    reverse=False,
     interpret=False,
 ):
     """Gradients of q, k, v, beta, decay_log and initial_state."""
     return pieces.backward(
-        functools.partial(_backward, scale=scale, interpret=interpret),
-        functools.partial(_final_state, scale=scale, interpret=interpret),
+        functools.partial(_backward, scale=scale, reverse=reverse, interpret=interpret),
+        functools.partial(_final_state, scale=scale, reverse=reverse, interpret=interpret),
         (q, k, v, beta, decay_log),
         initial_state,
         segment_ids,
         do,
         dfinal_state,
+        reverse,
     )
 
 
 # --- One piece of time
 
 
-def _forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, interpret):
-    sizes, inputs = _inputs(q, k, v, beta, decay_log, segment_ids, scale, interpret)
+def _forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, reverse, interpret):
+    sizes, inputs = _inputs(q, k, v, beta, decay_log, segment_ids, scale, reverse, interpret)
     writes = compute_writes(sizes, inputs, keep_inverse=False)
     _, starts = _states_at_parts(sizes, inputs, writes, initial_state)
     shape = sizes.tokens_shape(v)
@@ -129,17 +134,31 @@ def _forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, int
     return walked.o, walked.ends[:, -1]
 
 
-def _final_state(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, interpret):
-    sizes, inputs = _inputs(q, k, v, beta, decay_log, segment_ids, scale, interpret)
+def _final_state(
+    q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, reverse, interpret
+):
+    sizes, inputs = _inputs(q, k, v, beta, decay_log, segment_ids, scale, reverse, interpret)
     writes = compute_writes(sizes, inputs, keep_inverse=False)
     _, starts = _states_at_parts(sizes, inputs, writes, initial_state)
     return walk(sizes, WalkInputs(inputs.chunks, writes, None, starts)).ends[:, -1]
 
 
 def _backward(
-    q, k, v, beta, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale, interpret
+    q,
+    k,
+    v,
+    beta,
+    decay_log,
+    initial_state,
+    segment_ids,
+    do,
+    dfinal_state,
+    *,
+    scale,
+    reverse,
+    interpret,
 ):
-    sizes, inputs = _inputs(q, k, v, beta, decay_log, segment_ids, scale, interpret)
+    sizes, inputs = _inputs(q, k, v, beta, decay_log, segment_ids, scale, reverse, interpret)
     writes = compute_writes(sizes, inputs, keep_inverse=True)
     matrices, starts = _states_at_parts(sizes, inputs, writes, initial_state)
     states = walk(sizes, WalkInputs(inputs.chunks, writes, None, starts), keep=True)
@@ -161,7 +180,9 @@ def _chunk_length(length: int, key: int) -> int:
     return min(64 if key <= 128 else 32, gpu.tile_size(length))
 
 
-def _inputs(q, k, v, beta, decay_log, segment_ids, scale, interpret) -> tuple[Sizes, KernelInputs]:
+def _inputs(
+    q, k, v, beta, decay_log, segment_ids, scale, reverse, interpret
+) -> tuple[Sizes, KernelInputs]:
     sizes = Sizes(
         *v.shape[:3],
         key=q.shape[-1],
@@ -169,6 +190,7 @@ def _inputs(q, k, v, beta, decay_log, segment_ids, scale, interpret) -> tuple[Si
         chunk=_chunk_length(v.shape[1], q.shape[-1]),
         dtype=gpu.matmul_dtype(q, k, v),
         scale=scale,
+        reverse=reverse,
         interpret=interpret,
     )
     sizes, chunks, channels = chunk_inputs(sizes, q, k, decay_log, segment_ids, key_scores=True)

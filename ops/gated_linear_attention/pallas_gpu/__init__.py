@@ -49,6 +49,7 @@ from ...gpu.gradients import gradient_shapes, input_gradients
 from .gradients import GradientInputs, chunk_gradients
 from .walks import MAX_WIDTH, ForwardInputs, StateInputs, walk, walk_states
 
+WALKS_BACKWARDS = True  # the rules take `reverse`
 MAX_SIZE = 256  # of K and V: what fits registers
 SUPPORTED = f"float32 or bfloat16, K and V up to {MAX_SIZE}"
 
@@ -63,32 +64,45 @@ def supports(q, k, v, decay_log, initial_state, segment_ids, *_, scale) -> bool:
     )
 
 
-def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale, interpret=False):
+def forward(
+    q, k, v, decay_log, initial_state, segment_ids, *, scale, reverse=False, interpret=False
+):
     """o [B, T, H, V] in v's dtype and the final state in float32; shapes as in `api.py`."""
-    rule = functools.partial(_forward, scale=scale, interpret=interpret)
+    rule = functools.partial(_forward, scale=scale, reverse=reverse, interpret=interpret)
     tokens = q, k, v, decay_log
     if not has_channel_decay(decay_log):
         return rule(*tokens, initial_state, segment_ids)
-    return pieces.forward(rule, tokens, initial_state, segment_ids)
+    return pieces.forward(rule, tokens, initial_state, segment_ids, reverse)
 
 
 def backward(
-    q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale, interpret=False
+    q,
+    k,
+    v,
+    decay_log,
+    initial_state,
+    segment_ids,
+    do,
+    dfinal_state,
+    *,
+    scale,
+    reverse=False,
+    interpret=False,
 ):
     """Gradients of q, k, v, decay_log and initial_state."""
-    rule = functools.partial(_backward, scale=scale, interpret=interpret)
+    rule = functools.partial(_backward, scale=scale, reverse=reverse, interpret=interpret)
     tokens, rest = (q, k, v, decay_log), (initial_state, segment_ids, do, dfinal_state)
     if not has_channel_decay(decay_log):
         return rule(*tokens, *rest)
-    final_state = functools.partial(_final_state, scale=scale, interpret=interpret)
-    return pieces.backward(rule, final_state, tokens, *rest)
+    final_state = functools.partial(_final_state, scale=scale, reverse=reverse, interpret=interpret)
+    return pieces.backward(rule, final_state, tokens, *rest, reverse)
 
 
 # --- One piece of time
 
 
-def _forward(q, k, v, decay_log, initial_state, segment_ids, *, scale, interpret):
-    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale, interpret)
+def _forward(q, k, v, decay_log, initial_state, segment_ids, *, scale, reverse, interpret):
+    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale, reverse, interpret)
     _, tile_count = gpu.tiling(sizes.value, sizes.state_width)
     parts = gpu.split_time(sizes.chunks, sizes.batch * sizes.heads * tile_count)
     starts = _part_starts(sizes, inputs, v, initial_state, parts, reverse=False)
@@ -96,17 +110,17 @@ def _forward(q, k, v, decay_log, initial_state, segment_ids, *, scale, interpret
     return o, ends[:, -1]
 
 
-def _final_state(q, k, v, decay_log, initial_state, segment_ids, *, scale, interpret):
-    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale, interpret)
+def _final_state(q, k, v, decay_log, initial_state, segment_ids, *, scale, reverse, interpret):
+    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale, reverse, interpret)
     starts = _part_starts(sizes, inputs, v, initial_state, _state_parts(sizes), reverse=False)
     walked = walk_states(sizes, StateInputs(inputs, v, starts), reverse=False, keep=False)
     return walked.ends[:, -1]
 
 
 def _backward(
-    q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale, interpret
+    q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale, reverse, interpret
 ):
-    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale, interpret)
+    sizes, inputs = _inputs(q, k, v, decay_log, segment_ids, scale, reverse, interpret)
     parts = _state_parts(sizes)
     starts = _part_starts(sizes, inputs, v, initial_state, parts, reverse=False)
     S, _ = walk_states(sizes, StateInputs(inputs, v, starts), reverse=False, keep=True)
@@ -118,7 +132,9 @@ def _backward(
     return dq, dk, gradients.dv, dlog, ends[:, 0]
 
 
-def _inputs(q, k, v, decay_log, segment_ids, scale, interpret) -> tuple[Sizes, ChunkInputs]:
+def _inputs(
+    q, k, v, decay_log, segment_ids, scale, reverse, interpret
+) -> tuple[Sizes, ChunkInputs]:
     sizes = Sizes(
         *v.shape[:3],
         key=q.shape[-1],
@@ -126,6 +142,7 @@ def _inputs(q, k, v, decay_log, segment_ids, scale, interpret) -> tuple[Sizes, C
         chunk=chunk_length(v.shape[1]),
         dtype=gpu.matmul_dtype(q, k, v),
         scale=scale,
+        reverse=reverse,
         interpret=interpret,
     )
     sizes, inputs, _ = chunk_inputs(sizes, q, k, decay_log, segment_ids)
@@ -184,10 +201,12 @@ def _part_totals(sizes: Sizes, inputs: ChunkInputs, parts: int) -> jax.Array:
         total = jnp.exp((end - start)[None, :, None] * log[None, None, :])
     else:
         pad = parts * tokens - sizes.length
-        log = jnp.pad(inputs.log.astype(jnp.float32), ((0, 0), (0, pad), (0, 0)))
+        log = inputs.log[:, ::-1] if sizes.reverse else inputs.log
+        log = jnp.pad(log.astype(jnp.float32), ((0, 0), (0, pad), (0, 0)))
         total = jnp.exp(log.reshape(sizes.batch, parts, tokens, -1).sum(2))
     if inputs.numbers is not None:
-        before = inputs.numbers[:, jnp.maximum(start - 1, 0)]
-        continues = before == inputs.numbers[:, jnp.maximum(end - 1, 0)]
+        numbers = inputs.numbers[:, ::-1] if sizes.reverse else inputs.numbers
+        before = numbers[:, jnp.maximum(start - 1, 0)]
+        continues = before == numbers[:, jnp.maximum(end - 1, 0)]
         total = jnp.where(continues[..., None], total, 0.0)
     return total[..., None, None]

@@ -149,19 +149,14 @@ def _apply_gate(program: Program, refs: WalkInputs, out: WalkOutputs, t: Any) ->
 
 def _turn_span(sizes: Sizes, t: Any) -> gpu.Span:
     """The tokens of the turn that begins with token t, in an input."""
-    whole = sizes.length % TURN == 0
-    if not sizes.reverse:
-        return gpu.span(t, TURN, sizes.length, whole)
-    index = sizes.length - 1 - t - lax.iota(jnp.int32, TURN)
-    return gpu.Span(index, None if whole else index >= 0)
+    span = gpu.reversed_span if sizes.reverse else gpu.span
+    return span(t, TURN, sizes.length, sizes.length % TURN == 0)
 
 
 def _padded_turn_span(sizes: Sizes, ref: Any, t: Any) -> gpu.Span:
     """The same tokens in an output."""
-    size = ref.shape[-2]
-    if not sizes.reverse:
-        return gpu.span(t, TURN, size, True)
-    return gpu.Span(size - 1 - t - lax.iota(jnp.int32, TURN), None)
+    span = gpu.reversed_span if sizes.reverse else gpu.span
+    return span(t, TURN, ref.shape[-2], True)
 
 
 # --- Parts of time

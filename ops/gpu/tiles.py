@@ -99,7 +99,10 @@ def span(start: Any, size: int, limit: int, whole: bool) -> Span:
 def reversed_span(start: Any, size: int, limit: int, whole: bool) -> Span:
     """`span`, counted from the other end of the axis: index i becomes limit - 1 - i."""
     index = limit - 1 - start - lax.iota(jnp.int32, size)
-    return Span(index, None if whole else index >= 0)
+    if whole:
+        return Span(index, None)
+    # To the interpreter, which has no masks, a negative index would count from the end.
+    return Span(jnp.where(index < 0, limit, index), index >= 0)
 
 
 def load(ref: Any, *index: Any) -> jax.Array:

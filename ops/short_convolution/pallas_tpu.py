@@ -179,7 +179,7 @@ def _convolution(
 
 def _first(x: jax.Array, count: int, reverse: bool) -> jax.Array:
     """The first `count` tokens [B, count, ...] that the recurrence takes, in its order."""
-    return x[:, ::-1][:, :count] if reverse else x[:, :count]
+    return x[:, x.shape[1] - count :][:, ::-1] if reverse else x[:, :count]
 
 
 def _last(x: jax.Array, count: int, reverse: bool) -> jax.Array:

@@ -61,7 +61,7 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir must be a directory; {workdir} is a file")
     run_record.check_continues(workdir, config)
-    if (summary := run_record.read_json(workdir / "summary.json")) is not None:
+    if (summary := run_record.read_summary(workdir)) is not None:
         return summary
 
     # --- Programs: abstract so far; nothing is computed.

@@ -15,7 +15,8 @@ from tensorboardX import SummaryWriter
 
 from experiments.objectives.objective import report_metrics
 from experiments.training.checkpoints import Best
-from experiments.training.metrics_file import FILE, Row, mean, read_rows
+from experiments.training.metrics_file import FILE, Row, mean, rows_and_others
+from experiments.training.progress import warn
 from experiments.training.speed import Interval, SpeedMeter
 
 
@@ -28,7 +29,13 @@ class MetricsLog:
         self._seeds, self._active = seeds, active
         if not active:
             return
-        kept = [row for row in read_rows(workdir) if row["step"] <= step]
+        rows, others = rows_and_others(workdir)
+        kept = [row for row in rows if row["step"] <= step]
+        if others:
+            aside = workdir / f"{FILE}.damaged"
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in others)
+            warn(f"{workdir / FILE}: moved {len(others)} lines that are no rows to {aside}")
         partial = workdir / f"{FILE}.partial"
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
@@ -124,12 +131,16 @@ def run_summary(rows: Sequence[Row], best: Best) -> dict[str, Any]:
     return {
         "train": {
             name.removeprefix("train/"): value
-            for name, value in train[-1].items()
+            for name, value in (train[-1].items() if train else ())
             if name.startswith("train/")
         },
         "best": (
             None if top is None else {"step": top[1]["step"], "value": mean(top[1][best.metric])}
         ),
-        "rejected_steps": (np.sum([row["train/rejected_steps"] for row in train], axis=0).tolist()),
+        "rejected_steps": (
+            np.sum([row["train/rejected_steps"] for row in train], axis=0).tolist()
+            if train
+            else None
+        ),
         "steps_per_second": statistics.median(speeds) if speeds else None,
     }

@@ -18,15 +18,25 @@ Row = Mapping[str, Any]
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """The rows so far; a last line that was cut off in writing is left out."""
+    """The rows so far, without lines that are none, such as a last one that was cut off in
+    writing."""
+    return rows_and_others(workdir)[0]
+
+
+def rows_and_others(workdir: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The rows of metrics.jsonl, and the lines that are no rows."""
     file = workdir / FILE
-    rows = []
-    for line in file.read_text("utf-8").splitlines() if file.exists() else []:
+    rows, others = [], []
+    for line in file.read_bytes().split(b"\n") if file.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif line:
+            others.append(line)
+    return rows, others
 
 
 def mean(values: Sequence[float | None]) -> float:

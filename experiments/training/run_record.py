@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from experiments.training import config as configs
 from experiments.training.checkout import CHECKOUT, DOCUMENTS, RESULTS
 from experiments.training.config import Config
+from experiments.training.progress import warn
 
 FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -59,8 +60,37 @@ def _git(*arguments: str) -> str | None:
 
 
 def read(workdir: Path) -> dict[str, Any] | None:
-    """The record of the run in `workdir`, or None if there is none."""
-    return read_json(workdir / FILE)
+    """The record of the run in `workdir`, or None if there is none. Raises ValueError for a file
+    that is no such record."""
+    record = read_json(workdir / FILE)
+    if record is None:
+        return None
+    parts = {"config": dict, "continued": list}
+    for name, kind in parts.items():
+        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+            raise ValueError(
+                f"{workdir / FILE} must be the record of a run, with {', '.join(parts)}; restore"
+                " it, or use another --workdir"
+            )
+    return record
+
+
+def read_summary(workdir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, or None for one that is not finished. A file that is no
+    summary is none, with a warning: the run writes it anew."""
+    path = workdir / "summary.json"
+    try:
+        summary = read_json(path)
+    except ValueError as error:
+        summary, problem = {}, str(error)
+    else:
+        problem = f"{path} is not the summary of a run"
+    if summary is None:
+        return None
+    if not isinstance(summary, dict) or not {"workdir", "step", "evaluations"} <= summary.keys():
+        warn(f"{problem}: it is written anew")
+        return None
+    return summary
 
 
 def read_config(workdir: Path) -> Config:
@@ -75,9 +105,17 @@ def read_config(workdir: Path) -> Config:
 
 
 def check_continues(workdir: Path, config: Config) -> None:
-    """Raises ValueError if `workdir` holds a run with another config, with what differs."""
-    record = read(workdir)
+    """Raises ValueError if `workdir` holds a run with another config, with what differs, or
+    checkpoints without a record of what they are of."""
+    record, saved = read(workdir), workdir / "checkpoints"
+    if saved.exists() and not saved.is_dir():
+        raise ValueError(f"{saved} must be a directory; it is a file")
     if record is None:
+        if saved.is_dir() and any(path.name.isdigit() for path in saved.iterdir()):
+            raise ValueError(
+                f"{workdir} has checkpoints but no {FILE}, which says of which run; restore it, or"
+                " use another --workdir"
+            )
         return
     changed = configs.differences(record["config"], configs.to_json(config))
     if changed:

@@ -4,9 +4,10 @@ and the guard that rejects non-finite steps."""
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
@@ -118,8 +119,45 @@ def make_schedule(options: Mapping[str, Any], steps: int) -> optax.Schedule:
     )
 
 
+class MasterWeights(NamedTuple):
+    """weights: the parameters in float32; inner: the state of the optimizer that updates them."""
+
+    weights: Any
+    inner: Any
+
+
+def with_master_weights(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` on float32 copies of parameters of fewer bits, which are their rounded values.
+
+    A step of a learning rate is mostly smaller than what bfloat16 resolves (2^-8 of a parameter):
+    added to the parameter itself it is lost, and moments in bfloat16 cannot fall any more.
+    Micikevicius et al., 2018, arXiv 1710.03740, section 3.1."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def init(params: Any) -> MasterWeights:
+        weights = wide(params)
+        return MasterWeights(weights, inner.init(weights))
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        del extra
+        updates, inner_state = inner.update(wide(grads), state.inner, state.weights)
+        weights = optax.apply_updates(state.weights, updates)
+        # What makes the rounded parameters of these weights out of those of before.
+        updates = jax.tree.map(jnp.subtract, weights, wide(params))
+        return updates, MasterWeights(weights, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def make_optimizer(
-    options: Mapping[str, Any], schedule: optax.Schedule, groups: dict[str, Any]
+    options: Mapping[str, Any],
+    schedule: optax.Schedule,
+    groups: dict[str, Any],
+    param_dtype: str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """The gradient transformation of config.optimizer.
 
@@ -127,7 +165,8 @@ def make_optimizer(
     axes (layers, experts) being batches of matrices, and AdamW everything else beside it. The
     learning rate of the group "ssm" follows the same schedule, scaled to the peak ssm_lr (0: lr).
     clip_norm bounds the global norm of all gradients together (0: off). The group "frozen" is never
-    updated and has no moments. A step with a non-finite
+    updated and has no moments. Parameters of fewer bits than float32 have master weights and
+    moments in float32. A step with a non-finite
     gradient changes nothing and is counted in the state (ApplyIfFiniteState). Raises ValueError for
     an unknown name."""
     decaying = jax.tree.map(lambda group: group in ("matrix", "decay"), groups)
@@ -165,7 +204,9 @@ def make_optimizer(
     if options["ssm_lr"]:
         in_ssm = jax.tree.map(lambda group: group == "ssm", groups)
         chain.append(optax.masked(optax.scale(options["ssm_lr"] / options["lr"]), in_ssm))
-    update = optax.chain(*chain)
+    update: Any = optax.chain(*chain)
+    if jnp.dtype(param_dtype) != jnp.float32:
+        update = with_master_weights(update)
     if FROZEN in jax.tree.leaves(groups):
         trained = jax.tree.map(lambda group: group != FROZEN, groups)
         update = optax.partition({True: update, False: optax.set_to_zero()}, trained)

@@ -99,7 +99,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     blueprint = make_blueprint(config, task)
     schedule = make_schedule(config.optimizer, config.steps)
     groups = parameter_groups(blueprint.params, config.optimizer.frozen)
-    tx = make_optimizer(config.optimizer, schedule, groups)
+    tx = make_optimizer(config.optimizer, schedule, groups, config.param_dtype)
     batch = _abstract_batch(task, config.batch_size, seeds[0])
     work = task.objective.work(batch)
     with traced_on(mesh, config):

@@ -13,6 +13,7 @@ from flax import nnx
 
 from experiments.configs.recipes.base import recipe
 from experiments.training import config as configs
+from experiments.training.config import OPTIMIZERS
 from experiments.training.mesh import optimizer_specs
 from experiments.training.optimizer import make_optimizer, make_schedule, parameter_groups
 from experiments.training.refined_schedule import refine, smooth
@@ -179,6 +180,53 @@ def test_muons_moments_lie_like_their_parameters():
     found = jax.tree.leaves(laid, is_leaf=lambda leaf: isinstance(leaf, jax.P))
     assert found.count(jax.P("matrix")) == 1
     assert [found.count(specs[name]) for name in ("conv", "norm", "a_log")] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_in_bfloat16_follow_those_in_float32(name):
+    options = OPTIONS | {"name": name, "lr": 1e-4, "b2": 0.999, "weight_decay": 0.01}
+    schedule = make_schedule(options, 1000)
+    exact = make_optimizer(options, schedule, GROUPS)
+    rounded = make_optimizer(options, schedule, GROUPS, "bfloat16")
+    coarse = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
+
+    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
+        pairs = []
+        for tx, values, state in zip((exact, rounded), *carry, strict=True):
+            # The same gradients for both, in bfloat16, from large ones to small ones.
+            grads = jax.tree.map(
+                lambda leaf: 0.01 * jax.random.normal(key, leaf.shape, jnp.bfloat16) + 0.003, values
+            )
+            grads = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, values)
+            updates, state = tx.update(grads, state, values)
+            pairs.append((optax.apply_updates(values, updates), state))
+        return tuple(zip(*pairs, strict=True)), None
+
+    start = (params(), coarse), (exact.init(params()), rounded.init(coarse))
+    keys = jax.random.split(jax.random.key(0), 300)
+    ((wide, narrow), _), _ = jax.jit(lambda: jax.lax.scan(step, start, keys))()
+    for leaf, reference in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        assert leaf.dtype == jnp.bfloat16 and np.all(np.asarray(reference) != 1.0)
+        # Half a unit in the last place of numbers below 1, and what float32 loses on the way.
+        np.testing.assert_allclose(leaf.astype(jnp.float32), reference, rtol=2**-9 + 1e-5)
+
+
+def test_the_second_moment_of_parameters_in_bfloat16_falls_again():
+    options = OPTIONS | {"b2": 0.999}
+    tx = make_optimizer(options, make_schedule(options, 10), GROUPS, "bfloat16")
+    coarse = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
+
+    def run(state: Any, gradient: float, steps: int) -> Any:
+        grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), coarse)
+        update = lambda _, state: tx.update(grads, state, coarse)[1]  # noqa: E731
+        return jax.jit(lambda state: jax.lax.fori_loop(0, steps, update, state))(state)
+
+    state = run(run(tx.init(coarse), 1.0, 200), 0.01, 5000)
+    for moment in jax.tree.leaves(optax.tree.get(state, "nu")):
+        assert moment.dtype == jnp.float32
+        np.testing.assert_allclose(
+            moment, 0.181 * 0.999**5000 + 1e-4 * (1 - 0.999**5000), rtol=0.01
+        )
 
 
 def last_iterate_bound(steps_T: np.ndarray, norms_T: np.ndarray) -> float:

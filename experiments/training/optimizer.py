@@ -129,7 +129,8 @@ class MasterWeights(NamedTuple):
 def with_master_weights(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` on float32 copies of parameters of fewer bits, which are their rounded values.
+    """`inner` on float32 copies of parameters of fewer bits, which are their rounded values; for
+    gradients in float32.
 
     A step of a learning rate is mostly smaller than what bfloat16 resolves (2^-8 of a parameter):
     added to the parameter itself it is lost, and moments in bfloat16 cannot fall any more.
@@ -144,7 +145,7 @@ def with_master_weights(
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del extra
-        updates, inner_state = inner.update(wide(grads), state.inner, state.weights)
+        updates, inner_state = inner.update(grads, state.inner, state.weights)
         weights = optax.apply_updates(state.weights, updates)
         # What makes the rounded parameters of these weights out of those of before.
         updates = jax.tree.map(jnp.subtract, weights, wide(params))

@@ -60,8 +60,10 @@ def make_step(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         # The guard in the optimizer looks at gradients alone: a non-finite loss must reach it
-        # through them.
-        grads = jax.tree.map(lambda grad: jnp.where(finite, grad, jnp.nan), grads)
+        # through them. Updates are float32, whatever the parameters are.
+        grads = jax.tree.map(
+            lambda grad: jnp.where(finite, grad.astype(jnp.float32), jnp.nan), grads
+        )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         guard = cast(optax.ApplyIfFiniteState, opt_state)
         params = optax.apply_updates(state.params, updates)
@@ -104,9 +106,9 @@ def in_parts(gradient: Callable[..., Any], parts: int) -> Callable[..., Any]:
 
     Means over the whole batch are means of the parts' by their weight_sum, so the objective's loss
     and its gradient are what they are in one piece. An auxiliary loss is taken of each part alone,
-    which is not the same, and averaged so, too. Sums over parts are float32. Part a has the rows a,
-    a + parts, ...: each device finds its share of every part among its own rows. Each part has a
-    key of its own."""
+    which is not the same, and averaged so, too. Gradients, sums over parts, are float32. Part a has
+    the rows a, a + parts, ...: each device finds its share of every part among its own rows. Each
+    part has a key of its own."""
 
     def whole(params: Any, variables: Any, batch: Any, key: Any) -> Any:
         split = jax.tree.map(
@@ -134,7 +136,6 @@ def in_parts(gradient: Callable[..., Any], parts: int) -> Callable[..., Any]:
         )
         weight = jnp.where(sums["weight_sum"] == 0, 1.0, sums["weight_sum"])
         loss, grads = jax.tree.map(lambda leaf: leaf / weight, both)
-        grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, params)
         return (loss, (sums, variables)), grads
 
     return whole

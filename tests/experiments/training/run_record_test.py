@@ -8,7 +8,7 @@ import pytest
 
 from experiments import train
 from experiments.training import run_record
-from experiments.training.metrics import read_rows
+from experiments.training.metrics_file import read_rows
 from tests.experiments.train_test import tiny
 
 

@@ -26,7 +26,7 @@ from absl import flags
 
 from experiments.training import command_line, run_record
 from experiments.training.checkout import CHECKOUT, RESULTS
-from experiments.training.metrics import FILE
+from experiments.training.metrics_file import FILE
 
 NAME = "bench_gpu_training"
 TOKENS = 65_536

@@ -41,9 +41,12 @@ class Apply(Protocol):
 
 
 class Evaluation(Protocol):
-    """Metrics of a model. metrics: their names (those of `Sums` follow from its objective)."""
+    """Metrics of a model."""
 
-    metrics: tuple[str, ...]
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Their names; those of `Sums` follow from its objective."""
+        ...
 
     def run(self, apply: Apply, params: Any, key: jax.Array) -> Metrics:
         """{metric: [one value per replica]}. `params` is what `apply` takes: the parameters and

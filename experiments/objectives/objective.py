@@ -5,7 +5,8 @@ mean over the batch that training minimises. The sums add up over batches, repli
 and become metrics at the end: a metric never depends on the batch size."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ Batch = Mapping[str, Any]
 Sums = dict[str, jax.Array]
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True)
+class Work:
     """What a batch asks of a model.
 
     unit      what is counted, as a plural noun: "tokens", "prompts", "images"

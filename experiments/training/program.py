@@ -62,7 +62,7 @@ class Program:
     batch: dict[str, Any]
     work: Work
     initial: Callable[[], TrainState]
-    step: Callable[[TrainState, Any, Any], TrainState]
+    step: Any  # jitted, of which a plan asks more than to be called
     empty_window: Callable[[], dict[str, Any]]
 
     @property

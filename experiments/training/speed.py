@@ -65,8 +65,10 @@ class SpeedMeter:
         interval, flops = self._interval, model_flops(self._weights, work)
         interval.steps += 1
         interval.units += self._replicas * work.count
-        known = flops is not None and interval.flops is not None
-        interval.flops = interval.flops + self._replicas * flops if known else None
+        if flops is None or interval.flops is None:
+            interval.flops = None
+        else:
+            interval.flops += self._replicas * flops
         self._unit = work.unit
 
     def compiled(self) -> None:

@@ -10,6 +10,8 @@ import pytest
 from experiments import reproduce
 from experiments.reporting import figures, markdown, pages, rows
 from experiments.reporting.table import Cell, Computation, available_tables, find_cells, find_table
+from experiments.tables import lasp2_timed
+from experiments.tables.computations import sequence_timing
 from experiments.training import config as configs
 
 EVERY_SCALE = [(name, scale) for name in available_tables() for scale in find_table(name).SCALES]
@@ -27,6 +29,10 @@ def test_every_cell_is_a_valid_config(name, scale):
         else:
             configs.validate(cell.make_config())
         assert cell.gap or "/" in cell.metric
+
+
+def test_a_table_names_the_ways_that_are_timed():
+    assert tuple(sequence_timing.WAYS) == lasp2_timed.WAYS
 
 
 @pytest.mark.parametrize("name", available_tables())

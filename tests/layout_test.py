@@ -260,7 +260,6 @@ TESTED_BY = {
     "experiments/training/prompts.py": "experiments/generate_test.py",
     "experiments/training/refined_schedule.py": "experiments/training/optimizer_test.py",
     "experiments/training/run_loading.py": "experiments/training/resume_test.py",
-    "experiments/training/run_record.py": "experiments/training/resume_test.py",
     "experiments/training/speed.py": "experiments/training/progress_test.py",
     "experiments/training/state.py": "experiments/train_test.py",
     "experiments/training/step.py": "experiments/train_test.py",

@@ -33,6 +33,9 @@ tile: a block of an array that a program holds in registers; each side is a powe
 span: consecutive indices along one axis of an array, and which of them exist (`tiles.Span`).
 carry: the values that a loop over time hands on to its next step, such as the state.
 keep: 1 where the state before a token survives into it, 0 where the token starts a segment.
+walking order: the order in which the recurrence runs, with `reverse` from the last token to the
+  first. Kernels count parts, chunks and tokens in it, and arrays between kernels are in it. Only
+  where inputs [B, T, ..] are loaded and outputs stored does `reverse` change the index.
 padded rows: [G C], the tokens of an array between kernels, T rounded up to whole chunks.
 refs, out: a kernel's references to the arrays that it reads and writes, each a `NamedTuple` whose
   fields are named like the tiles that are loaded from them. Before the launch the same tuples hold

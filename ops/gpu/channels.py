@@ -7,10 +7,7 @@ threads of a warp lie along channels first, and along states where threads remai
 next turn are loaded before the work on this one, since nothing else hides the latency of memory.
 
 **No masks.** Channels are padded to whole programs, outputs to whole turns of tokens. For a token
-past the end a program reads the last one and changes it to one that leaves the state alone.
-
-**Reverse.** Kernels count tokens in the order in which the recurrence runs. In reverse, token t of
-the walk is element T - 1 - t of an array: only the addresses of loads and stores change."""
+past the end a program reads the last one and changes it to one that leaves the state alone."""
 
 import jax
 import jax.numpy as jnp

@@ -33,7 +33,7 @@ same sums and products.
 import functools
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,16 @@ from ..chunks.chunking import einsum
 from ..framework import segments
 from .heads import HeadGrid, chunk_rows, flat, read
 from .kernel import SUBLANES, Input
-from .matmul import Matmul, indices, lower
+from .matmul import Matmul, indices, lower, strictly_lower
 
 # Where a segment starts the decay is zero: a log that any sum of real ones leaves at exp(.) == 0
 # exactly. It is only ever added to other logs, never subtracted.
 LOG_ZERO = -1e30
 SMALL_LEVELS = (1, 2, 4)  # b of blocks whose rows share a register
+
+
+Result = TypeVar("Result")
+Steps = Generator[None, None, Result]
 
 
 class Products(NamedTuple):
@@ -70,6 +74,36 @@ class Gradients(NamedTuple):
     log: jax.Array | None  # [C, K], or [1, C] for one decay per token, None for no decay
 
 
+class DecayOfChunk(Protocol):
+    """What a kernel asks of the decays of one chunk, for one of its heads; q, k [C, K] are that
+    head's. Generators return their result (see `ops/tpu/__init__.py`)."""
+
+    def products(self, head: int, q: jax.Array, k: jax.Array) -> Steps[Products]: ...
+
+    def ends(self, head: int, k: jax.Array) -> Steps[tuple[jax.Array, jax.Array | None]]:
+        """k_end and total of `products`, without the rest."""
+        ...
+
+    def written(self, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array) -> jax.Array:
+        """x^T k_end [V, K], for x [C, V]."""
+        ...
+
+    def adjoint(
+        self,
+        head: int,
+        products: Products,
+        q: jax.Array,
+        k: jax.Array,
+        dscores: jax.Array,
+        dq_start: jax.Array,
+        dk_end: jax.Array,
+        dtotal: jax.Array,
+    ) -> Steps[Gradients]:
+        """Gradients of q, k and log a from those of `products`; dscores counts on and below the
+        diagonal only, dtotal is [1, K]."""
+        ...
+
+
 def kind_of_decay(
     matmul: Matmul,
     grid: HeadGrid,
@@ -77,8 +111,8 @@ def kind_of_decay(
     segment_ids: jax.Array | None,
     backward: bool = False,
 ) -> tuple[Any, Any]:
-    """The kind of decay, and its inputs to a kernel: a NamedTuple of references there, which the
-    kind's `load` takes.
+    """The kind of decay and its inputs to a kernel. In the kernel the inputs are a NamedTuple of
+    references, of which the kind's `load` makes a `DecayOfChunk`.
 
     decay_log: None, [H], [B, T, H] or [B, T, H, K]. A constant decay is one per token, the same for
     the whole batch; with segments, no decay becomes one per token too, because a token that starts
@@ -97,7 +131,7 @@ def kind_of_decay(
         log_BHT = decay_log.astype(jnp.float32).swapaxes(1, 2)
     if segment_ids is not None:
         log_BHT = jnp.where(segments.starts(segment_ids)[:, None], LOG_ZERO, log_BHT)
-    return ScalarDecay(matmul, grid), ScalarDecay.inputs(grid, chunk_rows(log_BHT, grid), backward)
+    return ScalarDecay.inputs(matmul, grid, chunk_rows(log_BHT, grid), backward)
 
 
 # --- No decay
@@ -105,29 +139,27 @@ def kind_of_decay(
 
 @dataclass(frozen=True)
 class NoDecay:
+    """Of all chunks and of one."""
+
     matmul: Matmul
     grid: HeadGrid
 
-    def load(self, refs: None, chunk_index: jax.Array) -> "NoDecay":
+    def load(self, refs: None, chunk_index: jax.Array) -> DecayOfChunk:
         return self
 
-    def ends(self, head: int, k: jax.Array) -> Generator[None, None, tuple[jax.Array, Any]]:
-        """k_end and total of `products`, without the rest."""
+    def ends(self, head: int, k: jax.Array) -> Steps[tuple[jax.Array, Any]]:
         yield
         return k, None
 
     def written(self, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array) -> jax.Array:
-        """x^T k_end [V, K], for x [C, V]."""
         return self.matmul.tn(x, k_end)
 
-    def products(self, head: int, q: jax.Array, k: jax.Array) -> Generator[None, None, Products]:
+    def products(self, head: int, q: jax.Array, k: jax.Array) -> Steps[Products]:
         scores = self.matmul.nt(q, k)
         yield
         return Products(scores * lower(self.grid.chunk), q, k, None)
 
-    def adjoint(
-        self, head, products, q, k, dscores, dq_start, dk_end, dtotal
-    ) -> Generator[None, None, Gradients]:
+    def adjoint(self, head, products, q, k, dscores, dq_start, dk_end, dtotal) -> Steps[Gradients]:
         dscores = dscores * lower(self.grid.chunk)
         dq, dk = self.matmul.nn(dscores, k), self.matmul.tn(dscores, q)
         yield
@@ -149,7 +181,9 @@ class ScalarDecay:
     grid: HeadGrid
 
     @staticmethod
-    def inputs(grid: HeadGrid, log_rows: jax.Array, backward: bool) -> ScalarDecayRefs:
+    def inputs(
+        matmul: Matmul, grid: HeadGrid, log_rows: jax.Array, backward: bool
+    ) -> tuple["ScalarDecay", ScalarDecayRefs]:
         """log_rows: [B or 1, n, G, heads, C], 0 where no token is."""
         chunk = grid.chunk
         until = np.tri(chunk, dtype=np.float32)
@@ -158,9 +192,10 @@ class ScalarDecay:
         sums = einsum("rt,ti->ri", log_rows.reshape(-1, chunk), both)
         sums = sums.reshape(*log_rows.shape[:-1], 2 * chunk)
         rows = jnp.concatenate([log_rows, jnp.exp(sums)], -1)
-        return ScalarDecayRefs(Input(rows, grid.rows_tile(rows, backward)))
+        refs = ScalarDecayRefs(Input(rows, grid.rows_tile(rows, backward)))
+        return ScalarDecay(matmul, grid), refs
 
-    def load(self, refs: ScalarDecayRefs, chunk_index: jax.Array) -> "ScalarDecayOfChunk":
+    def load(self, refs: ScalarDecayRefs, chunk_index: jax.Array) -> DecayOfChunk:
         C = self.grid.chunk
         log, prefix, suffix = (refs.rows[0, 0, 0, :, at : at + C] for at in range(0, 3 * C, C))
         return ScalarDecayOfChunk(
@@ -177,7 +212,7 @@ class ScalarDecayOfChunk:
     total: jax.Array  # [heads, 1]
     suffix_row: jax.Array  # [heads, C]
 
-    def ends(self, head: int, k: jax.Array) -> Generator[None, None, tuple[jax.Array, Any]]:
+    def ends(self, head: int, k: jax.Array) -> Steps[tuple[jax.Array, Any]]:
         yield
         k_end = k.astype(jnp.float32) * self.suffix[:, head : head + 1]  # [C, K]
         return k_end, self.total[head : head + 1]
@@ -188,11 +223,10 @@ class ScalarDecayOfChunk:
         rows = x.T.astype(jnp.float32) * self.suffix_row[head : head + 1]  # [V, C]
         return self.matmul.nn(rows, k)
 
-    def products(self, head: int, q: jax.Array, k: jax.Array) -> Generator[None, None, Products]:
+    def products(self, head: int, q: jax.Array, k: jax.Array) -> Steps[Products]:
         C = self.log.shape[1]
         until, logs = lower(C), self.matmul.terms(self.log[head : head + 1], 2)
-        row, column = indices(C, C)
-        after = jnp.concatenate([(row > column).astype(jnp.float32)] * len(logs), 0)  # [2C, C]
+        after = jnp.concatenate([strictly_lower(C)] * len(logs), 0)  # [2C, C]
         masked = jnp.concatenate([until * log for log in logs], 1)  # [C, 2C]
         weights_log = self.matmul.nn(masked, after)  # [C, C], Eq. 6
         scores = self.matmul.nt(q, k)  # [C, C]
@@ -204,9 +238,7 @@ class ScalarDecayOfChunk:
         scores = scores * weights  # Eq. 1
         return Products(scores, q_start, k_end, self.total[head : head + 1], residuals=weights)
 
-    def adjoint(
-        self, head, products, q, k, dscores, dq_start, dk_end, dtotal
-    ) -> Generator[None, None, Gradients]:
+    def adjoint(self, head, products, q, k, dscores, dq_start, dk_end, dtotal) -> Steps[Gradients]:
         row, column = indices(*dscores.shape)
         dweighted = dscores * products.residuals  # [C, C]
         dq, dk = self.matmul.nn(dweighted, k), self.matmul.tn(dweighted, q)  # [C, K]
@@ -316,7 +348,7 @@ class VectorDecay:
         )
         return VectorDecay(matmul, grid, terms), refs
 
-    def load(self, refs: VectorDecayRefs, chunk_index: jax.Array) -> "VectorDecayOfChunk":
+    def load(self, refs: VectorDecayRefs, chunk_index: jax.Array) -> DecayOfChunk:
         start = None if refs.starts is None else jnp.transpose(refs.starts[0, 0, 0])  # [C, 1]
         valid = self.grid.valid(chunk_index)  # [C, 1]
         return VectorDecayOfChunk(self.matmul, self.grid, self.terms, refs, valid, start)
@@ -336,7 +368,7 @@ class VectorDecayOfChunk:
         log = read(self.refs.log, head, self.grid.key_size, self.valid).astype(jnp.float32)
         return log if self.start is None else jnp.where(self.start > 0, LOG_ZERO, log)
 
-    def ends(self, head: int, k: jax.Array) -> Generator[None, None, tuple[jax.Array, Any]]:
+    def ends(self, head: int, k: jax.Array) -> Steps[tuple[jax.Array, Any]]:
         ends = self.refs.end_sums[...]
         log = self.matmul.stacked_terms(self._log(head), self.terms)  # [terms * C, K]
         sums = self.matmul.nn(ends, log)  # [C + 8, K]
@@ -347,7 +379,7 @@ class VectorDecayOfChunk:
     def written(self, head: int, x: jax.Array, k: jax.Array, k_end: jax.Array) -> jax.Array:
         return self.matmul.tn(x, k_end)
 
-    def products(self, head: int, q: jax.Array, k: jax.Array) -> Generator[None, None, Products]:
+    def products(self, head: int, q: jax.Array, k: jax.Array) -> Steps[Products]:
         matmul, (C, K) = self.matmul, q.shape
         n = C // SUBLANES
         log = self._log(head)  # [C, K]
@@ -387,7 +419,7 @@ class VectorDecayOfChunk:
 
     def _register_levels(
         self, P: Any, Q: Any, Kd: Any, total: Any, distance: jax.Array
-    ) -> Generator[None, None, Any]:
+    ) -> Steps[Any]:
         """The levels b >= 8 of `products`.
 
         P [C, C] of the levels below; Q = q . prefix, Kd = k . suffix [n, 8, K] and total [n, 1, K]
@@ -416,9 +448,7 @@ class VectorDecayOfChunk:
             b *= 2
         return P, Q, Kd, total, X_of_levels, totals
 
-    def adjoint(
-        self, head, products, q, k, dscores, dq_start, dk_end, dtotal
-    ) -> Generator[None, None, Gradients]:
+    def adjoint(self, head, products, q, k, dscores, dq_start, dk_end, dtotal) -> Steps[Gradients]:
         matmul, (C, K), residuals = self.matmul, q.shape, products.residuals
         n = C // SUBLANES
         i, j = indices(C, C)
@@ -459,7 +489,7 @@ class VectorDecayOfChunk:
 
     def _register_levels_adjoint(
         self, residuals: VectorResiduals, X_gradient: Any, dQ: Any, dKd: Any, of_total: Any
-    ) -> Generator[None, None, Any]:
+    ) -> Steps[Any]:
         """Of `_register_levels`: from the gradients of Q, Kd [C, K] and log total [1, 1, K] of the
         whole chunk to those of blocks of 8."""
         C, K = dQ.shape

@@ -67,8 +67,9 @@ INITS = ("legs", "inv", "lin", "quad", "ptd", "real", "random_real", "random_ima
 
 
 def initial_system(init: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lambda and B in float64: complex [N/2], or for "real" real [N]. What an `init` draws at
-    random is as in "lin".
+    """Lambda and B in float64: complex [N/2], or for "real" real [N].
+
+    What an `init` draws at random is as in "lin" here.
 
     Raises ValueError for an unknown `init`, and for an odd or non-positive size.
     """
@@ -91,8 +92,9 @@ def initial_system(init: str, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class S4D(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"memory": (real [B, D M], imaginary [B, D M])}, float32; [B, D
-    M] of "real"."""
+    """x_BTD -> y_BTD; the state is {"memory": (real [B, D M], imaginary [B, D M])}, float32.
+
+    Of "real" it is one array [B, D M]."""
 
     causal = True
 

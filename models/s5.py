@@ -55,8 +55,9 @@ from ops.diagonal_scan.api import diagonal_scan
 def initial_modes(
     init: str, state_size: int, blocks: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lambda [N], V [P, N] and the rows [N, P] of V^-1 that belong to it, complex, P = state_size:
-    `blocks` systems of size P / blocks side by side.
+    """Lambda [N], V [P, N] and the rows [N, P] of V^-1 that belong to it, complex.
+
+    They are those of `blocks` systems of size P / blocks side by side, P = state_size.
 
     Raises ValueError for an unknown `init` and for a size that does not divide into blocks."""
     check_choice("init", init, ("legs", "ptd"))
@@ -76,8 +77,9 @@ def initial_modes(
 def initial_maps(
     width: int, V_PN: np.ndarray, inverse_NP: np.ndarray, rngs: nnx.Rngs
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """The real and imaginary parts of B = V^-1 B' [D, N] and of C = C' V [N, D], with B' and both
-    parts of C' ~ N(0, 1 / P)."""
+    """The real and imaginary parts of B = V^-1 B' [D, N] and of C = C' V [N, D].
+
+    B' and both parts of C' ~ N(0, 1 / P)."""
     size = len(V_PN)
     B_DP, C_real_DP, C_imaginary_DP = (
         jax.random.normal(rngs.params(), (width, size), jnp.float32) / math.sqrt(size)

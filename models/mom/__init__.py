@@ -54,8 +54,10 @@ FORGET_LOG = -1e4
 
 
 class MixtureOfMemories(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v" [B,E,W-1,X], "memory"
-    [B,E,H,K,V]}, all float32."""
+    """x_BTD -> y_BTD; the state is {"conv_q", "conv_k", "conv_v", "memory"}, all float32.
+
+    "conv_." [B,E,W-1,X] are the last inputs of each memory's convolutions, "memory" is
+    [B,E,H,K,V]."""
 
     causal = True
 
@@ -166,8 +168,9 @@ class MixtureOfMemories(nnx.Module):
         tail_BEWX: jax.Array | None,
         plan: Dispatch,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """silu(conv(x)) over the tokens of each memory, as sorted entries split into heads; and the
-        inputs that each memory remembers next (None without a convolution, as before)."""
+        """silu(conv(x)) over the tokens of each memory, and the inputs that it remembers next.
+
+        The first as sorted entries, split into heads; the second None without a convolution."""
         if tail_BEWX is None:
             x_RNX = plan.sorted(x_BTEX)
         else:
@@ -203,8 +206,9 @@ class MixtureOfMemories(nnx.Module):
         return o, jnp.where(plan.outdated[..., None, None, None], 0.0, after)
 
     def route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Memories and weights of each token's copies [B, T, J]; the shared memory comes last, with
-        weight 1."""
+        """Memories and weights of each token's copies [B, T, J].
+
+        The shared memory comes last, with weight 1."""
         memory_BTJ, weight_BTJ = self.router(x_BTD)
         if not self.shared_memory:
             return memory_BTJ, weight_BTJ

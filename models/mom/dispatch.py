@@ -54,8 +54,10 @@ class Latest(NamedTuple):
 def sort_to_memories(
     routed_BET: jax.Array, memory_BTJ: jax.Array, *, history: int, one_stream: bool
 ) -> Order:
-    """The order of the copies of tokens: those of token t go to the memories memory_BTJ[:, t], all
-    different, where routed_BET is true. history is W - 1.
+    """The order of the copies of tokens.
+
+    The copies of token t go to the memories memory_BTJ[:, t], which are all different, where
+    routed_BET is true. history is W - 1.
 
         position     0  1  2  3  4  5             L = 6
         memory a    ra  0  .  2  3  .             a row of [E, L]: its sources are 0 .. 5
@@ -143,8 +145,10 @@ def latest_tokens(routed_BET: jax.Array, document_BT: jax.Array, *, history: int
 def outdated_memories(
     routed_BET: jax.Array, document_BT: jax.Array, parts: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Whether a memory holds a document that is over: before each part [B, E], older than the one
-    that goes on there, and after the last part [B / parts, E], older than the last one."""
+    """Whether a memory holds a document that is over.
+
+    Before each part [B, E]: one older than the document that goes on there. After the last part
+    [B / parts, E]: one older than the last document."""
     batch, memories, _ = routed_BET.shape
     last_B1 = document_BT[:, -1:]
     of_last_BET = routed_BET & (document_BT == last_B1)[:, None]
@@ -190,20 +194,23 @@ class Dispatch:
         return _rows(self.segments.resets)
 
     def sorted(self, x_BTEX: jax.Array) -> jax.Array:
-        """The entries [B R, N, X] of the inputs [B, T, E, X] of every memory, or [B, T, 1, X] of
-        all memories alike; zeros for what is remembered."""
+        """The entries [B R, N, X]; zeros for what is remembered.
+
+        x: the inputs [B, T, E, X] of every memory, or [B, T, 1, X] of all memories alike."""
         return self._entries(self._in_parts(x_BTEX), None)
 
     def sorted_after(self, x_BTEX: jax.Array, tail_BEWX: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """As `sorted`, after the inputs [B, E, W - 1, X] that each memory remembers; and the inputs
-        that it remembers next, float32."""
+        """The entries [B R, N, X], and what each memory remembers next [B, E, W - 1, X], float32.
+
+        x: as in `sorted`; tail [B, E, W - 1, X]: the inputs that each memory remembers."""
         x_BTEX = self._in_parts(x_BTEX)
         before, last = self._remembered(x_BTEX, tail_BEWX)
         return self._entries(x_BTEX, before), last
 
     def streams(self, x_RNX: jax.Array) -> jax.Array:
-        """[B R, N, ...] of parts -> streams of whole sequences, as the recurrence takes them: a
-        stream goes on in the next part."""
+        """Streams of whole sequences, of streams [B R, N, ...] of parts.
+
+        The recurrence takes them so: a stream goes on in the next part."""
         return to_whole(x_RNX, self.parts)
 
     def copies(self, y_RNX: jax.Array) -> jax.Array:
@@ -228,8 +235,9 @@ class Dispatch:
         return x_BNX.reshape(-1, self.order.memory.shape[-1], x_BNX.shape[-1])
 
     def _remembered(self, x_BTEX: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The last W - 1 inputs of each memory, float32, zeros where the document had not begun:
-        before each part [B, E, W - 1, X], and after the last one; `first` before the first."""
+        """The last W - 1 inputs of each memory [B, E, W - 1, X]: before each part, after the last.
+
+        float32; zeros where the document had not begun. `first` is before the first part."""
         history = first.shape[2]
         latest_BEWX = jnp.take_along_axis(
             jnp.moveaxis(x_BTEX, 1, 2), self.latest.tokens[..., None], axis=2

@@ -28,8 +28,7 @@ STACKED_XAVIER_SMALL = nnx.initializers.variance_scaling(
 
 
 class MemoryProjection(nnx.Module):
-    """[B, T, D], the same for every memory, or [B, T, E, D] -> [B, T, E, X], by a matrix per
-    memory."""
+    """[B, T, E, X] by a matrix per memory, of [B, T, D] for all alike or [B, T, E, D]."""
 
     def __init__(
         self,
@@ -104,8 +103,9 @@ class GatedDeltaRule(nnx.Module):
 
 
 class GatedSum(nnx.Module):
-    """S <- Diag(alpha) S + k^T v, alpha = sigmoid((x W_1^m) W_2^m + b^m)^(1/tau), as in
-    models/gla.py."""
+    """S <- Diag(alpha) S + k^T v, alpha = sigmoid((x W_1^m) W_2^m + b^m)^(1/tau).
+
+    As in models/gla.py, with matrices and a bias of each memory's own."""
 
     def __init__(
         self,

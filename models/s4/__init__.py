@@ -144,8 +144,9 @@ class S4(nnx.Module):
         self.read_imaginary_DM = nnx.Param(-read_imaginary_DM, out_sharding=("embed", None))
 
     def modes(self) -> tuple[jax.Array, ...]:
-        """Lambda Delta / 2 [D, M], p sqrt(Delta / 2) [D, R, M] and B Delta [D, M], complex64: the
-        system in units of half a step."""
+        """The system in units of half a step, complex64.
+
+        Lambda Delta / 2 [D, M], p sqrt(Delta / 2) [D, R, M] and B Delta [D, M]."""
         half_D1 = jnp.exp(self.step_log_D[...])[:, None] / 2
         eigenvalue_DM = jax.lax.complex(-jnp.exp(self.decay_log_DM[...]), self.angle_DM[...])
         low_rank_DRM = jax.lax.complex(
@@ -200,8 +201,9 @@ class S4(nnx.Module):
         return -power_less_one(E_DNN, self.kernel_length)
 
     def kernel(self) -> jax.Array:
-        """K [D, L] float32, by the Cauchy sums of Alg. 1 at the L / 2 + 1 roots of unity of the
-        upper half circle."""
+        """K [D, L], float32, by the Cauchy sums of Algorithm 1.
+
+        At the L / 2 + 1 roots of unity of the upper half circle."""
         # z = exp(-2 i angle): with 1 - z = 2 i sin(angle) e^(-i angle) and 1 + z = 2 cos(angle)
         # e^(-i angle), all that remains of g(z) - Lambda Delta / 2 is i sin - cos Lambda Delta / 2.
         angle_F = np.pi * np.arange(self.kernel_length // 2 + 1) / self.kernel_length

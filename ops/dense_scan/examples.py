@@ -43,8 +43,9 @@ def options(shape: Shape, variant: str) -> dict[str, Any]:
 
 
 def matmul_flops(shape: Shape, direction: str, chunk: int = CHUNK) -> float:
-    """Of a chunk: its own tokens, what it reads of the state and writes to it, and the state's way
-    through it. The backward pass does it again, and two products for each."""
+    """Of chunks: their own tokens, reads of the state, writes to it, and its way through them.
+
+    The backward pass does it again, and two products for each."""
     N, outputs = shape["state_size"], shape["outputs"]
     of_chunk = chunk * chunk * outputs + chunk * outputs * N + chunk * N + N * N
     chunks = shape["batch"] * shape["width"] * shape["length"] / chunk

@@ -164,8 +164,9 @@ def _advance(matrices: ChunkMatrices, power_DNN: jax.Array, carry: Any, tokens: 
 
 
 def free_response(x_BDN: jax.Array, A_DNN: jax.Array, C_DMN: jax.Array, length: int) -> jax.Array:
-    """C A^(t+1) x, t = 0 .. length - 1: [B, length, D, M], what the state before the first token
-    adds to y."""
+    """C A^(t+1) x, t = 0 .. length - 1: [B, length, D, M].
+
+    This is what the state before the first token adds to y."""
     chunk = min(CHUNK, length)
     read_DCMN = read_rows(A_DNN, C_DMN, chunk)
     step_DNN = matrix_power(A_DNN, chunk)

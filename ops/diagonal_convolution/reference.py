@@ -7,11 +7,10 @@ from jax import lax
 
 
 def diagonal_convolution(u, a, b, c, initial_state, reverse=False):
-    """h_t = a h_{t-1} + b u_t,  y_t = sum_m Re(c_m h_{t,m}), in complex64 where the tuples a, b, c
-    and initial_state hold two parts.
+    """h_t = a h_{t-1} + b u_t,  y_t = sum_m Re(c_m h_{t,m}).
 
-    Shapes as in `api.py`, each of the four a tuple of its parts. Returns y [B, T, D] in float32 and
-    the final state [B, D, M] as such a tuple."""
+    Shapes as in `api.py`; a, b, c and initial_state are tuples of their parts, complex64 where
+    there are two. Returns y [B, T, D] in float32 and the final state [B, D, M] as such a tuple."""
     a_DM, b_DM, c_DM, h_BDM = (_number(parts) for parts in (a, b, c, initial_state))
 
     def step(h_BDM, u_BD):

@@ -17,8 +17,9 @@ from .sharding import constrain
 
 
 def to_parts(x: jax.Array, parts: int) -> jax.Array:
-    """The parts [P, n, ...] of arrays [B, T, ...]. Raises ValueError for a length that is not a
-    multiple of the parts."""
+    """The parts [P, n, ...] of arrays [B, T, ...].
+
+    Raises ValueError for a length that is not a multiple of the parts."""
     batch, length, *rest = x.shape
     if length % parts:
         raise ValueError(
@@ -40,8 +41,9 @@ def to_whole(x: jax.Array, parts: int) -> jax.Array:
 def documents(
     segment_ids: jax.Array | None, batch: int, length: int, parts: int, *, reverse: bool = False
 ) -> jax.Array:
-    """Numbers of documents [P, n], counted up from the first token of each part, in reverse from
-    the last; 0 for the document that goes on from the part before."""
+    """Numbers of documents [P, n]; 0 for the one that goes on from the part before.
+
+    Counted up from the first token of each part, in reverse from the last."""
     if segment_ids is None:
         return jnp.zeros((batch * parts, length // parts), jnp.int32)
     starts_Pn = to_parts(segments.starts(segment_ids, reverse=reverse), parts).astype(jnp.int32)
@@ -51,9 +53,10 @@ def documents(
 def along_parts(
     step: Callable[[Any, Any], Any], first: Any, values: Any, parts: int
 ) -> tuple[Any, Any]:
-    """What each part receives [P, ...] and what the last one leaves [B, ...], where a part turns
-    what it receives into step(received, value of the part), and the first one receives `first`
-    [B, ...]; values are trees of [P, ...].
+    """What each part receives [P, ...], and what the last one leaves [B, ...].
+
+    The first part receives `first` [B, ...], and each part turns what it receives into
+    step(received, value of the part); values are trees of [P, ...].
 
     Every device goes through all parts: their values are gathered once, before the first."""
 

@@ -6,11 +6,10 @@ from jax import lax
 
 
 def long_convolution(u, kernel, segment_ids):
-    """y_t = sum of kernel_{t-s} u_s over the tokens s <= t of t's segment, by the lower-triangular
-    Toeplitz matrix of every channel.
+    """y_t = sum of kernel_{t-s} u_s over the tokens s <= t of t's segment.
 
-    Shapes as in `api.py`; returns y [B, T, D] in float32.
-    """
+    By the lower-triangular Toeplitz matrix of every channel. Shapes as in `api.py`; returns y
+    [B, T, D] in float32."""
     lag_TT = jnp.arange(u.shape[1])[:, None] - jnp.arange(u.shape[1])[None, :]
     toeplitz_DTT = jnp.where(
         (lag_TT >= 0)[None], kernel.astype(jnp.float32)[:, jnp.abs(lag_TT)], 0.0

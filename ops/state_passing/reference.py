@@ -10,8 +10,10 @@ def act(A, S):
 
 
 def state_passing(A, written, keeps, initial_state, reverse=False):
-    """S_{t+1} = keep_t A S_t + M_t; the states before the parts [B, T, D, N] and the last one
-    [B, D, N], float32. Shapes as in `api.py`."""
+    """S_{t+1} = keep_t A S_t + M_t.
+
+    Shapes as in `api.py`; returns the states before the parts [B, T, D, N] and the last one
+    [B, D, N], in float32."""
     A, first = A.astype(jnp.float32), initial_state.astype(jnp.float32)
 
     def step(S, part):

@@ -26,8 +26,9 @@ def _act_transposed(transition, S_BND):
 
 
 def _transition(A, written, keeps):
-    """A^n of the n parts of this device [N, N, D], and keep [B, 1, D]: 1 where all of them hand on
-    what comes in (None: everywhere)."""
+    """A^n of the n parts of this device [N, N, D], and keep [B, 1, D] (None: 1 everywhere).
+
+    keep is 1 where all parts hand on what comes in."""
     batch, parts, systems, _ = written.shape
     with jax.default_matmul_precision("highest"):
         power_DNN = jnp.linalg.matrix_power(A.astype(jnp.float32), parts)
@@ -45,8 +46,9 @@ def _swapped(state):
 
 class Rules:
     def forward(self, rules, axis: TimeAxis, A, written, keeps, initial_state):
-        """The states before this device's parts and the last one of all; and, for `backward`, the
-        state that came in."""
+        """The states before this device's parts, and the last one of all; what came in.
+
+        The last is kept for `backward`."""
         _, M = rules.forward(A, written, keeps, jnp.zeros_like(initial_state))
         power, keep = _transition(A, written, keeps)
         S, last = axis.prefix(

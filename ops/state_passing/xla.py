@@ -16,8 +16,7 @@ forward = state_passing
 
 
 def backward(A, written, keeps, initial_state, dbefore, dlast, *, reverse=False):
-    """Gradients of A, written, keeps (None) and initial_state, float32, each of its input's
-    shape."""
+    """Gradients of A, written, keeps (None) and initial_state, float32."""
     before, _ = state_passing(A, written, keeps, initial_state, reverse)
     A = A.astype(jnp.float32)
     A_transposed = jnp.swapaxes(A, 1, 2)

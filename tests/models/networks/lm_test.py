@@ -124,3 +124,20 @@ def test_embedding_dropout_works_for_replicas_under_vmap():
     second, _ = step(states)
     assert np.abs(np.asarray(first[0] - first[1])).max() > 0
     assert np.abs(np.asarray(first - second)).max() > 0
+
+
+def test_parameters_lie_where_checkpoints_have_them():
+    options = {"pattern": ("gla", "hgrn2"), "depth": 3, "mixers": {"gla": {"conv_width": 2}}}
+    parameters = nnx.state(nnx.eval_shape(lambda: tiny_lm(**options)), nnx.Param)
+    paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(parameters)}
+    gla = {f"{name}/kernel" for name in ("query", "key", "value", "gate_in", "gate_out", "output")}
+    gla |= {"gate_out/bias", "output_gate/kernel", "norm/scale"}
+    gla |= {f"conv_{name}/weight_WD" for name in "qkv"}
+    hgrn2 = {f"{name}/kernel" for name in ("query", "forget", "value", "output")} | {"norm/scale"}
+    blocks = {"period/0": gla, "period/1": hgrn2, "remainder/0": gla}
+    assert paths == {
+        *("embedding/embedding", "norm/scale", "head_WD", "stack/shared/hgrn2/gamma_LD"),
+        *(f"stack/{place}/mixer/{name}" for place, names in blocks.items() for name in names),
+        *(f"stack/{place}/{name}_norm/scale" for place in blocks for name in ("mixer", "mlp")),
+        *(f"stack/{place}/mlp/{m}/kernel" for place in blocks for m in ("gate", "up", "down")),
+    }

@@ -8,6 +8,7 @@ costs the same, however long the text has become. For tasks other than text a pr
 numbers, as --prompt="3 14 15"."""
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ def generate(
             "every prompt must have at least one token; got lengths"
             f" {[len(prompt) for prompt in prompts]}"
         )
-    if tokens < 1 or temperature < 0 or top_k < 0:
+    if tokens < 1 or top_k < 0 or not 0 <= temperature < math.inf:
         raise ValueError(
-            "tokens must be at least 1, temperature and top_k at least 0; "
-            f"got tokens={tokens}, temperature={temperature}, top_k={top_k}"
+            "tokens must be at least 1, temperature a finite number of at least 0, top_k at least"
+            f" 0; got tokens={tokens}, temperature={temperature}, top_k={top_k}"
         )
     width = max(len(prompt) for prompt in prompts)
     tokens_BT = np.zeros((len(prompts), width), np.int32)

@@ -42,6 +42,8 @@ def plan(sweep: ModuleType, name: str, scale: str, runs: Path) -> list[tuple[Run
         if not cell.gap and not isinstance(cell, Computation):
             cells_of.setdefault(workdir_name(cell), []).append(cell)
     planned = []
+    # Runs work in the checkout, or where a cluster's image has it: not where the launcher does.
+    runs = runs.expanduser().absolute()
     for workdir, cells in cells_of.items():
         path = runs / name / scale / workdir
         label = f"{cells[0].row} / {cells[0].column}"

@@ -8,6 +8,7 @@ page.html is its template."""
 
 import html
 import json
+import math
 import re
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -85,7 +86,7 @@ def _entry(
     }
     if row:
         entry["facts"] = {
-            "per seed": [round(value, 6) for value in rows.value_of(cell, row)],
+            "per seed": [_rounded(value) for value in rows.value_of(cell, row)],
             "seeds": row["seeds"],
             "parameters": row["parameters"],
             "state bytes": row["state_bytes"],
@@ -118,6 +119,11 @@ def _status(cell: Cell, row: Any, workdir: Path, failed: Collection[str]) -> tup
         steps = [logged["step"] for logged in read_rows(workdir)]
         return "unfinished", f"last logged at step {max(steps, default=0)}"
     return "not run", ""
+
+
+def _rounded(value: float | None) -> float | None:
+    """Six decimals; None, which the page shows as a dash, for a value that is not finite."""
+    return None if value is None or not math.isfinite(value) else round(value, 6)
 
 
 def _curves(workdir: Path) -> list[dict[str, Any]]:

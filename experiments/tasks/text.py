@@ -8,8 +8,7 @@ is one stream."""
 
 import hashlib
 import json
-import os
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,10 +172,10 @@ def _train_bpe(file: Path, documents: Sequence[Document], vocabulary_size: int) 
     )
     tokenizer.train_from_iterator((_decode(document) for document in documents), trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=file.parent)
-    os.close(handle)
-    tokenizer.save(unfinished)
-    publish(Path(unfinished), file)
+    # Not by tempfile, whose files are their owner's alone: data_dir may be shared.
+    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    tokenizer.save(str(unfinished))
+    publish(unfinished, file)
 
 
 def _decode(document: Document) -> str:

@@ -5,6 +5,7 @@ A config is an ml_collections.ConfigDict from a file in experiments/configs. The
 is listed in KEYS."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
@@ -160,6 +161,11 @@ def validate(config: Config) -> None:
                 f"config.{key} must be of type {expected.__name__}; got {value!r}"
                 f" ({type(value).__name__})"
             )
+    for key, value in values.items():
+        # Sections of tasks and models, too: there is no option for which it would be a choice.
+        _require(
+            not isinstance(value, float) or math.isfinite(value), key, "a finite number", value
+        )
     for key in POSITIVE:
         _require(values[key] > 0, key, "greater than 0", values[key])
     for key in NOT_NEGATIVE:

@@ -131,6 +131,9 @@ def test_impossible_requests_are_refused(model: Model):
         ValueError, match=r"tokens must be at least 1, .* got tokens=0, temperature=1.0, top_k=0"
     ):
         generate(*model, PROMPTS, tokens=0)
+    for temperature in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match=r"temperature a finite number of at least 0, .* got"):
+            generate(*model, PROMPTS, tokens=2, temperature=temperature)
     blueprint, params, variables = model
     stateless = Blueprint(blueprint.build, blueprint.graphdef, blueprint.params, None)
     with pytest.raises(ValueError, match="keeps no recurrent state"):

@@ -83,6 +83,14 @@ def test_a_sweep_file_becomes_commands_that_train_its_configs(tmp_path):
     assert config.optimizer.lr == 0.03
 
 
+def test_runs_lie_where_the_launcher_looks_for_them_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, table = sweeps.find_sweep("icl_regression")
+    for run, _ in plan(table, "icl_regression", "cpu", Path("runs")):
+        assert run.workdir.is_relative_to(tmp_path / "runs")
+        assert f"--workdir={run.workdir}" in run.command
+
+
 def test_tables_with_shared_and_computed_cells_have_a_run_per_training(tmp_path):
     _, table = sweeps.find_sweep("icl_regression")
     assert len(plan(table, "icl_regression", "cpu", tmp_path)) == 6  # 10 cells

@@ -61,6 +61,12 @@ def make_row(cell: Cell, losses: dict[int, list[float | None]]) -> dict[str, Any
     }
 
 
+def test_a_number_that_is_not_finite_is_a_dash_on_the_page(tmp_path):
+    recorded = [make_row(CELLS[0], {20: [None, 0.7], 5: [0.1, None], 40: [None, 0.9]})]
+    html.write(tmp_path / "report.html", TABLE, "rates", "cpu", recorded, runs=tmp_path / "runs")
+    assert '"per seed": [null, ' in (tmp_path / "report.html").read_text()
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     """Of five cells: one done, a gap, one never run, one failed, one under way."""

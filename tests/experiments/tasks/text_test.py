@@ -146,6 +146,9 @@ def test_a_bpe_token_stands_for_its_bytes(folder: Path, tmp_path: Path) -> None:
     task = make(folder, tmp_path, tokenizer="bpe", vocabulary_size=300, packing="stream")
     assert task.sizes["vocabulary"] <= 300
     (file,) = (tmp_path / "data").rglob("bpe-300.json")
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert file.stat().st_mode == plain.stat().st_mode, "data_dir may be shared"
     tokenizer = Tokenizer.from_file(str(file))
     batch = everything(task, "train")
     text = b"".join(documents(folder, "train")).decode()

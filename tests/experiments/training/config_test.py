@@ -130,6 +130,17 @@ def test_a_missing_an_unknown_and_an_ill_typed_key_are_named():
         configs.validate(config)
 
 
+@pytest.mark.parametrize(
+    "key", ["optimizer.lr", "optimizer.weight_decay", "z_loss", "model.norm_eps", "task.power"]
+)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_that_are_not_finite_are_refused_in_every_section(key, value):
+    config: Any = recipe("mqar")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=rf"config\.{key} must be a finite number; got"):
+        configs.validate(config)
+
+
 @pytest.mark.parametrize("name", available_recipes())
 def test_a_config_survives_json(name):
     config = recipe(name)

@@ -4,7 +4,7 @@ and the guard that rejects non-finite steps."""
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,7 @@ def with_master_weights(
         updates = jax.tree.map(jnp.subtract, weights, wide(params))
         return updates, MasterWeights(weights, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, cast(Any, update))
 
 
 def make_optimizer(

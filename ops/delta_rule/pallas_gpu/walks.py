@@ -157,8 +157,9 @@ def walk(
                 reads = sizes.scale * (reads + matmul.nn(P, N))  # Eq. 6
                 gpu.store(out.o, reads, b, sizes.tokens(t), h, values)
             k = chunk.keys(keys)  # [C, K]
-            added = matmul.tn(k, decay.times_suffix(N))  # [K, V]
-            return chunk.times_total(decay, S, keys) + added  # Eq. 7
+            # NOTE: total is loaded before the matmul; after it, it would cost registers.
+            kept = chunk.times_total(decay, S, keys)  # [K, V]
+            return kept + matmul.tn(k, decay.times_suffix(N))  # Eq. 7
 
         S = gpu.load(refs.starts, b, part, h, keys, values)  # [K, V]
         S = lax.fori_loop(*sizes.part_chunks(part, parts), step, S)

@@ -159,7 +159,9 @@ def time_case(case: Case, mode: str, kind: str) -> list[dict[str, Any]]:
             program = make()
             _turn(program, 1)
             ready[name] = (program, _repeats(program), [])
-        except Exception as error:  # a peer may fail in any way: a gap in the table
+        # Peers are other people's packages, which fail in ways of their own (missing, too old, out
+        # of memory): that is a gap in the table. Ours, the first row, raises.
+        except Exception as error:
             if len(rows) == 1:  # ours
                 raise
             rows[-1]["gap"] = f"{type(error).__name__}: {error}".splitlines()[0][:120]

@@ -119,8 +119,7 @@ def find_coder(tokenizer: str, vocabulary_size: int, corpus: Corpus, directory: 
     """The coder of a `tokenizer` option; "bpe" is trained on the corpus unless `directory` has
     it."""
     if tokenizer == "bytes":
-        encode = lambda document: np.frombuffer(document.content, np.uint8)  # noqa: E731
-        return Coder("bytes", encode, np.ones(256, np.int64))
+        return Coder("bytes", _bytes, np.ones(256, np.int64))
     if tokenizer == "bpe":
         file = directory / f"bpe-{vocabulary_size}.json"
         if not file.exists():
@@ -176,6 +175,10 @@ def _train_bpe(file: Path, documents: Sequence[Document], vocabulary_size: int) 
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     tokenizer.save(str(unfinished))
     publish(unfinished, file)
+
+
+def _bytes(document: Document) -> np.ndarray:
+    return np.frombuffer(document.content, np.uint8)
 
 
 def _decode(document: Document) -> str:

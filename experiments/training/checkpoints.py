@@ -92,7 +92,8 @@ def restore(
     try:
         place = {} if data is None else {"data": data.get_state()}
         loaded = v1.load_checkpointables(str(path), {**abstract, **place})
-    # Whatever the storage layers raise for bytes that are not there or make no sense.
+    # The storage layers have no error of their own for damage: for bytes that are missing or make
+    # no sense they raise errors of many types. The cause stays attached.
     except Exception as error:
         raise DamagedCheckpointError(f"{path} ({type(error).__name__})") from error
     if data is not None and loaded["data"]["next_index"] != step:
@@ -165,7 +166,7 @@ def _metadata(path: Path, name: str) -> Any:
     """What a checkpoint says of the arrays of its part `name`."""
     try:
         metadata: Any = v1.metadata(str(path), checkpointable_name=name).metadata
-    # As in reading: the storage layers have no error of their own for damage.
+    # As in `restore`: damaged metadata raises errors of many types, which stay attached.
     except Exception as error:
         raise DamagedCheckpointError(
             f"{path} ({type(error).__name__} in the metadata of {name})"

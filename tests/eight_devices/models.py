@@ -127,6 +127,8 @@ INDIVISIBLE = {
 )
 def test_loss_state_and_gradients_of_models(name, shape):
     if shape[3] > 1 and name in INDIVISIBLE:
+        # A mesh axis must divide what lies over it, and the trainer refuses one that does not
+        # (`parameter_specs`): there is no such program to compare.
         pytest.skip("a number of heads or channels that the tensor axis does not divide")
     rng, vocabulary = np.random.default_rng(0), mixers_test.VOCABULARY
     lm = mixers_test.make(name)

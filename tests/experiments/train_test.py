@@ -149,11 +149,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
     # other batches.
     spoiled = task_with(lambda label, index: np.where(index == 9, np.nan, label))
     skipping = task_with(lambda label, index: label)
-    skip = lambda index: np.where(index < 8, index, index + 8)  # noqa: E731
-    skipping = dataclasses.replace(
-        skipping,
-        train=lambda seed: Examples(lambda index: spoiled.train(seed).fetch(skip(index))),  # type: ignore
-    )
+    examples: Any = spoiled.train(0)
+
+    def without_batch_1(index: np.ndarray) -> dict[str, np.ndarray]:
+        return examples.fetch(np.where(index < 8, index, index + 8))
+
+    skipping = dataclasses.replace(skipping, train=lambda seed: Examples(without_batch_1))
     options = {
         "task.name": "stub",
         "eval.best_metric": "test/loss",

@@ -197,8 +197,9 @@ def test_a_length_that_the_sequence_axis_does_not_divide_is_refused_by_its_name(
 @pytest.mark.slow
 def test_moments_in_host_memory_change_no_number(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        told = lambda _, step: signal.SIGTERM if step == 2 else None  # noqa: E731
-        patch.setattr(train.Interruption, "at", told)
+        patch.setattr(
+            train.Interruption, "at", lambda _, step: signal.SIGTERM if step == 2 else None
+        )
         train.run(regression_config(**{"optimizer.offload": True}), tmp_path / "saving", quiet=True)
     lying = []
     real = checkpoints.Checkpoints.save

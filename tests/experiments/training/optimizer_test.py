@@ -218,7 +218,10 @@ def test_the_second_moment_of_parameters_in_bfloat16_falls_again():
 
     def run(state: Any, gradient: float, steps: int) -> Any:
         grads = jax.tree.map(lambda leaf: jnp.full(leaf.shape, gradient), coarse)
-        update = lambda _, state: tx.update(grads, state, coarse)[1]  # noqa: E731
+
+        def update(_: Any, state: Any) -> Any:
+            return tx.update(grads, state, coarse)[1]
+
         return jax.jit(lambda state: jax.lax.fori_loop(0, steps, update, state))(state)
 
     state = run(run(tx.init(coarse), 1.0, 200), 0.01, 5000)

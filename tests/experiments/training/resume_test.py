@@ -107,7 +107,10 @@ def test_a_run_killed_and_terminated_at_any_moment_ends_to_the_bit_like_one_that
     tmp_path, uninterrupted = (
         tmp_path_factory.mktemp(name) for name in ("interrupted", "uninterrupted")
     )
-    saving = lambda: list((tmp_path / "checkpoints").glob("*.orbax-checkpoint-tmp"))  # noqa: E731
+
+    def saving() -> list[Path]:
+        return list((tmp_path / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+
     chance = random.Random()
 
     train.run(config(), uninterrupted, quiet=True)

@@ -1,6 +1,7 @@
 """Exact linear recurrences: one function per recurrence, a scan that defines it and faster forms
 that are held to it."""
 
+from .bidirectional_linear_attention.api import bidirectional_linear_attention
 from .delta_rule.api import delta_rule
 from .dense_scan.api import dense_scan
 from .diagonal_convolution.api import diagonal_convolution
@@ -17,6 +18,7 @@ from .window_attention.api import WindowState, init_window_state, window_attenti
 
 __all__ = [
     "WindowState",
+    "bidirectional_linear_attention",
     "checks",
     "delta_rule",
     "dense_scan",

@@ -158,6 +158,45 @@ def finite(x: Any) -> Any:
     return abs(x) < float("inf")
 
 
+def check_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, same_length: bool = False) -> None:
+    """Raises ValueError unless q is [B, T, H, K], k [B, S, HK, K] and v [B, S, HK, V], of numbers,
+    with HK a divisor of H and, with `same_length`, S = T."""
+    check_float(q=q, k=k, v=v)
+    check_shape("q", q, "[B, T, H, K]", (None,) * 4)
+    batch, length, heads, key_size = q.shape
+    if 0 in (length, heads, key_size):
+        raise ValueError(f"q must be [B, T, H, K] with T, H and K at least 1; got {q.shape}")
+    if same_length:
+        check_shape("k", k, "[B, T, HK, K]", (batch, length, None, key_size), " with B, T, K of q")
+    else:
+        check_shape("k", k, "[B, S, HK, K]", (batch, None, None, key_size), " with B and K of q")
+    keys, key_heads = k.shape[1:3]
+    if keys == 0 or key_heads == 0 or heads % key_heads:
+        raise ValueError(
+            f"k must be [B, S, HK, K] with S at least 1 and HK a divisor of the {heads} heads of q;"
+            f" got {k.shape}"
+        )
+    check_shape("v", v, "[B, S, HK, V]", (batch, keys, key_heads, None), " with B, S and HK of k")
+    if v.shape[3] == 0:
+        raise ValueError(f"v must be [B, S, HK, V] with V at least 1; got {v.shape}")
+
+
+def check_mask(name: str, mask: jax.Array | None, batch: int, length: int) -> None:
+    """Raises ValueError unless `mask` is None or a boolean array [B, `length`]."""
+    if mask is None:
+        return
+    check_shape(name, mask, "[B, length]", (batch, length))
+    if jnp.result_type(mask) != jnp.bool_:
+        raise ValueError(f"{name} must be a boolean array; got {jnp.result_type(mask)}")
+
+
+def check_number(name: str, value: float, expectation: str, good: Callable[[Any], bool]) -> None:
+    """Raises ValueError unless `value` is a Python number, finite, and `good`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and finite(value) and good(value)):
+        raise ValueError(f"{name} must be {expectation}; got {value!r}")
+
+
 def check_matrix_state(
     q: jax.Array,
     k: jax.Array,

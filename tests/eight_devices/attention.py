@@ -94,6 +94,62 @@ def check_window_attention(window, shape, packed, state, activation="softmax"):
         assert_close(jax.tree_util.keystr(path), value, wanted)
 
 
+@pytest.mark.parametrize(
+    ("shape", "packed", "key_heads"),
+    [
+        ((1, 1, 4, 1), True, 2),
+        ((2, 1, 2, 2), False, 1),  # one key head of two devices' query heads
+        pytest.param((1, 1, 8, 1), True, 2, marks=pytest.mark.full),
+        pytest.param((2, 1, 2, 2), True, 2, marks=pytest.mark.full),
+        pytest.param((1, 1, 4, 1), False, 2, marks=pytest.mark.full),
+    ],
+)
+def test_linear_attention_in_both_directions(shape, packed, key_heads):
+    def normal(seed, *shape):
+        return jax.random.normal(jax.random.key(seed), shape)
+
+    # A document over three devices, one that ends with a device, and short ones.
+    ids = jnp.asarray([[0] * 5 + [1] * 19 + [0] * 8, [0] * 8 + [1] * 2 + [2] * 3 + [3] * 19])
+    mask = jax.random.uniform(jax.random.key(5), ids.shape) < 0.8
+    q, do = normal(0, 2, 32, 4, 8), normal(1, 2, 32, 4, 6)
+    k, v = normal(2, 2, 32, key_heads, 8), normal(3, 2, 32, key_heads, 6)
+
+    def everything(q, k, v):
+        o, pullback = jax.vjp(
+            lambda q, k, v: ops.bidirectional_linear_attention(
+                *(jax.nn.elu(q) + 1, jax.nn.elu(k) + 1, v),
+                key_mask=mask,
+                segment_ids=ids if packed else None,
+            ),
+            *(q, k, v),
+        )
+        return o, *pullback(do)
+
+    expected = jax.jit(everything)(q, k, v)
+    with jax.set_mesh(mesh_of(*shape)):
+        got = jax.jit(lambda *arrays: everything(*arrays))(q, k, v)
+    for name, value, wanted in zip(("o", "dq", "dk", "dv"), got, expected, strict=True):
+        assert_close(name, value, wanted)
+
+
+def test_linear_attention_in_both_directions_sends_one_state_forward_and_one_backward():
+    mesh = mesh_of(1, 1, 8, 1)
+    x = jax.ShapeDtypeStruct(
+        (1, 64, 2, 16), jnp.float32, sharding=jax.NamedSharding(mesh, P(None, "sequence"))
+    )
+
+    def outputs(q, k, v):
+        return ops.bidirectional_linear_attention(q, k, v)
+
+    def gradients(q, k, v, do):
+        return jax.vjp(outputs, q, k, v)[1](do)
+
+    state = "f32[1,2,16,17]{3,2,1,0}"
+    with jax.set_mesh(mesh):
+        assert collectives(outputs, x, x, x) == {"all-reduce": [state]}
+        assert collectives(gradients, x, x, x, x) == {"all-reduce": [state, state]}
+
+
 def test_ring_attention_gathers_nothing():
     mesh = mesh_of(1, 1, 8, 1)
     cut = jax.NamedSharding(mesh, P(None, "sequence"))

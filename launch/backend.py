@@ -25,6 +25,7 @@ TPUS = {
     "v6e-256": ("tpu-v6e-slice", "16x16", 64),
 }
 CHIPS_PER_HOST = 4
+LEAST = {"parallel": 0, "slices": 1, "max_restarts": 0, "cpus": 0, "gpus": 0, "array_size": 0}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Resources:
     cluster, project, zone      xpk: where
     time, cpus, gpus, memory    slurm: limit in its notation, per task; "" and 0: the partition's
                                 default
+    array_size      slurm: tasks of one array, at most; 0: the cluster's MaxArraySize
     """
 
     parallel: int = 1
@@ -63,11 +65,12 @@ class Resources:
     cpus: int = 0
     gpus: int = 0
     memory: str = ""
+    array_size: int = 0
 
     def __post_init__(self) -> None:
         if self.tpu not in TPUS:
             raise ValueError(f"tpu must be one of {', '.join(TPUS)}; got {self.tpu!r}")
-        for name, least in (("parallel", 0), ("slices", 1), ("max_restarts", 0)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
 
@@ -115,16 +118,18 @@ def _convert(value: Any, kind: type) -> Any:
 
 class Backend(Protocol):
     """An engine. It starts what it is given and says how it stands; that a run is finished, its
-    summary says."""
+    summary says. `submit` and `states` raise NoAnswer and Refused (launch/engine.py), and are then
+    called again."""
 
     def submit(self, runs: Sequence[Run]) -> None:
         """Queues or starts runs and returns. A run that was submitted before and has ended may come
-        again."""
+        again; one that is under way is left alone: so the same runs can be given again after an
+        error, of which a part may have been submitted."""
         ...
 
     def states(self) -> dict[str, str]:
-        """{run name: QUEUED, RUNNING or ENDED} of all submitted runs; ENDED says nothing of
-        success."""
+        """{run name: QUEUED, RUNNING or ENDED} of all submitted runs; ENDED, where the engine says
+        so, says nothing of success."""
         ...
 
     def cancel(self) -> None:

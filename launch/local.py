@@ -23,7 +23,8 @@ class Local:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def submit(self, runs: Sequence[Run]) -> None:
-        self._queue += runs
+        states = self.states()
+        self._queue += [run for run in runs if states.get(run.name, ENDED) == ENDED]
         self._fill()
 
     def states(self) -> dict[str, str]:

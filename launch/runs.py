@@ -2,23 +2,43 @@
 finished."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+from experiments.reporting.rows import FACTS
 from experiments.reporting.table import Cell, Computation, command, find_cells, workdir_name
+
+# Mistakes that may be gone the next time: of the system, and of a process that still ends.
+PASSING = re.compile(r"error: (\[Errno|another process)")
+
+
+class Outcome(NamedTuple):
+    """summary: of a run that is finished, or None; problem: why what it left is no such summary;
+    lasting: whether it would be the same if the run were given again."""
+
+    summary: dict[str, Any] | None
+    problem: str = ""
+    lasting: bool = False
 
 
 @dataclass(frozen=True)
 class Run:
     """name: unique in the sweep, and safe in paths; label: for people; command: to be run from the
-    checkout."""
+    checkout; metrics: what the summary must have, as "<evaluation>/<metric>"."""
 
     name: str
     label: str
     workdir: Path
     command: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
+
+    @property
+    def log(self) -> Path:
+        """Where the output of the run is."""
+        return self.workdir / "log.txt"
 
     def summary(self) -> dict[str, Any] | None:
         """What the run left when it finished, or None. Raises ValueError for a summary that is not
@@ -29,7 +49,55 @@ class Run:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); remove it") from error
+            raise ValueError(f"{path} is not JSON ({error})") from error
+
+    def outcome(self) -> Outcome:
+        """How the run ended, if it did. What is wrong with its summary is its own failure."""
+        path = self.workdir / "summary.json"
+        try:
+            summary = self.summary()
+        except (ValueError, OSError) as error:
+            return Outcome(None, str(error))
+        if summary is None:
+            return Outcome(None)
+        if not isinstance(summary, dict):
+            return Outcome(None, f"{path} is not the summary of a run")
+        if not self.metrics:
+            return Outcome(summary)
+        lacking = [name for name in FACTS if name not in summary]
+        if lacking:
+            return Outcome(None, f"{path} is not the summary of a run: no {', '.join(lacking)}")
+        found = _metrics(summary["evaluations"])
+        missing = [name for name in self.metrics if name not in found]
+        if missing:
+            has = ", ".join(found) or "none"
+            problem = f"{path} has no metric {', '.join(missing)}; it has {has}"
+            return Outcome(None, problem, lasting=True)
+        return Outcome(summary)
+
+    def last_error(self, start: int = 0) -> str:
+        """The line "error: ..." with which the output of the run ends from byte `start` on, or
+        ""."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(start)
+                lines = file.read().decode("utf-8", "replace").split("\n")
+        except OSError:
+            return ""
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return last if last.startswith("error: ") else ""
+
+    def note_failure(self, why: str) -> None:
+        """Has the output end with an error, if it does not: by that others see a run as failed."""
+        if not self.last_error():
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(f"error: {why}\n")
+
+
+def lasts(error: str) -> bool:
+    """Whether a run that ended with the line `error` would end so again."""
+    return bool(error) and not PASSING.match(error)
 
 
 def plan(sweep: ModuleType, name: str, scale: str, runs: Path) -> list[tuple[Run, list[Cell]]]:
@@ -47,6 +115,20 @@ def plan(sweep: ModuleType, name: str, scale: str, runs: Path) -> list[tuple[Run
     for workdir, cells in cells_of.items():
         path = runs / name / scale / workdir
         label = f"{cells[0].row} / {cells[0].column}"
-        run = Run(workdir, label, path, tuple(command(cells[0], path)))
+        metrics = tuple(dict.fromkeys(cell.metric for cell in cells))
+        run = Run(workdir, label, path, tuple(command(cells[0], path)), metrics)
         planned.append((run, cells))
     return planned
+
+
+def _metrics(evaluations: Any) -> list[str]:
+    """<evaluation>/<metric> of all numbers per seed in a summary."""
+    if not isinstance(evaluations, dict):
+        return []
+    return [
+        f"{name}/{metric}"
+        for name, values in evaluations.items()
+        if isinstance(values, dict)
+        for metric, per_seed in values.items()
+        if isinstance(per_seed, list) and per_seed
+    ]

@@ -1,68 +1,130 @@
-"""Runs as one Slurm job array. A preempted or timed-out task gets SIGTERM two minutes early, saves,
+"""Runs as Slurm job arrays. A preempted or timed-out task gets SIGTERM two minutes early, saves,
 and is requeued."""
 
+import re
+import secrets
 import shlex
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from experiments.training.checkout import CHECKOUT
 from launch.backend import ENDED, QUEUED, RUNNING, Resources
+from launch.engine import NoAnswer, Refused, ask, insist, tell
+from launch.names import sweep_name
 from launch.runs import Run
 
 SECONDS_TO_SAVE = 120
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"}
+ARRAY_SIZE = 1001  # Slurm's default MaxArraySize
+OVER = "Invalid job id"  # what Slurm says of a job that has long ended
 
 
 class Slurm:
-    """The backend `slurm`: one job array."""
+    """The backend `slurm`: job arrays of at most the cluster's MaxArraySize."""
 
     def __init__(self, name: str, resources: Resources):
         self.name, self.resources = name, resources
         self._tasks: dict[str, str] = {}  # run name -> "<job>_<task>"
+        self._states: dict[str, str] = {}  # as far as Slurm has said
+        # Job name and runs of an array that may have been submitted: sbatch did not say.
+        self._unclear: tuple[str, Sequence[Run]] | None = None
 
     def submit(self, runs: Sequence[Run]) -> None:
-        done = subprocess.run(
-            ["sbatch", "--parsable"],
-            input=self.render(runs),
-            capture_output=True,
-            text=True,
-            cwd=CHECKOUT,
-        )
-        if done.returncode:
-            raise ValueError(f"sbatch refused the sweep: {done.stderr.strip()}")
-        job = done.stdout.strip().partition(";")[0]
-        self._tasks |= {run.name: f"{job}_{task}" for task, run in enumerate(runs)}
+        self._find_unclear()
+        left = [run for run in runs if self._states.get(run.name, ENDED) == ENDED]
+        for part in self._parts(left):
+            # A name of its own, by which it is found if sbatch does not answer.
+            job_name = f"{self._job_name(part)}-{secrets.token_hex(3)}"
+            options = [f"--job-name={job_name}", *self._after(len(part))]
+            self._unclear = job_name, part
+            try:
+                printed = tell(
+                    "sbatch", "--parsable", *options, text=self._script(part), cwd=CHECKOUT
+                )
+            except Refused:
+                self._unclear = None
+                raise
+            found = re.search(r"^(\d+)(;.*)?$", printed, re.MULTILINE)
+            if not found:
+                raise NoAnswer(f"sbatch did not say which job it submitted: {printed.strip()!r}")
+            self._submitted(found[1], part)
 
     def states(self) -> dict[str, str]:
-        jobs = sorted({task.partition("_")[0] for task in self._tasks.values()})
-        listed: dict[str, str] = {}
-        if jobs:
-            done = subprocess.run(
-                ["squeue", "--noheader", "--array", "--format=%i %T", "--jobs", ",".join(jobs)],
-                capture_output=True,
-                text=True,
-            )
-            # A job that is long over is an invalid id to squeue, which is what ENDED means.
-            listed = dict(line.split() for line in done.stdout.splitlines())
-        states = {}
+        jobs = self._live_jobs()
+        listed = _listed(jobs) if jobs else {}
         for name, task in self._tasks.items():
-            state = listed.get(task)
-            states[name] = ENDED if state is None else QUEUED if state in WAITING else RUNNING
-        return states
+            if self._states[name] != ENDED:
+                state = listed.get(task)
+                known = QUEUED if state in WAITING else RUNNING
+                self._states[name] = ENDED if state is None else known
+        return dict(self._states)
 
     def cancel(self) -> None:
-        jobs = sorted({task.partition("_")[0] for task in self._tasks.values()})
-        if jobs:
-            subprocess.run(["scancel", "--state=PENDING", *jobs])
-            # USR1 means: save, and do not come back.
-            subprocess.run(["scancel", "--batch", "--signal=USR1", *jobs])
+        targets = [[job] for job in self._live_jobs()]
+        if self._unclear:
+            targets.append([f"--name={self._unclear[0]}"])
+        # All that wait first: none of them takes the place of one that ends. USR1 means: save, and
+        # do not come back.
+        for how in (["--state=PENDING"], ["--batch", "--signal=USR1"]):
+            for target in targets:
+                insist("scancel", *how, *target, harmless=OVER)
 
     def render(self, runs: Sequence[Run]) -> str:
+        first, *others = [self._script(part) for part in self._parts(runs)]
+        note = "# The next array"
+        if self.resources.parallel:
+            note += ", with sbatch --dependency=afterany:<job of the one before>"
+        return "\n".join([first, *(f"{note}\n{script}" for script in others)])
+
+    def _parts(self, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
+        size = self.resources.array_size or (_array_size() if len(runs) > 1 else 1)
+        for start in range(0, len(runs), size):
+            yield runs[start : start + size]
+
+    def _after(self, tasks: int) -> list[str]:
+        """What keeps to `parallel` tasks at a time, which Slurm counts for each array: one that
+        does not fit beside those before waits for their end."""
+        under_way = sum(state != ENDED for state in self._states.values())
+        if not self.resources.parallel or not under_way:
+            return []
+        if under_way + tasks <= self.resources.parallel:
+            return []
+        return [f"--dependency=afterany:{':'.join(self._live_jobs())}"]
+
+    def _live_jobs(self) -> list[str]:
+        live = {
+            task.partition("_")[0]
+            for name, task in self._tasks.items()
+            if self._states[name] != ENDED
+        }
+        return sorted(live, key=int)
+
+    def _submitted(self, job: str, part: Sequence[Run]) -> None:
+        self._tasks |= {run.name: f"{job}_{task}" for task, run in enumerate(part)}
+        self._states |= {run.name: QUEUED for run in part}
+        self._unclear = None
+
+    def _find_unclear(self) -> None:
+        """Looks for an array whose submission was not answered, before it is submitted again."""
+        if not self._unclear:
+            return
+        job_name, part = self._unclear
+        listed = _squeue("--states=all", f"--name={job_name}")
+        known = {task.partition("_")[0] for task in self._tasks.values()}
+        jobs = {task.partition("_")[0] for task in listed} - known
+        if jobs:
+            self._submitted(min(jobs, key=int), part)
+        self._unclear = None
+
+    def _job_name(self, runs: Sequence[Run]) -> str:
+        return f"scanax-{sweep_name(self.name, runs[0])}"
+
+    def _script(self, runs: Sequence[Run]) -> str:
+        """The batch script of one array."""
         need = self.resources
         limit = f"%{need.parallel}" if need.parallel else ""
         options = [
-            f"--job-name=scanax-{self.name}",
+            f"--job-name={self._job_name(runs)}",
             f"--array=0-{len(runs) - 1}{limit}",
             "--requeue",
             "--open-mode=append",
@@ -105,3 +167,29 @@ class Slurm:
                 "",
             ]
         )
+
+
+def _listed(jobs: Sequence[str]) -> dict[str, str]:
+    """{"<job>_<task>": state} of all tasks of `jobs` that have not ended."""
+    try:
+        return _squeue("--jobs", ",".join(jobs))
+    except NoAnswer as problem:
+        if OVER not in str(problem):
+            raise
+    # It does not say which of them; one that ended long ago has no tasks in the queue.
+    return {} if not jobs[1:] else {k: v for job in jobs for k, v in _listed([job]).items()}
+
+
+def _squeue(*options: str) -> dict[str, str]:
+    printed = ask("squeue", "--noheader", "--array", "--format=%i %T", *options)
+    return dict(re.findall(r"^(\d+_\d+) (\w+)\s*$", printed, re.MULTILINE))
+
+
+def _array_size() -> int:
+    """Tasks that an array may have here; where Slurm cannot be asked, what it has by default."""
+    try:
+        printed = ask("scontrol", "show", "config")
+    except (NoAnswer, Refused):
+        return ARRAY_SIZE
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", printed, re.MULTILINE)
+    return max(1, int(found[1])) if found else ARRAY_SIZE

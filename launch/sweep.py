@@ -19,12 +19,9 @@ experiments/results, or, for a file elsewhere, to its folder in --runs. Interrup
 all runs to save and ends; the same command goes on."""
 
 import importlib.util
-import signal
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from absl import flags
@@ -33,7 +30,8 @@ from experiments.reporting import figures, html, markdown, pages, rows
 from experiments.reporting.table import Cell, config_hash, find_table
 from experiments.training import command_line
 from experiments.training.checkout import RESULTS
-from launch.backend import ENDED, RUNNING, Backend, make_resources
+from launch.backend import make_resources
+from launch.execution import execute
 from launch.jobset import JobSet
 from launch.local import Local
 from launch.runs import Run, plan
@@ -64,63 +62,6 @@ def find_sweep(sweep: str) -> tuple[str, ModuleType]:
     return path.stem, module
 
 
-def execute(backend: Backend, runs: Sequence[Run], *, retries: int, poll_s: float) -> list[str]:
-    """Runs all to their summaries, up to 1 + `retries` times each; returns the names of those that
-    failed."""
-    print(f"{len(runs)} runs", flush=True)
-    if not runs:
-        return []
-    open_runs = {run.name: run for run in runs}
-    attempts = dict.fromkeys(open_runs, 1)
-    failed: list[str] = []
-    began, told = time.monotonic(), []
-
-    def tell(number: int, frame: FrameType | None) -> None:
-        told.append(number)
-
-    def report(run: Run, news: str) -> None:
-        over = len(runs) - len(open_runs)
-        left_s = (time.monotonic() - began) / over * len(open_runs) if over else None
-        eta = "" if left_s is None else f", ETA {left_s / 60:.0f} min"
-        counts = f"{over - len(failed)}/{len(runs)} done, {len(failed)} failed{eta}"
-        print(f"[{counts}] {run.label}: {news}", flush=True)
-
-    handlers = {s: signal.signal(s, tell) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        backend.submit(list(open_runs.values()))
-        while open_runs and not told:
-            states = backend.states()
-            again = []
-            for name, run in list(open_runs.items()):
-                if run.summary() is not None:
-                    del open_runs[name]
-                    report(run, "finished")
-                elif states.get(name) == ENDED and attempts[name] <= retries:
-                    attempts[name] += 1
-                    again.append(run)
-                    report(run, f"ended early, attempt {attempts[name]}")
-                elif states.get(name) == ENDED:
-                    del open_runs[name]
-                    failed.append(name)
-                    report(run, f"failed, see {run.workdir / 'log.txt'}")
-            if again:
-                backend.submit(again)
-            if sys.stdout.isatty():
-                running = sum(state == RUNNING for state in states.values())
-                print(f"\r{running} running ", end="", flush=True)
-            if open_runs:
-                time.sleep(poll_s)
-    finally:
-        if open_runs:
-            print("telling the runs to save and end", flush=True)
-            backend.cancel()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if told:
-        raise SystemExit(128 + told[0])
-    return failed
-
-
 def collect(
     name: str, sweep: Any, scale: str, planned: Sequence[tuple[Run, list[Cell]]], directory: Path
 ) -> str:
@@ -128,7 +69,7 @@ def collect(
     recorded = {(row["scale"], row["config_hash"]) for row in rows.read(name, directory)}
     for run, cells in planned:
         key = (scale, config_hash(cells[0].make_config()))
-        if key not in recorded and (summary := run.summary()) is not None:
+        if key not in recorded and (summary := run.outcome().summary) is not None:
             row = rows.make_row(name, scale, cells[0], summary)
             rows.append(row, directory)
     cells = sweep.cells(scale)
@@ -151,14 +92,16 @@ def main() -> None:
     todo = [
         run
         for run, cells in planned
-        if (scale, config_hash(cells[0].make_config())) not in finished and run.summary() is None
+        if (scale, config_hash(cells[0].make_config())) not in finished
+        and run.outcome().summary is None
     ]
     resources = make_resources(getattr(sweep, "RESOURCES", {}), options.resources)
     failed: list[str] = []
     if not options.collect:
         backend = BACKENDS[options.backend](f"{name}-{scale}", resources)
         if options.dry_run:
-            print(backend.render(todo))
+            # A comment in all of the engines' languages.
+            print(backend.render(todo) if todo else "# nothing is left to do")
             return
         failed = execute(backend, todo, retries=options.retries, poll_s=options.poll_s)
     print(collect(name, sweep, scale, planned, directory))

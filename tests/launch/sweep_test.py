@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from experiments.reporting import rows
 from experiments.reporting.table import Cell, grid
 from launch import sweep as sweeps
 from launch.backend import Resources, make_resources
-from launch.jobset import JobSet, kubernetes_name
+from launch.jobset import JobSet
 from launch.local import Local
+from launch.names import workload_name
 from launch.runs import Run, plan
 from launch.slurm import Slurm
 from launch.xpk import Xpk
+from tests.launch import stand_ins
 
 SWEEP = """
 from experiments.reporting.table import grid
@@ -50,8 +53,9 @@ workdir = pathlib.Path({str(workdir)!r})
 count = workdir / "attempts"
 attempt = 1 + len(count.read_text()) if count.exists() else 1
 count.write_text("x" * attempt)
-def finish():
-    (workdir / "summary.json").write_text(json.dumps({{"attempt": attempt}}))
+def finish(text=json.dumps({{"attempt": attempt}})):
+    (workdir / "partial").write_text(text)
+    (workdir / "partial").rename(workdir / "summary.json")
 """
     return Run(name, name, workdir, ("python", "-c", head + code))
 
@@ -157,6 +161,53 @@ def test_a_run_that_is_killed_is_run_again_and_one_that_cannot_is_reported(tmp_p
     assert f"failed, see {broken.workdir / 'log.txt'}" in output
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"evaluations": []}', "\xff"])
+def test_a_summary_that_is_not_whole_is_the_failure_of_its_run_alone(tmp_path, capsys, text):
+    runs = [
+        make_run(tmp_path, "whole", "finish()"),
+        make_run(tmp_path, "torn", f"finish({text!r})"),
+    ]
+    runs[1] = replace(runs[1], metrics=("validation/loss",))
+    assert sweeps.execute(Local("test", Resources()), runs, retries=0, poll_s=0.05) == ["torn"]
+    assert runs[0].summary() == {"attempt": 1}
+    assert f"{runs[1].workdir / 'summary.json'} is not" in capsys.readouterr().out
+
+
+def test_a_summary_that_is_not_whole_yet_is_waited_for(tmp_path):
+    slow = """
+(workdir / "summary.json").write_text("{")
+time.sleep(0.5)
+finish()
+"""
+    run = make_run(tmp_path, "slow", slow)
+    assert sweeps.execute(Local("test", Resources()), [run], retries=0, poll_s=0.05) == []
+
+
+ENDS = {"a mistake": "error: config.steps must be greater than 0; got 0"}
+ENDS |= {"the disk": "error: [Errno 28] No space left on device", "a bug": "KeyError: 'x'"}
+ENDS |= {"a lock": "error: another process is training in w; wait for it"}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_only_what_may_go_away_is_tried_again(tmp_path, capsys, end):
+    run = make_run(tmp_path, "fails", f"print({ENDS[end]!r})\nsys.exit(1)")
+    assert sweeps.execute(Local("test", Resources()), [run], retries=2, poll_s=0.02) == ["fails"]
+    lasting = end == "a mistake"
+    assert (run.workdir / "attempts").read_text() == ("x" if lasting else "xxx")
+    assert ("it would fail again" in capsys.readouterr().out) == lasting
+    assert run.last_error()
+
+
+def test_a_run_that_lacks_the_metric_of_its_cell_is_not_run_again(tmp_path, capsys):
+    summary = json.dumps(dict.fromkeys(rows.FACTS) | SUMMARY)
+    run = make_run(tmp_path, "other", f"finish({summary!r})")
+    run = replace(run, metrics=("in_distribution/los",))
+    assert sweeps.execute(Local("test", Resources()), [run], retries=2, poll_s=0.02) == ["other"]
+    assert (run.workdir / "attempts").read_text() == "x"
+    has = "summary.json has no metric in_distribution/los; it has in_distribution/loss"
+    assert has in capsys.readouterr().out
+
+
 def test_never_more_runs_than_allowed_and_interruption_lets_them_save(tmp_path):
     wait = """
 signal.signal(signal.SIGTERM, lambda *_: ((workdir / "saved").touch(), sys.exit(143)))
@@ -201,8 +252,26 @@ def test_finished_runs_become_rows_once_and_the_rest_is_shown_as_missing(tmp_pat
         assert "| LSA, examples 5 | 0.600 ± 0.141 (n=2) | not run |" in text
         assert len(rows.read(name, tmp_path / "results")) == 1
     (run.workdir / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match=r"summary\.json is not JSON"):
-        run.summary()
+    assert sweeps.collect(name, sweep, "tiny", planned, tmp_path / "results") == text
+
+
+def test_an_array_is_no_longer_than_the_cluster_takes_and_keeps_to_its_throttle(
+    tmp_path, monkeypatch
+):
+    tools = stand_ins.install(tmp_path / "tools", monkeypatch, looks=1, MaxArraySize=2)
+    runs = [make_run(tmp_path, f"run{i}", "finish()") for i in range(5)]
+    backend = Slurm("test", Resources(parallel=2))
+    assert re.findall("--array=(.*)", backend.render(runs)) == ["0-1%2", "0-1%2", "0-0%2"]
+    assert sweeps.execute(backend, runs, retries=0, poll_s=0.01) == []
+    given = [arguments[2:] for arguments in stand_ins.calls(tools, "sbatch")]
+    assert given == [[], ["--dependency=afterany:101"], ["--dependency=afterany:101:102"]]
+    one = Slurm("test", Resources(array_size=3, parallel=0))
+    assert re.findall("--array=(.*)", one.render(runs)) == ["0-2", "0-1"]
+    by_default = [make_run(tmp_path, f"run{i}", "") for i in range(1500)]
+    monkeypatch.setenv("PATH", "")
+    assert re.findall("--array=(.*)", one.render(by_default[:4])) == ["0-2", "0-0"]
+    found = re.findall("--array=(.*)", Slurm("test", Resources()).render(by_default))
+    assert found == ["0-1000%1", "0-498%1"]
 
 
 def test_a_slurm_task_that_is_told_to_end_saves_and_is_requeued(tmp_path):
@@ -246,24 +315,25 @@ CLUSTER = Resources(
 )
 
 
-def jobset_manifest(tmp_path: Path) -> dict:
+@pytest.fixture
+def manifest(monkeypatch) -> dict:
+    monkeypatch.setenv("LOGNAME", "ada")
     run = Run(
         "delta_net_0123456789ab",
         "DeltaNet / width 16",
         Path("/runs/mqar/gpu/delta_net_0123456789ab"),
         ("python", "-m", "experiments.train", "--config.seeds=(0, 1)"),
     )
-    (manifest,) = yaml.safe_load_all(JobSet("mqar-gpu", CLUSTER).render([run]))
-    return manifest
+    (made,) = yaml.safe_load_all(JobSet("mqar-gpu", CLUSTER).render([run]))
+    return made
 
 
-def test_a_jobset_is_gang_scheduled_slices_with_a_pod_per_host(tmp_path):
-    manifest = jobset_manifest(tmp_path)
+def test_a_jobset_is_gang_scheduled_slices_with_a_pod_per_host(manifest):
     golden = yaml.safe_load((Path(__file__).parent / "data/jobset.yaml").read_text())
     assert manifest == golden
 
 
-def test_a_jobset_is_valid_for_the_models_of_kubernetes(tmp_path):
+def test_a_jobset_is_valid_for_the_models_of_kubernetes(manifest):
     models = pytest.importorskip(
         "kubeflow_trainer_api.models", reason='pip install "scanax[clusters]"'
     )
@@ -281,10 +351,10 @@ def test_a_jobset_is_valid_for_the_models_of_kubernetes(tmp_path):
             return {p for i, v in enumerate(value) for p in paths(v, (*prefix, i))}
         return {prefix}
 
-    for manifest in (jobset_manifest(tmp_path), *of_sweep):
-        known = models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict()
-        assert not paths(manifest) - paths(known)
-        (job,) = manifest["spec"]["replicatedJobs"]
+    for made in (manifest, *of_sweep):
+        known = models.JobsetV1alpha2JobSet.from_dict(made).to_dict()
+        assert not paths(made) - paths(known)
+        (job,) = made["spec"]["replicatedJobs"]
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}} | {
             "spec": job["template"]["spec"]
         }
@@ -302,16 +372,9 @@ def test_xpk_gets_the_command_and_the_slices():
     need = Resources(image="i", cluster="c", project="p", zone="z", slices=2)
     run = Run("gla_0123456789ab", "GLA", Path("/runs/a/b/c"), ("python", "-m", "x y"))
     (line,) = Xpk("mqar", need).render([run]).splitlines()
-    assert line.startswith("xpk workload create --workload=gla-0123456789ab --cluster=c")
+    assert line.startswith(f"xpk workload create --workload={workload_name(run)} --cluster=c")
     assert "--tpu-type=v5litepod-16 --num-slices=2 --docker-image=i" in line
     assert """'--command=python -m '"'"'x y'"'"''""" in line
-
-
-def test_names_of_kubernetes_keep_the_hash():
-    name = kubernetes_name("linear attention, a very long name of a row_0123456789ab")
-    assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) and len(name) <= 39
-    assert name.endswith("-0123456789ab")
-    assert kubernetes_name("7b_x") == "r-7b-x"
 
 
 @pytest.mark.slow
@@ -330,4 +393,5 @@ def test_a_sweep_runs_to_its_table_and_then_has_nothing_to_do(tmp_path):
     first = sweep()
     assert "[4/4 done, 0 failed" in first and "not run" not in first
     assert "(n=2)" in first
-    assert sweep().startswith("0 runs\n")
+    assert sweep().startswith("0 runs\nnothing is left to do\n")
+    assert sweep("--dry_run") == "# nothing is left to do\n"

@@ -1,8 +1,8 @@
 """Trains one config.
 
     python -m experiments.train --config=experiments/configs/gla.py:mqar,smoke --workdir=runs/gla
-    python -m experiments.train --config=... --workdir=... --config.optimizer.lr=3e-4 \\
-        "--config.seeds=(0, 1, 2)"
+    python -m experiments.train --config=experiments/configs/gla.py:mqar,smoke \\
+        --workdir=runs/three --config.optimizer.lr=3e-4 --config.seeds="(0, 1, 2)"
 
 The same command continues a run that was interrupted, to the bit on CPU. In the workdir: run.json
 (config, commit, versions, devices; written before the first step), metrics.jsonl, tensorboard/,
@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.reporting.figures import draw_losses
-from experiments.training import checkpoints, command_line, run_record
+from experiments.training import checkpoints, command_line, header, run_record
 from experiments.training import config as configs
 from experiments.training.batches import train_batches, units_read
 from experiments.training.config import Config
@@ -42,8 +42,11 @@ from experiments.training.state import TrainState
 from experiments.training.task import lengths
 
 
-def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str, Any]:
+def run(
+    config: Config, workdir: str | Path, *, quiet: bool = False, brief: bool = False
+) -> dict[str, Any]:
     """Trains `config` in `workdir` to its last step, from its newest checkpoint if there is one.
+    `brief` prints a few lines, `quiet` none.
 
     Returns the summary, as in summary.json: "evaluations" {evaluation: {metric: [per seed]}} at the
     last step, "best" {"step", "value"} of config.eval.best_metric (mean over seeds) or None,
@@ -66,6 +69,10 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
 
     # --- Programs: abstract so far; nothing is computed.
     mesh = make_mesh(config.mesh)
+    leading = jax.process_index() == 0
+    quiet = quiet or not leading
+    if not quiet:
+        print(header.beginning(config, mesh, workdir), flush=True)
     if config.optimizer.offload:
         check_host_memory(mesh)
     program = make_program(config, mesh)
@@ -79,6 +86,8 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
     if config.init_from and not checkpoints.steps(workdir / "checkpoints"):
         first_params = matching_params(Path(config.init_from), program)
 
+    if not quiet:
+        print(header.contents(program), flush=True)
     workdir.mkdir(parents=True, exist_ok=True)
     with traced_on(mesh, config), run_record.exclusive(workdir), Interruption() as interruption:
         step, state = _begin(program, workdir, batches, first_params)
@@ -88,10 +97,11 @@ def run(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict[str
             "state_bytes": program.blueprint.state_bytes,
             "provenance": dict(task.provenance),
         }
-        leading = jax.process_index() == 0
+        if step and not quiet:
+            print(f"going on from step {step:,}", flush=True)
         if leading:
             run_record.write(workdir, config, facts, step=step)
-        training = Training(program, workdir, best, step, quiet=quiet or not leading)
+        training = Training(program, workdir, best, step, quiet=quiet, brief=brief)
         state = training.advance(state, batches, interruption)
         evaluations = training.evaluations or training.evaluate(state)
 
@@ -151,7 +161,7 @@ def _known_metric(program: Program) -> str:
 
 
 def main() -> None:
-    config = flags.FLAGS.config
+    config = command_line.given_config()
     # An impossible time-out is named once all processes are there to be told.
     join_processes(max(1, config.heartbeat_timeout_seconds))
     summary = run(config, flags.FLAGS.workdir)

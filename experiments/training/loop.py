@@ -27,7 +27,14 @@ class Training:
     evaluations: those of the last step that had them."""
 
     def __init__(
-        self, program: Program, workdir: Path, best: checkpoints.Best, step: int, *, quiet: bool
+        self,
+        program: Program,
+        workdir: Path,
+        best: checkpoints.Best,
+        step: int,
+        *,
+        quiet: bool,
+        brief: bool = False,
     ):
         config, seeds = program.config, program.seeds
         leading = jax.process_index() == 0
@@ -39,7 +46,7 @@ class Training:
         self.saves = checkpoints.Checkpoints(
             workdir / "checkpoints", keep=config.checkpoint.keep, best=best
         )
-        self.progress = ProgressReport(step, config.steps, quiet=quiet)
+        self.progress = ProgressReport(step, config.steps, quiet=quiet, brief=brief)
         self.apply = AppliedModel(
             program.blueprint,
             program.mesh,
@@ -109,6 +116,7 @@ class Training:
 
     def evaluate(self, state: TrainState) -> dict[str, Metrics]:
         """All evaluations of the task, of the parameters or, as the config says, their average."""
+        self.progress.doing("evaluating")
         params = state.average if self.config.eval.averaged else state.params
         return evaluate_task(self.program.task, self.apply, (params, state.variables))
 

@@ -3,6 +3,7 @@ from the log lines of libraries."""
 
 import datetime
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PER_DEVICE = "_per_second_per_device"
+SILENCE_S = 10.0  # without a bar, a run that has said nothing for this long says what it does
+BRIEF_S = 5.0  # between two lines of a brief report
 
 
 def warn(message: str) -> None:
@@ -19,12 +22,14 @@ def warn(message: str) -> None:
 
 
 class ProgressReport:
-    """A context around a training loop from step `start` to step `steps`; silent with
-    quiet=True."""
+    """A context around a training loop from step `start` to step `steps`; silent with quiet=True.
+    With brief=True evaluations are not told, and steps only when nothing was said for a while: one
+    of many runs."""
 
-    def __init__(self, start: int, steps: int, *, quiet: bool = False):
-        self.start, self.steps, self.quiet = start, steps, quiet
-        self.began = time.monotonic()
+    def __init__(self, start: int, steps: int, *, quiet: bool = False, brief: bool = False):
+        self.start, self.steps, self.quiet, self.brief = start, steps, quiet, brief
+        self.made = self.began = self._spoke = time.monotonic()
+        self._doing, self._over = "compiling the training step", threading.Event()
         self._bar: Progress | None = None
         if sys.stdout.isatty() and not quiet:
             columns = (
@@ -37,16 +42,32 @@ class ProgressReport:
             self._bar, self._task = (bar, bar.add_task("compiling", total=steps, completed=start))
 
     def __enter__(self) -> "ProgressReport":
+        self._over.clear()
         if self._bar is not None:
             self._bar.start()
+        elif not self.quiet:
+            threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         if self._bar is not None:
             self._bar.stop()
 
+    def _break_silence(self) -> None:
+        while not self._over.wait(SILENCE_S / 10):
+            if time.monotonic() - self._spoke >= SILENCE_S:
+                self.say(f"{time.monotonic() - self.made:.0f} s: {self._doing}")
+
+    def doing(self, what: str) -> None:
+        """What the run does now, between two steps."""
+        self._doing = what
+        if self._bar is not None:
+            self._bar.update(self._task, description=what)
+
     def advance(self, step: int) -> None:
         """Called after every step; costs nothing worth mentioning."""
+        self._doing = f"step {step}/{self.steps}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
         if step == self.start + 1:
@@ -54,6 +75,7 @@ class ProgressReport:
 
     def say(self, line: str) -> None:
         """A line of its own."""
+        self._spoke = time.monotonic()
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         elif not self.quiet:
@@ -76,7 +98,7 @@ class ProgressReport:
             parts.append(f"{rejected} steps rejected (not finite)")
         if parts and self._bar is not None:
             self._bar.update(self._task, description="  ".join(parts))
-        elif parts:
+        elif parts and (not self.brief or time.monotonic() - self._spoke >= BRIEF_S):
             done = step - self.start - 1
             remaining = (
                 (time.monotonic() - self.began) / done * (self.steps - step) if done > 0 else 0
@@ -84,7 +106,7 @@ class ProgressReport:
             eta = datetime.timedelta(seconds=round(remaining))
             self.say("  ".join([f"step {step}/{self.steps}", *parts, f"ETA {eta}"]))
         evaluations = {name.split("/")[0] for name in row if "/" in name} - {"train", "speed"}
-        for evaluation in sorted(evaluations):
+        for evaluation in sorted(() if self.brief else evaluations):
             values = [
                 f"{name.split('/')[1]} {spread(value)}"
                 for name, value in row.items()

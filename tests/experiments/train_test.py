@@ -3,6 +3,7 @@ survives."""
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from experiments import train
 from experiments.configs.linear_self_attention import get_config
 from experiments.evaluate import evaluate
 from experiments.objectives.squared_error import SquaredError
-from experiments.training import loop, program
+from experiments.training import header, loop, program
 from experiments.training.run_loading import load_run
 from experiments.training.task import Examples, Task
 
@@ -89,6 +90,27 @@ def test_the_record_says_what_the_run_was(finished):
     prompt = tiny().task.examples + 1
     assert summary["tokens"] == 6 * 8 * prompt
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_says_what_it_is_before_anything_is_compiled(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "_begin", lambda *_: sys.exit(3))
+    with pytest.raises(SystemExit):
+        train.run(tiny(seeds=(0, 3)), tmp_path / "run")
+    task, devices, model, data = capsys.readouterr().out.splitlines()
+    assert (
+        task
+        == f"task: icl_regression, 6 steps of 8 examples, seeds 0, 3; results in {tmp_path}/run"
+    )
+    assert devices == "devices: 1 x cpu (cpu); mesh data=1 fsdp=1 sequence=1 tensor=1"
+    assert model.startswith("model: linear_self_attention of no mixers; ")
+    assert ", 72 parameters" in model or "; 72 parameters" in model
+    assert data.startswith("data: made by the task; ") and data.endswith(" a step")
+
+
+def test_files_that_data_come_from_are_named_shortly():
+    facts = {"text": "file a.txt", "text_bytes": 1234567, "text_sha256": "0123456789abcdef" * 4}
+    text = "text file a.txt, text_bytes 1,234,567, text_sha256 0123456789ab"
+    assert header.facts(facts) == text
 
 
 def test_tensorboard_has_the_numbers_of_the_jsonl(finished):

@@ -1,6 +1,7 @@
 """What a watcher reads: rows of metrics, lines, a figure, and speeds that mean what they say."""
 
 import json
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from flax import nnx
 from experiments.compiled.hardware import peak_flops
 from experiments.objectives.objective import Work
 from experiments.reporting.figures import draw_losses
-from experiments.training import speed
+from experiments.training import progress, speed
 from experiments.training.checkpoints import Best
 from experiments.training.metrics import MetricsLog, run_summary
 from experiments.training.metrics_file import read_rows
@@ -60,14 +61,14 @@ def test_the_best_step_has_the_best_mean_over_seeds():
 
 
 def test_without_a_terminal_every_row_is_a_plain_line(capsys):
-    with ProgressReport(0, 100) as progress:
-        progress.advance(1)
+    with ProgressReport(0, 100) as report:
+        report.advance(1)
         speeds = {
             "speed/tokens_per_second_per_device": 12345.6,
             "speed/model_flops_utilisation": 0.412,
         }
         rejected = {"train/rejected_steps": [2, 1]}
-        progress.report(
+        report.report(
             {"step": 50, "train/loss": [2.0, 3.0], **speeds, **rejected, "test/loss": [1.5, 1.5]}
         )
     train, evaluation = capsys.readouterr().out.splitlines()
@@ -79,11 +80,39 @@ def test_without_a_terminal_every_row_is_a_plain_line(capsys):
 
 
 def test_a_quiet_run_prints_nothing(capsys):
-    with ProgressReport(0, 100, quiet=True) as progress:
-        progress.advance(1)
-        progress.report({"step": 50, "train/loss": [2.0]})
-        progress.say("something")
+    with ProgressReport(0, 100, quiet=True) as report:
+        report.advance(1)
+        report.report({"step": 50, "train/loss": [2.0]})
+        report.say("something")
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_is_silent_for_long_says_what_it_does(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SILENCE_S", 0.2)
+    said: list[str] = []
+    with ProgressReport(0, 100) as report:
+        for expected in ("compiling the training step", "step 1/100", "evaluating"):
+            while not any(line.endswith(f" s: {expected}") for line in said):
+                time.sleep(0.02)
+                said += capsys.readouterr().out.splitlines()
+            if expected.startswith("comp"):
+                report.advance(1)
+            else:
+                report.doing("evaluating")
+    capsys.readouterr()
+    time.sleep(0.5)
+    assert capsys.readouterr().out == ""
+
+
+def test_one_of_many_runs_tells_little(capsys, monkeypatch):
+    # Made; too early; late enough, estimated, said.
+    clock = iter([0.0, 1.0, 6.0, 9.5, 9.5])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(progress.threading.Thread, "start", lambda thread: None)
+    with ProgressReport(0, 100, brief=True) as report:
+        for step in (10, 20):
+            report.report({"step": step, "train/loss": [2.0], "test/loss": [1.0]})
+    assert capsys.readouterr().out == "step 20/100  loss 2  ETA 0:00:40\n"
 
 
 class Tables(nnx.Module):

@@ -3,8 +3,8 @@ modelled; no TPU needed.
 
     python -m experiments.plan --config=experiments/configs/gla.py:text --topology=v5p:4x4x4 \
         --config.mesh.fsdp=8
-    python -m experiments.plan --config=... --topology=v5e:4x4 --config.model.width=2048 \
-        --json=plan.json
+    python -m experiments.plan --config=experiments/configs/gla.py:text --topology=v5e:4x4 \
+        --config.model.width=2048 --json=plan.json
 
 Compiles the train step of a config, as `experiments.train` builds it, with the TPU's own compiler
 for a named slice, and reads the result: bytes of memory per device against those of the chip,
@@ -143,7 +143,7 @@ def main() -> None:
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise ValueError(f"--json must be in a directory that exists; got {options.json}")
     where = parse_topology(options.topology)
-    plan = make_plan(options.config, where, tpu_devices(where))
+    plan = make_plan(command_line.given_config(), where, tpu_devices(where))
     if options.json:
         Path(options.json).write_text(json.dumps(plan, indent=1) + "\n")
     if plan["advice"]:

@@ -26,7 +26,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.training.checkout import CHECKOUT
-from experiments.training.config import to_json
+from experiments.training.config import fit_warmup, to_json
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Cell:
                     )
                 section = section[part] if part is not last else section
             section[last] = value
+        fit_warmup(config, self.overrides)  # as the command of the cell does
         return config
 
 

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
+
+from experiments.training.config import Config, fit_warmup
 
 MISTAKES = (ValueError, OSError, FloatingPointError)
 
@@ -22,6 +24,17 @@ def run(main: Callable[[], Any]) -> None:
     """Parses the flags, calls `main()` and exits. Libraries' own log lines appear from
     --verbosity=0 on."""
     app.run(lambda _: _guarded(main), flags_parser=parse)
+
+
+def given_config() -> Config:
+    """The config of the flag --config with its overrides. A recipe's warm-up that is longer than
+    the steps that were asked for is shortened, with a warning."""
+    config = flags.FLAGS.config
+    if fit_warmup(config, config_flags.get_override_values(flags.FLAGS["config"])):
+        fitted = config.optimizer.warmup_steps
+        steps = f"the recipe's are more than config.steps={config.steps}"
+        print(f"warning: config.optimizer.warmup_steps={fitted}: {steps}", file=sys.stderr)
+    return config
 
 
 def _guarded(main: Callable[[], Any]) -> None:

@@ -7,7 +7,7 @@ is listed in KEYS."""
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
@@ -217,6 +217,19 @@ def validate(config: Config) -> None:
                 f" {pattern!r}: {error}"
             ) from error
     profile_range(values["profile_steps"], steps)
+
+
+def fit_warmup(config: Config, chosen: Collection[str]) -> bool:
+    """Shortens a recipe's warm-up to a tenth of `steps` where it would be longer than the run, and
+    says whether it did. One that is `chosen`, as the dotted keys that were set, stays: `validate`
+    then refuses it."""
+    steps, warmup = config.get("steps"), config.get("optimizer", {}).get("warmup_steps")
+    if not (isinstance(steps, int) and isinstance(warmup, int)) or not 0 < steps < warmup:
+        return False
+    if "optimizer.warmup_steps" in chosen:
+        return False
+    config.optimizer.warmup_steps = steps // 10
+    return True
 
 
 def profile_range(text: str, steps: int) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments import train
 from experiments.configs.linear_self_attention import get_config
 from experiments.configs.recipes.base import available_recipes, recipe
-from experiments.reporting.table import config_hash
+from experiments.reporting.table import Cell, config_hash
 from experiments.training import command_line
 from experiments.training import config as configs
 from experiments.training.checkout import CHECKOUT
@@ -238,6 +238,34 @@ def test_a_mistake_in_the_flags_is_one_line_and_status_1(capsys, monkeypatch, ar
     printed = capsys.readouterr().err
     assert ended.value.code == 1
     assert printed.startswith(message) and len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup"),
+    [
+        (["steps=10"], 1),
+        (["steps=15"], 15),
+        (["steps=0"], 15),
+        (["steps=10", "optimizer.warmup_steps=20"], 20),
+    ],
+)
+def test_a_warmup_that_nobody_chose_fits_the_steps(capsys, monkeypatch, given, warmup):
+    arguments = ["--config=experiments/configs/gla.py:text,smoke"]
+    arguments += [f"--config.{text}" for text in given]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    monkeypatch.setattr(command_line.flags, "FLAGS", values)
+    command_line.parse(sys.argv, values)
+    assert command_line.given_config().optimizer.warmup_steps == warmup
+    told = "warning: config.optimizer.warmup_steps=1: the recipe's are more than config.steps=10\n"
+    assert capsys.readouterr().err == (told if warmup == 1 else "")
+
+
+def test_a_cell_has_the_warmup_that_its_command_trains_with():
+    for overrides, warmup in (({"steps": 9}, 0), ({"optimizer.warmup_steps": 200}, 200)):
+        config: Any = Cell("a", "b", "gla:text,smoke", "x/y", overrides=overrides).make_config()
+        assert config.optimizer.warmup_steps == warmup
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Metrics of a checkpoint on all evaluations of its task.
 
-    python -m experiments.evaluate --workdir=runs/gla [--step=best] [--examples=4096] [--averaged]
+    python -m experiments.evaluate --workdir=runs/gla
+    python -m experiments.evaluate --workdir=runs/gla --step=best --examples=4096 --averaged
 
 Prints one line per metric and writes nothing. For models with a recurrent state the last line is
 the largest difference between logits computed in parallel and token by token: the two are the same

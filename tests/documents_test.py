@@ -1,6 +1,8 @@
 """What the documents say is what the tree is."""
 
+import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,11 @@ from experiments.configs.recipes.base import available_recipes
 from models.networks.stack import available_mixers
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = sorted(
+    path.relative_to(ROOT)
+    for path in (*ROOT.glob("experiments/**/*.py"), *ROOT.glob("launch/*.py"))
+    if "command_line.run(main)" in path.read_text("utf-8")
+)
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "experiments/MESH.md"]
 
 
@@ -55,3 +62,24 @@ def test_commands_and_files_in_documents_exist(document: str) -> None:
     for config, task in re.findall(r"--config=(experiments/configs/\w+\.py):(\w+)", text):
         assert (ROOT / config).exists(), config
         assert task in available_recipes(), task
+
+
+def commands(text: str) -> list[list[str]]:
+    """The indented `python -m` commands of a text, as bash splits them."""
+    lines = re.findall(r"^    (python -m (?:.*\\\n)*.*)$", text, re.MULTILINE)
+    return [shlex.split(line.replace("\\\n", ""), comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("file", COMMANDS, ids=str)
+def test_the_help_of_a_command_shows_commands_that_it_takes(file: Path) -> None:
+    source = (ROOT / file).read_text("utf-8")
+    text = ast.get_docstring(ast.parse(source), clean=False) or ""
+    for _, _, module, *arguments in commands(text):
+        path = ROOT / (module.replace(".", "/") + ".py")
+        defined = path.read_text("utf-8")
+        flags = set(re.findall(r"""DEFINE_\w+\(\s*["'](\w+)["']""", defined))
+        for argument in arguments:
+            assert re.fullmatch(r"--[\w.]+(=[^=].*)?", argument), argument
+            name = argument[2:].split("=")[0].split(".")[0]
+            assert name in flags or name.removeprefix("no") in flags, (argument, module)
+            assert "..." not in argument, argument

@@ -1,6 +1,6 @@
 """The GPU benchmark: every op on one NVIDIA GPU, first right, then timed, beside what others run.
 
-    python -m experiments.benchmarks.gpu                  checks, then timings, 20 minutes at most
+    python -m experiments.benchmarks.gpu                  # checks, then timings, 20 minutes at most
     python -m experiments.benchmarks.gpu --minutes=5 --only=gated_linear_attention
 
 Writes experiments/results/bench_gpu.json and bench_gpu.md after every case, so that an interrupted

@@ -1,9 +1,9 @@
 """GPU kernels compiled by the GPU's own compilers, with no GPU at hand: do they compile, and what
 do they take?
 
-    python -m experiments.benchmarks.gpu_aot               every program, to experiments/results/
-    python -m experiments.benchmarks.gpu_aot --only=delta  those with this in their name
-    python -m experiments.benchmarks.gpu_aot --ratchet     and records what must not be exceeded
+    python -m experiments.benchmarks.gpu_aot               # every program, to experiments/results/
+    python -m experiments.benchmarks.gpu_aot --only=delta  # those with this in their name
+    python -m experiments.benchmarks.gpu_aot --ratchet     # and records what must not be exceeded
 
 Writes gpu_aot.json and gpu_aot.md; rows of other programs stay. Needs jax's CUDA plugin and ptxas
 (`pip install "scanax[aot-gpu]"`, Linux x86-64), no driver and no CUDA installation. Each program is

@@ -1,9 +1,9 @@
 """Time and memory of the ops, forward and forward+backward, at shapes of their examples.
 
-    python -m experiments.benchmarks.ops                 all ops at the shapes named "cpu"
+    python -m experiments.benchmarks.ops                 # all ops at the shapes named "cpu"
     python -m experiments.benchmarks.ops --ops=delta_rule --implementations=xla --json=rows.json
-    python -m experiments.benchmarks.ops --peers         beside jax-linear-attention, if installed
-    python -m experiments.benchmarks.ops --processes=7   the medians of seven processes
+    python -m experiments.benchmarks.ops --peers         # beside jax-linear-attention, if installed
+    python -m experiments.benchmarks.ops --processes=7   # the medians of seven processes
 
 Every case is compiled first; then all implementations (and the peer) of one case take turns, so
 that a machine that slows down slows all of them. A turn runs its program once unmeasured, which

@@ -1,9 +1,9 @@
 """TPU kernels compiled by the TPU's own compiler, with no TPU at hand: do they compile, and what
 does it estimate?
 
-    python -m experiments.benchmarks.tpu_aot               every program, to experiments/results/
-    python -m experiments.benchmarks.tpu_aot --only=delta  those with this in their name
-    python -m experiments.benchmarks.tpu_aot --ratchet     and records cycles as not to be exceeded
+    python -m experiments.benchmarks.tpu_aot               # every program, to experiments/results/
+    python -m experiments.benchmarks.tpu_aot --only=delta  # those with this in their name
+    python -m experiments.benchmarks.tpu_aot --ratchet     # and records cycles, not to be exceeded
 
 Writes tpu_aot.json and tpu_aot.md; rows of other programs stay. Needs libtpu (`pip install
 "scanax[aot]"`, Linux x86-64). Each program is compiled in a process of its own, because the

@@ -2,7 +2,8 @@
 
     python -m experiments.html_report --table=state_tracking --scale=cpu --out=report.html
 
-For a sweep it is `python -m launch.sweep --sweep=my_sweep.py --report=report.html`."""
+It shows your rows of the table, those that are recorded, and the curves of your runs. For a sweep
+it is `python -m launch.sweep --sweep=my_sweep.py --report=report.html`."""
 
 from pathlib import Path
 
@@ -17,9 +18,9 @@ def main() -> None:
     options = flags.FLAGS
     table = find_table(options.table)
     out = Path(options.out).expanduser()
-    recorded = rows.read(options.table)
-    runs = Path(options.runs).expanduser()
-    html.write(out, table, options.table, options.scale, recorded, runs=runs)
+    name, runs = options.table, Path(options.runs).expanduser()
+    own, recorded = rows.read(name, runs / name), rows.read(name)
+    html.write(out, table, name, options.scale, own, runs=runs, recorded=recorded)
     print(f"{out}: {out.stat().st_size / 1e3:.0f} kB")
 
 

@@ -1,10 +1,11 @@
 """One page of a table or a sweep that opens in a browser from disk: numbers, provenance, learning
 curves, lengths.
 
-The page is made from the recorded rows, and from metrics.jsonl of the workdirs that are at hand. It
-holds its data, script and style in itself and forbids itself every network access. It can be
-filtered by row and by text; the filter stands in the address, so that a view can be passed on.
-page.html is its template."""
+The page is made from rows, one's own beside those that are recorded, and from metrics.jsonl of the
+workdirs that are at hand. It holds its data, script and style in itself and forbids itself every
+network access. It can be filtered by row and by text, and shows curves of several columns over each
+other; these choices stand in the address, so that a view can be passed on. page.html is its
+template."""
 
 import html
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.reporting import rows
-from experiments.reporting.markdown import format_cell
+from experiments.reporting.markdown import format_cell, format_value
 from experiments.reporting.table import Cell, Computation, find_cells, workdir_name
 from experiments.training.metrics_file import read_rows
 
@@ -31,21 +32,24 @@ def write(
     table: Any,
     name: str,
     scale: str,
-    recorded: Sequence[Mapping[str, Any]],
+    own: Sequence[Mapping[str, Any]],
     *,
     runs: Path,
+    recorded: Sequence[Mapping[str, Any]] = (),
     failed: Collection[str] = (),
 ) -> None:
     """Writes the report of a table (module) at a scale to `path`.
 
-    recorded    rows as `read` of reporting/rows.py returns them
+    own         rows as `read` of reporting/rows.py returns them
+    recorded    likewise, those of the checkout: shown beside the own, and where there are none
     runs        folder of the workdirs; curves of those that are not there are left out
     failed      names of workdirs whose runs are known to have failed
 
     Raises ValueError for an unknown scale."""
     cells = find_cells(table, scale)
     published = any(cell.published is not None for cell in cells)
-    found = rows.matching(cells, recorded, scale)
+    found = rows.matching(cells, own, scale)
+    beside = rows.matching(cells, recorded, scale)
     folder = runs / name / scale
     data = {
         "title": table.TITLE,
@@ -53,7 +57,8 @@ def write(
         "metric": table.METRIC,
         "source": f"; in brackets: {table.SOURCE}" if published else "",
         "cells": [
-            _entry(cell, row, folder, failed) for cell, row in zip(cells, found, strict=True)
+            _entry(cell, row, other, folder, failed)
+            for cell, row, other in zip(cells, found, beside, strict=True)
         ],
     }
     # Inside <script>, "</script>" would end the data and "<!--" would change how it is read.
@@ -65,11 +70,17 @@ def write(
 
 
 def _entry(
-    cell: Cell, row: Mapping[str, Any] | None, folder: Path, failed: Collection[str]
+    cell: Cell,
+    row: Mapping[str, Any] | None,
+    recorded: Mapping[str, Any] | None,
+    folder: Path,
+    failed: Collection[str],
 ) -> dict[str, Any]:
     """What the page says of a cell."""
     workdir = folder / workdir_name(cell)
     status, note = _status(cell, row, workdir, failed)
+    if recorded and status == "not run":
+        row, status, note = recorded, "recorded", f"at commit {rows.commit(recorded)}, not by you"
     entry: dict[str, Any] = {
         "row": cell.row,
         "column": cell.column,
@@ -80,6 +91,7 @@ def _entry(
         "note": note,
         "text": format_cell(cell if row else replace(cell, gap=status), row),
         "published": cell.published,
+        "recorded": format_value(cell, recorded) if recorded else None,
         "curves": [] if isinstance(cell, Computation) else _curves(workdir),
         "lengths": list(_lengths(cell, row)) if row else [],
         "facts": {},

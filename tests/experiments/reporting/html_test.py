@@ -69,7 +69,7 @@ def test_a_number_that_is_not_finite_is_a_dash_on_the_page(tmp_path):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
-    """Of five cells: one done, a gap, one never run, one failed, one under way."""
+    """Of five cells: one done, a gap, one never run, one failed, one under way. Two have curves."""
     folder = tmp_path_factory.mktemp("report")
     done, _, _, failed, slow = (folder / "runs/rates/cpu" / workdir_name(cell) for cell in CELLS)
     for workdir in (done, failed, slow):
@@ -156,6 +156,18 @@ def test_curves_are_thinned_and_lengths_are_in_order(page):
     assert loss["points"] == [[5, 0.1, 0.2, 0.3], [20, 0.5, 0.6, 0.7], [40] + [0.9] * 3]
 
 
+def test_recorded_numbers_stand_beside_ones_own_and_in_their_place(tmp_path):
+    own = [make_row(CELLS[0], {20: [0.5, 0.7]})]
+    recorded = [make_row(cell, {20: [0.1, 0.3]}) for cell in (CELLS[0], CELLS[2])]
+    path = tmp_path / "report.html"
+    html.write(path, TABLE, "rates", "cpu", own, runs=tmp_path, recorded=recorded)
+    first, _, third, *_ = embedded(path)["cells"]
+    assert (first["status"], first["text"]) == ("done", "0.600 ± 0.141 (n=2) [0.500]")
+    assert (third["status"], third["text"]) == ("recorded", "0.200 ± 0.141 (n=2)")
+    assert third["note"] == "at commit abcdef0123+changes, not by you" and third["facts"]
+    assert first["recorded"] == third["recorded"] == "0.200 ± 0.141 (n=2)"
+
+
 def dumped(page: Path, fragment: str = "") -> str:
     """The document after its script has run in a browser."""
     assert BROWSER
@@ -167,6 +179,11 @@ def dumped(page: Path, fragment: str = "") -> str:
     return done.stdout
 
 
+def drawn(text: str) -> list[str]:
+    """The dashes of all curves in the charts."""
+    return re.findall(r'<path class="line" stroke="[^"]*" stroke-dasharray="([^"]*)"', text)
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium, as of Debian's package")
 def test_a_browser_shows_the_page_and_filters_it(page):
@@ -174,10 +191,27 @@ def test_a_browser_shows_the_page_and_filters_it(page):
     assert "<title>broken" not in text and "5 of 5 cells" in text
     assert '<td class="done" title="">0.600 ± 0.141 (n=2) [0.500]</td>' in text
     assert '<td class="failed" title="error: the run diverged">' in text
-    assert "<td>1,234,567</td>" in text and "<img" not in text.split("<script")[0]
-    assert text.count('class="line"') == 2  # a learning curve, losses by length
+    assert (
+        '<td class="" title="1,234,567">1,234,567</td>' in text
+        and "<img" not in text.split("<script")[0]
+    )
+    assert drawn(text) == [""] * 2  # a learning curve, losses by length
+    # Curves of another column join them, in dashes.
+    both = dumped(page, "#column=lr+0.1&column=lr+0.5")
+    assert drawn(both) == ["", "1 6", ""] and "<title>Slow, lr 0.5</title>" in both
     filtered = dumped(page, "#q=diverged+LR%200.4")
-    assert "0 of 5 cells" in filtered and 'class="line"' not in filtered
+    assert "0 of 5 cells" in filtered and not drawn(filtered)
     filtered = dumped(page, "#q=failed+LR%200.4&without=GLA")
     assert "1 of 5 cells" in filtered and "0.600" not in filtered.split("<script")[0]
-    assert '<option value="lr 0.1"' not in filtered
+    assert not drawn(filtered)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium, as of Debian's package")
+def test_runs_are_one_line_each_in_a_browser(page):
+    measured = page.with_name("measured.html")
+    rows = "[...document.querySelectorAll('#runs tr')].map(row => row.offsetHeight)"
+    script = f"<script>document.title = `tallest ${{Math.max(...{rows})}}`</script></body>"
+    measured.write_text(page.read_text("utf-8").replace("</body>", script), "utf-8")
+    (tallest,) = re.findall(r"<title>tallest (\d+)", dumped(measured))
+    assert 10 < int(tallest) < 50

@@ -23,6 +23,10 @@ QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
 demo: $(VENV)/ready
 	$(BIN)/python -m experiments.reproduce --table=state_tracking --scale=demo
+	@echo; echo 'To try next:'
+	@echo '  $(BIN)/python -m experiments.train --config=experiments/configs/delta_net.py:mqar,smoke --workdir=runs/mqar'
+	@echo '  $(BIN)/python -m experiments.html_report --table=state_tracking --scale=demo --out=runs/demo.html'
+	@echo '  $(BIN)/python -m experiments.reproduce --table=icl_regression --scale=cpu'
 
 test: $(TPU_COMPILER)/ready
 	$(QUICK) $(PYTEST) -m "not full and not cluster and not browser"

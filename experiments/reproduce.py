@@ -1,17 +1,26 @@
-"""Reproduces a table of a paper: trains or computes the cells that are missing, prints ours beside
-the paper's, draws the figure.
+"""Reproduces a table of a paper: trains or computes the cells that you have not yet, and prints
+published, recorded and your numbers side by side.
 
     python -m experiments.reproduce --table=state_tracking --scale=cpu
-    python -m experiments.reproduce --table=state_tracking --scale=cpu --dry_run   what would run
-    python -m experiments.reproduce --table=state_tracking --scale=cpu --collect   only its table
+    python -m experiments.reproduce --table=state_tracking --scale=cpu --only=DeltaNet
+    python -m experiments.reproduce --table=state_tracking --scale=cpu --dry_run
+    python -m experiments.reproduce --table=state_tracking --scale=cpu --collect
+    python -m experiments.reproduce --table=state_tracking --scale=cpu --recorded
+
+The first trains everything, the second some rows. The others train nothing: they print the commands
+of all cells, the table as it stands, and the recorded rows alone.
 
 Resumable: a finished cell is read from its row, an interrupted one goes on from its checkpoint.
-Rows are appended to experiments/results/<table>.jsonl; the figure is
-experiments/results/<table>_<scale>.png and RESULTS.md there holds all tables."""
+Your rows are in runs/<table>/<table>.jsonl, the figure beside them, the runs in
+runs/<table>/<scale>; no file of the checkout changes. Recorded rows are those in
+experiments/results. A maintainer renews them with --record, at a commit: it runs cells without a
+recorded row and those whose code has changed since, and makes RESULTS.md and the tables in
+documents anew."""
 
 import re
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +29,9 @@ from absl import flags
 from experiments import train
 from experiments.reporting import figures, markdown, pages, rows
 from experiments.reporting.table import (
+    Cell,
     Computation,
     command,
-    config_hash,
     find_cells,
     find_table,
     workdir_name,
@@ -36,44 +45,46 @@ def reproduce(
     scale: str,
     *,
     runs: Path,
-    directory: Path = RESULTS,
     only: str = "",
     collect: bool = False,
+    record: bool = False,
+    results: Path = RESULTS,
 ) -> str:
     """Trains what is missing (unless `collect`; of the cells whose "row / column" matches `only`),
-    returns the table.
+    returns the table. `record` renews the recorded rows in `results`, and the pages that show them.
 
-    Raises ValueError for a table or scale that does not exist, before anything is trained.
+    Raises ValueError for a table or scale that does not exist, and for `record` where files differ
+    from their commit, before anything is trained.
     """
     table = find_table(name)
     cells = find_cells(table, scale)
+    directory, workdirs = rows.places(name, runs, results if record else None)
     found = rows.matching(cells, rows.read(name, directory), scale)
-    todo = {  # cells that read different metrics of one run share it
-        config_hash(cell.make_config()): cell
-        for cell, row in zip(cells, found, strict=True)
-        if row is None
-        and not cell.gap
-        and not collect
-        and re.search(only, f"{cell.row} / {cell.column}")
-    }
-    for number, cell in enumerate(todo.values(), start=1):
+    todo = [] if collect else rows.missing(cells, found, renew=record)
+    todo = [cell for cell in todo if re.search(only, f"{cell.row} / {cell.column}")]
+    _run(todo, name, scale, directory, workdirs / name / scale)
+    own = rows.matching(cells, rows.read(name, runs / name), scale)
+    recorded = rows.matching(cells, rows.read(name, results), scale)
+    shown = recorded if record else own
+    figures.draw_table(table, cells, shown, directory / f"{name}_{scale}.png")
+    if record:
+        pages.renew(results)
+    return markdown.printed(table, name, scale, cells, recorded=recorded, own=own)
+
+
+def _run(todo: Sequence[Cell], name: str, scale: str, directory: Path, workdirs: Path) -> None:
+    """Trains or computes cells, and appends their rows."""
+    for number, cell in enumerate(todo, start=1):
         print(f"[{number}/{len(todo)}] {cell.row} / {cell.column}", flush=True)
         began = time.monotonic()
         if isinstance(cell, Computation):
             summary = compute(cell)
         else:
-            workdir = runs / name / scale / workdir_name(cell)
-            summary = train.run(cell.make_config(), workdir)
-        rows.append(rows.make_row(name, scale, cell, summary), directory)
-        print(
-            f"    {markdown.format_cell(cell, summary)} in {time.monotonic() - began:.0f} s",
-            flush=True,
-        )
-    found = rows.matching(cells, rows.read(name, directory), scale)
-    text = markdown.section(table, name, scale, cells, found)
-    figures.draw_table(table, cells, found, directory / f"{name}_{scale}.png")
-    pages.renew(directory)
-    return text
+            summary = train.run(cell.make_config(), workdirs / workdir_name(cell), brief=True)
+        row = rows.make_row(name, scale, cell, summary)
+        rows.append(row, directory)
+        seconds = time.monotonic() - began
+        print(f"    {markdown.format_cell(cell, row)} in {seconds:.0f} s", flush=True)
 
 
 def compute(cell: Computation) -> dict[str, Any]:
@@ -88,7 +99,7 @@ def compute(cell: Computation) -> dict[str, Any]:
     }
 
 
-def plan(name: str, scale: str) -> str:
+def plan(name: str, scale: str, runs: Path = Path("runs")) -> str:
     """What a reproduction would train, as commands."""
     lines = []
     for cell in find_cells(find_table(name), scale):
@@ -96,35 +107,43 @@ def plan(name: str, scale: str) -> str:
         if isinstance(cell, Computation):
             lines.append(f"#   computed by experiments.tables.computations.{cell.config}, no run")
         elif not cell.gap:
-            workdir = Path("runs") / name / scale / workdir_name(cell)
+            workdir = runs / name / scale / workdir_name(cell)
             lines.append(shlex.join(command(cell, workdir)))
     return "\n".join(lines)
 
 
+def recorded_section(name: str, scale: str) -> str:
+    """The table of the recorded rows, as it stands on the page of results."""
+    table = find_table(name)
+    cells = find_cells(table, scale)
+    found = rows.matching(cells, rows.read(name), scale)
+    return markdown.section(table, name, scale, cells, found)
+
+
 def main() -> None:
     options = flags.FLAGS
+    name, scale, runs = options.table, options.scale, Path(options.runs).expanduser()
     if options.dry_run:
-        print(plan(options.table, options.scale))
-        return
-    print(
-        reproduce(
-            options.table,
-            options.scale,
-            runs=Path(options.runs),
-            only=options.only,
-            collect=options.collect,
-        )
-    )
-    print(f"Figure: {RESULTS / f'{options.table}_{options.scale}.png'}")
+        print(plan(name, scale, runs))
+    elif options.recorded:
+        print(recorded_section(name, scale))
+    else:
+        chosen = {"only": options.only, "collect": options.collect, "record": options.record}
+        print(reproduce(name, scale, runs=runs, **chosen))
+        figure = (RESULTS if options.record else runs / name) / f"{name}_{scale}.png"
+        if figure.exists():
+            print(f"Figure: {figure}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("table", None, "File of experiments/tables, without .py.", required=True)
     flags.DEFINE_string("scale", "cpu", "One of the table's scales.")
-    flags.DEFINE_string("runs", "runs", "Directory of the workdirs.")
+    flags.DEFINE_string("runs", "runs", "Directory of the workdirs and of your rows.")
     flags.DEFINE_string(
         "only", "", "Regular expression: train only cells whose 'row / column' matches."
     )
     flags.DEFINE_bool("dry_run", False, "Print the commands of all cells and stop.")
-    flags.DEFINE_bool("collect", False, "Train nothing; make the table from the rows there are.")
+    flags.DEFINE_bool("collect", False, "Train nothing; print the table as it stands.")
+    flags.DEFINE_bool("recorded", False, "Train nothing; print the recorded rows alone.")
+    flags.DEFINE_bool("record", False, "Renew the recorded rows (for maintainers).")
     command_line.run(main)

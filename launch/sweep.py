@@ -13,10 +13,11 @@ A sweep file is a table file without published numbers (experiments/reporting/ta
 defines; `grid` expands options and seeds), optionally with RESOURCES. The same file runs on every
 backend.
 
-A run whose row is recorded, or whose workdir has a summary, is not run again; one that failed is
-run again `--retries` times, from its last checkpoint. Rows of finished runs are appended to
-experiments/results, or, for a file elsewhere, to its folder in --runs. Interrupting the sweep tells
-all runs to save and ends; the same command goes on."""
+A run that has a row, or whose workdir has a summary, is not run again; one that failed is run again
+`--retries` times, from its last checkpoint. Rows of finished runs are appended to
+<runs>/<sweep>/<sweep>.jsonl. Interrupting the sweep tells all runs to save and ends; the same
+command goes on. With --record a maintainer renews the recorded rows of a table instead, as
+`python -m experiments.reproduce --record` does."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from typing import Any
 from absl import flags
 
 from experiments.reporting import figures, html, markdown, pages, rows
-from experiments.reporting.table import Cell, config_hash, find_table
+from experiments.reporting.table import Cell, find_table
 from experiments.training import command_line
 from experiments.training.checkout import RESULTS
 from launch.backend import make_resources
@@ -62,22 +63,46 @@ def find_sweep(sweep: str) -> tuple[str, ModuleType]:
     return path.stem, module
 
 
+def lacking(
+    name: str,
+    scale: str,
+    planned: Sequence[tuple[Run, list[Cell]]],
+    directory: Path,
+    *,
+    renew: bool = False,
+) -> list[tuple[Run, Cell]]:
+    """The runs without a row in `directory`, and with `renew` those whose code has changed since
+    theirs, each with a cell that reads it."""
+    read = rows.read(name, directory)
+    each = [(run, cells[0]) for run, cells in planned]
+    found = rows.matching([cell for _, cell in each], read, scale)
+    wanted = rows.missing([cell for _, cell in each], found, renew=renew)
+    return [(run, cell) for run, cell in each if cell in wanted]
+
+
 def collect(
-    name: str, sweep: Any, scale: str, planned: Sequence[tuple[Run, list[Cell]]], directory: Path
+    name: str,
+    sweep: Any,
+    scale: str,
+    planned: Sequence[tuple[Run, list[Cell]]],
+    directory: Path,
+    *,
+    renew: bool = False,
 ) -> str:
-    """Appends a row for every finished run that has none, and returns the table of all rows."""
-    recorded = {(row["scale"], row["config_hash"]) for row in rows.read(name, directory)}
-    for run, cells in planned:
-        key = (scale, config_hash(cells[0].make_config()))
-        if key not in recorded and (summary := run.outcome().summary) is not None:
-            row = rows.make_row(name, scale, cells[0], summary)
-            rows.append(row, directory)
+    """Appends a row for every finished run that is `lacking`, and returns the table of all rows: of
+    a table, beside what is recorded."""
+    for run, cell in lacking(name, scale, planned, directory, renew=renew):
+        if (summary := run.outcome().summary) is not None:
+            rows.append(rows.make_row(name, scale, cell, summary), directory)
     cells = sweep.cells(scale)
     found = rows.matching(cells, rows.read(name, directory), scale)
     figures.draw_table(sweep, cells, found, directory / f"{name}_{scale}.png")
-    if directory == RESULTS:
+    if renew:
         pages.renew(directory)
-    return markdown.section(sweep, name, scale, cells, found)
+    recorded = rows.matching(cells, rows.read(name), scale)
+    if renew or not any(recorded):
+        return markdown.section(sweep, name, scale, cells, found)
+    return markdown.printed(sweep, name, scale, cells, recorded=recorded, own=found)
 
 
 def main() -> None:
@@ -85,16 +110,12 @@ def main() -> None:
     name, sweep = find_sweep(options.sweep)
     scale = options.scale or next(iter(sweep.SCALES))
     folder = Path(options.runs).expanduser()
+    if options.record and options.sweep.endswith(".py"):
+        raise ValueError(f"--record is for tables, by name; got the file {options.sweep}")
+    directory, folder = rows.places(name, folder, RESULTS if options.record else None)
     planned = plan(sweep, name, scale, folder)
-    is_table = not options.sweep.endswith(".py")
-    directory = RESULTS if is_table else folder / name
-    finished = {(row["scale"], row["config_hash"]) for row in rows.read(name, directory)}
-    todo = [
-        run
-        for run, cells in planned
-        if (scale, config_hash(cells[0].make_config())) not in finished
-        and run.outcome().summary is None
-    ]
+    wanted = lacking(name, scale, planned, directory, renew=options.record)
+    todo = [run for run, _ in wanted if run.outcome().summary is None]
     resources = make_resources(getattr(sweep, "RESOURCES", {}), options.resources)
     failed: list[str] = []
     if not options.collect:
@@ -104,10 +125,11 @@ def main() -> None:
             print(backend.render(todo) if todo else "# nothing is left to do")
             return
         failed = execute(backend, todo, retries=options.retries, poll_s=options.poll_s)
-    print(collect(name, sweep, scale, planned, directory))
+    print(collect(name, sweep, scale, planned, directory, renew=options.record))
     if options.report:
-        report, recorded = Path(options.report), rows.read(name, directory)
-        html.write(report, sweep, name, scale, recorded, runs=folder, failed=failed)
+        report, own, recorded = Path(options.report), rows.read(name, directory), rows.read(name)
+        shown = {"runs": folder, "recorded": recorded, "failed": failed}
+        html.write(report, sweep, name, scale, own, **shown)
     if failed:
         raise ValueError(f"{len(failed)} runs failed: {', '.join(failed)}")
 
@@ -124,5 +146,6 @@ if __name__ == "__main__":
     flags.DEFINE_float("poll_s", 2.0, "Seconds between two looks at the runs.")
     flags.DEFINE_bool("dry_run", False, "Print what would be submitted and stop.")
     flags.DEFINE_bool("collect", False, "Run nothing; collect what is finished.")
+    flags.DEFINE_bool("record", False, "Renew a table's recorded rows (for maintainers).")
     flags.DEFINE_string("report", "", "Also write a page for the browser: its path.")
     command_line.run(main)

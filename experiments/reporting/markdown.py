@@ -5,22 +5,29 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from experiments.reporting import code_changes
 from experiments.reporting.rows import commit, is_finite, machine, value_of
 from experiments.reporting.table import Cell
+from experiments.training.checkout import commit_here
+
+SEEN = "Their code at commit"  # begins the line that is true of that commit alone
 
 
 def format_cell(cell: Cell, row: Mapping[str, Any] | None) -> str:
     """ "mean ± sample deviation (n) [published]"; a gap says why."""
-    if row is None:
-        ours = cell.gap or "not run"
-    else:
-        values = value_of(cell, row)
-        if is_finite(cell, row):
-            spread = f" ± {_number(statistics.stdev(values))}" if values[1:] else ""
-            ours = f"{_number(statistics.fmean(values))}{spread} (n={len(values)})"
-        else:
-            ours = f"{cell.missing} (n={len(values)})"
+    ours = format_value(cell, row)
     return ours if cell.published is None else f"{ours} [{_number(cell.published)}]"
+
+
+def format_value(cell: Cell, row: Mapping[str, Any] | None) -> str:
+    """ "mean ± sample deviation (n)"."""
+    if row is None:
+        return cell.gap or "not run"
+    values = value_of(cell, row)
+    if not is_finite(cell, row):
+        return f"{cell.missing} (n={len(values)})"
+    spread = f" ± {_number(statistics.stdev(values))}" if values[1:] else ""
+    return f"{_number(statistics.fmean(values))}{spread} (n={len(values)})"
 
 
 def _number(value: float) -> str:
@@ -55,39 +62,93 @@ def grid(
     return "\n".join(lines)
 
 
+def comparison(cells: Sequence[Cell], recorded: Sequence[Any], own: Sequence[Any]) -> str:
+    """A line for each cell: published, recorded, yours; in columns that a terminal shows as such.
+
+    What no cell has (published numbers, a second column) is left out."""
+    columns: dict[str, list[str]] = {"": [cell.row for cell in cells]}
+    if len({cell.column for cell in cells}) > 1:
+        columns["column"] = [cell.column for cell in cells]
+    if any(cell.published is not None for cell in cells):
+        published = (cell.published for cell in cells)
+        columns["published"] = ["" if each is None else _number(each) for each in published]
+    for name, rows in (("recorded", recorded), ("yours", own)):
+        columns[name] = [format_value(cell, row) for cell, row in zip(cells, rows, strict=True)]
+    texts = [[name, "---", *column] for name, column in columns.items()]
+    widths = [max(map(len, column)) for column in texts]
+    lines = []
+    for line in zip(*texts, strict=True):
+        padded = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
+        lines.append("| " + " | ".join(padded) + " |")
+    lines[1] = "|-" + "-|-".join("-" * width for width in widths) + "-|"
+    return "\n".join(lines)
+
+
 def section(
     table: ModuleType, name: str, scale: str, cells: Sequence[Cell], rows: Sequence[Any]
 ) -> str:
     """The section of a table: title, what was measured, the cells, and where they were measured."""
-    published = any(cell.published is not None for cell in cells)
+    lines = [*_heading(table, name, scale, cells, "in brackets"), grid(cells, rows), ""]
+    return "\n".join([*lines, *_sizes(table, cells, rows), *_origin(cells, rows, "Measured")])
+
+
+def printed(
+    table: ModuleType,
+    name: str,
+    scale: str,
+    cells: Sequence[Cell],
+    *,
+    recorded: Sequence[Any],
+    own: Sequence[Any],
+) -> str:
+    """The section of a table for one who runs it: his own numbers beside those recorded."""
+    lines = [*_heading(table, name, scale, cells, "published")]
+    lines += [comparison(cells, recorded, own), ""]
+    lines += _sizes(table, cells, own if any(own) else recorded)
+    lines += _origin(cells, recorded, "Recorded: measured")
+    return "\n".join([*lines, *_origin(cells, own, "Yours: measured")])
+
+
+def _heading(
+    table: ModuleType, name: str, scale: str, cells: Sequence[Cell], published: str
+) -> list[str]:
     source = getattr(table, "SOURCE", "nothing is published")
-    source = f"in brackets: {source}" if published else source
-    lines = [
+    if any(cell.published is not None for cell in cells):
+        source = f"{published}: {source}"
+    return [
         f"## {table.TITLE}: `{name}` at scale `{scale}`",
         "",
         f"{table.METRIC}. Mean ± sample standard deviation over n seeds; {source}",
         "",
         f"Scale `{scale}`: {table.SCALES[scale]}",
         "",
-        grid(cells, rows),
+    ]
+
+
+def _sizes(table: ModuleType, cells: Sequence[Cell], rows: Sequence[Any]) -> list[str]:
+    if not getattr(table, "SIZES", False) or not any(rows):
+        return []
+    return ["Parameters / bytes of state per sequence:", "", grid(cells, rows, format_sizes), ""]
+
+
+def _origin(cells: Sequence[Cell], rows: Sequence[Any], measured: str) -> list[str]:
+    """Paragraphs, as lines: where rows were measured, and where their code has changed since."""
+    pairs = [(cell, row) for cell, row in zip(cells, rows, strict=True) if row]
+    if not pairs:
+        return []
+    # Cells may read different metrics of one run.
+    done = list({row["config_hash"]: row for _, row in pairs}.values())
+    minutes = sum(row["seconds"] for row in done) / 60
+    where = sorted({machine(row) for row in done})
+    versions = sorted(
+        {f"jax {row['versions']['jax']}, flax {row['versions']['flax']}" for row in done}
+    )
+    commits = sorted({commit(row) for row in done})
+    seen = (commit_here()[0] or "no commit")[:10]
+    return [
+        f"{measured} on {', '.join(where)}; {'; '.join(versions)}; commit {', '.join(commits)};"
+        f" {len(pairs)} of {len(cells)} cells in {minutes:.0f} minutes of training.",
+        "",
+        f"{SEEN} {seen}: {'; '.join(code_changes.describe(pairs))}.",
         "",
     ]
-    if getattr(table, "SIZES", False) and any(rows):
-        lines += ["Parameters / bytes of state per sequence:", ""]
-        lines += [grid(cells, rows, format_sizes), ""]
-    filled = [row for row in rows if row]
-    # Cells may read different metrics of one run.
-    done = list({row["config_hash"]: row for row in filled}.values())
-    if done:
-        minutes = sum(row["seconds"] for row in done) / 60
-        where = sorted({machine(row) for row in done})
-        versions = sorted(
-            {f"jax {row['versions']['jax']}, flax {row['versions']['flax']}" for row in done}
-        )
-        commits = sorted({commit(row) for row in done})
-        lines += [
-            f"Measured on {', '.join(where)}; {'; '.join(versions)}; commit {', '.join(commits)};"
-            f" {len(filled)} of {len(cells)} cells in {minutes:.0f} minutes of training.",
-            "",
-        ]
-    return "\n".join(lines)

@@ -9,9 +9,9 @@ from experiments.training.checkout import DOCUMENTS, RESULTS
 
 
 def renew(directory: Path = RESULTS) -> None:
-    """Makes RESULTS.md of all tables and scales that have rows; for our own rows also the tables in
-    documents."""
-    made = "Made from the rows in this folder by `python -m experiments.reproduce`"
+    """Makes RESULTS.md of all tables and scales that have rows in `directory`; of the recorded ones
+    also the tables in documents."""
+    made = "Made from the rows in this folder by `python -m experiments.reproduce --record`"
     sections = [f"# Results\n\n{made}; not to be edited.\n"]
     for name in available_tables():
         table, recorded = find_table(name), rows.read(name, directory)

@@ -1,12 +1,16 @@
-"""Result rows: appended by runs, never edited; tables, pages and figures are made from them."""
+"""Result rows: appended by runs, never edited; tables, pages and figures are made from them.
+
+Recorded rows are part of the checkout, and maintainers alone renew them. What a user runs is his
+own: its rows lie with its workdirs."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.reporting.code_changes import changes
 from experiments.reporting.table import Cell, Computation, config_hash
-from experiments.training.checkout import RESULTS
+from experiments.training.checkout import RESULTS, commit_here
 
 FACTS = (
     "commit",
@@ -44,11 +48,38 @@ def make_row(table: str, scale: str, cell: Cell, summary: Mapping[str, Any]) -> 
     }
 
 
+def places(name: str, runs: Path, record: Path | None = None) -> tuple[Path, Path]:
+    """Where rows of a table are appended, and the folder of the workdirs: of a user's own, both
+    below `runs`. To renew the recorded ones, which lie in `record`, a folder for the commit at
+    hand, so that no run of another commit is taken for one of this.
+
+    Raises ValueError for `record` where no commit says what would be recorded."""
+    if record is None:
+        return runs / name, runs
+    commit, dirty = commit_here()
+    if commit is None or dirty:
+        state = "no git checkout" if commit is None else f"{commit[:10]} with uncommitted changes"
+        raise ValueError(f"--record must run at a commit, which its rows name; got {state}")
+    return record, runs / f"recorded-{commit[:10]}"
+
+
 def append(row: Mapping[str, Any], directory: Path = RESULTS) -> None:
     """Appends a row to <table>.jsonl in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / f"{row['table']}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def missing(
+    cells: Sequence[Cell], found: Sequence[Mapping[str, Any] | None], *, renew: bool = False
+) -> list[Cell]:
+    """The cells to run: those without a row, and with `renew` those whose code has changed since,
+    or may have. Of cells that read different metrics of one run, the first."""
+    lacking = {}
+    for cell, row in zip(cells, found, strict=True):
+        if not cell.gap and (row is None or (renew and changes(cell, row) != {})):
+            lacking.setdefault(config_hash(cell.make_config()), cell)
+    return list(lacking.values())
 
 
 def read(table: str, directory: Path = RESULTS) -> list[dict[str, Any]]:

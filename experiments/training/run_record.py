@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,25 +18,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.training import config as configs
-from experiments.training.checkout import CHECKOUT, DOCUMENTS, RESULTS
+from experiments.training.checkout import commit_here, git
 from experiments.training.config import Config
 from experiments.training.progress import warn
 
 FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-# Recorded rows, and the tables made of them.
 
 
 def environment() -> dict[str, Any]:
-    """Commit and whether files differ from it (None outside a git checkout), versions, devices.
-
-    Recorded results and the documents they are shown in do not count: nothing is computed from
-    them, and each new row changes them."""
-    devices, commit = jax.devices(), _git("rev-parse", "HEAD")
-    generated = [f":(exclude){path.relative_to(CHECKOUT)}" for path in (RESULTS, *DOCUMENTS)]
+    """Commit and whether files differ from it (as `commit_here`), versions, devices."""
+    devices = jax.devices()
+    commit, dirty = commit_here()
     return {
         "commit": commit,
-        "dirty": (None if commit is None else bool(_git("status", "--porcelain", ".", *generated))),
+        "dirty": dirty,
         "versions": (
             {"python": platform.python_version()}
             | {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -47,16 +42,6 @@ def environment() -> dict[str, Any]:
         "device_count": len(devices),
         "process_count": jax.process_count(),
     }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def read(workdir: Path) -> dict[str, Any] | None:
@@ -133,7 +118,7 @@ def check_same_everywhere(workdir: Path, config: Config) -> None:
         return
     own = {
         "--workdir": str(workdir),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD"),
         **{f"config.{key}": value for key, value in configs.flatten(config)},
     }
     text = json.dumps(own, sort_keys=True).encode()

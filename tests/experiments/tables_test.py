@@ -1,6 +1,9 @@
 """Tables: every cell is a config that exists; numbers come from rows; what is missing is shown as
 missing."""
 
+import re
+import shutil
+import subprocess
 from collections import defaultdict
 from importlib import import_module
 from inspect import signature
@@ -8,10 +11,11 @@ from inspect import signature
 import pytest
 
 from experiments import reproduce
-from experiments.reporting import figures, markdown, pages, rows
+from experiments.reporting import code_changes, figures, markdown, pages, rows
 from experiments.reporting.table import Cell, Computation, available_tables, find_cells, find_table
 from experiments.tables import lasp2_timed
 from experiments.tables.computations import sequence_timing
+from experiments.training import checkout
 from experiments.training import config as configs
 
 EVERY_SCALE = [(name, scale) for name in available_tables() for scale in find_table(name).SCALES]
@@ -76,7 +80,7 @@ def test_unknown_tables_and_scales_list_the_known_ones():
         find_cells(find_table("icl_regression"), "huge")
 
 
-def fake_summary(value):
+def fake_summary(value, commit=None):
     facts = dict.fromkeys(rows.FACTS)
     evaluations = {"long": {"scaled_accuracy": [value, value + 0.2]}}
     evaluations |= {
@@ -88,40 +92,146 @@ def fake_summary(value):
         "seconds": 60.0,
         "versions": versions,
         "device_count": 1,
-        "commit": "c",
+        "commit": commit,
     }
 
 
-def test_a_finished_cell_is_not_run_again_and_gaps_are_shown(tmp_path, monkeypatch):
-    ran = []
+@pytest.fixture
+def trained(monkeypatch):
+    """Workdirs of the runs that were trained, none of them for real."""
+    workdirs = []
 
-    def run(config, workdir):
-        ran.append(workdir.name)
-        return fake_summary(0.5)
+    def run(config, workdir, *, brief):
+        workdirs.append(workdir)
+        return fake_summary(0.5, checkout.git("rev-parse", "HEAD"))
 
     monkeypatch.setattr(reproduce.train, "run", run)
-    arguments = {"runs": tmp_path / "runs", "directory": tmp_path / "results"}
-    first = reproduce.reproduce("state_tracking", "demo", only="DeltaNet", **arguments)
-    assert len(ran) == 2
-    assert "| DeltaNet [-1, 1] | 0.600 ± 0.141 (n=2) [1.000] |" in first
-    assert "| Mamba [-1, 1] | not run [1.000] |" in first
-    second = reproduce.reproduce("state_tracking", "demo", **arguments)
-    assert len(ran) == 4
-    assert "not run" not in second
-    assert (tmp_path / "results" / "state_tracking_demo.png").stat().st_size > 1000
-    assert second.splitlines()[0] in (tmp_path / "results" / "RESULTS.md").read_text()
+    return workdirs
 
 
-def test_a_computed_cell_is_computed_once_and_recorded_like_a_run(tmp_path):
-    arguments = {"runs": tmp_path / "runs", "directory": tmp_path / "results"}
+def reproduced(folder, **more):
+    arguments = {"runs": folder / "runs", "results": folder / "results"}
+    return reproduce.reproduce("state_tracking", "demo", **arguments, **more)
+
+
+def line_of(row, text):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {row} ")]
+    return [part.strip() for part in line.strip("|").split("|")]
+
+
+def test_a_recorded_row_does_not_stand_for_ones_own(tmp_path, trained):
+    """Everything is trained that one has not trained oneself, once, and shown beside the rest."""
+    for cell in find_cells(find_table("state_tracking"), "demo"):
+        recorded = rows.make_row("state_tracking", "demo", cell, fake_summary(0.0))
+        rows.append(recorded, tmp_path / "results")
+    before = {path: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    shown = reproduced(tmp_path, collect=True)
+    assert not trained
+    deltanet = ["DeltaNet [-1, 1]", "1.000", "0.100 ± 0.141 (n=2)"]
+    assert line_of("", shown) == ["", "published", "recorded", "yours"]
+    assert line_of("DeltaNet [-1, 1]", shown) == [*deltanet, "not run"]
+    first = reproduced(tmp_path, only="DeltaNet")
+    assert len(trained) == 2
+    assert line_of("DeltaNet [-1, 1]", first) == [*deltanet, "0.600 ± 0.141 (n=2)"]
+    assert line_of("Mamba [-1, 1]", first)[-1] == "not run"
+    assert "not run" not in reproduced(tmp_path)
+    assert len(trained) == len(set(trained)) == 4
+    own = tmp_path / "runs" / "state_tracking"
+    assert (own / "state_tracking_demo.png").stat().st_size > 1000
+    assert {path: path.read_bytes() for path in (tmp_path / "results").iterdir()} == before
+
+
+def test_recording_renews_what_is_missing_or_older_than_its_code(tmp_path, trained, monkeypatch):
+    cells = find_cells(find_table("state_tracking"), "demo")
+    here = checkout.git("rev-parse", "HEAD") or ""
+    monkeypatch.setattr(rows, "commit_here", lambda: (here, True))
+    with pytest.raises(ValueError, match=rf"{here[:10]} with uncommitted changes"):
+        reproduced(tmp_path, record=True)
+    monkeypatch.setattr(rows, "commit_here", lambda: (here, False))
+    # The first row is as new as the code, the second is not.
+    changed = {rows.make_row("", "", cells[1], fake_summary(0.0))["config_hash"]: {"a": {"ops"}}}
+    monkeypatch.setattr(rows, "changes", lambda cell, row: changed.get(row["config_hash"], {}))
+    for cell in cells[:2]:
+        row = rows.make_row("state_tracking", "demo", cell, fake_summary(0.0, here))
+        rows.append(row, tmp_path / "results")
+    reproduced(tmp_path, record=True)
+    assert len(trained) == 3 and not (tmp_path / "runs").exists()
+    assert {path.parts[-4] for path in trained} == {f"recorded-{here[:10]}"}
+    page = (tmp_path / "results" / "RESULTS.md").read_text()
+    assert "| Mamba [0, 1] | 0.100 ± 0.141 (n=2) [0.000] |" in page
+    assert "| Mamba [-1, 1] | 0.600 ± 0.141 (n=2) [1.000] |" in page
+
+
+def test_the_code_of_a_row_is_what_its_run_imports():
+    cells = {cell.row: cell for cell in find_cells(find_table("state_tracking"), "demo")}
+    code = code_changes.code_of(cells["DeltaNet [-1, 1]"], "cpu")
+    assert {"models/delta_net.py", "ops/delta_rule/xla.py", "ops/chunks/chunking.py"} <= code
+    assert {"experiments/tasks/state_tracking.py", "experiments/training/step.py"} <= code
+    assert not {f for f in code if "mamba" in f or "selective_scan" in f or "pallas" in f}
+    kernel = "ops/delta_rule/pallas_tpu.py"
+    assert kernel in code_changes.code_of(cells["DeltaNet [-1, 1]"], "tpu")
+    mamba = code_changes.code_of(cells["Mamba [0, 1]"], "cpu")
+    assert "ops/selective_scan/xla.py" in mamba and "models/delta_net.py" not in mamba
+    (planned,) = {
+        code_changes.code_of(cell, None)
+        for cell in find_cells(find_table("lasp2_scaling"), "cpu")[:1]
+    }
+    assert {"experiments/plan.py", "experiments/training/step.py"} <= planned
+
+
+def test_changes_since_a_row_are_commits_to_its_code(tmp_path, monkeypatch):
+    """In a history of four commits: two after the row's touch its code, one of them is seen."""
+    (cell, *_) = find_cells(find_table("ptd_robustness"), "cpu")
+    for file in code_changes.code_of(cell, "cpu"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("1\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+
+    def commit():
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "--quiet", "--message=m"], check=True)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        return head.stdout.strip()
+
+    def described(commit, dirty=False):
+        code_changes._history.cache_clear()
+        row = {"commit": commit, "dirty": dirty, "platform": "cpu"}
+        (line,) = code_changes.describe([(cell, row)])
+        return line
+
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    monkeypatch.setattr(checkout, "CHECKOUT", tmp_path)
+    first = commit()
+    (tmp_path / "models/gla.py").write_text("not of this row")
+    second = commit()
+    assert described(first) == f"since {first[:10]} the same"
+    assert "files that differed from their commit" in described(first, dirty=True)
+    (tmp_path / "models/parts/hippo.py").write_text("2\n")
+    assert described(second).endswith(" changed in 0 commits: models/parts (1)")
+    commit()
+    assert described(first).endswith(" changed in 1 commits: models/parts (1)")
+    unknown = "unknown, no history with it here"
+    assert described("0" * 40) == f"since {'0' * 10} {unknown}"
+    assert described(None) == f"since no commit {unknown}"
+    shutil.rmtree(tmp_path / ".git")
+    assert described(first) == f"since {first[:10]} {unknown}"
+    code_changes._history.cache_clear()
+
+
+def test_a_computed_cell_is_computed_once_and_kept_like_a_run(tmp_path):
+    arguments = {"runs": tmp_path / "runs", "results": tmp_path / "results"}
     only = "S4D.*N = 16"
     text = reproduce.reproduce("ptd_robustness", "cpu", only=only, **arguments)
-    assert "| S4D, normal part | 0.000 (n=1) | 78.5" in text
-    found = rows.read("ptd_robustness", tmp_path / "results")
+    assert re.search(r"\| S4D, normal part +\| N = 16: .* \| not run +\| 0\.000 \(n=1\) ", text)
+    own = tmp_path / "runs" / "ptd_robustness"
+    found = rows.read("ptd_robustness", own)
     reproduce.reproduce("ptd_robustness", "cpu", only=only, **arguments)
-    assert found == rows.read("ptd_robustness", tmp_path / "results")
+    assert found == rows.read("ptd_robustness", own)
     assert len(found) == 1 and found[0]["versions"]["jax"] and found[0]["examples"] is None
-    assert not (tmp_path / "runs").exists()
+    assert {path.name for path in own.iterdir()} == {
+        "ptd_robustness.jsonl",
+        "ptd_robustness_cpu.png",
+    }
     plan = reproduce.plan("ptd_robustness", "cpu")
     assert "computed by experiments.tables.computations.ptd_numerics:measure" in plan
     assert "experiments.train" not in plan

@@ -72,7 +72,7 @@ def evaluate(run: LoadedRun, examples: int | None = None) -> dict[str, Any]:
         apply = AppliedModel(
             run.blueprint,
             run.mesh,
-            run.seeds,
+            len(run.seeds),
             examples=examples or config.eval.examples,
             batch_size=-(-part // devices) * devices,
         )

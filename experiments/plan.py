@@ -96,7 +96,8 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
     # --- Compile
     began = time.perf_counter()
     with traced_on(mesh, config):
-        traced = run.step.trace(state, batch, jax.ShapeDtypeStruct((), np.int32))
+        number = jax.ShapeDtypeStruct((), np.int32)
+        traced = run.step.trace(state, batch, number, run.hyperparameters)
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:

@@ -24,17 +24,11 @@ class AppliedModel:
     called."""
 
     def __init__(
-        self,
-        blueprint: Blueprint,
-        mesh: Mesh,
-        seeds: Sequence[int],
-        *,
-        examples: int,
-        batch_size: int,
+        self, blueprint: Blueprint, mesh: Mesh, replicas: int, *, examples: int, batch_size: int
     ):
         """examples: of each evaluation, at most; batch_size: sequences over all devices."""
-        self.replicas = len(seeds)
-        self._blueprint, self._mesh, self._seeds = blueprint, mesh, seeds
+        self.replicas = replicas
+        self._blueprint, self._mesh = blueprint, mesh
         self._examples, self._batch_size = examples, batch_size
         self._compiled: dict[OfModel, Any] = {}
 
@@ -45,7 +39,7 @@ class AppliedModel:
             return function(model, batch, key)
 
         if function not in self._compiled:
-            over = over_replicas(one, self._seeds, in_axes=(0, None, None))
+            over = over_replicas(one, self.replicas, in_axes=(0, None, None))
             self._compiled[function] = jax.jit(over, out_shardings=P())
         values = self._compiled[function](params, batch, key)
         return jax.tree.map(lambda x: x[None], values) if self.replicas == 1 else values

@@ -50,7 +50,7 @@ class Training:
         self.apply = AppliedModel(
             program.blueprint,
             program.mesh,
-            seeds,
+            len(seeds),
             examples=config.eval.examples,
             batch_size=config.batch_size // config.accumulate,
         )
@@ -60,11 +60,11 @@ class Training:
         """The state after the last step. Raises SystemExit, after a checkpoint, if the process is
         told to end."""
         with self.log, self.saves, self.progress:
-            waiting = None
+            waiting, hyperparameters = None, self.program.place_hyperparameters()
             for step in range(self.first, self.steps + 1):
                 self._start_profile(step)
                 batch, work = self.program.place(next(batches))
-                state = self.program.step(state, batch, np.int32(step))
+                state = self.program.step(state, batch, np.int32(step), hyperparameters)
                 self.meter.count(work)
                 if step == self.first:
                     jax.block_until_ready(state)
@@ -124,7 +124,7 @@ class Training:
         return step % every == 0 or step == self.steps
 
     def _row(self, step: int, window: Any, interval: Any) -> dict[str, Any]:
-        return training_row(step, window, interval, self.program.schedule, self.meter)
+        return training_row(step, window, interval, self.program.hyperparameters.rates, self.meter)
 
     def _report(self, row: Mapping[str, Any]) -> None:
         """Writes a row, and ends the run if it says that steps are being rejected without end."""

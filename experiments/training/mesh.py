@@ -184,6 +184,14 @@ def check_lengths(mesh: Mesh, lengths: Mapping[str, int | None]) -> None:
             )
 
 
+def replicated(mesh: Mesh, tree: Any) -> Any:
+    """Arrays of this process, the same in all of them, whole on every device."""
+    sharding = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), tree
+    )
+
+
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Rows of a global batch of which this process's devices hold a part, ascending."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,10 @@ def finite(value: Any) -> Any:
 
 
 def training_row(
-    step: int, window: Any, interval: Interval, schedule: Callable[[float], Any], meter: SpeedMeter
+    step: int, window: Any, interval: Interval, rates: np.ndarray, meter: SpeedMeter
 ) -> dict[str, Any]:
-    """The row of a window of training steps that ended with `step`; waits until that step is
-    done."""
+    """The row of a window of training steps that ended with `step`; waits until that step is done.
+    rates: after n updates."""
     window = jax.tree.map(lambda leaf: np.atleast_1d(np.asarray(leaf)), jax.device_get(window))
     sums, accepted = window["sums"], np.maximum(window["accepted_steps"], 1)
     row: dict[str, Any] = {"step": step}
@@ -111,7 +111,7 @@ def training_row(
     # Rejected steps do not advance the schedule; step n is the update with the rate after n - 1 of
     # them.
     updates = np.maximum(step - window["rejected_in_all"] - 1, 0)
-    row["train/learning_rate"] = [float(schedule(float(count))) for count in updates]
+    row["train/learning_rate"] = [float(rates[count]) for count in updates]
     row["train/rejected_steps"] = window["rejected_steps"].tolist()
     row["train/longest_rejected_run"] = window["longest_rejected_run"].tolist()
     return row | meter.speeds(interval)

@@ -13,6 +13,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 
 from experiments.training.config import OPTIMIZERS, REFINED, SCHEDULES
+from experiments.training.hyperparameters import Hyperparameters
 from experiments.training.refined_schedule import refined_schedule
 
 # "matrix": a linear map between hidden vectors, which decays, and is what Muon is for. "decay": all
@@ -156,11 +157,14 @@ def with_master_weights(
 
 def make_optimizer(
     options: Mapping[str, Any],
-    schedule: optax.Schedule,
+    numbers: Hyperparameters,
     groups: dict[str, Any],
     param_dtype: str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """The gradient transformation of config.optimizer.
+
+    Inside a program `numbers` may be its arguments: of the numbers in `options` it is only asked
+    whether they are 0, and the state has none of them.
 
     Only the groups "matrix" and "decay" have weight decay. Muon trains the group "matrix", leading
     axes (layers, experts) being batches of matrices, and AdamW everything else beside it. The
@@ -171,25 +175,25 @@ def make_optimizer(
     gradient changes nothing and is counted in the state (ApplyIfFiniteState). Raises ValueError for
     an unknown name."""
     decaying = jax.tree.map(lambda group: group in ("matrix", "decay"), groups)
-    moments = {"b1": options["b1"], "b2": options["b2"]}
-    common = {"weight_decay": options["weight_decay"], "mask": decaying}
+    moments: Any = {"b1": numbers.b1, "b2": numbers.b2}
+    common = {"weight_decay": numbers.weight_decay, "mask": decaying}
     if options["name"] == "adamw":
-        core = optax.adamw(schedule, eps=options["eps"], **moments, **common)
+        core = optax.adamw(numbers.rate, eps=numbers.eps, **moments, **common)
     elif options["name"] == "lion":
-        core = optax.lion(schedule, **moments, **common)
+        core = optax.lion(numbers.rate, **moments, **common)
     elif options["name"] == "lamb":
-        core = optax.lamb(schedule, eps=options["eps"], **moments, **common)
+        core = optax.lamb(numbers.rate, eps=numbers.eps, **moments, **common)
     elif options["name"] == "muon":
         matrices = muon(
-            schedule,
+            numbers.rate,
             beta=MUON_MOMENTUM,
             consistent_rms=MUON_RMS,
-            weight_decay=options["weight_decay"],
+            weight_decay=numbers.weight_decay,
             muon_weight_dimension_numbers=lambda params: jax.tree.map(
                 lambda _: MuonDimensionNumbers(-2, -1), params
             ),
         )
-        others = optax.adamw(schedule, eps=options["eps"], **moments, **common)
+        others = optax.adamw(numbers.rate, eps=numbers.eps, **moments, **common)
         labels = jax.tree.map(lambda group: group == "matrix", groups)
         core = optax.partition({True: matrices, False: others}, labels)
     else:
@@ -197,14 +201,12 @@ def make_optimizer(
             f"config.optimizer.name must be one of {', '.join(OPTIMIZERS)}; got {options['name']!r}"
         )
     clip = (
-        optax.clip_by_global_norm(options["clip_norm"])
-        if options["clip_norm"]
-        else optax.identity()
+        optax.clip_by_global_norm(numbers.clip_norm) if options["clip_norm"] else optax.identity()
     )
     chain = [clip, core]
     if options["ssm_lr"]:
         in_ssm = jax.tree.map(lambda group: group == "ssm", groups)
-        chain.append(optax.masked(optax.scale(options["ssm_lr"] / options["lr"]), in_ssm))
+        chain.append(optax.masked(optax.scale(numbers.ssm_scale), in_ssm))
     update: Any = optax.chain(*chain)
     if jnp.dtype(param_dtype) != jnp.float32:
         update = with_master_weights(update)

@@ -7,18 +7,19 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax import NamedSharding
 from jax.sharding import Mesh
 
 from experiments.objectives.objective import Work
 from experiments.training.config import Config
+from experiments.training.hyperparameters import Hyperparameters, hyperparameters
 from experiments.training.mesh import (
     HOST_MEMORY,
     batch_specs,
     check_batch_size,
     parameter_name,
     place_batch,
+    replicated,
     traced_on,
 )
 from experiments.training.optimizer import make_optimizer, make_schedule, parameter_groups
@@ -42,13 +43,15 @@ from experiments.training.task import Examples, Task, configured_task
 class Program:
     """The programs of a run on a mesh, and what they are made of. Nothing is computed yet.
 
-    task, blueprint, schedule   what is learned, by which model, at which rates
+    task, blueprint             what is learned, by which model
+    hyperparameters             by which numbers; NumPy arrays
     sums            names of the sums of the objective
     state           the abstract state, with the shardings it has between steps
     batch           an abstract training batch, the longest if lengths differ, likewise
     work            of that batch, one replica
-    initial         () -> the state before the first step
-    step            (state, batch, number) -> state; takes the memory of the state that comes in
+    initial         seeds -> the state before the first step
+    step            (state, batch, number, hyperparameters) -> state; takes the memory of the state
+                    that comes in
     empty_window    () -> an empty window
     """
 
@@ -56,12 +59,12 @@ class Program:
     mesh: Mesh
     task: Task
     blueprint: Blueprint
-    schedule: optax.Schedule
+    hyperparameters: Hyperparameters
     sums: tuple[str, ...]
     state: TrainState
     batch: dict[str, Any]
     work: Work
-    initial: Callable[[], TrainState]
+    initial: Callable[[Any], TrainState]
     step: Any  # jitted, of which a plan asks more than to be called
     empty_window: Callable[[], dict[str, Any]]
 
@@ -76,9 +79,13 @@ class Program:
         placed = place_batch(self.mesh, batch, self.config.batch_size, length, several)
         return placed, self.task.objective.work(_one_replica(placed, several))
 
+    def place_hyperparameters(self) -> Hyperparameters:
+        """What `step` takes, as global arrays."""
+        return replicated(self.mesh, self.hyperparameters)
+
     def start(self, params: Mapping[str, jax.Array] | None = None) -> TrainState:
         """The state before the first step, with `params` by path in the place of its own."""
-        state = self.initial()
+        state = self.initial(self.hyperparameters.seeds)
         if not params:
             return state
         own = jax.tree.map_with_path(
@@ -93,48 +100,56 @@ class Program:
 
 def make_program(config: Config, mesh: Mesh) -> Program:
     """The programs of a validated config. Raises ValueError for what cannot work; traces, but
-    compiles nothing."""
+    compiles none of them."""
     check_batch_size(mesh, config.batch_size, config.accumulate)
     task, seeds = configured_task(config), tuple(config.seeds)
     blueprint = make_blueprint(config, task)
     schedule = make_schedule(config.optimizer, config.steps)
     groups = parameter_groups(blueprint.params, config.optimizer.frozen)
-    tx = make_optimizer(config.optimizer, schedule, groups, config.param_dtype)
+    numbers = hyperparameters(
+        config.optimizer, schedule, config.steps, seeds=seeds, ema_decay=config.ema_decay
+    )
+
+    def optimizer(numbers: Hyperparameters) -> Any:
+        return make_optimizer(config.optimizer, numbers, groups, config.param_dtype)
+
+    tx = optimizer(numbers)
     batch = _abstract_batch(task, config.batch_size, seeds[0])
     work = task.objective.work(batch)
     with traced_on(mesh, config):
         part = _rows(batch, config.batch_size // config.accumulate)
         sums = sum_names(blueprint, task.objective, part)
 
-    def initial() -> TrainState:
+    def initial(seeds: Any) -> TrainState:
         return initial_state(blueprint, tx, sums, seeds, averaged=config.ema_decay > 0)
 
-    abstract = jax.eval_shape(initial)
-    specs = state_specs(mesh, blueprint, tx, abstract, seeds, config.mesh.zero)
+    abstract = jax.eval_shape(initial, numbers.seeds)
+    specs = state_specs(mesh, blueprint, tx, abstract, len(seeds), config.mesh.zero)
     shardings = state_shardings(mesh, specs, config.optimizer.offload)
     step = make_step(
         blueprint,
         task.objective,
-        tx,
+        optimizer,
         groups,
-        seeds,
         accumulate=config.accumulate,
         offload=config.optimizer.offload,
-        ema_decay=config.ema_decay,
+        replicas=len(seeds),
     )
     return Program(
         config=config,
         mesh=mesh,
         task=task,
         blueprint=blueprint,
-        schedule=schedule,
+        hyperparameters=numbers,
         sums=sums,
         state=with_shardings(abstract, shardings),
         batch=_laid_out(mesh, batch, work.length, replicas=len(seeds)),
         work=work,
         initial=jax.jit(initial, out_shardings=shardings),
         step=jax.jit(step, donate_argnums=0, out_shardings=shardings),
-        empty_window=jax.jit(lambda: empty_window(sums, seeds), out_shardings=shardings.window),
+        empty_window=jax.jit(
+            lambda: empty_window(sums, len(seeds)), out_shardings=shardings.window
+        ),
     )
 
 

@@ -23,6 +23,7 @@ from experiments.training.state import (
     by_path,
     initial_model,
     make_blueprint,
+    seed_array,
     with_shardings,
 )
 from experiments.training.task import Task, configured_task
@@ -68,7 +69,8 @@ def load_run(workdir: Path, step: str = "latest", *, averaged: bool = False) -> 
     blueprint = make_blueprint(config, task)
     mesh = make_mesh({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
     seeds = tuple(config.seeds)
-    params, variables = jax.eval_shape(functools.partial(initial_model, blueprint, seeds))
+    initial = functools.partial(initial_model, blueprint)
+    params, variables = jax.eval_shape(initial, seed_array(seeds))
     specs = parameter_specs(mesh, blueprint.params, len(seeds) > 1, config.mesh.zero)
     places = named(mesh, specs), named(mesh, jax.tree.map(lambda _: jax.P(), variables))
     wanted = {

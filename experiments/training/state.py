@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import P
@@ -134,45 +135,44 @@ def _wanted_sizes(name: str, build: Any, task: Task) -> dict[str, int]:
 
 
 def over_replicas(
-    function: Callable[..., Any], seeds: Sequence[int], in_axes: Any = 0
+    function: Callable[..., Any], replicas: int, in_axes: Any = 0
 ) -> Callable[..., Any]:
-    """`function` over a leading replica axis if there are several seeds; `function` itself if there
-    is one."""
-    return jax.vmap(function, in_axes=in_axes) if len(seeds) > 1 else function
+    """`function` over a leading replica axis if there are several replicas; `function` itself if
+    there is one."""
+    return jax.vmap(function, in_axes=in_axes) if replicas > 1 else function
 
 
-def seed_array(seeds: Sequence[int]) -> jax.Array:
+def seed_array(seeds: Sequence[int]) -> np.ndarray:
     """uint32 [R], or [] of one seed."""
-    seed = jnp.asarray(seeds, jnp.uint32)
-    return seed if len(seeds) > 1 else seed[0]
+    return np.asarray(seeds if len(seeds) > 1 else seeds[0], np.uint32)
 
 
-def initial_model(blueprint: Blueprint, seeds: Sequence[int]) -> tuple[Any, Any]:
-    """(params, variables) before the first step; to be called inside jit, so that arrays are born
-    sharded."""
+def initial_model(blueprint: Blueprint, seeds: Any) -> tuple[Any, Any]:
+    """(params, variables) before the first step, of `seed_array`; to be called inside jit, so that
+    arrays are born sharded."""
 
     def one(seed: jax.Array) -> tuple[Any, Any]:
         _, params, variables = nnx.split(blueprint.build(seed), nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(variables)
 
-    return over_replicas(one, seeds)(seed_array(seeds))
+    return over_replicas(one, seeds.size)(seeds)
 
 
 def initial_state(
     blueprint: Blueprint,
     tx: optax.GradientTransformation,
     sums: Sequence[str],
-    seeds: Sequence[int],
+    seeds: Any,
     averaged: bool = False,
 ) -> TrainState:
-    """The state before the first step, with an empty window for the named sums; inside jit, like
-    `initial_model`."""
+    """The state before the first step, with an empty window for the named sums; `seeds` and inside
+    jit, like `initial_model`."""
     params, variables = initial_model(blueprint, seeds)
     return TrainState(
         params,
         variables,
-        over_replicas(tx.init, seeds)(params),
-        empty_window(sums, seeds),
+        over_replicas(tx.init, seeds.size)(params),
+        empty_window(sums, seeds.size),
         average_of(params) if averaged else None,
     )
 
@@ -188,9 +188,9 @@ def by_path(params: Any) -> dict[str, Any]:
     return {parameter_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
 
 
-def empty_window(sums: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+def empty_window(sums: Sequence[str], replicas: int) -> dict[str, Any]:
     """Zeros for what a step collects."""
-    shape = (len(seeds),) if len(seeds) > 1 else ()
+    shape = (replicas,) if replicas > 1 else ()
     counts = ("accepted_steps", "rejected_steps", "longest_rejected_run", "rejected_in_all")
     return {
         "sums": {name: jnp.zeros(shape, jnp.float32) for name in sums},
@@ -223,11 +223,11 @@ def state_specs(
     blueprint: Blueprint,
     tx: optax.GradientTransformation,
     state: TrainState,
-    seeds: Sequence[int],
+    replicas: int = 1,
     zero: int = 3,
 ) -> TrainState:
     """PartitionSpecs of an abstract state; `zero` as config.mesh.zero."""
-    several = len(seeds) > 1
+    several = replicas > 1
     moments = parameter_specs(mesh, blueprint.params, several)
     replicated = functools.partial(jax.tree.map, lambda _: P())
     return TrainState(

@@ -1,6 +1,6 @@
 """The one step that advances a training state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -10,8 +10,9 @@ import optax
 from flax import nnx
 
 from experiments.objectives.objective import Objective, minimised
+from experiments.training.hyperparameters import Hyperparameters
 from experiments.training.optimizer import FROZEN
-from experiments.training.state import Blueprint, TrainState, over_replicas, seed_array
+from experiments.training.state import Blueprint, TrainState, over_replicas
 
 # The stream of a seed's random numbers that objectives draw from; the model has others.
 OBJECTIVE_STREAM = 0x0B1EC7
@@ -20,15 +21,15 @@ OBJECTIVE_STREAM = 0x0B1EC7
 def make_step(
     blueprint: Blueprint,
     objective: Objective,
-    tx: optax.GradientTransformation,
+    optimizer: Callable[[Hyperparameters], optax.GradientTransformation],
     groups: Any,
-    seeds: Sequence[int],
     *,
     accumulate: int = 1,
     offload: bool = False,
-    ema_decay: float = 0.0,
-) -> Callable[[TrainState, Any, Any], TrainState]:
-    """(state, batch, number) -> state, pure; `number` int32 [] counts the steps from 1.
+    replicas: int = 1,
+) -> Callable[[TrainState, Any, Any, Hyperparameters], TrainState]:
+    """(state, batch, number, hyperparameters) -> state, pure; `number` int32 [] counts the steps
+    from 1.
 
     A step whose loss or gradient is not finite changes neither parameters and their average, nor
     optimizer moments, nor variables; it is counted and nothing else. The objective's key follows
@@ -38,7 +39,8 @@ def make_step(
     groups: of the parameters (`parameter_groups`); those of "frozen" have no gradient. The batch is
     worked on in `accumulate` parts, one after the other. With `offload` the optimizer state that
     comes in lies in the memory of the host; that the new one goes there is up to the shardings of
-    the output. With ema_decay d > 0 average <- d average + (1 - d) params."""
+    the output. Where the state has one, average <- d average + (1 - d) params, d being
+    config.ema_decay."""
 
     def loss_of(params: Any, variables: Any, batch: Any, key: Any) -> tuple[jax.Array, Any]:
         params = jax.tree.map(
@@ -54,7 +56,10 @@ def make_step(
     if accumulate > 1:
         gradient = in_parts(gradient, accumulate)
 
-    def one(state: TrainState, batch: Any, seed: jax.Array, number: jax.Array) -> TrainState:
+    def one(
+        state: TrainState, batch: Any, seed: jax.Array, number: jax.Array, numbers: Hyperparameters
+    ) -> TrainState:
+        tx = optimizer(numbers)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), OBJECTIVE_STREAM), number)
         (loss, (sums, variables)), grads = gradient(state.params, state.variables, batch, key)
         norm = optax.tree.norm(grads)
@@ -73,7 +78,8 @@ def make_step(
 
         average = state.average
         if average is not None:
-            average = if_finite(optax.incremental_update(params, average, 1 - ema_decay), average)
+            moved = optax.incremental_update(params, average, numbers.average_step)
+            average = if_finite(moved, average)
         window = state.window
         window = {
             "sums": jax.tree.map(
@@ -90,12 +96,12 @@ def make_step(
         variables = if_finite(variables, state.variables)
         return TrainState(params, variables, opt_state, window, average)
 
-    def step(state: TrainState, batch: Any, number: Any) -> TrainState:
+    def step(state: TrainState, batch: Any, number: Any, numbers: Hyperparameters) -> TrainState:
         if offload:
             opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)
             state = replace(state, opt_state=opt_state)
-        over = over_replicas(one, seeds, in_axes=(0, 0, 0, None))
-        return over(state, batch, seed_array(seeds), number)
+        over = over_replicas(one, replicas, in_axes=(0, 0, 0, None, None))
+        return over(state, batch, numbers.seeds, number, numbers)
 
     return step
 

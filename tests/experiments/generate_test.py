@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from experiments.evaluate import decode_difference
 from experiments.generate import generate, sample
 from experiments.training.prompts import find_prompt_coder
-from experiments.training.state import Blueprint, initial_model, make_blueprint
+from experiments.training.state import Blueprint, initial_model, make_blueprint, seed_array
 from experiments.training.task import Examples, Task
 
 VOCABULARY = 11
@@ -43,7 +43,7 @@ def model() -> Model:
     }
     config = ConfigDict({"model": sizes, "param_dtype": "float32", "compute_dtype": "float32"})
     blueprint = make_blueprint(config, task())
-    params, variables = jax.jit(lambda: initial_model(blueprint, (1,)))()
+    params, variables = jax.jit(lambda: initial_model(blueprint, seed_array((1,))))()
     # Weights larger than at the start of training: logits that differ, and a state that matters.
 
     def noise(leaf):

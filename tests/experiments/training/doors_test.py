@@ -186,7 +186,7 @@ def test_the_average_follows_the_parameters_is_saved_and_evaluated(tmp_path):
         if step == 1:
             first = config_of(ema_decay=decay)
             made = program.make_program(first, load_run(tmp_path).mesh)
-            expected = jax.tree.map(np.asarray, made.initial().params)
+            expected = jax.tree.map(np.asarray, made.start().params)
         expected = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, expected, params)
     averaged = load_run(tmp_path, averaged=True)
     jax.tree.map(
@@ -212,7 +212,7 @@ def test_frozen_parameters_stay_and_the_others_learn(tmp_path, name):
     options = {"optimizer.frozen": ("encoder/.*",), "optimizer.name": name, "ema_decay": 0.5}
     train.run(config_of(**options), tmp_path, quiet=True)
     made = program.make_program(config_of(), load_run(tmp_path).mesh)
-    start, end = made.initial().params, load_run(tmp_path).params
+    start, end = made.start().params, load_run(tmp_path).params
     np.testing.assert_array_equal(end["encoder"]["kernel"], start["encoder"]["kernel"])
     assert np.abs(end["decoder"]["kernel"] - start["decoder"]["kernel"]).max() > 1e-3
     saved = checkpoints.stored_shapes(tmp_path / "checkpoints", "optimizer")

@@ -19,6 +19,7 @@ from experiments import train
 from experiments.configs import linear_attention, linear_self_attention
 from experiments.training import checkpoints
 from experiments.training.batches import train_batches
+from experiments.training.hyperparameters import Hyperparameters, hyperparameters
 from experiments.training.mesh import (
     check_batch_size,
     check_host_memory,
@@ -33,6 +34,7 @@ from experiments.training.state import (
     Blueprint,
     initial_state,
     make_blueprint,
+    seed_array,
     state_specs,
     sum_names,
 )
@@ -98,6 +100,10 @@ def blueprint() -> Blueprint:
     return make_blueprint(config, find_task(options.pop("name"), options))
 
 
+def numbers_of(options: Any) -> Hyperparameters:
+    return hyperparameters(options, make_schedule(options, 4), 4)
+
+
 def abstract_mesh(data: int, fsdp: int, sequence: int = 1) -> Any:
     axes = ("data", "fsdp", "sequence", "tensor")
     return AbstractMesh((data, fsdp, sequence, 1), axes)
@@ -113,7 +119,7 @@ def test_parameters_are_laid_over_fsdp_by_their_logical_names(blueprint):
 
 def test_moments_lie_like_their_parameters(blueprint):
     options = lm_config().optimizer
-    tx = make_optimizer(options, make_schedule(options, 4), parameter_groups(blueprint.params))
+    tx = make_optimizer(options, numbers_of(options), parameter_groups(blueprint.params))
     specs = parameter_specs(abstract_mesh(2, 4), blueprint.params, replicated_axis=False)
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), jax.tree.leaves(blueprint.params)
@@ -144,10 +150,10 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_zero_1_lays_moments_over_fsdp_and_parameters_not(blueprint):
     mesh = abstract_mesh(2, 4)
     options = lm_config().optimizer
-    tx = make_optimizer(options, make_schedule(options, 4), parameter_groups(blueprint.params))
-    state = jax.eval_shape(lambda: initial_state(blueprint, tx, ("loss_sum",), (0,)))
-    whole = state_specs(mesh, blueprint, tx, state, (0,), zero=1)
-    parts = state_specs(mesh, blueprint, tx, state, (0,), zero=3)
+    tx = make_optimizer(options, numbers_of(options), parameter_groups(blueprint.params))
+    state = jax.eval_shape(lambda: initial_state(blueprint, tx, ("loss_sum",), seed_array((0,))))
+    whole = state_specs(mesh, blueprint, tx, state, zero=1)
+    parts = state_specs(mesh, blueprint, tx, state, zero=3)
     assert whole.params["embedding"]["embedding"] == P("tensor", None)
     assert parts.params["embedding"]["embedding"] == P("tensor", "fsdp")
     assert whole.opt_state == parts.opt_state
@@ -162,14 +168,16 @@ def test_a_batch_in_parts_is_one_batch():
     # Parts of unequal weight; rows 2 and 6, of four parts the third, have none.
     weights = np.array([1, 0.3, 0, 2, 0, 0.5, 0, 1], np.float32)
     batch["weights"] = weights
-    schedule = make_schedule(config.optimizer, 4)
-    tx = make_optimizer(config.optimizer, schedule, parameter_groups(blueprint.params))
+    numbers, groups = numbers_of(config.optimizer), parameter_groups(blueprint.params)
+
+    def optimizer(numbers: Hyperparameters) -> Any:
+        return make_optimizer(config.optimizer, numbers, groups)
+
     sums = sum_names(blueprint, task.objective, batch)
-    groups = parameter_groups(blueprint.params)
-    arguments = (blueprint, task.objective, tx, groups, (0,))
-    start = jax.jit(lambda: initial_state(blueprint, tx, sums, (0,)))()
-    whole = jax.jit(make_step(*arguments))(start, batch, 1)
-    parts = jax.jit(make_step(*arguments, accumulate=4))(start, batch, 1)
+    arguments = (blueprint, task.objective, optimizer, groups)
+    start = jax.jit(lambda: initial_state(blueprint, optimizer(numbers), sums, numbers.seeds))()
+    whole = jax.jit(make_step(*arguments))(start, batch, 1, numbers)
+    parts = jax.jit(make_step(*arguments, accumulate=4))(start, batch, 1, numbers)
     assert float(whole.window["gradient_norm"]) > 0.1
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, parts, whole)

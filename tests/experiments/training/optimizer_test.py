@@ -14,6 +14,7 @@ from flax import nnx
 from experiments.configs.recipes.base import recipe
 from experiments.training import config as configs
 from experiments.training.config import OPTIMIZERS
+from experiments.training.hyperparameters import Hyperparameters, hyperparameters
 from experiments.training.mesh import optimizer_specs
 from experiments.training.optimizer import make_optimizer, make_schedule, parameter_groups
 from experiments.training.refined_schedule import refine, smooth
@@ -39,10 +40,14 @@ def params() -> dict[str, jax.Array]:
     return {name: jnp.ones(shape) for name, shape in shapes.items()}
 
 
+def numbers_of(options: Any, steps: int = 10) -> Hyperparameters:
+    return hyperparameters(options, make_schedule(options, steps), steps)
+
+
 def first_update(gradient: float, **options: Any) -> Any:
     """params after one step minus params, all gradients being `gradient`."""
     options = OPTIONS | options
-    tx = make_optimizer(options, make_schedule(options, 10), GROUPS)
+    tx = make_optimizer(options, numbers_of(options), GROUPS)
     grads = jax.tree.map(lambda leaf: jnp.full(leaf.shape, gradient), params())
     return tx.update(grads, tx.init(params()), params())[0]
 
@@ -133,7 +138,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     # Beyond the clip, adam's first moment is that of the clipped gradient: clip_norm / sqrt(number
     # of parameters).
     options = OPTIONS | {"clip_norm": 1.0}
-    tx = make_optimizer(options, make_schedule(options, 10), GROUPS)
+    tx = make_optimizer(options, numbers_of(options), GROUPS)
     grads = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7.0), params())
     _, state = tx.update(grads, tx.init(params()), params())
     moment = optax.tree.get(state, "mu")
@@ -141,7 +146,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 
 def test_non_finite_gradients_are_never_accepted_however_many():
-    tx = make_optimizer(OPTIONS, make_schedule(OPTIONS, 10), GROUPS)
+    tx = make_optimizer(OPTIONS, numbers_of(OPTIONS), GROUPS)
     state: Any = tx.init(params())
     start = state
     grads = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan), params())
@@ -156,7 +161,7 @@ def test_non_finite_gradients_are_never_accepted_however_many():
 
 def test_muon_orthogonalises_the_matrix_of_every_layer_by_itself():
     options = OPTIONS | {"name": "muon"}
-    tx = make_optimizer(options, make_schedule(options, 10), GROUPS)
+    tx = make_optimizer(options, numbers_of(options), GROUPS)
     # Layers of very different scale: as one matrix, the first would leave nothing to the others.
     scales = jnp.logspace(0, -4, 5)[:, None, None]
     matrix = scales * jax.random.normal(jax.random.key(0), (5, 2, 3))
@@ -174,7 +179,7 @@ def test_muon_orthogonalises_the_matrix_of_every_layer_by_itself():
 
 def test_muons_moments_lie_like_their_parameters():
     options = OPTIONS | {"name": "muon"}
-    tx = make_optimizer(options, make_schedule(options, 10), GROUPS)
+    tx = make_optimizer(options, numbers_of(options), GROUPS)
     specs = {name: jax.P(name) for name in GROUPS}
     laid = optimizer_specs(tx, jax.eval_shape(tx.init, params()), specs)
     found = jax.tree.leaves(laid, is_leaf=lambda leaf: isinstance(leaf, jax.P))
@@ -185,9 +190,9 @@ def test_muons_moments_lie_like_their_parameters():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_parameters_in_bfloat16_follow_those_in_float32(name):
     options = OPTIONS | {"name": name, "lr": 1e-4, "b2": 0.999, "weight_decay": 0.01}
-    schedule = make_schedule(options, 1000)
-    exact = make_optimizer(options, schedule, GROUPS)
-    rounded = make_optimizer(options, schedule, GROUPS, "bfloat16")
+    numbers = numbers_of(options, 1000)
+    exact = make_optimizer(options, numbers, GROUPS)
+    rounded = make_optimizer(options, numbers, GROUPS, "bfloat16")
     coarse = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
 
     def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
@@ -213,7 +218,7 @@ def test_parameters_in_bfloat16_follow_those_in_float32(name):
 
 def test_the_second_moment_of_parameters_in_bfloat16_falls_again():
     options = OPTIONS | {"b2": 0.999}
-    tx = make_optimizer(options, make_schedule(options, 10), GROUPS, "bfloat16")
+    tx = make_optimizer(options, numbers_of(options), GROUPS, "bfloat16")
     coarse = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
 
     def run(state: Any, gradient: float, steps: int) -> Any:

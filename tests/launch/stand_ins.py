@@ -7,6 +7,7 @@ them. A job runs its script, or the command of its pod, when it has been looked 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def install(folder: Path, monkeypatch, *, looks: int = 3, **state) -> Path:
     folder.mkdir()
     for name in COMMANDS:
         tool = folder / name
-        tool.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {folder} {name} "$@"\n')
+        words = shlex.join([sys.executable, __file__, str(folder), name])
+        tool.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         tool.chmod(0o755)
     empty = {"calls": [], "failures": {}, "jobs": {}, "jobsets": {}, "looks": looks}
     (folder / "engine.json").write_text(json.dumps(empty | state))

@@ -34,7 +34,7 @@ from experiments.reporting.table import (
     command,
     find_cells,
     find_table,
-    workdir_name,
+    find_workdir,
 )
 from experiments.training import command_line, run_record
 from experiments.training.checkout import RESULTS
@@ -80,7 +80,7 @@ def _run(todo: Sequence[Cell], name: str, scale: str, directory: Path, workdirs:
         if isinstance(cell, Computation):
             summary = compute(cell)
         else:
-            summary = train.run(cell.make_config(), workdirs / workdir_name(cell), brief=True)
+            summary = train.run(cell.make_config(), find_workdir(workdirs, cell), brief=True)
         row = rows.make_row(name, scale, cell, summary)
         rows.append(row, directory)
         seconds = time.monotonic() - began
@@ -107,7 +107,7 @@ def plan(name: str, scale: str, runs: Path = Path("runs")) -> str:
         if isinstance(cell, Computation):
             lines.append(f"#   computed by experiments.tables.computations.{cell.config}, no run")
         elif not cell.gap:
-            workdir = runs / name / scale / workdir_name(cell)
+            workdir = find_workdir(runs / name / scale, cell)
             lines.append(shlex.join(command(cell, workdir)))
     return "\n".join(lines)
 

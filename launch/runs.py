@@ -3,13 +3,15 @@ finished."""
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from experiments.reporting.rows import FACTS
-from experiments.reporting.table import Cell, Computation, command, find_cells, workdir_name
+from experiments.reporting.sweep_file import cells_of
+from experiments.reporting.table import Cell, Computation, command, config_hash, find_workdir
 
 # Mistakes that may be gone the next time: of the system, and of a process that still ends.
 PASSING = re.compile(r"error: (\[Errno|another process)")
@@ -105,20 +107,38 @@ def plan(sweep: ModuleType, name: str, scale: str, runs: Path) -> list[tuple[Run
 
     Raises ValueError for a scale that the sweep does not have, or a cell whose config does not
     exist."""
-    cells_of: dict[str, list[Cell]] = {}
-    for cell in find_cells(sweep, scale):
+    readers: dict[str, list[Cell]] = {}
+    for cell in cells_of(sweep, scale):
         if not cell.gap and not isinstance(cell, Computation):
-            cells_of.setdefault(workdir_name(cell), []).append(cell)
+            readers.setdefault(config_hash(cell.make_config()), []).append(cell)
     planned = []
     # Runs work in the checkout, or where a cluster's image has it: not where the launcher does.
     runs = runs.expanduser().absolute()
-    for workdir, cells in cells_of.items():
-        path = runs / name / scale / workdir
+    for cells in readers.values():
+        path = find_workdir(runs / name / scale, cells[0])
         label = f"{cells[0].row} / {cells[0].column}"
         metrics = tuple(dict.fromkeys(cell.metric for cell in cells))
-        run = Run(workdir, label, path, tuple(command(cells[0], path)), metrics)
+        run = Run(path.name, label, path, tuple(command(cells[0], path)), metrics)
         planned.append((run, cells))
     return planned
+
+
+def with_failures(
+    cells: Sequence[Cell], found: Sequence[Any], planned: Sequence[tuple[Run, list[Cell]]]
+) -> list[Cell]:
+    """The cells; of those without a row (`found`, as `matching` of reporting/rows.py returns them)
+    whose run failed, the reason that there is no number is that."""
+    failed = {
+        config_hash(readers[0].make_config())
+        for run, readers in planned
+        if run.last_error() or run.outcome().problem
+    }
+    return [
+        cell
+        if row or cell.gap or config_hash(cell.make_config()) not in failed
+        else replace(cell, gap="failed")
+        for cell, row in zip(cells, found, strict=True)
+    ]
 
 
 def _metrics(evaluations: Any) -> list[str]:

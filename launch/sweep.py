@@ -19,48 +19,31 @@ A run that has a row, or whose workdir has a summary, is not run again; one that
 command goes on. With --record a maintainer renews the recorded rows of a table instead, as
 `python -m experiments.reproduce --record` does."""
 
-import importlib.util
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from absl import flags
 
 from experiments.reporting import figures, html, markdown, pages, rows
-from experiments.reporting.table import Cell, find_table
+from experiments.reporting.sweep_file import find_sweep
+from experiments.reporting.table import Cell
 from experiments.training import command_line
-from experiments.training.checkout import RESULTS
+from experiments.training.checkout import CHECKOUT, RESULTS
+from experiments.training.command_line import Misuse
 from launch.backend import make_resources
 from launch.execution import execute
 from launch.jobset import JobSet
 from launch.local import Local
-from launch.runs import Run, plan
+from launch.runs import Run, plan, with_failures
 from launch.slurm import Slurm
 from launch.xpk import Xpk
 
 BACKENDS = {"local": Local, "slurm": Slurm, "jobset": JobSet, "xpk": Xpk}
-REQUIRED = ("TITLE", "METRIC", "SCALES", "cells")
-
-
-def find_sweep(sweep: str) -> tuple[str, ModuleType]:
-    """Name and module of a table (by name) or of a sweep file (by path).
-
-    Raises ValueError for a name that is no table and a file that is no sweep.
-    """
-    if not sweep.endswith(".py"):
-        return sweep, find_table(sweep)
-    path = Path(sweep)
-    if not path.is_file():
-        raise ValueError(f"--sweep: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    missing = [name for name in REQUIRED if not hasattr(module, name)]
-    if missing:
-        raise ValueError(f"--sweep: {path} does not define {', '.join(missing)}")
-    return path.stem, module
+LONGEST_CHECK_S = 300
 
 
 def lacking(
@@ -96,13 +79,48 @@ def collect(
             rows.append(rows.make_row(name, scale, cell, summary), directory)
     cells = sweep.cells(scale)
     found = rows.matching(cells, rows.read(name, directory), scale)
+    recorded = rows.matching(cells, rows.read(name), scale)
+    cells = with_failures(cells, found, planned)
     figures.draw_table(sweep, cells, found, directory / f"{name}_{scale}.png")
     if renew:
         pages.renew(directory)
-    recorded = rows.matching(cells, rows.read(name), scale)
     if renew or not any(recorded):
         return markdown.section(sweep, name, scale, cells, found)
     return markdown.printed(sweep, name, scale, cells, recorded=recorded, own=found)
+
+
+def check_runs(sweep: str, scale: str) -> None:
+    """Has `experiments.check` look at the runs of a sweep, which needs jax and is therefore another
+    process. Raises Misuse for a run that cannot work; prints what could not be checked."""
+    sweep = str(Path(sweep).expanduser().absolute()) if sweep.endswith(".py") else sweep
+    command = [sys.executable, "-m", "experiments.check", f"--sweep={sweep}", f"--scale={scale}"]
+    # It computes nothing: an accelerator here is not for it.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=CHECKOUT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LONGEST_CHECK_S,
+        )
+    except subprocess.TimeoutExpired:
+        print(f"not checked: it took more than {LONGEST_CHECK_S} s", file=sys.stderr)
+        return
+    words = done.stderr.strip().split("\n")[-1]
+    if done.returncode == 2:
+        raise Misuse(words.removeprefix("error: "))
+    unchecked = done.stdout if not done.returncode else f"not checked: {words}\n"
+    print(unchecked, end="", file=sys.stderr, flush=True)
+
+
+def _asked(function: Callable[[], Any]) -> Any:
+    """What a function returns whose mistakes are in what was asked for."""
+    try:
+        return function()
+    except ValueError as error:
+        raise Misuse(str(error)) from error
 
 
 def main() -> None:
@@ -111,15 +129,18 @@ def main() -> None:
     scale = options.scale or next(iter(sweep.SCALES))
     folder = Path(options.runs).expanduser()
     if options.record and options.sweep.endswith(".py"):
-        raise ValueError(f"--record is for tables, by name; got the file {options.sweep}")
+        raise Misuse(f"--record is for tables, by name; got the file {options.sweep}")
     directory, folder = rows.places(name, folder, RESULTS if options.record else None)
     planned = plan(sweep, name, scale, folder)
+    given = getattr(sweep, "RESOURCES", {})
+    resources = _asked(lambda: make_resources(given, options.resources))
     wanted = lacking(name, scale, planned, directory, renew=options.record)
     todo = [run for run, _ in wanted if run.outcome().summary is None]
-    resources = make_resources(getattr(sweep, "RESOURCES", {}), options.resources)
     failed: list[str] = []
     if not options.collect:
-        backend = BACKENDS[options.backend](f"{name}-{scale}", resources)
+        backend = _asked(lambda: BACKENDS[options.backend](f"{name}-{scale}", resources))
+        if todo:
+            check_runs(options.sweep, scale)
         if options.dry_run:
             # A comment in all of the engines' languages.
             print(backend.render(todo) if todo else "# nothing is left to do")

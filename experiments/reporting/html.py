@@ -19,7 +19,7 @@ from typing import Any
 
 from experiments.reporting import rows
 from experiments.reporting.markdown import format_cell, format_value
-from experiments.reporting.table import Cell, Computation, find_cells, workdir_name
+from experiments.reporting.table import Cell, Computation, find_cells, find_workdir
 from experiments.training.metrics_file import read_rows
 
 TEMPLATE = Path(__file__).parent / "page.html"
@@ -77,7 +77,7 @@ def _entry(
     failed: Collection[str],
 ) -> dict[str, Any]:
     """What the page says of a cell."""
-    workdir = folder / workdir_name(cell)
+    workdir = find_workdir(folder, cell)
     status, note = _status(cell, row, workdir, failed)
     if recorded and status == "not run":
         row, status, note = recorded, "recorded", f"at commit {rows.commit(recorded)}, not by you"

@@ -52,19 +52,27 @@ class Cell:
     missing: str = "not finite"
 
     def make_config(self) -> ConfigDict:
-        """The full config. Raises ValueError for a key that the config does not have."""
+        """The full config. Raises ValueError for a config that does not exist, a key that it does
+        not have and a value of another type."""
         name, _, argument = self.config.partition(":")
+        label = f"cell {self.row} / {self.column}"
+        if name not in available_configs():
+            raise ValueError(
+                f"{label}: config must be <model>:<task>, with a model of"
+                f" {', '.join(available_configs())}; got {self.config!r}"
+            )
         config = importlib.import_module(f"experiments.configs.{name}").get_config(argument)
         for key, value in (*self.overrides.items(), ("seeds", self.seeds)):
             section: Any = config
             *path, last = key.split(".")
             for part in (*path, last):
-                if part not in section:
-                    raise ValueError(
-                        f"cell {self.row} / {self.column}: the config has no entry {key!r}"
-                    )
+                if not isinstance(section, ConfigDict) or part not in section:
+                    raise ValueError(f"{label}: the config has no entry {key!r}")
                 section = section[part] if part is not last else section
-            section[last] = value
+            try:
+                section[last] = value
+            except TypeError as error:
+                raise ValueError(f"{label}: {key} cannot be {value!r}: {error}") from error
         fit_warmup(config, self.overrides)  # as the command of the cell does
         return config
 
@@ -105,9 +113,17 @@ def config_hash(config: ConfigDict) -> str:
 
 
 def workdir_name(cell: Cell) -> str:
-    """A name that a reader recognises, and that only cells of one config share."""
-    slug = re.sub(r"[^a-z0-9]+", "_", cell.row.lower()).strip("_")
-    return f"{slug}_{config_hash(cell.make_config())}"
+    """A name that a reader recognises; its end, the config's hash, is what the run is found by."""
+    slug = re.sub(r"[^a-z0-9]+", "_", f"{cell.row} {cell.column}".lower()).strip("_")
+    return f"{slug[:100]}_{config_hash(cell.make_config())}"
+
+
+def find_workdir(folder: Path, cell: Cell) -> Path:
+    """Where in `folder` the run of a cell is: cells of one config share it, by whichever of them it
+    is named."""
+    name = workdir_name(cell)
+    found = sorted(folder.glob(f"*_{name.rpartition('_')[2]}"))
+    return found[0] if found else folder / name
 
 
 def command(cell: Cell, workdir: Path) -> list[str]:
@@ -147,6 +163,11 @@ def grid(
         merged = {**(overrides or {}), **chosen}
         cells.append(Cell(heading or config, column, config, metric, merged, seeds=seeds))
     return cells
+
+
+def available_configs() -> tuple[str, ...]:
+    """Names of the files in experiments/configs."""
+    return tuple(sorted(file.stem for file in (CHECKOUT / "experiments/configs").glob("[!_]*.py")))
 
 
 def available_tables() -> tuple[str, ...]:

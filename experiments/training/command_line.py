@@ -2,8 +2,9 @@
 
 Mistakes are ValueError (a config that cannot work), OSError (a file that is not there) and
 FloatingPointError (a run that diverged); each message says what is wrong and how to mend it. They
-end the process with status 1. --verbosity=1 shows where they were raised. Anything else is our own
-bug and keeps its traceback."""
+end the process with status 1, and with status 2 if they are in what was asked for.
+--verbosity=1 shows where they were raised. Anything else is our own bug and keeps its
+traceback."""
 
 import difflib
 import logging as stdlib_logging
@@ -18,6 +19,10 @@ from ml_collections import ConfigDict, config_flags
 from experiments.training.config import Config, fit_warmup
 
 MISTAKES = (ValueError, OSError, FloatingPointError)
+
+
+class Misuse(ValueError):
+    """A mistake in what was asked for, found before anything was done."""
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -41,7 +46,7 @@ def _guarded(main: Callable[[], Any]) -> None:
     try:
         main()
     except MISTAKES as error:
-        _exit(str(error) or type(error).__name__)
+        _exit(str(error) or type(error).__name__, 2 if isinstance(error, Misuse) else 1)
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -86,9 +91,9 @@ def _unknown_key(argv: Sequence[str], values: flags.FlagValues, problem: str) ->
     return problem
 
 
-def _exit(message: str) -> NoReturn:
-    """Prints one line and ends the process with status 1; with --verbosity=1 or higher, the
-    traceback before it."""
+def _exit(message: str, status: int = 1) -> NoReturn:
+    """Prints one line and ends the process; with --verbosity=1 or higher, the traceback before
+    it."""
     if any(
         argument.lstrip("-") in [f"verbosity={level}" for level in range(1, 10)]
         for argument in sys.argv
@@ -96,4 +101,4 @@ def _exit(message: str) -> NoReturn:
         traceback.print_exc()
     line = " ".join(message.split())
     print(f"error: {line}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(status)

@@ -1,5 +1,6 @@
 """The evaluations of a task, run on a mesh."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -65,9 +66,10 @@ def evaluate_task(task: Task, apply: AppliedModel, params: Any) -> dict[str, Met
     }
 
 
-def known_metrics(task: Task, sums: Sequence[str]) -> list[str]:
-    """<evaluation>/<metric> for all evaluations of a task, whose objective has these sums."""
-    ones = dict.fromkeys(sums, 1.0)
+def known_metrics(task: Task, sums: Sequence[str] | None = None) -> list[str]:
+    """<evaluation>/<metric> for all evaluations of a task, whose objective has these sums; of None,
+    as if it had all that it asks for, but without what layers report."""
+    ones = defaultdict(lambda: 1.0) if sums is None else dict.fromkeys(sums, 1.0)
     known = []
     for name in task.evaluations:
         evaluation = task.evaluation(name)

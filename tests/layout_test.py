@@ -234,6 +234,7 @@ TESTED_BY = {
     "experiments/benchmarks/matrix_states.py": "experiments/benchmarks/tpu_aot_test.py",
     "experiments/benchmarks/peers": "experiments/benchmarks/gpu_test.py",
     "experiments/benchmarks/programs": "experiments/benchmarks/tpu_aot_test.py",
+    "experiments/check.py": "launch/sweep_file_test.py",
     "experiments/compiled/step_cost.py": "experiments/plan_test.py",
     "experiments/evaluate.py": "experiments/train_test.py",
     "experiments/html_report.py": "experiments/reporting/html_test.py",

@@ -84,9 +84,8 @@ def _called(path: Path, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:  # whatever it is, it is the file's
-        lines = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename) == path.absolute()]
         at = error.lineno if isinstance(error, SyntaxError) else next(reversed(lines), None)
         line = f", line {at}" if at else ""
         words = error.msg if isinstance(error, SyntaxError) else str(error)

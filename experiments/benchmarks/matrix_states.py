@@ -57,9 +57,11 @@ def tpu_program(
     decay_dtype: str = "bfloat16",
     heads: tuple[int, int, int, int] = USUAL_HEADS,
     segments: bool = False,
+    reverse: bool = False,
     analyse: bool = False,
 ) -> TpuProgram:
-    """The program of one rule of `rules` at batch one; `op` as it stands in names."""
+    """The program of one rule of `rules` at batch one; `op` as it stands in names. reverse: from
+    the last token to the first."""
     HK, H, K, V = heads
     C = rules.TUNING.chunk
     name = [
@@ -70,13 +72,14 @@ def tpu_program(
         f"{H}h" if H == HK else f"{HK}of{H}h",
         f"{K}x{V}",
         *(["segments"] if segments else []),
+        *(["reverse"] if reverse else []),
         generation,
     ]
     return TpuProgram(
         name="_".join(name),
         generation=generation,
         direction=direction,
-        rule=functools.partial(getattr(rules, direction), scale=K**-0.5),
+        rule=functools.partial(getattr(rules, direction), scale=K**-0.5, reverse=reverse),
         arguments=lambda T: arguments(
             examples, shape(1, T, *heads), direction, decay, dtype, decay_dtype, segments
         ),

@@ -42,16 +42,19 @@ from jax.experimental import pallas as pl
 from ..tpu import gradients, heads
 from ..tpu.decay import Products, kind_of_decay
 from ..tpu.heads import decayed
-from ..tpu.inverse import unit_lower_inverse
+from ..tpu.inverse import unit_triangular_inverse
 from ..tpu.kernel import Input, Output, call, interleave
-from ..tpu.matmul import Matmul, indices, matmul_dtype, strictly_lower
+from ..tpu.matmul import Matmul, matmul_dtype
 
 TUNING = heads.Tuning()
+WALKS_BACKWARDS = True  # the rules take `reverse`
 
 
-def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, interpret=False):
+def forward(
+    q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, reverse=False, interpret=False
+):
     """o in v's dtype and the final state in float32; shapes as in `api.py`."""
-    grid = heads.cut(q, v, TUNING, interpret)
+    grid = heads.cut(q, v, TUNING, reverse, interpret)
     matmul = Matmul(matmul_dtype(q, k, v))
     kind, decay = kind_of_decay(matmul, grid, decay_log, segment_ids)
     refs = ForwardRefs(
@@ -81,10 +84,11 @@ def backward(
     dfinal_state,
     *,
     scale,
+    reverse=False,
     interpret=False,
 ):
     """Gradients of q, k, v, beta, decay_log and initial_state."""
-    grid = heads.cut(q, v, TUNING, interpret)
+    grid = heads.cut(q, v, TUNING, reverse, interpret)
     matmul = Matmul(matmul_dtype(q, k, v))
     beta_BHT = beta.swapaxes(1, 2)
     kind, decay = kind_of_decay(matmul, grid, decay_log, segment_ids)
@@ -132,7 +136,7 @@ class Writes(NamedTuple):
     """What a chunk writes, as a function of the state at its start: N = U - W Z^T."""
 
     overlaps: Products  # of keys and keys
-    KK: jax.Array  # [C, C], strictly below the diagonal
+    KK: jax.Array  # [C, C], of earlier columns
     M: jax.Array  # [C, C]
     U: jax.Array  # [C, V]
     W: jax.Array  # [C, K]
@@ -140,10 +144,10 @@ class Writes(NamedTuple):
 
 def chunk_writes(decay, h, k, v, beta):
     """The `Writes` of head h, for k [C, K], v [C, V] and beta [C, 1]."""
-    fine = decay.matmul.finer
+    grid, fine = decay.grid, decay.matmul.finer
     overlaps = yield from decay.products(h, k, k)
-    KK = overlaps.scores * strictly_lower(overlaps.scores.shape[0])
-    M = yield from unit_lower_inverse(fine, beta * KK)  # Eq. 1
+    KK = overlaps.scores * grid.strictly_lower()
+    M = yield from unit_triangular_inverse(fine, beta * KK, grid.reverse)  # Eq. 1
     yield
     U, W = fine.nn(M, beta * v), fine.nn(M, beta * overlaps.q_start)  # Eq. 1
     yield
@@ -166,8 +170,9 @@ def delta_forward(refs: ForwardRefs, *, kind, scale):
     grid, matmul, t = kind.grid, kind.matmul, pl.program_id(2)
     fine = matmul.finer
     grid.load_states(refs.Z, refs.initial_state, t)
-    valid = grid.valid(t)
-    decay = kind.load(refs.decay, t)
+    chunk_index = grid.chunk_index(t)
+    valid = grid.valid(chunk_index)
+    decay = kind.load(refs.decay, chunk_index)
     betas = refs.beta[0, 0, 0].T  # [C, heads]
 
     def head(h):
@@ -203,8 +208,9 @@ class StatesRefs(NamedTuple):
 def delta_states(refs: StatesRefs, *, kind):
     grid, fine, t = kind.grid, kind.matmul.finer, pl.program_id(2)
     grid.load_states(refs.Z, refs.initial_state, t)
-    valid = grid.valid(t)
-    decay = kind.load(refs.decay, t)
+    chunk_index = grid.chunk_index(t)
+    valid = grid.valid(chunk_index)
+    decay = kind.load(refs.decay, chunk_index)
     betas = refs.beta[0, 0, 0].T  # [C, heads]
 
     def head(h):
@@ -248,7 +254,7 @@ def delta_backward(refs: BackwardRefs, *, kind, scale):
     valid = grid.valid(chunk_index)
     decay = kind.load(refs.decay, chunk_index)
     betas = refs.beta[0, 0, 0].T  # [C, heads]
-    row, column = indices(grid.chunk, grid.chunk)
+    row, column = grid.places()
     dq_sum, dk_sum = (gradients.KeyHeadSum(ref, grid) for ref in (refs.dq, refs.dk))
 
     def head(h):

@@ -32,11 +32,14 @@ from ..tpu.kernel import Input, Output, call, interleave
 from ..tpu.matmul import Matmul, matmul_dtype
 
 TUNING = heads.Tuning()
+WALKS_BACKWARDS = True  # the rules take `reverse`
 
 
-def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale, interpret=False):
+def forward(
+    q, k, v, decay_log, initial_state, segment_ids, *, scale, reverse=False, interpret=False
+):
     """o in v's dtype and the final state in float32; shapes as in `api.py`."""
-    grid = heads.cut(q, v, TUNING, interpret)
+    grid = heads.cut(q, v, TUNING, reverse, interpret)
     matmul = Matmul(matmul_dtype(q, k, v))
     kind, decay = kind_of_decay(matmul, grid, decay_log, segment_ids)
     refs = ForwardRefs(
@@ -54,10 +57,21 @@ def forward(q, k, v, decay_log, initial_state, segment_ids, *, scale, interpret=
 
 
 def backward(
-    q, k, v, decay_log, initial_state, segment_ids, do, dfinal_state, *, scale, interpret=False
+    q,
+    k,
+    v,
+    decay_log,
+    initial_state,
+    segment_ids,
+    do,
+    dfinal_state,
+    *,
+    scale,
+    reverse=False,
+    interpret=False,
 ):
     """Gradients of q, k, v, decay_log and initial_state."""
-    grid = heads.cut(q, v, TUNING, interpret)
+    grid = heads.cut(q, v, TUNING, reverse, interpret)
     matmul = Matmul(matmul_dtype(q, k, v))
     kind, decay = kind_of_decay(matmul, grid, decay_log, segment_ids)
     refs = StatesRefs(
@@ -110,8 +124,9 @@ class ForwardRefs(NamedTuple):
 def gla_forward(refs: ForwardRefs, *, kind, scale):
     grid, matmul, t = kind.grid, kind.matmul, pl.program_id(2)
     grid.load_states(refs.Z, refs.initial_state, t)
-    valid = grid.valid(t)
-    decay = kind.load(refs.decay, t)
+    chunk_index = grid.chunk_index(t)
+    valid = grid.valid(chunk_index)
+    decay = kind.load(refs.decay, chunk_index)
 
     def head(h):
         q = grid.key(refs.q, h, valid)  # [C, K]
@@ -143,8 +158,9 @@ class StatesRefs(NamedTuple):
 def gla_states(refs: StatesRefs, *, kind):
     grid, t = kind.grid, pl.program_id(2)
     grid.load_states(refs.Z, refs.initial_state, t)
-    valid = grid.valid(t)
-    decay = kind.load(refs.decay, t)
+    chunk_index = grid.chunk_index(t)
+    valid = grid.valid(chunk_index)
+    decay = kind.load(refs.decay, chunk_index)
 
     def head(h):
         k = grid.key(refs.k, h, valid)  # [C, K]

@@ -25,12 +25,14 @@ multiplied by the product of the neighbouring block, a row: prefix_2b = prefix_b
 total_b prefix_b. The log-gradient of every factor (factor times cotangent) flows back along the
 same sums and products.
 
+Above and below, first and last are meant in the order of the walk (`HeadGrid.place`), which in
+reverse is not that of rows.
+
 **One decay per token.** The logs are again a product with a 0/1 matrix:
 
     log W_ij = sum_t (log a_t where t <= i) (1 where t > j)                              (6)
 """
 
-import functools
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -44,7 +46,7 @@ from ..chunks.chunking import einsum
 from ..framework import segments
 from .heads import HeadGrid, chunk_rows, flat, read
 from .kernel import SUBLANES, Input
-from .matmul import Matmul, indices, lower, strictly_lower
+from .matmul import Matmul
 
 # Where a segment starts the decay is zero: a log that any sum of real ones leaves at exp(.) == 0
 # exactly. It is only ever added to other logs, never subtracted.
@@ -59,7 +61,7 @@ Steps = Generator[None, None, Result]
 class Products(NamedTuple):
     """Eqs. 1 and 2 of one head. residuals: what `adjoint` needs besides."""
 
-    scores: jax.Array  # P [C, C], zero above the diagonal
+    scores: jax.Array  # P [C, C], zero for later columns
     q_start: jax.Array  # [C, K]
     k_end: jax.Array  # [C, K]
     total: jax.Array | None  # [1, K or 1], None for no decay
@@ -99,8 +101,8 @@ class DecayOfChunk(Protocol):
         dk_end: jax.Array,
         dtotal: jax.Array,
     ) -> Steps[Gradients]:
-        """Gradients of q, k and log a from those of `products`; dscores counts on and below the
-        diagonal only, dtotal is [1, K]."""
+        """Gradients of q, k and log a from those of `products`; dscores does not count for later
+        columns, dtotal is [1, K]."""
         ...
 
 
@@ -130,7 +132,8 @@ def kind_of_decay(
     else:
         log_BHT = decay_log.astype(jnp.float32).swapaxes(1, 2)
     if segment_ids is not None:
-        log_BHT = jnp.where(segments.starts(segment_ids)[:, None], LOG_ZERO, log_BHT)
+        starts = segments.starts(segment_ids, reverse=grid.reverse)
+        log_BHT = jnp.where(starts[:, None], LOG_ZERO, log_BHT)
     return ScalarDecay.inputs(matmul, grid, chunk_rows(log_BHT, grid), backward)
 
 
@@ -157,10 +160,10 @@ class NoDecay:
     def products(self, head: int, q: jax.Array, k: jax.Array) -> Steps[Products]:
         scores = self.matmul.nt(q, k)
         yield
-        return Products(scores * lower(self.grid.chunk), q, k, None)
+        return Products(scores * self.grid.lower(), q, k, None)
 
     def adjoint(self, head, products, q, k, dscores, dq_start, dk_end, dtotal) -> Steps[Gradients]:
-        dscores = dscores * lower(self.grid.chunk)
+        dscores = dscores * self.grid.lower()
         dq, dk = self.matmul.nn(dscores, k), self.matmul.tn(dscores, q)
         yield
         return Gradients(dq + dq_start, dk + dk_end, None)
@@ -187,6 +190,7 @@ class ScalarDecay:
         """log_rows: [B or 1, n, G, heads, C], 0 where no token is."""
         chunk = grid.chunk
         until = np.tri(chunk, dtype=np.float32)
+        until = until.T if grid.reverse else until
         both = np.concatenate([until.T, until - np.eye(chunk, dtype=np.float32)], 1)
         # One plain matrix: XLA takes a product with leading axes for a convolution over them.
         sums = einsum("rt,ti->ri", log_rows.reshape(-1, chunk), both)
@@ -198,14 +202,16 @@ class ScalarDecay:
     def load(self, refs: ScalarDecayRefs, chunk_index: jax.Array) -> DecayOfChunk:
         C = self.grid.chunk
         log, prefix, suffix = (refs.rows[0, 0, 0, :, at : at + C] for at in range(0, 3 * C, C))
+        total = self.grid.last(prefix, axis=1)
         return ScalarDecayOfChunk(
-            self.matmul, log, prefix.T, suffix.T, total=prefix[:, -1:], suffix_row=suffix
+            self.matmul, self.grid, log, prefix.T, suffix.T, total, suffix_row=suffix
         )
 
 
 @dataclass(frozen=True)
 class ScalarDecayOfChunk:
     matmul: Matmul
+    grid: HeadGrid
     log: jax.Array  # [heads, C]
     prefix: jax.Array  # [C, heads]
     suffix: jax.Array  # [C, heads]
@@ -224,9 +230,8 @@ class ScalarDecayOfChunk:
         return self.matmul.nn(rows, k)
 
     def products(self, head: int, q: jax.Array, k: jax.Array) -> Steps[Products]:
-        C = self.log.shape[1]
-        until, logs = lower(C), self.matmul.terms(self.log[head : head + 1], 2)
-        after = jnp.concatenate([strictly_lower(C)] * len(logs), 0)  # [2C, C]
+        until, logs = self.grid.lower(), self.matmul.terms(self.log[head : head + 1], 2)
+        after = jnp.concatenate([self.grid.strictly_lower()] * len(logs), 0)  # [2C, C]
         masked = jnp.concatenate([until * log for log in logs], 1)  # [C, 2C]
         weights_log = self.matmul.nn(masked, after)  # [C, C], Eq. 6
         scores = self.matmul.nt(q, k)  # [C, C]
@@ -239,7 +244,7 @@ class ScalarDecayOfChunk:
         return Products(scores, q_start, k_end, self.total[head : head + 1], residuals=weights)
 
     def adjoint(self, head, products, q, k, dscores, dq_start, dk_end, dtotal) -> Steps[Gradients]:
-        row, column = indices(*dscores.shape)
+        row, column = self.grid.places()
         dweighted = dscores * products.residuals  # [C, C]
         dq, dk = self.matmul.nn(dweighted, k), self.matmul.tn(dweighted, q)  # [C, K]
         # Token t is inside the interval of every pair j < t <= i, in the prefix of i >= t and in
@@ -259,11 +264,11 @@ class ScalarDecayOfChunk:
 # --- One decay per token, head and channel
 
 
-@functools.cache
-def interval_sums(chunk: int) -> np.ndarray:
+def interval_sums(grid: HeadGrid) -> np.ndarray:
     """[4C, C], zeros and ones: which log a to sum for X at b = 2 and 4, and for prefix and suffix
     in blocks of 8."""
-    row, token = np.arange(chunk)[:, None], np.arange(chunk)[None]
+    places = grid.place(np.arange(grid.chunk), grid.chunk)
+    row, token = places[:, None], places[None]
 
     def level(b: int) -> np.ndarray:
         middle = row // (2 * b) * 2 * b + b
@@ -276,14 +281,13 @@ def interval_sums(chunk: int) -> np.ndarray:
     return np.concatenate(sums).astype(np.float32)
 
 
-@functools.cache
-def end_sums(chunk: int) -> np.ndarray:
+def end_sums(grid: HeadGrid) -> np.ndarray:
     """[C + 8, C], zeros and ones: which log a to sum for k_end and, in the last 8 rows, total."""
-    after = np.tri(chunk).T - np.eye(chunk)
-    return np.concatenate([after, np.ones((SUBLANES, chunk))])
+    places = grid.place(np.arange(grid.chunk), grid.chunk)
+    after = places[:, None] < places[None]
+    return np.concatenate([after, np.ones((SUBLANES, grid.chunk))])
 
 
-@functools.cache
 def level_pairs(chunk: int) -> np.ndarray:
     """[levels, C, C]: one where i and j are in different halves of the same block of 2b tokens, b =
     1, 2, 4, .. C/2."""
@@ -330,18 +334,19 @@ class VectorDecay:
         backward: bool,
     ) -> tuple["VectorDecay", VectorDecayRefs]:
         terms = 1 if matmul.dtype == jnp.float32 or decay_log.dtype == jnp.bfloat16 else 2
-        sums = interval_sums(grid.chunk)
+        sums = interval_sums(grid)
 
         def constant(array: np.ndarray, dtype: Any = matmul.dtype) -> Input:
             return grid.constant(jnp.asarray(array, dtype))
 
         starts = None
         if segment_ids is not None:
-            starts = grid.of_rows(segments.starts(segment_ids)[:, None], backward)
+            starts = segments.starts(segment_ids, reverse=grid.reverse)
+            starts = grid.of_rows(starts[:, None], backward)
         refs = VectorDecayRefs(
             log=Input(flat(decay_log), grid.decay_tile(backward)),
             interval_sums=constant(np.tile(sums, (1, terms))),
-            end_sums=None if backward else constant(np.tile(end_sums(grid.chunk), (1, terms))),
+            end_sums=None if backward else constant(np.tile(end_sums(grid), (1, terms))),
             interval_sums_transposed=constant(sums.T) if backward else None,
             level_pairs=constant(level_pairs(grid.chunk), jnp.float32) if backward else None,
             starts=starts,
@@ -368,6 +373,15 @@ class VectorDecayOfChunk:
         log = read(self.refs.log, head, self.grid.key_size, self.valid).astype(jnp.float32)
         return log if self.start is None else jnp.where(self.start > 0, LOG_ZERO, log)
 
+    def _block_places(self) -> jax.Array:
+        """The places of the rows of a block of 8 within it, [1, 8, K]."""
+        row = lax.broadcasted_iota(jnp.int32, (1, SUBLANES, self.grid.key_size), 1)
+        return self.grid.place(row, SUBLANES)
+
+    def _joined(self, first: jax.Array, second: jax.Array) -> jax.Array:
+        """[pairs, 2, ...], in the order of rows, of the halves [pairs, ...] of pairs of blocks."""
+        return jnp.stack([second, first] if self.grid.reverse else [first, second], 1)
+
     def ends(self, head: int, k: jax.Array) -> Steps[tuple[jax.Array, Any]]:
         ends = self.refs.end_sums[...]
         log = self.matmul.stacked_terms(self._log(head), self.terms)  # [terms * C, K]
@@ -387,8 +401,8 @@ class VectorDecayOfChunk:
         sums = matmul.nn(intervals, matmul.stacked_terms(log, self.terms))  # [4C, K]
         yield
         q_rows, k_rows = (x.astype(jnp.float32).reshape(n, SUBLANES, K) for x in (q, k))
-        row = lax.broadcasted_iota(jnp.int32, (1, SUBLANES, K), 1)
-        i, j = indices(C, C)
+        row = self._block_places()  # [1, 8, K]
+        i, j = self.grid.places()
         distance = i ^ j  # from b to 2b - 1 at the pairs of level b, if i > j
         # The diagonal; a whole product would only be taken for it.
         P = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), 1, keepdims=True)  # [C, 1]
@@ -406,11 +420,11 @@ class VectorDecayOfChunk:
             X_of_levels.append(X)
         prefix, suffix = jnp.exp(exponents[3]), jnp.exp(exponents[4])  # [n, 8, K]
         P, q_start, k_end, total, more_X, totals = yield from self._register_levels(
-            P, q_rows * prefix, k_rows * suffix, prefix[:, SUBLANES - 1 :], distance
+            P, q_rows * prefix, k_rows * suffix, self.grid.last(prefix, axis=1), distance
         )
         residuals = VectorResiduals(X_of_levels + more_X, factors, prefix, suffix, totals)
         return Products(
-            P.reshape(C, C) * lower(C),
+            P.reshape(C, C) * self.grid.lower(),
             q_start.reshape(C, K),
             k_end.reshape(C, K),
             total.reshape(1, K),
@@ -426,24 +440,26 @@ class VectorDecayOfChunk:
         of blocks of 8. Returns all four of the whole chunk, X of each level, and its totals."""
         matmul, (n, _, K) = self.matmul, Q.shape
         C = n * SUBLANES
+        first, second = self.grid.halves
         X_of_levels, totals, b = [], [], 1  # b in registers of 8 rows
         while b < n:
             pairs = (n // (2 * b), 2, b, SUBLANES)
             Q, Kd = Q.reshape(*pairs, K), Kd.reshape(*pairs, K)
             totals.append(total.reshape(n // (2 * b), 2, 1, 1, K))
-            Q2 = Q[:, 1].reshape(C // 2, K).astype(matmul.dtype)  # second halves
-            X = jnp.stack([Kd[:, 0], Q[:, 1]], 1)  # Eq. 3
+            Q2 = Q[:, second].reshape(C // 2, K).astype(matmul.dtype)
+            X = self._joined(Kd[:, first], Q[:, second])  # Eq. 3
             X = X.reshape(C, K).astype(matmul.dtype)
             yield
             P_level = matmul.nt(Q2, X)  # [C / 2, C], Eq. 4
             P_level = P_level.reshape(n // (2 * b), b, SUBLANES, C)
-            first, second = totals[-1][:, 0], totals[-1][:, 1]  # [n / 2b, 1, 1, K]
-            Q = jnp.stack([Q[:, 0], Q[:, 1] * first], 1)
-            Kd = jnp.stack([Kd[:, 0] * second, Kd[:, 1]], 1)
-            total = first * second
+            total1, total2 = totals[-1][:, first], totals[-1][:, second]  # [n / 2b, 1, 1, K]
+            Q = self._joined(Q[:, first], Q[:, second] * total1)
+            Kd = self._joined(Kd[:, first] * total2, Kd[:, second])
+            total = total1 * total2
             yield
             P, d = P.reshape(*pairs, C), distance.reshape(*pairs, C)
-            P = jnp.stack([P[:, 0], jnp.where(d[:, 1] >= SUBLANES * b, P_level, P[:, 1])], 1)
+            P2 = jnp.where(d[:, second] >= SUBLANES * b, P_level, P[:, second])
+            P = self._joined(P[:, first], P2)
             X_of_levels.append(X)
             b *= 2
         return P, Q, Kd, total, X_of_levels, totals
@@ -451,7 +467,7 @@ class VectorDecayOfChunk:
     def adjoint(self, head, products, q, k, dscores, dq_start, dk_end, dtotal) -> Steps[Gradients]:
         matmul, (C, K), residuals = self.matmul, q.shape, products.residuals
         n = C // SUBLANES
-        i, j = indices(C, C)
+        i, j = self.grid.places()
         diagonal = jnp.sum(jnp.where(i == j, dscores, 0.0), 1, keepdims=True)  # [C, 1]
         N = jnp.where(i > j, dscores, dscores.T)  # [C, C], of all levels together
 
@@ -464,7 +480,7 @@ class VectorDecayOfChunk:
         )
         rows = (n, SUBLANES, K)
         q_rows, k_rows = (x.astype(jnp.float32).reshape(rows) for x in (q, k))
-        row = lax.broadcasted_iota(jnp.int32, (1, SUBLANES, K), 1)
+        row = self._block_places()  # [1, 8, K]
         dq, dk = dQ.reshape(rows) * residuals.prefix, dKd.reshape(rows) * residuals.suffix
         of_prefix, of_suffix = q_rows * dq, k_rows * dk  # factor times cotangent
         of_prefix = jnp.where(row == SUBLANES - 1, of_prefix + of_total, of_prefix)
@@ -494,21 +510,23 @@ class VectorDecayOfChunk:
         whole chunk to those of blocks of 8."""
         C, K = dQ.shape
         n = C // SUBLANES
+        first, second = self.grid.halves
         b = n // 2  # in registers of 8 rows
         for X, totals in zip(residuals.X[:2:-1], residuals.totals[::-1], strict=True):
             dX = X_gradient(SUBLANES * b, X)
             pairs = (n // (2 * b), 2, b, SUBLANES, K)
             dQ, dKd = dQ.reshape(pairs), dKd.reshape(pairs)
-            dQ2, dK1 = dQ[:, 1] * totals[:, 0], dKd[:, 0] * totals[:, 1]
+            dQ2, dK1 = dQ[:, second] * totals[:, first], dKd[:, first] * totals[:, second]
             X = X.astype(jnp.float32).reshape(pairs)
             of_second, of_first = (
-                (x * dx).sum((1, 2), keepdims=True) for x, dx in ((X[:, 0], dK1), (X[:, 1], dQ2))
+                (x * dx).sum((1, 2), keepdims=True)
+                for x, dx in ((X[:, first], dK1), (X[:, second], dQ2))
             )  # [n / 2b, 1, 1, K], of log total of each half
-            of_total = jnp.stack([of_first[:, 0] + of_total, of_second[:, 0] + of_total], 1)
+            of_total = self._joined(of_first[:, 0] + of_total, of_second[:, 0] + of_total)
             of_total = of_total.reshape(n // b, 1, K)
             yield
             dX = dX.reshape(pairs)
-            dQ = jnp.stack([dQ[:, 0], dQ2 + dX[:, 1]], 1)
-            dKd = jnp.stack([dK1 + dX[:, 0], dKd[:, 1]], 1)
+            dQ = self._joined(dQ[:, first], dQ2 + dX[:, second])
+            dKd = self._joined(dK1 + dX[:, first], dKd[:, second])
             b //= 2
         return dQ, dKd, of_total

@@ -6,7 +6,12 @@ transposed or padded in memory. Rows past T are masked inside the kernel, and a 
 multiple of 128 is cut out of its lanes there.
 
 A kernel keeps the states of its heads transposed, Z = S^T [V, K], from the first chunk that it
-takes to the last."""
+takes to the last.
+
+**Directions.** A grid walks through time in the direction of the recurrence, from the last token to
+the first for an op with `reverse=True`; a backward kernel walks against it (`backward` in the
+methods). No array is flipped: index maps count chunks from the other end, and what a kernel asks
+about the order of two tokens it asks of their places in the walk (`place`), not of their rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .kernel import LANES, Input, Output, Ref
+from .matmul import indices
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,9 @@ class HeadGrid:
       of a single key head.
     all_heads, all_key_heads: H and HK.
     chunk: C.
+    reverse: whether the recurrence runs from the last token to the first.
 
-    `backward` in the methods: of a backward kernel, which takes the chunks from last to first."""
+    `backward` in the methods: of a backward kernel, which walks against the recurrence."""
 
     batch: int
     length: int
@@ -54,6 +61,7 @@ class HeadGrid:
     heads: int
     key_heads: int
     chunk: int
+    reverse: bool
     interpret: bool
 
     dimensions = ("parallel", "parallel", "arbitrary")
@@ -161,9 +169,41 @@ class HeadGrid:
 
     # --- Inside a kernel
 
-    def chunk_index(self, t: Any, backward: bool) -> Any:
+    def chunk_index(self, t: Any, backward: bool = False) -> Any:
         """Which chunk step t along time takes."""
-        return self.chunks - 1 - t if backward else t
+        return self.chunks - 1 - t if backward != self.reverse else t
+
+    def place(self, row: Any, count: int) -> Any:
+        """The place in the recurrence's walk, from 0 on, of a row of `count`."""
+        return count - 1 - row if self.reverse else row
+
+    def places(self) -> tuple[jax.Array, jax.Array]:
+        """The places of the rows and of the columns of a matrix of pairs of tokens, [C, C] each."""
+        row, column = (self.place(x, self.chunk) for x in indices(self.chunk, self.chunk))
+        return row, column
+
+    def lower(self) -> jax.Array:
+        """[C, C], one where the column's token is the row's or comes before it, else zero."""
+        # NOTE: a factor, not a `where`: selected zeros would be merged into the operand of a
+        # matmul, which libtpu's cycle analysis does not survive on v5e.
+        row, column = self.places()
+        return (row >= column).astype(jnp.float32)
+
+    def strictly_lower(self) -> jax.Array:
+        """[C, C], one where the column's token comes before the row's, else zero."""
+        row, column = self.places()
+        return (row > column).astype(jnp.float32)
+
+    @property
+    def halves(self) -> tuple[int, int]:
+        """Which half of a block of rows comes first, and which second."""
+        return self.place(0, 2), self.place(1, 2)
+
+    def last(self, x: jax.Array, axis: int) -> jax.Array:
+        """The entry of the last token along an axis, which stays: of length 1."""
+        size = x.shape[axis]
+        start = self.place(size - 1, size)
+        return lax.slice_in_dim(x, start, start + 1, axis=axis)
 
     def valid(self, chunk_index: Any) -> jax.Array | None:
         """[C, 1], which rows of the chunk are tokens; None where all chunks are full."""
@@ -201,7 +241,7 @@ class HeadGrid:
                 final_ref[0, h] = Z_ref[h].T
 
 
-def cut(q: jax.Array, v: jax.Array, tuning: Tuning, interpret: bool) -> HeadGrid:
+def cut(q: jax.Array, v: jax.Array, tuning: Tuning, reverse: bool, interpret: bool) -> HeadGrid:
     """The grid for q [B, T, HK, K] and v [B, T, H, V].
 
     A tile's lanes must be a multiple of 128 or everything; among the numbers of heads that allow
@@ -233,6 +273,7 @@ def cut(q: jax.Array, v: jax.Array, tuning: Tuning, interpret: bool) -> HeadGrid
         heads=heads,
         key_heads=max(1, heads // group),
         chunk=min(tuning.chunk, max(16, 1 << (length - 1).bit_length())),
+        reverse=reverse,
         interpret=interpret,
     )
 

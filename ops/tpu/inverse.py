@@ -1,4 +1,4 @@
-"""(I + A)^-1 of a strictly lower-triangular A, in what a TPU kernel can do.
+"""(I + A)^-1 of a strictly triangular A, in what a TPU kernel can do.
 
 Powers of A are never formed: with identical keys they overflow float32 while the inverse itself
 stays within 2.
@@ -17,7 +17,10 @@ what is left of A in blocks of 2b rows, the new part of the inverse is
 
     T21 = -T22 A21 T11                                                                     (2)
 
-Only second halves have rows in these products."""
+Only second halves have rows in these products.
+
+**In reverse** A lies above the diagonal. Rows are solved, and halves counted, from the last to the
+first."""
 
 from collections.abc import Generator
 
@@ -31,35 +34,38 @@ from .matmul import Matmul, indices
 ROWS = 16  # of a diagonal block solved by substitution
 
 
-def unit_lower_inverse(matmul: Matmul, A: jax.Array) -> Generator[None, None, jax.Array]:
-    """(I + A)^-1 [C, C] of A [C, C] in float32, zero on and above the diagonal; C a power of two
-    from 16 to 128."""
+def unit_triangular_inverse(
+    matmul: Matmul, A: jax.Array, reverse: bool
+) -> Generator[None, None, jax.Array]:
+    """(I + A)^-1 [C, C] of A [C, C] in float32, zero on and above the diagonal, in reverse on and
+    below it; C a power of two from 16 to 128."""
     C, _ = A.shape
     row, column = indices(C, C)
     # From b to 2b - 1 at the pairs in different halves of a block of 2b rows.
     distance = row ^ column
     inside = (distance < ROWS).astype(jnp.float32)
     D = (A * inside).reshape(C // ROWS, ROWS, C).sum(0)  # [16, C]
-    X = yield from _substitution(jnp.concatenate([D] * (LANES // C), 1))  # [16, 128]
+    X = yield from _substitution(jnp.concatenate([D] * (LANES // C), 1), reverse)  # [16, 128]
     T = jnp.concatenate([X[:, :C]] * (C // ROWS), 0) * inside  # [C, C], block-diagonal
+    halves = (1, 0) if reverse else (0, 1)
     b = ROWS
     while b < C:
         blocks, half = (C // (2 * b), 2, b, C), (C // 2, C)
         pairs = ((distance >= b) & (distance < 2 * b)).astype(jnp.float32)
-        first, second = (T.reshape(blocks)[:, side] for side in (0, 1))  # [C / 2b, b, C]
-        A21 = (A * pairs).reshape(blocks)[:, 1].reshape(half)  # [C / 2, C]
+        first, second = (T.reshape(blocks)[:, side] for side in halves)  # [C / 2b, b, C]
+        A21 = (A * pairs).reshape(blocks)[:, halves[1]].reshape(half)  # [C / 2, C]
         yield
         product = matmul.nn(A21, T).reshape(C // (2 * b), b, C)
         yield
         T22 = second.reshape(half)
         product = jnp.stack([product] * 2, 1).reshape(C, C)
         second -= matmul.nn(T22, product).reshape(second.shape)  # Eq. 2
-        T = jnp.stack([first, second], 1).reshape(C, C)
+        T = jnp.stack([second, first] if reverse else [first, second], 1).reshape(C, C)
         b *= 2
     return T
 
 
-def _substitution(D: jax.Array) -> Generator[None, None, jax.Array]:
+def _substitution(D: jax.Array, reverse: bool) -> Generator[None, None, jax.Array]:
     """The inverses of I + blocks [16, 128], for blocks [16, 16] side by side in D [16, 128]."""
     row, lane = indices(ROWS, LANES)
     columns = D[None]  # [1, 2, .. 16, 16, 128], of each block, in all its lanes
@@ -71,7 +77,7 @@ def _substitution(D: jax.Array) -> Generator[None, None, jax.Array]:
         ).reshape(-1, ROWS, LANES)
         yield
     X = (row == lane & (ROWS - 1)).astype(jnp.float32)
-    for s in range(ROWS - 1):
+    for s in range(ROWS - 1, 0, -1) if reverse else range(ROWS - 1):
         X -= columns[s] * X[s : s + 1]  # Eq. 1
         yield
     return X

@@ -92,17 +92,3 @@ def indices(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
     shape = (rows, columns)
     row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     return row, column
-
-
-def lower(size: int) -> jax.Array:
-    """[size, size], one on and below the diagonal, else zero."""
-    # NOTE: a factor, not a `where`: selected zeros would be merged into the operand of a matmul,
-    # which libtpu's cycle analysis does not survive on v5e.
-    row, column = indices(size, size)
-    return (row >= column).astype(jnp.float32)
-
-
-def strictly_lower(size: int) -> jax.Array:
-    """[size, size], one below the diagonal, else zero."""
-    row, column = indices(size, size)
-    return (row > column).astype(jnp.float32)

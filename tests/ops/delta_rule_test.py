@@ -306,10 +306,10 @@ def gpu_inverse(dtype, A):
     return inverses_gpu.unit_lower_inverse(matmul, A)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def tpu_inverse(dtype, A):
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def tpu_inverse(dtype, A, reverse=False):
     matmul = Matmul(jnp.dtype(dtype)).finer
-    steps = inverses_tpu.unit_lower_inverse(matmul, A)
+    steps = inverses_tpu.unit_triangular_inverse(matmul, A, reverse)
     while True:
         try:
             next(steps)
@@ -317,10 +317,23 @@ def tpu_inverse(dtype, A):
             return done.value
 
 
+def tpu_inverse_in_reverse(dtype, A):
+    """That of the upper triangle with the same entries in the opposite order, turned back."""
+    return tpu_inverse(dtype, A[::-1, ::-1], reverse=True)[::-1, ::-1]
+
+
 # bfloat16 kernels merge blocks with factors of two terms, 2^-17 each.
 @pytest.mark.parametrize("dtype, limit", [("float32", 2e-5), ("bfloat16", 5e-4)])
 @pytest.mark.parametrize(
-    "inverse, size", [(gpu_inverse, 16), (gpu_inverse, 64), (tpu_inverse, 16), (tpu_inverse, 128)]
+    "inverse, size",
+    [
+        (gpu_inverse, 16),
+        (gpu_inverse, 64),
+        (tpu_inverse, 16),
+        (tpu_inverse, 128),
+        (tpu_inverse_in_reverse, 16),
+        (tpu_inverse_in_reverse, 128),
+    ],
 )
 def test_the_inverse_in_a_kernel_is_one(inverse, size, dtype, limit):
     random = np.tril(np.random.default_rng(0).uniform(-8, 8, (size, size)), -1) / size

@@ -1,5 +1,5 @@
 """The delta rule: every decay, direction and device, head sizes from 16 to 256, grouped heads,
-segments, and on GPUs a million tokens."""
+segments, walks in reverse, and on GPUs a million tokens."""
 
 import functools
 from collections.abc import Iterator
@@ -24,6 +24,10 @@ def tpu_programs() -> Iterator[TpuProgram]:
             yield make(second, segments=True)
             for heads in matrix_states.OTHER_HEADS:
                 yield make(second, heads=heads)
+            for decay in ("scalar", "vector"):
+                analyse = (generation, direction) != ("v5e", "backward")
+                yield make(decay, reverse=True, analyse=analyse)
+            yield make(first, heads=matrix_states.OTHER_HEADS[0], segments=True, reverse=True)
     for generation in ("v5p", "v4", "tpu7x"):
         for direction in ("forward", "backward"):
             for decay in ("none", "scalar", "vector"):

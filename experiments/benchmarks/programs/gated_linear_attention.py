@@ -1,5 +1,5 @@
 """Gated linear attention: every decay, direction and device, head sizes from 16 to 256, grouped
-heads, segments, and on GPUs a million tokens."""
+heads, segments, walks in reverse, and on GPUs a million tokens."""
 
 import functools
 from collections.abc import Iterator
@@ -26,6 +26,10 @@ def tpu_programs() -> Iterator[TpuProgram]:
             for heads in matrix_states.OTHER_HEADS:
                 for decay in ("scalar", "vector"):
                     yield make(decay, heads=heads)
+            for decay in ("scalar", "vector"):
+                analyse = generation == "v6e" or direction == "forward"
+                yield make(decay, reverse=True, analyse=analyse)
+            yield make("vector", heads=matrix_states.OTHER_HEADS[0], segments=True, reverse=True)
     for generation in ("v5p", "v4", "tpu7x"):
         for direction in ("forward", "backward"):
             for decay in ("none", "scalar", "vector"):

@@ -9,7 +9,8 @@ The life of a call:
 3. Without a mesh, the rule of an implementation runs on the whole arrays. Under a mesh, one
    `shard_map` gives each device its part of them, and the rule runs there (`DeviceRules`).
 4. Where the mesh cuts time, the op's `sequence_parallel` rules stand around that: they exchange
-   states with the other devices (`sequence_parallel.py`).
+   states with the other devices (`sequence_parallel.py`). With `reverse` they too are given arrays
+   in the order of tokens, and take them from the last to the first.
 5. `platforms.py` decides which implementation runs when the program is lowered. With `reverse` it
    gets its arrays flipped along time, unless it walks backwards by itself.
 6. Kept for the backward pass are the inputs, unless `Op.residuals` says otherwise, and on each
@@ -95,30 +96,6 @@ class _Call(NamedTuple):
     def implementations(self) -> Mapping[str, ModuleType]:
         return {name: self.op.implementations[name] for name in self.candidates}
 
-    def turned(self, values: Sequence[Any], layouts: Sequence[str]) -> tuple[Any, ...]:
-        """Values in the order of the walk from those in the order of tokens, and back; those of
-        layout "" stay as they are."""
-        if not self.reverse:
-            return tuple(values)
-        segments = dict(self.static).get("num_segments")
-        return tuple(
-            _turned(value, layout, segments) for value, layout in zip(values, layouts, strict=False)
-        )
-
-
-def _turned(value: Any, layout: str, num_segments: int | None) -> Any:
-    """A value flipped along time. Segments that have states of their own come in the opposite
-    order, too, and their ids count from the other end: along a walk ids never fall."""
-    letters = "TLS" if num_segments is not None else "TL"
-    axes = tuple(axis for axis, letter in enumerate(layout) if letter in letters)
-
-    def turn(x: jax.Array) -> jax.Array:
-        if num_segments is not None and jnp.issubdtype(x.dtype, jnp.integer):
-            x = num_segments - 1 - x
-        return jnp.flip(x, axes)
-
-    return jax.tree.map(turn, value) if axes else value
-
 
 class DeviceRules(NamedTuple):
     """The rules of a call on the arrays of one device."""
@@ -132,6 +109,11 @@ class DeviceRules(NamedTuple):
     @property
     def static(self) -> dict[str, Any]:
         return dict(self.call.static)
+
+    @property
+    def reverse(self) -> bool:
+        """Whether the op walks from the last token to the first."""
+        return self.call.reverse
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         """The outputs."""
@@ -181,7 +163,7 @@ class DeviceRules(NamedTuple):
                 return function
             if getattr(module, "WALKS_BACKWARDS", False):
                 return _walking_backwards(function)
-            return _Turned(function, call, layouts, results)
+            return _Turned(function, self.static.get("num_segments"), layouts, results)
 
         modules = call.implementations
         rules = {name: in_order_of_tokens(module) for name, module in modules.items()}
@@ -199,13 +181,32 @@ class _Turned:
     the order of tokens that are walked from the last to the first."""
 
     function: Callable[..., Any]
-    call: _Call
+    num_segments: int | None  # where they have states of their own
     arguments: tuple[str, ...]  # layouts
     results: tuple[str, ...]  # layouts
 
     def __call__(self, *arguments: Any, **static: Any) -> tuple[Any, ...]:
-        arguments = self.call.turned(arguments, self.arguments)
-        return self.call.turned(self.function(*arguments, **static), self.results)
+        arguments = self._turned(arguments, self.arguments)
+        return self._turned(self.function(*arguments, **static), self.results)
+
+    def _turned(self, values: Sequence[Any], layouts: Sequence[str]) -> tuple[Any, ...]:
+        """Values in the order of the walk from those in the order of tokens, and back; those of
+        layout "" stay as they are.
+
+        Segments that have states of their own come in the opposite order, too, and their ids count
+        from the other end: along a walk ids never fall."""
+        letters = "TL" if self.num_segments is None else "TLS"
+
+        def turn(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+            if self.num_segments is not None and jnp.issubdtype(x.dtype, jnp.integer):
+                x = self.num_segments - 1 - x
+            return jnp.flip(x, axes)
+
+        def turned(value: Any, layout: str) -> Any:
+            axes = tuple(axis for axis, letter in enumerate(layout) if letter in letters)
+            return jax.tree.map(functools.partial(turn, axes=axes), value) if axes else value
+
+        return tuple(map(turned, values, layouts))
 
 
 def run(
@@ -266,10 +267,7 @@ def _outputs(rules: DeviceRules, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
         if axis is None:
             outputs, carried = rules.forward_and_chunk_states(*inputs)
         else:
-            cut = _sequence_parallel(call)
-            walking = rules._replace(call=call._replace(reverse=False))
-            outputs, carried = cut.forward(walking, axis, *call.turned(inputs, call.input_layouts))
-            outputs = call.turned(outputs, call.output_layouts)
+            outputs, carried = _sequence_parallel(call).forward(rules, axis, *inputs)
         return outputs, jax.tree.map(lambda x: x[None], carried)
 
     shapes = jax.eval_shape(rules.forward, *inputs)
@@ -304,13 +302,7 @@ def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
             gradients = rules._replace(chunk_states=carried).backward(inputs, cotangents)
         else:
             cut = _sequence_parallel(call)
-            walking = rules._replace(call=call._replace(reverse=False))
-            inputs, turned = (
-                call.turned(inputs, call.input_layouts),
-                call.turned(cotangents, layouts),
-            )
-            gradients = cut.backward(walking, axis, carried, inputs, turned)
-            gradients = call.turned(gradients, call.input_layouts)
+            gradients = cut.backward(rules, axis, carried, inputs, cotangents)
         return tuple(
             _summed(gradient, axes, dtypes)
             for gradient, axes, dtypes in zip(

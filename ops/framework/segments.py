@@ -36,15 +36,16 @@ def numbers(segment_ids: jax.Array | None) -> Any:
     return jnp.cumsum(starts(segment_ids), axis=1, dtype=jnp.int32)
 
 
-def reaches_start(segment_ids: jax.Array | None) -> Any:
-    """[B, T] bool: whether a token is in the first token's segment and so sees the initial
-    state."""
+def reaches_start(segment_ids: jax.Array | None, *, reverse: bool = False) -> Any:
+    """[B, T] bool: whether a token is in the first token's segment and so sees the initial state;
+    in reverse the first token is the last of time."""
     number = numbers(segment_ids)
-    return None if number is None else number == 0
+    if number is None:
+        return None
+    return number == (number[:, -1:] if reverse else 0)
 
 
-def reaches_end(segment_ids: jax.Array | None) -> Any:
+def reaches_end(segment_ids: jax.Array | None, *, reverse: bool = False) -> Any:
     """[B, T] bool: whether a token is in the last token's segment, so that the final state holds
-    it."""
-    number = numbers(segment_ids)
-    return None if number is None else number == number[:, -1:]
+    it; in reverse the last token is the first of time."""
+    return reaches_start(segment_ids, reverse=not reverse)

@@ -15,6 +15,9 @@ where M_r and o_r(0) are computed from a zero state. Two such maps compose to a 
 Device r then runs the ordinary backward rule from S_r and lambda_{r+1}. Where a segment starts with
 the first token of a device, no state comes in: A_r and E_r^T do_r are zero for the other devices.
 
+A walk from the last token to the first visits the devices, and the tokens of each, in the opposite
+order, which is what first, last, before and after then mean. Arrays stay as they are.
+
 The ways in which states travel (`method`), forward and backward alike:
 
     all_gather   LASP-2 (Sun et al., 2025, arXiv 2502.07563): one all-gather of (A_r, M_r), the
@@ -112,7 +115,8 @@ class TimeAxis(NamedTuple):
         """[B] bool: whether the first token's segment began before this device; None: all did."""
         if segment_ids is None:
             return None
-        return (self.rank == 0) | (self.shift(segment_ids[:, -1]) == segment_ids[:, 0])
+        first, last = (-1, 0) if self.reverse else (0, -1)
+        return (self.rank == 0) | (self.shift(segment_ids[:, last]) == segment_ids[:, first])
 
     def prefix(
         self,

@@ -11,6 +11,7 @@ a zero state. The products are exponentials of sums of logs over the interval, a
 of such a sum is relative to it, and that of its exponential absolute."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from ..chunks import chunking
 from ..chunks.chunking import einsum
@@ -18,21 +19,23 @@ from ..framework import segments
 from ..framework.sequence_parallel import Affine, segment_states
 
 
-def _prefix_log(decay_log, length):
+def _prefix_log(decay_log, length, reverse):
     """[B or 1, T, H, K or 1]: the sum of logs up to each token, itself included."""
     g = decay_log.astype(jnp.float32)
     if g.ndim == 1:
-        return jnp.arange(1, length + 1)[None, :, None, None] * g[None, None, :, None]
-    return jnp.cumsum(g if g.ndim == 4 else g[..., None], axis=1)
+        tokens = jnp.arange(length, 0, -1) if reverse else jnp.arange(1, length + 1)
+        return tokens[None, :, None, None] * g[None, None, :, None]
+    return lax.cumsum(g if g.ndim == 4 else g[..., None], axis=1, reverse=reverse)
 
 
-def _suffix_log(decay_log, length):
+def _suffix_log(decay_log, length, reverse):
     """[B or 1, T, H, K or 1]: the sum of logs after each token."""
     if decay_log.ndim == 1:
-        after = jnp.arange(length - 1, -1, -1)[None, :, None, None]
-        return after * decay_log.astype(jnp.float32)[None, None, :, None]
-    g = jnp.pad(decay_log[:, 1:], ((0, 0), (0, 1)) + ((0, 0),) * (decay_log.ndim - 2))
-    return _prefix_log(g[:, ::-1], length)[:, ::-1]
+        after = jnp.arange(length) if reverse else jnp.arange(length - 1, -1, -1)
+        return after[None, :, None, None] * decay_log.astype(jnp.float32)[None, None, :, None]
+    g, beside = (decay_log[:, :-1], (1, 0)) if reverse else (decay_log[:, 1:], (0, 1))
+    of_next = jnp.pad(g, ((0, 0), beside) + ((0, 0),) * (g.ndim - 2))
+    return _prefix_log(of_next, length, not reverse)
 
 
 def _weighted(x_BTHK, log, keep_BT):
@@ -43,20 +46,22 @@ def _weighted(x_BTHK, log, keep_BT):
     return x_BTHK if keep_BT is None else jnp.where(keep_BT[..., None, None], x_BTHK, 0)
 
 
-def _transition(prefix_log, keep_BT, batch, heads):
+def _transition(prefix_log, keep_BT, batch, heads, reverse):
     """A [B, H, K or 1, 1]."""
     one = jnp.ones((batch, 1, heads, 1), jnp.float32)
-    last = None if prefix_log is None else prefix_log[:, -1:]
-    keep = None if keep_BT is None else keep_BT[:, -1:]
+    at_last = slice(0, 1) if reverse else slice(-1, None)
+    last = None if prefix_log is None else prefix_log[:, at_last]
+    keep = None if keep_BT is None else keep_BT[:, at_last]
     return jnp.swapaxes(_weighted(one, last, keep), 1, 2).swapaxes(2, 3)
 
 
 def _queries(rules, q, decay_log, segment_ids, heads):
     """E [B, T, H, K] and A."""
-    log = None if decay_log is None else _prefix_log(decay_log, q.shape[1])
-    keep = segments.reaches_start(segment_ids)
+    (batch, length), reverse = q.shape[:2], rules.reverse
+    log = None if decay_log is None else _prefix_log(decay_log, length, reverse)
+    keep = segments.reaches_start(segment_ids, reverse=reverse)
     q = rules.static["scale"] * chunking.repeat_heads(q, heads)
-    return _weighted(q, log, keep), _transition(log, keep, q.shape[0], heads)
+    return _weighted(q, log, keep), _transition(log, keep, batch, heads, reverse)
 
 
 def summary(rules, q, k, v, decay_log, segment_ids):
@@ -65,8 +70,8 @@ def summary(rules, q, k, v, decay_log, segment_ids):
     E, A = _queries(rules, q, decay_log, segment_ids, heads)
     k_end = _weighted(
         chunking.repeat_heads(k, heads),
-        None if decay_log is None else _suffix_log(decay_log, length),
-        segments.reaches_end(segment_ids),
+        None if decay_log is None else _suffix_log(decay_log, length, rules.reverse),
+        segments.reaches_end(segment_ids, reverse=rules.reverse),
     )
     M = einsum("bthk,bthv->bhkv", k_end, v.astype(jnp.float32))
     zero = jnp.zeros((batch, heads, k.shape[-1], value_size), jnp.float32)

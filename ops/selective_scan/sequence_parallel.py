@@ -21,8 +21,11 @@ def _transition(rules, x, delta, A, B, C, bias, segment_ids):
         steps = step_sizes(delta, bias, rules.static["delta_softplus"])
         total_BD = jnp.sum(steps.astype(jnp.float32), axis=1)
         factor_BDN = jnp.exp(total_BD[:, :, None] * A.astype(jnp.float32)[None])
-        keep = segments.reaches_start(segment_ids)
-        return factor_BDN if keep is None else jnp.where(keep[:, -1, None, None], factor_BDN, 0)
+        keep = segments.reaches_start(segment_ids, reverse=rules.reverse)
+        if keep is None:
+            return factor_BDN
+        last = 0 if rules.reverse else -1
+        return jnp.where(keep[:, last, None, None], factor_BDN, 0)
     ones = jnp.ones((batch, channels, A.shape[1]), jnp.float32)
     nothing = jnp.zeros_like(x)
     inputs = nothing, delta, A, B, C, None, None, bias, ones, segment_ids

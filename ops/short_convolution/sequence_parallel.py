@@ -10,11 +10,16 @@ from ..framework import segments
 from ..framework.sequence_parallel import CARRIED, TimeAxis
 
 
-def _tail(x, segment_ids, taps):
+def _tail(x, segment_ids, taps, reverse):
     """The state after these inputs [B, W - 1, D]."""
-    keep_BT = segments.reaches_end(segment_ids)
+    keep_BT = segments.reaches_end(segment_ids, reverse=reverse)
+    if reverse:
+        x, keep_BT = (None if a is None else a[:, : taps - 1][:, ::-1] for a in (x, keep_BT))
+    else:
+        start = x.shape[1] - (taps - 1)
+        x, keep_BT = (None if a is None else a[:, start:] for a in (x, keep_BT))
     x = x if keep_BT is None else jnp.where(keep_BT[..., None], x, 0)
-    return x[:, x.shape[1] - (taps - 1) :].astype(jnp.float32)
+    return x.astype(jnp.float32)
 
 
 def _kept(keep_B, x):
@@ -34,7 +39,7 @@ class Rules:
                 f"short_convolution of W={taps} taps needs at least W - 1 tokens on each"
                 f" of the {axis.size} devices along time; got {x.shape[1]}"
             )
-        entered, tail = axis.entered(segment_ids), _tail(x, segment_ids, taps)
+        entered, tail = axis.entered(segment_ids), _tail(x, segment_ids, taps, rules.reverse)
         before = jnp.where(axis.rank == 0, initial_state, axis.shift(tail))
         before, entered = checkpoint_name((_kept(entered, before), entered), CARRIED)
         y, _ = rules.forward(x, w, before, segment_ids)
@@ -47,9 +52,10 @@ class Rules:
         (before, entered), halo = carried, w.shape[0] - 1
         if not halo:
             return rules.backward((x, w, before, segment_ids), (dy, dfinal))
-        ids = None if segment_ids is None else segment_ids[:, :halo]
+        first = slice(x.shape[1] - halo, None) if rules.reverse else slice(0, halo)
+        ids = None if segment_ids is None else segment_ids[:, first]
         *_, dbefore = rules.backward(
-            (x[:, :halo], w, before, ids), (dy[:, :halo], jnp.zeros_like(dfinal))
+            (x[:, first], w, before, ids), (dy[:, first], jnp.zeros_like(dfinal))
         )
         dbefore = _kept(entered, dbefore)
         dtail = jnp.where(axis.rank == axis.size - 1, dfinal, axis.shift(dbefore, by=-1))

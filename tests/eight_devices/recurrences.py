@@ -1,6 +1,7 @@
 """What recurrences compute on eight devices, cut along batch, time and heads, is what they compute
 on one; what travels between devices is states."""
 
+import re
 from typing import Any
 
 import jax
@@ -303,6 +304,34 @@ def test_gradients_of_shared_inputs_are_added_up_in_float32():
     with jax.set_mesh(mesh_of(1, 1, 8, 1)):
         gradient = jax.jit(jax.grad(output_sum))(jnp.ones((1, 1), jnp.bfloat16))
     assert gradient.dtype == jnp.bfloat16 and float(gradient[0, 0]) == 2064
+
+
+@pytest.mark.parametrize(
+    ("op", "variant", "implementation", "platform"),
+    [
+        ("gated_linear_attention", "vector", "pallas_tpu", "tpu"),
+        ("gated_linear_attention", "constant", "pallas_tpu", "tpu"),
+        ("delta_rule", "scalar", "pallas_tpu", "tpu"),
+        ("selective_scan", "positive", "pallas_tpu", "tpu"),
+        ("selective_scan", "negative", "xla", "cpu"),
+        ("diagonal_scan", "complex, per token", "pallas_tpu", "tpu"),
+        ("diagonal_scan", "complex, per token", "xla", "cpu"),
+        ("short_convolution", "4 taps", "pallas_tpu", "tpu"),
+        ("short_convolution", "4 taps", "xla", "cpu"),
+    ],
+)
+def test_a_walk_in_reverse_flips_no_tokens(op, variant, implementation, platform):
+    contract, length = CONTRACTS[op](), 19  # of a device's part: no other size is the same
+    case = contract.data(variant, 4 * length)
+    with jax.set_mesh(mesh_of(1, 1, 4, 1)):
+        run = jax.jit(
+            lambda *case: values_and_gradients(contract, *case, implementation, reverse=True)
+        )
+        program = run.trace(*case).lower(lowering_platforms=(platform,)).as_text()
+    flipped = re.findall(
+        r"stablehlo\.reverse .*-> tensor<(\S+)>|reverse .* : tensor<(\S+)>", program
+    )
+    assert not [shape for shape in flipped if str(length) in "".join(shape).split("x")]
 
 
 # --- What travels ---------------------------------------------------------------------------------

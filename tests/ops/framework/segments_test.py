@@ -37,7 +37,7 @@ def test_no_ids_are_one_segment(question):
     assert getattr(segments, question)(None) is None
 
 
-@pytest.mark.parametrize("question", ["starts", "continues"])
+@pytest.mark.parametrize("question", [q for q in ANSWERS if q != "numbers"])
 def test_walking_in_reverse_is_walking_along_flipped_tokens(question):
     ask = getattr(segments, question)
     np.testing.assert_array_equal(ask(IDS, reverse=True), ask(IDS[:, ::-1])[:, ::-1])

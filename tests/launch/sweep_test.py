@@ -17,6 +17,7 @@ import pytest
 
 from experiments.reporting import rows
 from experiments.reporting.table import Cell, config_hash, grid
+from experiments.training.checkout import DOCUMENTS, RESULTS
 from launch import sweep as sweeps
 from launch.backend import Resources
 from launch.local import Local
@@ -233,6 +234,25 @@ def test_finished_runs_become_rows_once_and_the_rest_is_shown_as_missing(tmp_pat
         assert len(rows.read(name, tmp_path / "results")) == 1
     (run.workdir / "summary.json").write_text("{")
     assert sweeps.collect(name, sweep, "tiny", planned, tmp_path / "results") == text
+
+
+def test_a_table_is_collected_beside_what_is_recorded_and_changes_no_file_of_it(tmp_path):
+    name, table = sweeps.find_sweep("icl_regression")
+    planned = plan(table, name, "cpu", tmp_path)
+    before = {path: path.read_bytes() for path in (*RESULTS.iterdir(), *DOCUMENTS)}
+    own, workdirs = rows.places(name, tmp_path)
+    assert len(sweeps.lacking(name, "cpu", planned, own)) == len(planned)
+    ((run, cells), *_) = planned
+    run.workdir.mkdir(parents=True)
+    risks = {evaluation: {"loss": [0.5, 0.7]} for evaluation in ("in_distribution", "length_200")}
+    summary = dict.fromkeys(rows.FACTS) | SUMMARY | {"evaluations": risks, "device_count": 1}
+    (run.workdir / "summary.json").write_text(json.dumps(summary))
+    text = sweeps.collect(name, table, "cpu", planned, own)
+    (line,) = re.findall(rf"^\| {re.escape(cells[0].row)} +\| {cells[0].column} +\|.*$", text, re.M)
+    assert re.search(r"\| \d\.\d+ ± \d.* \(n=2\) +\| 0\.600 ± 0\.141 \(n=2\) +\|$", line)
+    assert len(sweeps.lacking(name, "cpu", planned, own)) == len(planned) - 1
+    assert workdirs == tmp_path and rows.read(name, tmp_path / name)
+    assert {path: path.read_bytes() for path in (*RESULTS.iterdir(), *DOCUMENTS)} == before
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from experiments.reporting.figures import draw_losses
@@ -36,7 +37,7 @@ from experiments.training.metrics import finite, run_summary
 from experiments.training.metrics_file import read_rows
 from experiments.training.processes import Interruption, join_processes, wait_for_all_processes
 from experiments.training.program import Program, make_program
-from experiments.training.progress import warn
+from experiments.training.progress import ProgressReport, warn
 from experiments.training.run_loading import matching_params
 from experiments.training.state import TrainState
 from experiments.training.task import lengths
@@ -67,12 +68,19 @@ def run(
     if (summary := run_record.read_summary(workdir)) is not None:
         return summary
 
-    # --- Programs: abstract so far; nothing is computed.
     mesh = make_mesh(config.mesh)
-    leading = jax.process_index() == 0
-    quiet = quiet or not leading
-    if not quiet:
-        print(header.beginning(config, mesh, workdir), flush=True)
+    quiet = quiet or jax.process_index() > 0
+    with ProgressReport(config.steps, quiet=quiet, brief=brief) as progress:
+        progress.say(header.beginning(config, mesh, workdir))
+        progress.doing("preparing data and model")
+        return _train(config, mesh, workdir, progress, began)
+
+
+def _train(
+    config: Config, mesh: Mesh, workdir: Path, progress: ProgressReport, began: float
+) -> dict[str, Any]:
+    """The summary, as of `run`, of a valid config that is not finished in its workdir."""
+    # --- Programs: abstract so far; nothing is computed.
     if config.optimizer.offload:
         check_host_memory(mesh)
     program = make_program(config, mesh)
@@ -86,8 +94,7 @@ def run(
     if config.init_from and not checkpoints.steps(workdir / "checkpoints"):
         first_params = matching_params(Path(config.init_from), program)
 
-    if not quiet:
-        print(header.contents(program), flush=True)
+    progress.say(header.contents(program))
     workdir.mkdir(parents=True, exist_ok=True)
     with traced_on(mesh, config), run_record.exclusive(workdir), Interruption() as interruption:
         step, state = _begin(program, workdir, batches, first_params)
@@ -97,15 +104,18 @@ def run(
             "state_bytes": program.blueprint.state_bytes,
             "provenance": dict(task.provenance),
         }
-        if step and not quiet:
-            print(f"going on from step {step:,}", flush=True)
+        if step:
+            progress.say(f"going on from step {step:,}")
+        leading = jax.process_index() == 0
         if leading:
             run_record.write(workdir, config, facts, step=step)
-        training = Training(program, workdir, best, step, quiet=quiet, brief=brief)
+        progress.begin_at(step)
+        training = Training(program, workdir, best, step, progress)
         state = training.advance(state, batches, interruption)
         evaluations = training.evaluations or training.evaluate(state)
 
         # --- Summary
+        progress.doing("saving")
         wait_for_all_processes("finished")
         size = {"batch_size": config.batch_size, "steps": config.steps}
         summary = {

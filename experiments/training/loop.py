@@ -32,9 +32,7 @@ class Training:
         workdir: Path,
         best: checkpoints.Best,
         step: int,
-        *,
-        quiet: bool,
-        brief: bool = False,
+        progress: ProgressReport,
     ):
         config, seeds = program.config, program.seeds
         leading = jax.process_index() == 0
@@ -46,7 +44,7 @@ class Training:
         self.saves = checkpoints.Checkpoints(
             workdir / "checkpoints", keep=config.checkpoint.keep, best=best
         )
-        self.progress = ProgressReport(step, config.steps, quiet=quiet, brief=brief)
+        self.progress = progress
         self.apply = AppliedModel(
             program.blueprint,
             program.mesh,
@@ -59,7 +57,7 @@ class Training:
     def advance(self, state: TrainState, batches: Any, interruption: Interruption) -> TrainState:
         """The state after the last step. Raises SystemExit, after a checkpoint, if the process is
         told to end."""
-        with self.log, self.saves, self.progress:
+        with self.log, self.saves:
             waiting, hyperparameters = None, self.program.place_hyperparameters()
             for step in range(self.first, self.steps + 1):
                 self._start_profile(step)

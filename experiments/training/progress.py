@@ -22,14 +22,13 @@ def warn(message: str) -> None:
 
 
 class ProgressReport:
-    """A context around a training loop from step `start` to step `steps`; silent with quiet=True.
-    With brief=True evaluations are not told, and steps only when nothing was said for a while: one
-    of many runs."""
+    """A context around a run of `steps` steps; silent with quiet=True. With brief=True evaluations
+    are not told, and steps only when nothing was said for a while: one of many runs."""
 
-    def __init__(self, start: int, steps: int, *, quiet: bool = False, brief: bool = False):
-        self.start, self.steps, self.quiet, self.brief = start, steps, quiet, brief
+    def __init__(self, steps: int, *, quiet: bool = False, brief: bool = False):
+        self.start, self.steps, self.quiet, self.brief = 0, steps, quiet, brief
         self.made = self.began = self._spoke = time.monotonic()
-        self._doing, self._over = "compiling the training step", threading.Event()
+        self._doing, self._over = "beginning", threading.Event()
         self._bar: Progress | None = None
         if sys.stdout.isatty() and not quiet:
             columns = (
@@ -39,7 +38,7 @@ class ProgressReport:
                 TextColumn("{task.description}", markup=False),
             )
             bar = Progress(*columns, console=Console(file=sys.stdout))
-            self._bar, self._task = (bar, bar.add_task("compiling", total=steps, completed=start))
+            self._bar, self._task = (bar, bar.add_task(self._doing, total=steps))
 
     def __enter__(self) -> "ProgressReport":
         self._over.clear()
@@ -64,6 +63,13 @@ class ProgressReport:
         self._doing = what
         if self._bar is not None:
             self._bar.update(self._task, description=what)
+
+    def begin_at(self, step: int) -> None:
+        """The loop begins, after step `step`."""
+        self.start = step
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+        self.doing("compiling the training step")
 
     def advance(self, step: int) -> None:
         """Called after every step; costs nothing worth mentioning."""

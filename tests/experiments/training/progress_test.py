@@ -61,7 +61,7 @@ def test_the_best_step_has_the_best_mean_over_seeds():
 
 
 def test_without_a_terminal_every_row_is_a_plain_line(capsys):
-    with ProgressReport(0, 100) as report:
+    with ProgressReport(100) as report:
         report.advance(1)
         speeds = {
             "speed/tokens_per_second_per_device": 12345.6,
@@ -80,7 +80,7 @@ def test_without_a_terminal_every_row_is_a_plain_line(capsys):
 
 
 def test_a_quiet_run_prints_nothing(capsys):
-    with ProgressReport(0, 100, quiet=True) as report:
+    with ProgressReport(100, quiet=True) as report:
         report.advance(1)
         report.report({"step": 50, "train/loss": [2.0]})
         report.say("something")
@@ -90,13 +90,14 @@ def test_a_quiet_run_prints_nothing(capsys):
 def test_a_run_that_is_silent_for_long_says_what_it_does(capsys, monkeypatch):
     monkeypatch.setattr(progress, "SILENCE_S", 0.2)
     said: list[str] = []
-    with ProgressReport(0, 100) as report:
-        for expected in ("compiling the training step", "step 1/100", "evaluating"):
+    with ProgressReport(100) as report:
+        report.begin_at(5)
+        for expected in ("compiling the training step", "step 6/100", "evaluating"):
             while not any(line.endswith(f" s: {expected}") for line in said):
                 time.sleep(0.02)
                 said += capsys.readouterr().out.splitlines()
             if expected.startswith("comp"):
-                report.advance(1)
+                report.advance(6)
             else:
                 report.doing("evaluating")
     capsys.readouterr()
@@ -109,7 +110,7 @@ def test_one_of_many_runs_tells_little(capsys, monkeypatch):
     clock = iter([0.0, 1.0, 6.0, 9.5, 9.5])
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(progress.threading.Thread, "start", lambda thread: None)
-    with ProgressReport(0, 100, brief=True) as report:
+    with ProgressReport(100, brief=True) as report:
         for step in (10, 20):
             report.report({"step": step, "train/loss": [2.0], "test/loss": [1.0]})
     assert capsys.readouterr().out == "step 20/100  loss 2  ETA 0:00:40\n"

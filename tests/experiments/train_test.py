@@ -3,6 +3,10 @@ survives."""
 
 import dataclasses
 import json
+import os
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +22,7 @@ from experiments.configs.linear_self_attention import get_config
 from experiments.evaluate import evaluate
 from experiments.objectives.squared_error import SquaredError
 from experiments.training import header, loop, program
+from experiments.training.checkout import CHECKOUT
 from experiments.training.run_loading import load_run
 from experiments.training.task import Examples, Task
 
@@ -285,3 +290,23 @@ def test_a_profile_is_written_for_the_asked_steps(tmp_path):
 def test_bfloat16_is_one_entry_each(tmp_path):
     train.run(tiny(param_dtype="bfloat16", compute_dtype="bfloat16", steps=1), tmp_path, quiet=True)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(load_run(tmp_path).params)} == {"bfloat16"}
+
+
+@pytest.mark.slow
+def test_the_command_for_text_of_ones_own_trains(tmp_path):
+    commands = re.findall(r"^python -m (?:.*\\\n)*.*$", (CHECKOUT / "README.md").read_text(), re.M)
+    (command,) = [command for command in commands if "task.path" in command]
+    _, *arguments = shlex.split(command.replace("\\\n", ""))
+    arguments += [
+        "--config.steps=2",
+        "--config.task.sequence_length=64",
+        "--config.eval.examples=8",
+    ]
+    arguments += [f"--workdir={tmp_path}/run", f"--config.task.data_dir={tmp_path}/data"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=CHECKOUT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "data: text directory ops, " in done.stdout
+    assert re.search("^step 2/2  validation: loss ", done.stdout, re.M)

@@ -27,6 +27,12 @@ def _past(k, v, k_past, v_past, valid_past, past):
     return *(jnp.zeros(s, x.dtype) for s, x in zip(shapes, (k, v), strict=True)), valid
 
 
+def _like(values, arrays):
+    """The values in the dtypes of these arrays: a rule takes each cotangent in that of its value,
+    and the gradients of what came before are float32 where there is no initial state."""
+    return tuple(x.astype(y.dtype) for x, y in zip(values, arrays, strict=False))
+
+
 def _kept(keep, x):
     """x [B, T, ...], zero where keep [B, T] is false."""
     return jnp.where(keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim)), x, 0)
@@ -59,7 +65,7 @@ class Rules:
             before, final = _received(axis, k, v, first, ids)
             before = carried = checkpoint_name(before, CARRIED)
         o, *_ = rules.forward(q, k, v, *before, ids)
-        return (o, *final), carried
+        return (o, *_like(final, (k, v)), final[2]), carried
 
     def backward(self, rules, axis: TimeAxis, carried, inputs, cotangents):
         """Gradients of all inputs; None for valid_past and ids, and for the initial state without
@@ -102,9 +108,8 @@ def _received_backward(rules, axis: TimeAxis, before, inputs, cotangents):
     if past:
         dbefore = rules.backward((*rows, *before, near), (do[:, :past], *nothing))[3:5]
     is_last = axis.rank == axis.size - 1
-    dtail = jax.tree.map(
-        lambda x, y: jnp.where(is_last, x, y), tuple(dlast), axis.shift(dbefore, by=-1)
-    )
+    dlent = axis.shift(_like(dbefore, dlast), by=-1)
+    dtail = jax.tree.map(lambda x, y: jnp.where(is_last, x, y), tuple(dlast), dlent)
     dq, dk, dv, *_ = rules.backward((q, k, v, *before, ids), (do, *dtail))
     return dq, dk, dv, *axis.from_device(dbefore, 0)
 
@@ -198,15 +203,14 @@ def _gathered_backward(rules, axis: TimeAxis, inputs, cotangents):
 
     def before_and_after(k, v, *first):
         before, after = _gathered(axis, k, v, (*first, valid), ids)
-        return before[:2], after[:2], before[2]
+        return (before[:2], after[:2]), before[2]
 
-    before, _, kept = before_and_after(k, v, *first)
-    _, pullback = jax.vjp(lambda *arrays: before_and_after(*arrays)[:2], k, v, *first)
+    (before, after), pullback, kept = jax.vjp(before_and_after, k, v, *first, has_aux=True)
     nothing = [jnp.zeros_like(x) for x in dlast]
     dq, dk, dv, *dbefore = rules.backward((q, k, v, *before, kept, ids), (do, *nothing))[:5]
     # What all devices hold is counted on one.
     dlast = [jnp.where(axis.rank == axis.size - 1, x, 0) for x in dlast]
-    dk_all, dv_all, *dfirst = pullback((tuple(dbefore), tuple(dlast)))
+    dk_all, dv_all, *dfirst = pullback((_like(dbefore, before), _like(dlast, after)))
     return dq, dk + dk_all, dv + dv_all, *lax.psum(tuple(dfirst), SEQUENCE)
 
 

@@ -186,7 +186,14 @@ def toys(monkeypatch):
     add_mixers(monkeypatch, **TOYS)
 
 
-def make(name: str, *, seed: int = 0, compute_dtype: str = "float32", **model: Any) -> LM:
+def make(
+    name: str,
+    *,
+    seed: int = 0,
+    compute_dtype: str = "float32",
+    vocabulary: int = VOCABULARY,
+    **model: Any,
+) -> LM:
     """The row's model with random parameters of order one, so that no path through a block is
     negligible."""
     row = ALL[name]
@@ -199,7 +206,7 @@ def make(name: str, *, seed: int = 0, compute_dtype: str = "float32", **model: A
         **model,
     }
     dtypes: dict[str, Any] = {"param_dtype": "float32", "compute_dtype": compute_dtype}
-    build_row = functools.partial(build, config, vocabulary=VOCABULARY, **dtypes)
+    build_row = functools.partial(build, config, vocabulary=vocabulary, **dtypes)
     graphdef, params, variables = parts(lambda: build_row(rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(seed)
 

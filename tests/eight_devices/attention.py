@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax import P
 
 import ops
-from tests.contracts.ops import assert_close
+from tests.contracts.ops import TOLERANCE, assert_close
 from tests.eight_devices.mesh import collectives, mesh_of
 
 
@@ -60,15 +61,32 @@ def test_window_attention_by_squares(window, method):
         check_window_attention(window, (1, 1, 4, 1), True, state=False, activation="squared_relu")
 
 
-def check_window_attention(window, shape, packed, state, activation="softmax"):
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("window", [5, 20])
+def test_window_attention_in_bfloat16(window, state_dtype):
+    """What neighbours lend is rounded once more than what one device adds up."""
+    dtypes = ("bfloat16", state_dtype)
+    check_window_attention(window, (1, 1, 4, 1), True, True, dtypes=dtypes, tolerance=2.0**-6)
+
+
+def check_window_attention(
+    window,
+    shape,
+    packed,
+    state,
+    activation="softmax",
+    dtypes=("float32", "float32"),
+    tolerance=TOLERANCE["float32"],
+):
+    """dtypes: of q, k and v, and of the state before them."""
     batch, length, heads, key_heads, size, past = 2, 32, 4, 2, 8, window - 1
 
-    def normal(seed: int, *shape: int) -> jax.Array:
-        return jax.random.normal(jax.random.key(seed), shape)
+    def normal(seed: int, *shape: int, dtype: Any = "float32") -> jax.Array:
+        return jax.random.normal(jax.random.key(seed), shape, dtype)
 
-    arrays = [normal(0, batch, length, heads, size)]
-    arrays += [normal(i, batch, length, key_heads, size) for i in (1, 2)]
-    arrays += [normal(i, batch, past, key_heads, size) for i in (3, 4)]
+    arrays = [normal(0, batch, length, heads, size, dtype=dtypes[0])]
+    arrays += [normal(i, batch, length, key_heads, size, dtype=dtypes[0]) for i in (1, 2)]
+    arrays += [normal(i, batch, past, key_heads, size, dtype=dtypes[1]) for i in (3, 4)]
     valid = jnp.broadcast_to(jnp.arange(past)[None] >= past // 3, (batch, past))
     starts = jax.random.uniform(jax.random.key(5), (batch, length)) < 0.06
     ids = jnp.cumsum(starts, axis=1) if packed else None
@@ -82,7 +100,7 @@ def check_window_attention(window, shape, packed, state, activation="softmax"):
 
     def everything(*arrays):
         values, pullback, valid = jax.vjp(outputs, *arrays, has_aux=True)
-        cotangents = tuple(normal(6 + i, *x.shape) for i, x in enumerate(values))
+        cotangents = tuple(normal(6 + i, *x.shape, dtype=x.dtype) for i, x in enumerate(values))
         return values, valid, pullback(cotangents)
 
     expected = jax.jit(everything)(*arrays)
@@ -91,7 +109,8 @@ def check_window_attention(window, shape, packed, state, activation="softmax"):
     for (path, value), wanted in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
     ):
-        assert_close(jax.tree_util.keystr(path), value, wanted)
+        assert value.dtype == wanted.dtype
+        assert_close(jax.tree_util.keystr(path), value, wanted, tolerance)
 
 
 @pytest.mark.parametrize(

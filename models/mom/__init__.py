@@ -13,7 +13,9 @@ does not even decay.
 
     k^m, v^m, gates^m   kernel_EDX              projections of each memory's own; E = M + shared
     q^m                 x W_q                   one projection. q, k and v are convolved over the
-                                                tokens of their memory
+                                                tokens of their memory, and activated by SiLU: 4
+                                                taps for "gated_delta_net", which has the SiLU
+                                                without a convolution, too; none of both for "gla"
     I, w                memory_BTJ, weight_BTJ  J = k + shared; models/mom/router.py has the
                                                 load-balancing loss
     S                   "memory" [B,E,H,K,V]    float32
@@ -80,7 +82,7 @@ class MixtureOfMemories(nnx.Module):
         heads: int = 4,
         expand_k: float = 1.0,
         expand_v: float = 1.0,
-        conv_width: int = 4,
+        conv_width: int | None = None,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         gate_rank: int = 16,
@@ -120,6 +122,8 @@ class MixtureOfMemories(nnx.Module):
         self.rule = RULES[rule](
             width, self.memories, heads, self.key_size, options=gates, rngs=rngs, **dtypes
         )
+        # None: as published.
+        conv_width = self.rule.conv_width if conv_width is None else conv_width
         self.conv_q = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
         self.conv_k = ShortConvolution(key_width, conv_width, rngs=rngs, **dtypes)
         self.conv_v = ShortConvolution(value_width, conv_width, rngs=rngs, **dtypes)
@@ -168,7 +172,8 @@ class MixtureOfMemories(nnx.Module):
         tail_BEWX: jax.Array | None,
         plan: Dispatch,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """silu(conv(x)) over the tokens of each memory, and the inputs that it remembers next.
+        """silu(conv(x)) over the tokens of each memory, and the inputs that it remembers next; the
+        SiLU beside a convolution, or where the rule has it always.
 
         The first as sorted entries, split into heads; the second None without a convolution."""
         if tail_BEWX is None:
@@ -177,7 +182,9 @@ class MixtureOfMemories(nnx.Module):
             x_RNX, tail_BEWX = plan.sorted_after(x_BTEX, tail_BEWX)
         with parts_as_batch():
             y_RNX, _ = convolution(x_RNX, None, plan.segment_ids)
-        return split_heads(jax.nn.silu(y_RNX), self.heads), tail_BEWX
+        if convolution.width or self.rule.activated:
+            y_RNX = jax.nn.silu(y_RNX)
+        return split_heads(y_RNX, self.heads), tail_BEWX
 
     def recurrence(
         self,

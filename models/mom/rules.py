@@ -1,7 +1,8 @@
 """The rules by which a memory of MoM changes: gates made by a matrix per memory, and a recurrence.
 
 A rule has a method `gates(x_BTD)`, which returns arrays [B, T, E, X] by name; one of them is
-"decay_log". The rule is called with sorted entries: q, k [R, N, H, K], v [R, N, H, V], the gates
+"decay_log". `conv_width` is that of the published layer, and `activated` says whether its q, k and v
+pass a SiLU without a convolution, too. The rule is called with sorted entries: q, k [R, N, H, K], v [R, N, H, V], the gates
 [R, N, X] and `writes` [R, N]. An entry with writes=False must have decay_log = 0; it then leaves
 the memory as it is. All other arguments are those of the op. Letters: E memories, R streams of N
 entries."""
@@ -57,6 +58,8 @@ class GatedDeltaRule(nnx.Module):
     Every memory has its own matrices for beta and for the step that makes alpha; the rest of
     alpha's parameters is shared by the memories."""
 
+    conv_width, activated = 4, True
+
     def __init__(
         self,
         width: int,
@@ -106,6 +109,8 @@ class GatedSum(nnx.Module):
     """S <- Diag(alpha) S + k^T v, alpha = sigmoid((x W_1^m) W_2^m + b^m)^(1/tau).
 
     As in models/gla.py, with matrices and a bias of each memory's own."""
+
+    conv_width, activated = 0, False
 
     def __init__(
         self,

@@ -68,7 +68,16 @@ LONGER = {  # other options of the same mixers, and a hybrid
         },
     ),
     "mom": Row(
-        ("mom",), {"mom": {"heads": 2, "memories": 3, "rule": "gla", "execution": "gathered"}}
+        ("mom",),
+        {
+            "mom": {
+                "heads": 2,
+                "memories": 3,
+                "rule": "gla",
+                "execution": "gathered",
+                "conv_width": 4,
+            }
+        },
     ),
     "seqboat": Row(("seqboat",), {"seqboat": {"window": 3, "key_size": 8, "state_size": 3}}),
 }

@@ -24,9 +24,16 @@ from tests.support.layers import (
 )
 
 
-@pytest.mark.parametrize(("eigenvalue_range", "beta_max"), [((0, 1), 1), ((-1, 1), 2)])
-def test_gated_delta_net_computes_its_recurrence_gates_and_output(eigenvalue_range, beta_max):
-    mixer = build_mixer(gated_delta_net, heads=2, eigenvalue_range=eigenvalue_range)
+@pytest.mark.parametrize(
+    ("eigenvalue_range", "beta_max", "conv_width"),
+    [((0, 1), 1, 4), ((-1, 1), 2, 4), ((0, 1), 1, 0)],
+)
+def test_gated_delta_net_computes_its_recurrence_gates_and_output(
+    eigenvalue_range, beta_max, conv_width
+):
+    mixer = build_mixer(
+        gated_delta_net, heads=2, eigenvalue_range=eigenvalue_range, conv_width=conv_width
+    )
 
     def transcription(x_TD):
         q, k, v = queries_keys_values(mixer, x_TD, 2)

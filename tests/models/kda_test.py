@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from models import gated_delta_net, kda
 from tests.support.layers import (
@@ -22,8 +23,9 @@ from tests.support.layers import (
 )
 
 
-def test_kda_computes_its_recurrence_gates_and_output():
-    mixer = build_mixer(kda, heads=2)
+@pytest.mark.parametrize("conv_width", [4, 0])
+def test_kda_computes_its_recurrence_gates_and_output(conv_width):
+    mixer = build_mixer(kda, heads=2, conv_width=conv_width)
 
     def transcription(x_TD):
         q, k, v = queries_keys_values(mixer, x_TD, 2)

@@ -22,14 +22,17 @@ from tests.support.layers import (
 )
 
 
-@pytest.mark.parametrize("eigenvalue_range", [(0, 1), (-1, 1)])
-def test_mamba_computes_its_block(eigenvalue_range):
-    mixer = build_mixer(mamba, state_size=3, dt_rank=2, eigenvalue_range=eigenvalue_range)
+@pytest.mark.parametrize(
+    ("eigenvalue_range", "conv_width"), [((0, 1), 4), ((-1, 1), 4), ((0, 1), 0)]
+)
+def test_mamba_computes_its_block(eigenvalue_range, conv_width):
+    mixer = build_mixer(
+        mamba, state_size=3, dt_rank=2, eigenvalue_range=eigenvalue_range, conv_width=conv_width
+    )
 
     def transcription(u_TD):
         z = u_TD @ weight(mixer.gate)
-        x = convolved(u_TD @ weight(mixer.input), mixer.conv)
-        x = silu(x + array(mixer.conv.bias_D))
+        x = silu(convolved(u_TD @ weight(mixer.input), mixer.conv))
         dt = softplus(x @ weight(mixer.dt_in) @ weight(mixer.dt_out) + array(mixer.dt_bias_E))
         B, C = x @ weight(mixer.write), x @ weight(mixer.read)
         A = -np.exp(array(mixer.a_log_EN))

@@ -35,7 +35,7 @@ from tests.support.layers import (
 )
 
 HEADS = 2
-GLA = {"rule": "gla", "execution": "gathered", "gate_rank": 3}
+GLA = {"rule": "gla", "execution": "gathered", "gate_rank": 3, "conv_width": 4}
 build_mom = functools.partial(build_mixer, mom, heads=HEADS, memories=3)
 
 
@@ -77,7 +77,9 @@ def transcription(mixer, x_TD, *, top_k, shared, step):
             seen[m].append(x_TD[t])
             own = np.stack(seen[m])
             q, k, v = (
-                silu(convolved(y, convolution))[-1].reshape(HEADS, -1)
+                (silu if step is delta_step or convolution.width else np.array)(
+                    convolved(y, convolution)
+                )[-1].reshape(HEADS, -1)
                 for y, convolution in (
                     (own @ weight(mixer.query), mixer.conv_q),
                     (projected(own, mixer.key, m), mixer.conv_k),
@@ -95,6 +97,8 @@ def transcription(mixer, x_TD, *, top_k, shared, step):
     ("options", "step"),
     [
         ({"top_k": 2}, delta_step),
+        ({"top_k": 2, "conv_width": 0}, delta_step),
+        ({"top_k": 2, **GLA, "conv_width": None}, sum_step),  # as published: none
         pytest.param({"top_k": 2, "shared_memory": False, **GLA}, sum_step, marks=pytest.mark.slow),
     ],
 )

@@ -121,7 +121,7 @@ def block_diagonal(x, module):
 
 
 def transcription(mixer, x_TD):
-    parts = convolved(affine(x_TD, mixer.input), mixer.conv) + array(mixer.conv.bias_D)
+    parts = convolved(affine(x_TD, mixer.input), mixer.conv)
     x1, x2, v = np.split(parts, 3, axis=-1)
     beta, residual_beta = array(mixer.beta_2D)
 
@@ -139,9 +139,11 @@ def transcription(mixer, x_TD):
     return h + block_diagonal(gelu(g) * a, mixer.channels_out)
 
 
-@pytest.mark.parametrize("transform", ["fft", "monarch"])
-def test_monarch_mixer_computes_its_gates_filters_and_channel_mixer(transform):
-    mixer = build(transform=transform)
+@pytest.mark.parametrize(
+    "options", [{"transform": "fft"}, {"transform": "monarch"}, {"conv_width": 0}]
+)
+def test_monarch_mixer_computes_its_gates_filters_and_channel_mixer(options):
+    mixer = build(**options)
     assert LENGTH > CONTEXT
     check_layer(mixer, functools.partial(transcription, mixer))
 

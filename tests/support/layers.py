@@ -114,13 +114,16 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def convolved(x_TD: np.ndarray, convolution: Any) -> np.ndarray:
-    """Causal depthwise convolution, the last tap on the current token."""
+    """Causal depthwise convolution, the last tap on the current token, and its bias if it has one;
+    x itself where it is switched off."""
+    if not convolution.width:
+        return x_TD
     w_WD = array(convolution.weight_WD)
     y_TD = np.zeros_like(x_TD)
     for t in range(len(x_TD)):
         for back in range(min(len(w_WD), t + 1)):
             y_TD[t] += w_WD[-1 - back] * x_TD[t - back]
-    return y_TD
+    return y_TD if convolution.bias_D is None else y_TD + array(convolution.bias_D)
 
 
 def rotated(x: np.ndarray, angle: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ from models.parts.projections import (
     split_heads,
 )
 from models.parts.rotary import rotate
-from ops.window_attention.api import init_window_state, window_attention
+from ops.window_attention.api import init_window_state, pad_window_state, window_attention
 
 
 class WindowAttention(nnx.Module):
@@ -132,6 +132,7 @@ class WindowAttention(nnx.Module):
             segment_ids=segment_ids,
         )
         y_BTD = self.output(merge_heads(o_BTHV))
+        window = pad_window_state(window, self.window)
         return y_BTD, {"window": window, "position": next_position(positions_BT)}
 
     def init_state(self, batch: int) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """The rules by which a memory of MoM changes: gates made by a matrix per memory, and a recurrence.
 
 A rule has a method `gates(x_BTD)`, which returns arrays [B, T, E, X] by name; one of them is
-"decay_log". `conv_width` is that of the published layer, and `activated` says whether its q, k and v
-pass a SiLU without a convolution, too. The rule is called with sorted entries: q, k [R, N, H, K], v [R, N, H, V], the gates
-[R, N, X] and `writes` [R, N]. An entry with writes=False must have decay_log = 0; it then leaves
-the memory as it is. All other arguments are those of the op. Letters: E memories, R streams of N
-entries."""
+"decay_log". `conv_width` is that of the published layer, and `activated` says whether its q, k and
+v pass a SiLU without a convolution, too. The rule is called with sorted entries: q, k [R, N, H, K],
+v [R, N, H, V], the gates [R, N, X] and `writes` [R, N]. An entry with writes=False must have
+decay_log = 0; it then leaves the memory as it is. All other arguments are those of the op. Letters:
+E memories, R streams of N entries."""
 
 import functools
 from collections.abc import Mapping

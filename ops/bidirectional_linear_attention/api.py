@@ -3,7 +3,7 @@
 import jax
 
 from ..framework import platforms
-from ..framework.arguments import check_attention, check_mask, check_number, check_segment_ids
+from ..framework.arguments import attention_arrays, checked_segment_ids, flag, mask_array, number
 from ..framework.op import Op, run
 from . import reference, sequence_parallel, xla
 
@@ -54,20 +54,21 @@ def bidirectional_linear_attention(
     Raises:
       ValueError: for wrong ranks, shapes, dtypes and names while tracing.
     """
-    check_attention(q, k, v)
-    check_mask("key_mask", key_mask, *k.shape[:2])
-    check_number("eps", eps, "a number >= 0", lambda x: x >= 0)
+    q, k, v = attention_arrays(q, k, v)
+    key_mask = mask_array("key_mask", key_mask, *k.shape[:2])
+    eps = number("eps", eps, "a number >= 0", lambda x: x >= 0)
+    normalise = flag("normalise", normalise)
     if segment_ids is not None and q.shape[1] != k.shape[1]:
         raise ValueError(
             "segment_ids must be None where q and k have different lengths; got"
             f" {q.shape[1]} queries and {k.shape[1]} keys"
         )
-    check_segment_ids(segment_ids, *q.shape[:2])
-    platforms.check_implementation(OP.name, implementation, OP.implementations)
+    segment_ids = checked_segment_ids(segment_ids, *q.shape[:2])
+    implementation = platforms.checked_implementation(
+        OP.name, implementation, OP.implementations, len(q)
+    )
     if implementation == "reference":
-        o = reference.bidirectional_linear_attention(
-            q, k, v, key_mask, segment_ids, normalise, float(eps)
-        )
+        o = reference.bidirectional_linear_attention(q, k, v, key_mask, segment_ids, normalise, eps)
         return o.astype(v.dtype)
     (o,) = run(
         OP,
@@ -76,7 +77,7 @@ def bidirectional_linear_attention(
         layouts=("BTHK", "BTGK", "BTGV", "BT", "BT"),
         outputs=("BTHV",),
         dtypes=(v.dtype,),
-        normalise=bool(normalise),
-        eps=float(eps),
+        normalise=normalise,
+        eps=eps,
     )
     return o

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..framework import platforms
-from ..framework.arguments import check_float, check_matrix_state, check_shape, check_values
+from ..framework.arguments import check_shape, check_values, flag, floats, matrix_state
 from ..framework.op import Op, run
 from ..framework.sharding import decay_layout
 from . import pallas_gpu, pallas_tpu, reference, sequence_parallel, xla
@@ -78,42 +78,32 @@ def delta_rule(
         non-finite `decay_log`, a `beta` outside [0, 2] or, with num_segments, impossible
         `segment_ids` where values can be seen (an eager call, or under `ops.checks`).
     """
-    check_matrix_state(q, k, v, decay_log, initial_state, segment_ids, num_segments)
-    check_float(beta=beta)
-    check_shape("beta", beta, "[B, T, H]", v.shape[:3])
+    given = matrix_state(q, k, v, decay_log, scale, initial_state, segment_ids, num_segments)
+    (beta,) = floats(beta=beta)
+    check_shape("beta", beta, "[B, T, H]", given.v.shape[:3])
     check_values("beta", beta, "in [0, 2]", lambda x: (x >= 0) & (x <= 2))
-    op = ONE_STATE if num_segments is None else SEGMENT_STATES
-    platforms.check_implementation(op.name, implementation, op.implementations)
-
-    (batch, _, heads, value_size), key_size = v.shape, k.shape[-1]
-    scale = key_size**-0.5 if scale is None else float(scale)
-    if initial_state is None:
-        segments = () if num_segments is None else (num_segments,)
-        shape = (batch, *segments, heads, key_size, value_size)
-        initial_state = jnp.zeros(shape, jnp.float32)
+    reverse = flag("reverse", reverse)
+    op = ONE_STATE if given.num_segments is None else SEGMENT_STATES
+    implementation = platforms.checked_implementation(
+        op.name, implementation, op.implementations, len(given.v)
+    )
     if implementation == "reference":
-        o, state = reference.delta_rule(
-            q, k, v, beta, decay_log, scale, initial_state, segment_ids, num_segments, reverse
-        )
-        o = o.astype(v.dtype)
-    else:
-        segments = {} if num_segments is None else {"num_segments": num_segments}
-        states = "BSHKV" if segments else "BHKV"
-        o, state = run(
-            op,
-            implementation,
-            q,
-            k,
-            v,
-            beta,
-            decay_log,
-            initial_state,
-            segment_ids,
-            layouts=("BTGK", "BTGK", "BTHV", "BTH", decay_layout(decay_log), states, "BT"),
-            outputs=("BTHV", states),
-            dtypes=(v.dtype, jnp.dtype(jnp.float32)),
-            reverse=reverse,
-            scale=scale,
-            **segments,
-        )
-    return o, state
+        o, state = reference.delta_rule(*given[:3], beta, *given[3:], reverse)
+        return o.astype(given.v.dtype), state
+    segments = {} if given.num_segments is None else {"num_segments": given.num_segments}
+    states = "BSHKV" if segments else "BHKV"
+    return run(
+        op,
+        implementation,
+        *given[:3],
+        beta,
+        given.decay_log,
+        given.initial_state,
+        given.segment_ids,
+        layouts=("BTGK", "BTGK", "BTHV", "BTH", decay_layout(given.decay_log), states, "BT"),
+        outputs=("BTHV", states),
+        dtypes=(given.v.dtype, jnp.dtype(jnp.float32)),
+        reverse=reverse,
+        scale=given.scale,
+        **segments,
+    )

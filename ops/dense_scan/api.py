@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..framework import platforms
-from ..framework.arguments import check_float, check_segment_ids, check_shape
+from ..framework.arguments import check_shape, checked_segment_ids, flag, floats
 from ..framework.sharding import time_parts
 from . import reference, xla
 from .sequence_parallel import forward_in_parts
@@ -60,7 +60,7 @@ def dense_scan(
     Raises:
       ValueError: for wrong ranks, shapes, dtypes and names while tracing.
     """
-    check_float(u=u, A=A, B=B, C=C, initial_state=initial_state)
+    u, A, B, C, initial_state = floats(u=u, A=A, B=B, C=C, initial_state=initial_state)
     check_shape("u", u, "[B, T, D]", (None,) * 3)
     batch, length, systems = u.shape
     if length == 0 or systems == 0:
@@ -71,8 +71,13 @@ def dense_scan(
     check_shape("C", C, "[D, M, N] with D of u and N of B", (systems, None, size))
     if initial_state is not None:
         check_shape("initial_state", initial_state, "[B, D, N]", (batch, systems, size))
-    check_segment_ids(segment_ids, batch, length)
-    platforms.check_implementation("dense_scan", implementation, {"xla": xla})
+    segment_ids = checked_segment_ids(segment_ids, batch, length)
+    if kernel is not None and not callable(kernel):
+        raise ValueError(f"kernel must be None or a function of the length; got {kernel!r}")
+    reverse = flag("reverse", reverse)
+    implementation = platforms.checked_implementation(
+        "dense_scan", implementation, {"xla": xla}, batch
+    )
 
     float_u, A, B, C = (array.astype(jnp.float32) for array in (u, A, B, C))
     if initial_state is not None:

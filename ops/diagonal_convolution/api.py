@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..framework import platforms
-from ..framework.arguments import Number, check_float, check_shape, number_parts
+from ..framework.arguments import Number, check_shape, flag, floats, number_parts
 from ..framework.sharding import time_parts
 from . import reference, xla
 from .sequence_parallel import forward_in_parts
@@ -53,7 +53,7 @@ def diagonal_convolution(
     Raises:
       ValueError: for wrong forms, ranks, shapes, dtypes and names while tracing.
     """
-    check_float(u=u)
+    (u,) = floats(u=u)
     check_shape("u", u, "[B, T, D]", (None,) * 3)
     batch, length, systems = u.shape
     if length == 0 or systems == 0:
@@ -69,7 +69,10 @@ def diagonal_convolution(
     if initial_state is not None:
         state_parts = number_parts("initial_state", initial_state, like=("a", a_parts))
         check_shape("initial_state", state_parts[0], "[B, D, M]", (batch, *shape))
-    platforms.check_implementation("diagonal_convolution", implementation, {"xla": xla})
+    reverse = flag("reverse", reverse)
+    implementation = platforms.checked_implementation(
+        "diagonal_convolution", implementation, {"xla": xla}, batch
+    )
 
     float_u, a_parts, b_parts, c_parts, state_parts = jax.tree.map(
         lambda x: x.astype(jnp.float32), (u, a_parts, b_parts, c_parts, state_parts)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from ..framework import platforms
 from ..framework.arguments import (
     Number,
-    check_segment_ids,
     check_shape,
     check_values,
+    checked_segment_ids,
     finite,
+    flag,
     number_parts,
 )
 from ..framework.op import Op, run
@@ -96,10 +97,13 @@ def diagonal_scan(
     else:
         state_parts = number_parts("initial_state", initial_state, like=("b", b_parts))
         check_shape("initial_state", state_parts[0], "[B, N]", (batch, channels))
-    check_segment_ids(segment_ids, batch, length)
+    segment_ids = checked_segment_ids(segment_ids, batch, length)
+    reverse = flag("reverse", reverse)
     for part in a_parts:
         check_values("a", part, "finite", finite)
-    platforms.check_implementation(OP.name, implementation, OP.implementations)
+    implementation = platforms.checked_implementation(
+        OP.name, implementation, OP.implementations, batch
+    )
 
     if implementation == "reference":
         h, state = reference.diagonal_scan(a_parts, b_parts, state_parts, segment_ids, reverse)

@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,11 +67,65 @@ def check_shape(
         raise ValueError(f"{name} must be {layout}{like}, expected {wanted}; got {shape}")
 
 
-def check_float(**arrays: jax.Array | None) -> None:
-    """Raises ValueError unless every array that is given is of real floating-point numbers."""
-    for name, array in arrays.items():
-        if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
-            raise ValueError(f"{name} must be a floating-point array; got {jnp.result_type(array)}")
+def floats(**arrays: Any) -> tuple[Any, ...]:
+    """The arguments as JAX arrays, None for None.
+
+    Raises ValueError unless each that is given is an array of real floating-point numbers."""
+    return tuple(
+        None if array is None else _typed(name, array, jnp.floating, "a floating-point array")
+        for name, array in arrays.items()
+    )
+
+
+def _typed(name: str, array: Any, kind: Any, expectation: str) -> jax.Array:
+    """The argument as a JAX array of this kind of dtype."""
+    if not isinstance(array, jax.Array | np.ndarray | np.generic):
+        raise ValueError(f"{name} must be {expectation}; got a {type(array).__name__}")
+    if not jnp.issubdtype(array.dtype, kind):
+        raise ValueError(f"{name} must be {expectation}; got {array.dtype}")
+    return jnp.asarray(array)
+
+
+def integer(name: str, value: Any, least: int, meaning: str = "") -> int:
+    """The argument as a Python integer.
+
+    Raises ValueError unless it is an integer of Python or numpy, and `least` or more; meaning: what
+    the message adds to that."""
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}{meaning}; got {value!r}")
+    return int(value)
+
+
+def number(
+    name: str, value: Any, expectation: str, good: Callable[[float], bool] = lambda value: True
+) -> float:
+    """The argument as a Python float.
+
+    Raises ValueError unless it is a finite real number whose value is known while tracing, and
+    `good`."""
+    if isinstance(value, Tracer):
+        raise ValueError(
+            f"{name} must be known while tracing, it is part of the program; got {value.aval}:"
+            " multiply an argument by what is traced"
+        )
+    is_number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    is_number &= not isinstance(value, bool) and not np.ndim(value)
+    if not (is_number and np.isfinite(value) and good(value)):
+        raise ValueError(f"{name} must be {expectation}; got {value!r}")
+    return float(value)
+
+
+def scale_of(scale: Any, key_size: int) -> float:
+    """The factor on q: K**-0.5 for None."""
+    return key_size**-0.5 if scale is None else number("scale", scale, "None or a finite number")
+
+
+def flag(name: str, value: Any) -> bool:
+    """The argument as a Python bool. Raises ValueError unless it is one, or numpy's."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+    return bool(value)
 
 
 def number_parts(
@@ -88,42 +142,37 @@ def number_parts(
             wanted = f"{'an array' if len(like[1]) == 1 else 'a pair of arrays'} like {like[0]}"
         got = f"a tuple of {len(parts)}" if isinstance(number, tuple) else "an array"
         raise ValueError(f"{name} must be {wanted}; got {got}")
-    shapes = [jnp.shape(part) for part in parts]
-    for part in parts:
-        check_float(**{name: part})
-    if shapes[0] != shapes[-1]:
-        raise ValueError(f"{name} must have parts of one shape; got {shapes[0]} and {shapes[-1]}")
-    return tuple(jnp.asarray(part) for part in parts)
-
-
-def check_segment_ids(
-    segment_ids: jax.Array | None, batch: int, length: int, num_segments: int | None = None
-) -> None:
-    """Raises ValueError unless `segment_ids` is None or an integer array [B, T]. With
-    `num_segments` it must be given, and values that can be seen must be in 0..num_segments-1 and
-    never fall along time."""
-    if num_segments is not None and (not isinstance(num_segments, int) or num_segments < 1):
+    arrays = tuple(floats(**{name: part})[0] for part in parts)
+    if arrays[0].shape != arrays[-1].shape:
         raise ValueError(
-            f"num_segments must be None or a Python integer of at least 1; got {num_segments!r}"
+            f"{name} must have parts of one shape; got {arrays[0].shape} and {arrays[-1].shape}"
         )
+    return arrays
+
+
+def checked_segment_ids(
+    segment_ids: Any, batch: int, length: int, num_segments: int | None = None
+) -> jax.Array | None:
+    """`segment_ids` as a JAX array, None for None.
+
+    Raises ValueError unless it is None or an integer array [B, T]. With `num_segments` it must be
+    given, and values that can be seen must be in 0..num_segments-1 and never fall along time."""
     if segment_ids is None:
         if num_segments is not None:
             raise ValueError(
                 "segment_ids must be [B, T] where num_segments is given"
                 f" (num_segments={num_segments}); got None"
             )
-        return
+        return None
+    segment_ids = _typed("segment_ids", segment_ids, jnp.integer, "an integer array")
     check_shape("segment_ids", segment_ids, "[B, T]", (batch, length))
-    if not jnp.issubdtype(jnp.result_type(segment_ids), jnp.integer):
-        raise ValueError(
-            f"segment_ids must be an integer array; got {jnp.result_type(segment_ids)}"
-        )
     if num_segments is not None:
         expectation = f"in 0..{num_segments - 1} (num_segments={num_segments})"
         check_values(
             "segment_ids", segment_ids, expectation, lambda x: (x >= 0) & (x < num_segments)
         )
         check_values("segment_ids", segment_ids, "non-decreasing along time", _never_falls)
+    return segment_ids
 
 
 def _never_falls(x: Any) -> Any:
@@ -158,10 +207,14 @@ def finite(x: Any) -> Any:
     return abs(x) < float("inf")
 
 
-def check_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, same_length: bool = False) -> None:
-    """Raises ValueError unless q is [B, T, H, K], k [B, S, HK, K] and v [B, S, HK, V], of numbers,
-    with HK a divisor of H and, with `same_length`, S = T."""
-    check_float(q=q, k=k, v=v)
+def attention_arrays(
+    q: Any, k: Any, v: Any, *, same_length: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k and v as JAX arrays.
+
+    Raises ValueError unless q is [B, T, H, K], k [B, S, HK, K] and v [B, S, HK, V], of floats, with
+    HK a divisor of H and, with `same_length`, S = T."""
+    q, k, v = floats(q=q, k=k, v=v)
     check_shape("q", q, "[B, T, H, K]", (None,) * 4)
     batch, length, heads, key_size = q.shape
     if 0 in (length, heads, key_size):
@@ -179,36 +232,49 @@ def check_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, same_length: bo
     check_shape("v", v, "[B, S, HK, V]", (batch, keys, key_heads, None), " with B, S and HK of k")
     if v.shape[3] == 0:
         raise ValueError(f"v must be [B, S, HK, V] with V at least 1; got {v.shape}")
+    return q, k, v
 
 
-def check_mask(name: str, mask: jax.Array | None, batch: int, length: int) -> None:
-    """Raises ValueError unless `mask` is None or a boolean array [B, `length`]."""
+def mask_array(name: str, mask: Any, batch: int, length: int) -> jax.Array | None:
+    """The mask as a JAX array, None for None. Raises ValueError unless it is None or a boolean
+    array [B, `length`]."""
     if mask is None:
-        return
+        return None
+    mask = _typed(name, mask, np.bool_, "a boolean array")
     check_shape(name, mask, "[B, length]", (batch, length))
-    if jnp.result_type(mask) != jnp.bool_:
-        raise ValueError(f"{name} must be a boolean array; got {jnp.result_type(mask)}")
+    return mask
 
 
-def check_number(name: str, value: float, expectation: str, good: Callable[[Any], bool]) -> None:
-    """Raises ValueError unless `value` is a Python number, finite, and `good`."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and finite(value) and good(value)):
-        raise ValueError(f"{name} must be {expectation}; got {value!r}")
+class MatrixState(NamedTuple):
+    """The arguments that recurrences with a matrix state [B, H, K, V] have in common, as JAX
+    arrays; layouts as in their `api.py`. The initial state is given, and float32."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    decay_log: jax.Array | None
+    scale: float
+    initial_state: jax.Array
+    segment_ids: jax.Array | None
+    num_segments: int | None
 
 
-def check_matrix_state(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    decay_log: jax.Array | None,
-    initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
-    num_segments: int | None = None,
-) -> None:
-    """Raises ValueError for what the recurrences with a matrix state [B, H, K, V] refuse in common;
-    layouts as in their `api.py`."""
-    check_float(q=q, k=k, v=v, decay_log=decay_log, initial_state=initial_state)
+def matrix_state(
+    q: Any,
+    k: Any,
+    v: Any,
+    decay_log: Any,
+    scale: Any,
+    initial_state: Any,
+    segment_ids: Any,
+    num_segments: Any,
+) -> MatrixState:
+    """The arguments, checked. Raises ValueError for what these recurrences refuse in common."""
+    q, k, v, decay_log, initial_state = floats(
+        q=q, k=k, v=v, decay_log=decay_log, initial_state=initial_state
+    )
+    if num_segments is not None:
+        num_segments = integer("num_segments", num_segments, 1, " or None")
     check_shape("q", q, "[B, T, HK, K]", (None,) * 4)
     batch, length, key_heads, key_size = q.shape
     if 0 in (length, key_heads, key_size):
@@ -233,11 +299,20 @@ def check_matrix_state(
             )
         check_shape("decay_log", decay_log, *layouts[decay_log.ndim])
         check_values("decay_log", decay_log, "finite and <= 0", lambda x: (x <= 0) & finite(x))
-    check_segment_ids(segment_ids, batch, length, num_segments)
-    if initial_state is not None:
-        state = (heads, key_size, value_size)
-        if num_segments is None:
-            layout, shape = "[B, H, K, V]", (batch, *state)
-        else:
-            layout, shape = "[B, num_segments, H, K, V]", (batch, num_segments, *state)
-        check_shape("initial_state", initial_state, layout, shape)
+    segment_ids = checked_segment_ids(segment_ids, batch, length, num_segments)
+    segments = () if num_segments is None else (num_segments,)
+    shape = (batch, *segments, heads, key_size, value_size)
+    if initial_state is None:
+        initial_state = jnp.zeros(shape, jnp.float32)
+    layout = "[B, H, K, V]" if num_segments is None else "[B, num_segments, H, K, V]"
+    check_shape("initial_state", initial_state, layout, shape)
+    return MatrixState(
+        q,
+        k,
+        v,
+        decay_log,
+        scale_of(scale, key_size),
+        initial_state.astype(jnp.float32),
+        segment_ids,
+        num_segments,
+    )

@@ -51,17 +51,21 @@ def candidates(modules: Mapping[str, ModuleType], implementation: str | None) ->
     return tuple(name for name in modules if _kernels.get() or name not in KERNELS.values())
 
 
-def check_implementation(
-    op: str, implementation: str | None, modules: Mapping[str, ModuleType]
-) -> None:
-    """Raises ValueError unless `implementation` is None, "reference" or one of the op's
-    differentiable implementations."""
+def checked_implementation(
+    op: str, implementation: str | None, modules: Mapping[str, ModuleType], batch: int
+) -> str | None:
+    """The implementation to take: the one that was asked for, but "reference" for an empty batch,
+    of which there is nothing to compute.
+
+    Raises ValueError unless it is None, "reference" or one of the op's differentiable
+    implementations."""
     names = ("reference", *modules)
     if implementation is not None and implementation not in names:
         raise ValueError(
             f"implementation of {op} must be None or one of {', '.join(names)}; got"
             f" {implementation!r}"
         )
+    return implementation if batch else "reference"
 
 
 def call(

@@ -6,7 +6,7 @@ import functools
 import jax
 
 from ..framework import platforms
-from ..framework.arguments import check_float, check_segment_ids, check_shape
+from ..framework.arguments import check_shape, checked_segment_ids, floats
 from ..framework.op import Op, run
 from . import reference, xla
 from .documents import convolve_documents
@@ -46,14 +46,16 @@ def long_convolution(
     Raises:
       ValueError: for wrong ranks, shapes, dtypes and names while tracing.
     """
-    check_float(u=u, kernel=kernel)
+    u, kernel = floats(u=u, kernel=kernel)
     check_shape("u", u, "[B, T, D]", (None,) * 3)
     _, length, channels = u.shape
     if length == 0 or channels == 0:
         raise ValueError(f"u must have T >= 1 and D >= 1; got {u.shape}")
     check_shape("kernel", kernel, "[D, T] with T and D of u", (channels, length))
-    check_segment_ids(segment_ids, *u.shape[:2])
-    platforms.check_implementation(OP.name, implementation, OP.implementations)
+    segment_ids = checked_segment_ids(segment_ids, *u.shape[:2])
+    implementation = platforms.checked_implementation(
+        OP.name, implementation, OP.implementations, len(u)
+    )
     if implementation == "reference":
         y = reference.long_convolution(u, kernel, segment_ids)
     elif segment_ids is not None:

@@ -1,10 +1,19 @@
 """Selective scan, the recurrence of Mamba: the public function."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from ..framework import platforms
-from ..framework.arguments import check_float, check_segment_ids, check_shape, check_values, finite
+from ..framework.arguments import (
+    check_shape,
+    check_values,
+    checked_segment_ids,
+    finite,
+    flag,
+    floats,
+)
 from ..framework.op import Op, run
 from . import pallas_gpu, pallas_tpu, reference, sequence_parallel, xla
 
@@ -79,19 +88,20 @@ def selective_scan(
         non-finite step or a positive or non-finite `A` where values can be seen (an eager call, or
         under `ops.checks`).
     """
+    x, delta, A, B, C, D, z, delta_bias = floats(
+        x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias
+    )
     inputs = x, delta, A, B, C, D, z, delta_bias
-    _check_arrays(*inputs, initial_state, segment_ids)
-    if not isinstance(delta_softplus, bool):
-        raise ValueError(f"delta_softplus must be True or False; got {delta_softplus!r}")
-    if tuple(eigenvalue_range) not in EIGENVALUE_RANGES:
-        raise ValueError(f"eigenvalue_range must be (0, 1) or (-1, 1); got {eigenvalue_range!r}")
+    initial_state = _checked_shapes(*inputs, *floats(initial_state=initial_state))
+    segment_ids = checked_segment_ids(segment_ids, *x.shape[:2])
+    delta_softplus = flag("delta_softplus", delta_softplus)
+    reverse = flag("reverse", reverse)
+    eigenvalue_range = _eigenvalue_range(eigenvalue_range)
     _check_steps(delta, delta_bias, delta_softplus)
     check_values("A", A, "finite and <= 0", lambda values: (values <= 0) & finite(values))
-    platforms.check_implementation(OP.name, implementation, OP.implementations)
-
-    eigenvalue_range = (int(eigenvalue_range[0]), int(eigenvalue_range[1]))
-    if initial_state is None:
-        initial_state = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
+    implementation = platforms.checked_implementation(
+        OP.name, implementation, OP.implementations, len(x)
+    )
     if implementation == "reference":
         y, state = reference.selective_scan(
             *inputs, delta_softplus, eigenvalue_range, initial_state, segment_ids, reverse
@@ -112,10 +122,16 @@ def selective_scan(
     )
 
 
-def _check_arrays(x, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids) -> None:
-    """Raises ValueError for arrays of wrong shapes or dtypes."""
-    check_float(x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
-    check_float(initial_state=initial_state)
+def _eigenvalue_range(given: Any) -> tuple[int, int]:
+    if isinstance(given, tuple | list):
+        for known in EIGENVALUE_RANGES:
+            if tuple(given) == known:
+                return known
+    raise ValueError(f"eigenvalue_range must be (0, 1) or (-1, 1); got {given!r}")
+
+
+def _checked_shapes(x, delta, A, B, C, D, z, delta_bias, initial_state) -> jax.Array:
+    """The initial state, float32, zeros for None. Raises ValueError for arrays of wrong shapes."""
     check_shape("x", x, "[B, T, D]", (None,) * 3)
     batch, length, channels = x.shape
     if length == 0 or channels == 0:
@@ -133,9 +149,10 @@ def _check_arrays(x, delta, A, B, C, D, z, delta_bias, initial_state, segment_id
         check_shape("z", z, "[B, T, D] like x", x.shape)
     if delta_bias is not None:
         check_shape("delta_bias", delta_bias, "[D]", (channels,))
-    if initial_state is not None:
-        check_shape("initial_state", initial_state, "[B, D, N]", (batch, channels, states))
-    check_segment_ids(segment_ids, batch, length)
+    if initial_state is None:
+        return jnp.zeros((batch, channels, states), jnp.float32)
+    check_shape("initial_state", initial_state, "[B, D, N]", (batch, channels, states))
+    return initial_state.astype(jnp.float32)
 
 
 def _check_steps(delta, delta_bias, delta_softplus: bool) -> None:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from ..framework import platforms
-from ..framework.arguments import check_float, check_segment_ids, check_shape
+from ..framework.arguments import check_shape, checked_segment_ids, flag, floats
 from ..framework.op import Op, run
 from . import pallas_tpu, reference, sequence_parallel, xla
 
@@ -53,19 +53,22 @@ def short_convolution(
     Raises:
       ValueError: for wrong ranks, shapes, dtypes and names while tracing.
     """
-    check_float(x=x, w=w, initial_state=initial_state)
+    x, w, initial_state = floats(x=x, w=w, initial_state=initial_state)
     check_shape("x", x, "[B, T, D]", (None,) * 3)
     batch, length, channels = x.shape
-    if length == 0:
-        raise ValueError(f"x must have T >= 1; got {x.shape}")
+    if length == 0 or channels == 0:
+        raise ValueError(f"x must have T >= 1 and D >= 1; got {x.shape}")
     check_shape("w", w, "[W, D] with D of x", (None, channels))
     taps = w.shape[0]
     if taps == 0:
         raise ValueError(f"w must have W >= 1; got {w.shape}")
     if initial_state is not None:
         check_shape("initial_state", initial_state, "[B, W - 1, D]", (batch, taps - 1, channels))
-    check_segment_ids(segment_ids, batch, length)
-    platforms.check_implementation(OP.name, implementation, OP.implementations)
+    segment_ids = checked_segment_ids(segment_ids, batch, length)
+    reverse = flag("reverse", reverse)
+    implementation = platforms.checked_implementation(
+        OP.name, implementation, OP.implementations, batch
+    )
 
     if initial_state is None:
         initial_state = jnp.zeros((batch, taps - 1, channels), jnp.float32)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from ..framework import platforms
-from ..framework.arguments import check_float, check_shape
+from ..framework.arguments import check_shape, flag, floats
 from ..framework.op import Op, run
 from . import reference, sequence_parallel, xla
 
@@ -50,7 +50,7 @@ def state_passing(
     Raises:
       ValueError: for wrong ranks, shapes, dtypes and names while tracing.
     """
-    check_float(A=A, written=written)
+    A, written, initial_state = floats(A=A, written=written, initial_state=initial_state)
     check_shape("written", written, "[B, T, D, N]", (None,) * 4)
     batch, parts, systems, size = written.shape
     if parts == 0:
@@ -58,13 +58,15 @@ def state_passing(
     check_shape("A", A, "[D, N, N] with D and N of written", (systems, size, size))
     if keeps is not None:
         check_shape("keeps", keeps, "[B, T] of written", (batch, parts))
-        if keeps.dtype != bool:
-            raise ValueError(f"keeps must be bool; got {keeps.dtype}")
+        if jnp.result_type(keeps) != jnp.bool_:
+            raise ValueError(f"keeps must be bool; got {jnp.result_type(keeps)}")
     if initial_state is None:
         initial_state = jnp.zeros((batch, systems, size), jnp.float32)
-    check_float(initial_state=initial_state)
     check_shape("initial_state", initial_state, "[B, D, N] of written", (batch, systems, size))
-    platforms.check_implementation(OP.name, implementation, OP.implementations)
+    reverse = flag("reverse", reverse)
+    implementation = platforms.checked_implementation(
+        OP.name, implementation, OP.implementations, batch
+    )
     inputs = A, written, keeps, initial_state
     if implementation == "reference":
         return reference.state_passing(*inputs, reverse=reverse)

@@ -1,13 +1,13 @@
 """Sliding-window attention: the public function and its state."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..framework import platforms
-from ..framework.arguments import check_float, check_segment_ids, check_shape
+from ..framework.arguments import check_shape, checked_segment_ids, floats, integer, scale_of
 from ..framework.op import Op, run
 from . import pallas_tpu, reference, sequence_parallel, xla
 
@@ -17,12 +17,12 @@ OP = Op("window_attention", {"xla": xla, "pallas_tpu": pallas_tpu}, sequence_par
 
 
 class WindowState(NamedTuple):
-    """The last window - 1 tokens, oldest first.
+    """The last P <= window - 1 tokens, oldest first.
 
-    k: [B, window - 1, HK, K], keys.
-    v: [B, window - 1, HK, V], values.
-    valid: [B, window - 1] bool, whether the token is there: it exists, and lies in the segment that
-      the state belongs to."""
+    k: [B, P, HK, K], keys.
+    v: [B, P, HK, V], values.
+    valid: [B, P] bool, whether the token is there: it exists, and lies in the segment that the
+      state belongs to."""
 
     k: jax.Array
     v: jax.Array
@@ -37,11 +37,21 @@ def init_window_state(
     value_size: int,
     dtype: DTypeLike = jnp.float32,
 ) -> WindowState:
-    """The state before the first token: nothing is there. `heads` counts key heads."""
+    """The state before the first token, of P = window - 1 tokens: nothing is there. `heads` counts
+    key heads."""
     return WindowState(
         k=jnp.zeros((batch, window - 1, heads, key_size), dtype),
         v=jnp.zeros((batch, window - 1, heads, value_size), dtype),
         valid=jnp.zeros((batch, window - 1), bool),
+    )
+
+
+def pad_window_state(state: WindowState, window: int) -> WindowState:
+    """The state with P = window - 1, a size that no call changes: tokens that are not there come
+    first."""
+    missing = max(0, window - 1 - state.valid.shape[1])
+    return WindowState(
+        *(jnp.pad(x, ((0, 0), (missing, 0)) + ((0, 0),) * (x.ndim - 2)) for x in state)
     )
 
 
@@ -70,12 +80,13 @@ def window_attention(
       q: [B, T, H, K], any T >= 1.
       k: [B, T, HK, K]. HK divides H; query head h reads key and value head h // (H / HK).
       v: [B, T, HK, V].
-      window: tokens that a query sees, itself included; any window >= 1, also longer than T.
+      window: tokens that a query sees, itself included; any window >= 1. One longer than the
+        tokens that there are costs no more than they do.
       scale: factor on q; None means K**-0.5.
       activation: "softmax", or "squared_relu", whose weights have no sum to be divided by; FLASH
         makes `scale` one over the number of tokens.
-      initial_state: the `WindowState` before the first token; None means `init_window_state`, no
-        tokens. It belongs to the first token's segment.
+      initial_state: the `WindowState` before the first token, of any P <= window - 1; None means
+        no tokens. It belongs to the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
         id changes a segment starts. None means one segment.
       implementation: "reference" (one softmax over all keys), "xla" (blocks of queries in plain
@@ -85,40 +96,44 @@ def window_attention(
         raises.
 
     Returns:
-      o [B, T, H, V] in v's dtype, and the `WindowState` after the last token, its keys and values
-      in k's and v's dtypes, zeros where not valid. Logits, softmax and sums are float32 whatever
-      the inputs are; the kernel rounds the factors of matmuls to bfloat16. Differentiable in q, k,
-      v and the state's keys and values, and through both outputs. Only the inputs are kept for the
-      backward pass; "xla" has the logits of T * window pairs beside them, of 512 * window where the
-      window is above 1,024.
+      o [B, T, H, V] in v's dtype, and the `WindowState` of the last min(window - 1, P + T) tokens,
+      its keys and values in k's and v's dtypes, zeros where not valid. Logits, softmax and sums are
+      float32 whatever the inputs are; the kernel rounds the factors of matmuls to bfloat16.
+      Differentiable in q, k, v and the state's keys and values, and through both outputs. Only the
+      inputs are kept for the backward pass; "xla" has the logits of T * window pairs beside them,
+      of 512 * window where the window is above 1,024.
 
     Raises:
       ValueError: for wrong ranks, shapes, dtypes, windows and names while tracing.
     """
-    check_float(q=q, k=k, v=v)
+    q, k, v = floats(q=q, k=k, v=v)
     check_shape("q", q, "[B, T, H, K]", (None,) * 4)
     batch, length, heads, key_size = q.shape
-    if length == 0 or key_size == 0:
-        raise ValueError(f"q must have T >= 1 and K >= 1; got {q.shape}")
+    if 0 in (length, heads, key_size):
+        raise ValueError(f"q must have T, H and K of at least 1; got {q.shape}")
     check_shape("k", k, "[B, T, HK, K] with B, T and K of q", (batch, length, None, key_size))
     key_heads = k.shape[2]
     if key_heads == 0 or heads % key_heads:
         raise ValueError(f"k must have a number of heads that divides q's {heads}; got {key_heads}")
     check_shape("v", v, "[B, T, HK, V] with B, T and HK of k", (batch, length, key_heads, None))
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(
-            f"window must be an integer >= 1, the token itself included; got {window!r}"
-        )
+    window = integer("window", window, 1, ", the token itself included")
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}"
         )
+    past = 0
     if initial_state is not None:
-        _check_state(initial_state, (batch, window - 1, key_heads), key_size, v.shape[3])
-    check_segment_ids(segment_ids, batch, length)
-    platforms.check_implementation(OP.name, implementation, OP.implementations)
-
-    scale = key_size**-0.5 if scale is None else float(scale)
+        initial_state = _checked_state(initial_state, window, (batch, key_heads), k, v)
+        past = initial_state.valid.shape[1]
+    # More than all tokens, and a state that has room for them, is not needed.
+    window = min(window, past + length + 1)
+    if initial_state is not None:
+        initial_state = pad_window_state(initial_state, window)
+    segment_ids = checked_segment_ids(segment_ids, batch, length)
+    scale = scale_of(scale, key_size)
+    implementation = platforms.checked_implementation(
+        OP.name, implementation, OP.implementations, batch
+    )
     if implementation == "reference":
         past = initial_state or init_window_state(batch, window, key_heads, key_size, v.shape[3])
         o, *state = reference.window_attention(
@@ -144,17 +159,25 @@ def window_attention(
     return o.astype(v.dtype), WindowState(*state)
 
 
-def _check_state(
-    state: WindowState, shape: tuple[int, int, int], key_size: int, value_size: int
-) -> None:
+def _checked_state(
+    state: Any, window: int, sizes: tuple[int, int], k: jax.Array, v: jax.Array
+) -> WindowState:
+    """The state as JAX arrays; sizes: batch and key heads."""
     if not isinstance(state, WindowState):
         raise ValueError(
             "initial_state must be a WindowState (see init_window_state); got"
             f" {type(state).__name__}"
         )
-    check_float(**{"initial_state.k": state.k, "initial_state.v": state.v})
-    check_shape("initial_state.k", state.k, "[B, window - 1, HK, K]", (*shape, key_size))
-    check_shape("initial_state.v", state.v, "[B, window - 1, HK, V]", (*shape, value_size))
-    check_shape("initial_state.valid", state.valid, "[B, window - 1]", shape[:2])
+    k_past, v_past = floats(**{"initial_state.k": state.k, "initial_state.v": state.v})
     if jnp.result_type(state.valid) != jnp.bool_:
         raise ValueError(f"initial_state.valid must be boolean; got {jnp.result_type(state.valid)}")
+    valid, (batch, key_heads) = jnp.asarray(state.valid), sizes
+    check_shape("initial_state.valid", valid, "[B, P]", (batch, None))
+    past = valid.shape[1]
+    if past >= window:
+        raise ValueError(
+            f"initial_state must have at most window - 1 = {window - 1} tokens; got {past}"
+        )
+    check_shape("initial_state.k", k_past, "[B, P, HK, K]", (batch, past, key_heads, k.shape[3]))
+    check_shape("initial_state.v", v_past, "[B, P, HK, V]", (batch, past, key_heads, v.shape[3]))
+    return WindowState(k_past, v_past, valid)

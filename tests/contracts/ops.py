@@ -201,6 +201,37 @@ class OpContract:
             for tensor in expected:
                 assert_close(f"{tensor} of {name}", got[tensor], expected[tensor])
 
+    def test_an_empty_batch_has_empty_outputs_and_zero_gradients(self, variant, implementation):
+        inputs, state, ids = self.data(variant, DOCUMENT)
+
+        def emptied(x):
+            return x[:0] if x.shape[0] == BATCH else x
+
+        shapes = jax.eval_shape(
+            functools.partial(self.values_and_gradients, implementation), inputs, state, ids
+        )
+        got = self.values_and_gradients(
+            implementation, *jax.tree.map(emptied, (inputs, state)), ids[:0]
+        )
+        assert got.keys() == shapes.keys()
+        for name, like in shapes.items():
+            batched = like.shape[0] == BATCH
+            assert got[name].shape == ((0, *like.shape[1:]) if batched else like.shape), name
+            assert got[name].dtype == like.dtype, name
+            assert not got[name].any(), name
+
+    def test_a_bfloat16_initial_state_is_that_state_in_float32(self, variant, implementation):
+        inputs, state, ids = self.data(variant, DOCUMENT)
+        state = jax.tree.map(lambda x: x.astype("bfloat16"), state)
+        wide = jax.tree.map(lambda x: x.astype("float32"), state)
+        expected = self.values_and_gradients(implementation, inputs, wide, ids)
+        got = self.values_and_gradients(implementation, inputs, state, ids)
+        gradient = got.pop("gradient of initial_state")
+        assert gradient.dtype == jnp.bfloat16
+        assert_close("gradient", gradient, expected["gradient of initial_state"], 2.0**-8)
+        for name, value in got.items():
+            np.testing.assert_array_equal(value, expected[name], name)
+
     @pytest.mark.full
     def test_vmap_and_remat_change_nothing(self, variant, implementation):
         inputs, state, _ = self.data(variant, DOCUMENT, seed=8)

@@ -69,7 +69,8 @@ def test_the_convolution_with_the_krylov_kernel_is_the_recurrence(length):
 @pytest.mark.parametrize("given", ["initial_state", "segment_ids"])
 def test_a_kernel_is_left_alone_where_there_is_a_state_or_a_segment(given):
     inputs, state, ids = TestDenseScan().data("dense", 5)
-    dense_scan(**inputs, **{given: {"initial_state": state, "segment_ids": ids}[given]}, kernel=1)
+    options = {given: {"initial_state": state, "segment_ids": ids}[given]}
+    dense_scan(**inputs, **options, kernel=lambda length: pytest.fail("it was asked for"))
 
 
 @pytest.mark.parametrize("length", [1, 5, pytest.param(50, marks=pytest.mark.slow)])

@@ -324,7 +324,7 @@ def arguments(**changes):
         ({"num_segments": 2}, r"segment_ids must be \[B, T\] where num_segments .*None"),
         (
             {"num_segments": 0, "segment_ids": jnp.zeros((2, 5), int)},
-            "num_segments must be None or a Python integer of at least 1; got 0",
+            "num_segments must be an integer >= 1 or None; got 0",
         ),
         (
             {"num_segments": 2, "segment_ids": jnp.full((2, 5), 2)},

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ops import WindowState, init_window_state, window_attention
+from ops.window_attention.api import pad_window_state
 from tests.contracts.ops import TOLERANCE, assert_close
 from tests.ops.gated_linear_attention_test import BFLOAT16_L2, assert_l2_close
 
@@ -80,7 +81,8 @@ def values_and_gradients(
 ):
     """Outputs and the gradients of all float inputs, with random cotangents of o and of the final
     keys and values."""
-    (length, dtype), past = (inputs["q"].shape[1], inputs["q"].dtype), window - 1
+    length, dtype = inputs["q"].shape[1], inputs["q"].dtype
+    past = min(window - 1, length + (0 if state is None else state.valid.shape[1]))
     cotangents = (
         normal(7, BATCH, length, HEADS, VALUE, dtype=dtype),
         normal(8, BATCH, past, KEY_HEADS, KEY, dtype=dtype),
@@ -231,11 +233,30 @@ def test_the_kernel_of_tpus_equals_the_reference(length, window, state):
 @sizes((70, 5))
 def test_no_initial_state_is_an_empty_one(length, window):
     inputs = attention_inputs(1, length)
-    empty = init_window_state(BATCH, window, KEY_HEADS, KEY, VALUE)
+    empty = init_window_state(BATCH, min(window, length + 1), KEY_HEADS, KEY, VALUE)
     expected = values_and_gradients(inputs, empty, None, window=window, implementation="reference")
     got = values_and_gradients(inputs, None, None, window=window, implementation="xla")
     for name in got:
         assert_close(name, got[name], expected[name])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_window_that_holds_all_tokens_costs_no_more_than_they_do(implementation):
+    inputs, parts = attention_inputs(1, 12), (slice(0, 5), slice(5, 6), slice(6, 12))
+    call = functools.partial(window_attention, implementation=implementation)
+    o, final = call(**inputs, window=13)
+    endless = functools.partial(call, window=np.int64(10**9))
+    got, state = endless(**inputs)
+    assert_close("o", got, o)
+    assert_states_close(state, final)
+    outputs, state = [], None
+    for rows in parts:  # the state grows with the tokens
+        y, state = endless(**{name: x[:, rows] for name, x in inputs.items()}, initial_state=state)
+        outputs.append(y)
+    assert_close("o in parts", jnp.concatenate(outputs, 1), o)
+    assert_states_close(state, final)
+    room = pad_window_state(state, 20)
+    assert room.k.shape[1] == 19 and room.valid[:, 7:].all() and not room.valid[:, :7].any()
 
 
 @pytest.mark.parametrize("window", [37, 5])
@@ -380,6 +401,8 @@ STATE = WindowState(k=ones(2, 2, 2, 8), v=ones(2, 2, 2, 6), valid=ones(2, 2, dty
         ("v", {"v": ones(2, 5, 4, 6)}),
         ("window", {"window": 0}),
         ("window", {"window": 2.0}),
+        ("window", {"window": True}),
+        ("scale", {"scale": "1"}),
         ("initial_state", {"initial_state": tuple(STATE)}),
         (r"initial_state\.k", {"initial_state": STATE._replace(k=ones(2, 3, 2, 8))}),
         (r"initial_state\.v", {"initial_state": STATE._replace(v=ones(2, 2, 2, 8))}),

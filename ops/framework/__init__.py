@@ -1,6 +1,7 @@
 """What makes a function on arrays an op: one file for each question.
 
     op                  how a call becomes two rules, on one device or many, forwards or in reverse
+    derivatives         what JAX makes of the two rules: gradients, tangents, second derivatives
     platforms           which implementation runs, and whether its kernels are interpreted
     arguments           what a public function checks
     segments            whether a segment goes on at a token

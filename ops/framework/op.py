@@ -5,7 +5,8 @@ The life of a call:
 
 1. The public function in `api.py` checks its arguments and calls `run` with the arrays, a layout
    for each (`sharding.py`) and what is static.
-2. `run` gathers what is static in a `_Call` and enters one `jax.custom_vjp`.
+2. `run` gathers what is static in a `_Call` and enters one function that JAX differentiates by two
+   rules (`derivatives.py`).
 3. Without a mesh, the rule of an implementation runs on the whole arrays. Under a mesh, one
    `shard_map` gives each device its part of them, and the rule runs there (`DeviceRules`).
 4. Where the mesh cuts time, the op's `sequence_parallel` rules stand around that: they exchange
@@ -34,6 +35,7 @@ from jax import P, lax
 from jax.sharding import AbstractMesh
 
 from . import platforms, sharding
+from .derivatives import differentiable, is_float
 from .sequence_parallel import TimeAxis, current_method
 
 
@@ -167,7 +169,9 @@ class DeviceRules(NamedTuple):
 
         modules = call.implementations
         rules = {name: in_order_of_tokens(module) for name, module in modules.items()}
-        return platforms.call(modules, rules, *arguments, named=call.named, dtypes=dtypes, **static)
+        plain = in_order_of_tokens(call.op.implementations["xla"])
+        options = {"named": call.named, "plain": plain, "dtypes": dtypes}
+        return platforms.call(modules, rules, *arguments, **options, **static)
 
 
 @functools.cache  # one function for all calls, so that jax compiles it once
@@ -279,8 +283,6 @@ def _outputs(rules: DeviceRules, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
 
 def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     (inputs, carried), mesh = residuals, call.mesh
-    # An output that is not a float has no cotangent.
-    cotangents = tuple(x for x in cotangents if _is_float(x))
     if mesh is None:
         gradients = DeviceRules(call, chunk_states=carried).backward(inputs, cotangents)
         return _padded(gradients, inputs)
@@ -315,7 +317,7 @@ def _backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
         mesh=mesh,
         in_specs=(in_specs, everywhere, cotangent_specs),
         out_specs=tuple(
-            spec if _is_float(x) else None for x, spec in zip(inputs, in_specs, strict=True)
+            spec if is_float(x) else None for x, spec in zip(inputs, in_specs, strict=True)
         ),
         check_vma=False,
     )(inputs, carried, cotangents)
@@ -340,10 +342,6 @@ def _sequence_parallel(call: _Call) -> SequenceParallel:
     return call.op.sequence_parallel
 
 
-def _is_float(value: Any) -> bool:
-    return all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(value))
-
-
 def _held(layout: str, spec: Any) -> set[str]:
     """The axes along which each device computes a gradient of its own: those that cut the input,
     and time for a state, the gradient of which every device along time computes whole."""
@@ -359,5 +357,18 @@ def _summed(gradient: Any, axes: tuple[str, ...], dtypes: Any) -> Any:
     return jax.tree.map(lambda total, dtype: total.astype(dtype), gradient, dtypes)
 
 
-_run: Any = jax.custom_vjp(_forward, nondiff_argnums=(0,))
-_run.defvjp(_forward_rule, _backward)
+def _plain_backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    """`_backward` in plain JAX, on the whole arrays."""
+    inputs, carried = residuals
+    if call.mesh is not None:
+        if dict(call.static).get("num_segments") is not None and _time_axis(call, call.mesh):
+            raise NotImplementedError(
+                f"{call.op.name} has no forward mode where a mesh cuts time, whose devices sort"
+                " their own tokens: use jax.grad or jax.vjp, or a mesh with sequence=1"
+            )
+        carried = None  # what each device keeps is of its part
+    plain = call._replace(candidates=("xla",), named=True, mesh=None)
+    return _backward(plain, (inputs, carried), cotangents)
+
+
+_run = differentiable(_forward, _forward_rule, _backward, _plain_backward)

@@ -1,6 +1,6 @@
 """Which implementation of an op runs, decided by the platform that a program is lowered for.
 
-An op is one `jax.custom_vjp` whose forward and backward rules ask here, and here alone. Asked
+An op has two rules, forward and backward (`derivatives.py`), which ask here, and here alone. Asked
 *inside* each rule, a program compiled ahead of time for a TPU on a CPU host takes the TPU kernel,
 and a scan over layers stores one set of residuals (`ops/framework/op.py`), not one per candidate.
 
@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
+
+from .derivatives import jvp_of_floats
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # The kernels of each platform. `implementation=None` takes them there, where the op has them, and
@@ -73,6 +75,7 @@ def call(
     rules: Mapping[str, Callable[..., Sequence[Any]]],
     *args: Any,
     named: bool,
+    plain: Callable[..., Sequence[Any]],
     dtypes: Sequence[Any] = (),
     **static: Any,
 ) -> Any:
@@ -80,16 +83,17 @@ def call(
 
     modules, rules: of the candidates, by name; a rule is hashable, and equal in equal calls. named:
     there is one candidate, which runs or raises ValueError. Otherwise the kernels of the lowering
-    platform run where their module's `supports` agrees, else `xla`. dtypes: one (or a tree) for
-    each result at least, which the results take: a kernel writes its own, and alternatives must
-    agree."""
+    platform run where their module's `supports` agrees, else `xla`. plain: the rule of `xla`, which
+    is differentiated in the place of a kernel. dtypes: one (or a tree) for each result at least,
+    which the results take: a kernel writes its own, and alternatives must agree."""
     supported = {name: m for name, m in modules.items() if _supports(m, args, static)}
     if named and not supported:
         ((name, module),) = modules.items()
         shapes = ", ".join(f"{x.dtype}{x.shape}" for x in jax.tree.leaves(args))
         raise ValueError(f"implementation {name!r} takes {module.SUPPORTED}; got {shapes}")
     runnable = tuple((name, rules[name]) for name in supported)
-    return _run(_Choice(runnable, named, tuple(dtypes), tuple(sorted(static.items()))), *args)
+    choice = _Choice(runnable, plain, named, tuple(dtypes), tuple(sorted(static.items())))
+    return _run(choice, *args)
 
 
 def _supports(module: ModuleType, args: Any, static: Mapping[str, Any]) -> bool:
@@ -102,6 +106,7 @@ class _Choice(NamedTuple):
     """What decides about a program besides its arguments; hashable."""
 
     rules: tuple[tuple[str, Callable[..., Sequence[Any]]], ...]  # by name of the implementation
+    plain: Callable[..., Sequence[Any]]
     named: bool
     dtypes: tuple[Any, ...]
     static: tuple[tuple[str, Any], ...]
@@ -123,7 +128,8 @@ def _run(choice: _Choice, *args: Any) -> Any:
     if not choice.named:
         return by_platform(forms, *args, default=form(rules["xla"]))
     (rule,) = kernels.values()
-    return by_platform({**forms, "cpu": form(rule, interpret=True)}, *args)
+    forms["cpu"] = form(rule, interpret=True)
+    return by_platform(forms, *args, differentiated=form(choice.plain))
 
 
 def _results(
@@ -143,13 +149,17 @@ def _results(
 
 
 def by_platform(
-    forms: Mapping[str, Callable[..., Any]], *args: Any, default: Callable[..., Any] | None = None
+    forms: Mapping[str, Callable[..., Any]],
+    *args: Any,
+    default: Callable[..., Any] | None = None,
+    differentiated: Callable[..., Any] | None = None,
 ) -> Any:
     """`forms[platform](*args)` for the platform that the program is lowered for, else
     `default(*args)`.
 
     All forms return the same shapes and dtypes. Without a default, lowering for a platform that has
-    no form raises ValueError. Not differentiable: the ops call it inside their rules."""
+    no form raises ValueError. differentiated: the form whose derivatives are those of all; None for
+    the default."""
     arrays, tree = jax.tree.flatten(args)
 
     def on_arrays(form: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,12 +168,14 @@ def by_platform(
 
     jitted = {platform: on_arrays(form) for platform, form in forms.items()}
     jitted_default = None if default is None else on_arrays(default)
+    smooth = jitted_default if differentiated is None else on_arrays(differentiated)
     like = jitted_default or next(iter(jitted.values()))
     shapes, out_tree = jax.tree.flatten(jax.eval_shape(like, *arrays))
     results = _by_platform_p.bind(
         *arrays,
         forms=tuple(jitted.items()),
         default=jitted_default,
+        differentiated=smooth,
         shapes=tuple((x.shape, x.dtype) for x in shapes),
     )
     return out_tree.unflatten(results)
@@ -193,18 +205,26 @@ _by_platform_p.multiple_results = True
 
 
 @_by_platform_p.def_abstract_eval
-def _abstract(*arrays: Any, forms: Any, default: Any, shapes: Any) -> Any:
-    del arrays, forms, default
+def _abstract(*arrays: Any, shapes: Any, **forms: Any) -> Any:
+    del arrays, forms
     return [ShapedArray(shape, dtype) for shape, dtype in shapes]
 
 
-def _batched(arrays: Any, axes: Any, *, forms: Any, default: Any, shapes: Any) -> tuple[Any, Any]:
+def _batched(
+    arrays: Any, axes: Any, *, forms: Any, default: Any, differentiated: Any, shapes: Any
+) -> tuple[Any, Any]:
     in_axes = tuple(axes)  # None: not mapped
+
+    def mapped(form: Any) -> Any:
+        return None if form is None else jax.jit(jax.vmap(form, in_axes))
+
+    of_default = mapped(default)
     (size,) = {x.shape[axis] for x, axis in zip(arrays, in_axes, strict=True) if axis is not None}
     results = _by_platform_p.bind(
         *arrays,
-        forms=tuple((name, jax.jit(jax.vmap(form, in_axes))) for name, form in forms),
-        default=None if default is None else jax.jit(jax.vmap(default, in_axes)),
+        forms=tuple((name, mapped(form)) for name, form in forms),
+        default=of_default,
+        differentiated=of_default if differentiated is default else mapped(differentiated),
         shapes=tuple(((size, *shape), dtype) for shape, dtype in shapes),
     )
     return results, [0] * len(results)
@@ -218,9 +238,18 @@ def _evaluated(*arrays: Any, **params: Any) -> Any:
 batching.primitive_batchers[_by_platform_p] = _batched
 
 
+def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+    results = _by_platform_p.bind(*primals, **params)
+    form = params["differentiated"]
+    return results, jvp_of_floats(lambda *arrays: jax.tree.leaves(form(*arrays)), primals, tangents)
+
+
+ad.primitive_jvps[_by_platform_p] = _jvp
+
+
 def _lowering(platform: str) -> Callable[..., Any]:
-    def run(*arrays: Any, forms: Any, default: Any, shapes: Any) -> Any:
-        del shapes
+    def run(*arrays: Any, forms: Any, default: Any, **others: Any) -> Any:
+        del others
         return jax.tree.leaves(_form(platform, forms, default)(*arrays))
 
     return mlir.lower_fun(run, multiple_results=True)

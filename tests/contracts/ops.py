@@ -39,6 +39,45 @@ def assert_close(
     assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
 
 
+def assert_derivatives_equal(
+    function: Callable[..., Any], reference: Callable[..., Any], *given: Any
+) -> None:
+    """First and second derivatives, forwards and backwards, of functions of trees of arrays."""
+    expected = jax.jit(functools.partial(derivatives, reference))(*given)
+    got = jax.jit(functools.partial(derivatives, function))(*given)
+    for (path, value), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        # Of second order: sums of as many products again, of sines that nearly cancel.
+        assert_close(jax.tree_util.keystr(path), value, wanted, 4 * TOLERANCE["float32"])
+
+
+def derivatives(function: Callable[..., Any], *given: Any) -> dict[str, Any]:
+    """Tangents of the function's results, and derivatives of the sum of their sines."""
+    leaves, tree = jax.tree.flatten(given)
+    keys = jax.random.split(jax.random.key(11), len(leaves))
+    directions = tree.unflatten(
+        [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+    )
+
+    def loss(*given):
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(function(*given)))
+
+    def slope(*given):
+        gradients = jax.grad(loss, tuple(range(len(given))))(*given)
+        products = jax.tree.map(jnp.vdot, gradients, directions)
+        return sum(jax.tree.leaves(products))
+
+    def in_a_plane(x):
+        return loss(*jax.tree.map(lambda a, d: a + x[0] * d + x[1] * jnp.cos(d), given, directions))
+
+    return {
+        "jvp": jax.jvp(function, given, directions)[1],
+        "gradient of a gradient": jax.grad(slope, tuple(range(len(given))))(*given),
+        "hessian": jax.hessian(in_a_plane)(jnp.zeros(2)),
+    }
+
+
 def hard_decay_log(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Log decays that break differences of cumulative sums: -20 beside -1e-3, -1e4 beside 0, and
     ordinary ones."""
@@ -200,6 +239,15 @@ class OpContract:
             assert got.keys() == expected.keys()
             for tensor in expected:
                 assert_close(f"{tensor} of {name}", got[tensor], expected[tensor])
+
+    @pytest.mark.slow
+    def test_derivatives_of_any_order_equal_those_of_the_reference(self, variant, implementation):
+        inputs, state, ids = self.data(variant, 9, seed=10)
+
+        def function(implementation):
+            return lambda inputs, state: self.call(inputs, state, ids, implementation)
+
+        assert_derivatives_equal(function(implementation), function("reference"), inputs, state)
 
     def test_an_empty_batch_has_empty_outputs_and_zero_gradients(self, variant, implementation):
         inputs, state, ids = self.data(variant, DOCUMENT)

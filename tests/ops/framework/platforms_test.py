@@ -84,7 +84,7 @@ def call(names, x):
     plain = types.SimpleNamespace(forward=lambda x: (7.0 * x,))
     modules = {name: plain if name == "xla" else kernel_module() for name in names}
     rules = {name: module.forward for name, module in modules.items()}
-    return platforms.call(modules, rules, x, named=len(names) == 1)[0]
+    return platforms.call(modules, rules, x, named=len(names) == 1, plain=plain.forward)[0]
 
 
 def lowered(names, x, platform):
@@ -100,6 +100,14 @@ def test_a_named_kernel_is_compiled_at_home_interpreted_on_a_cpu_and_refused_els
         lowered(["pallas_tpu"], x, "cuda")
     with pytest.raises(ValueError, match=r"'pallas_tpu' takes vectors; got float32\(2, 2\)"):
         call(["pallas_tpu"], jnp.ones((2, 2)))
+
+
+def test_the_derivatives_of_a_kernel_are_those_of_the_plain_form():
+    x = jnp.arange(4.0)
+    for names, factor in ((["pallas_tpu"], 3), (["xla", "pallas_tpu"], 7)):
+        value, tangent = jax.jvp(lambda x, names=names: call(names, x), (x,), (2 * x,))
+        np.testing.assert_array_equal(value, factor * x)
+        np.testing.assert_array_equal(tangent, 14 * x)
 
 
 def test_without_a_name_kernels_run_at_home_where_they_can_and_xla_everywhere_else():

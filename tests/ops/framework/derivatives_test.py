@@ -19,6 +19,7 @@ STATIC = ("window", "segment_ids")
         ("short_convolution", None),
         pytest.param("short_convolution", "pallas_tpu", marks=pytest.mark.slow),
         ("long_convolution", None),
+        ("bidirectional_linear_attention", None),
         ("window_attention", None),
         ("diagonal_convolution", None),
         ("state_passing", None),

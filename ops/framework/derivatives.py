@@ -51,10 +51,9 @@ def differentiable(
         results, results_tree = jax.tree.flatten(tuple(x for x in outputs if is_float(x)))
         shapes = tuple(_shapes(filter(is_float, jax.tree.leaves(x))) for x in inputs)
         moving = [t for t in jax.tree.leaves(tangents) if t.dtype != float0]
-        pulls = (
-            _Pull(rule, call, tree, results_tree, shapes) for rule in (backward, plain_backward)
-        )
-        tangent_map = _TangentMap(*pulls, _shapes(results), len(leaves))
+        given = call, tree, results_tree, shapes
+        pull, plain_pull = _Pull(backward, *given), _Pull(plain_backward, *given)
+        tangent_map = _TangentMap(pull, plain_pull, _shapes(results), len(leaves))
         moved = _tangents_p.bind(*leaves, *moving, map=tangent_map)
         still = (
             jax.tree.map(lambda x: np.zeros(x.shape, float0), x) for x in outputs if not is_float(x)

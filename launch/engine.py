@@ -40,10 +40,11 @@ def ask(*command: str) -> str:
 
 
 def tell(
-    *command: str, text: str | None = None, cwd: Path | None = None, timeout_s: float = TIMEOUT_S
+    *command: str, text: str | None = None, cwd: Path | None = None, timeout_s: float | None = None
 ) -> str:
     """What a command prints that is to do something, with `text` as its input. Raises Refused, with
     the engine's words, or NoAnswer."""
+    timeout_s = timeout_s or TIMEOUT_S
     said = " ".join(command[: 3 if command[0] == "xpk" else 2 if command[0] == "kubectl" else 1])
     try:
         done = subprocess.run(

@@ -47,7 +47,7 @@ def test_a_queue_that_is_not_answered_is_asked_again(tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("words", [TIMED_OUT, f"+{TIMED_OUT}", "+"])
 def test_an_array_is_submitted_once_whether_or_not_sbatch_answers(tmp_path, monkeypatch, words):
-    failures = {"sbatch": [words], "squeue": [UNREACHED]}
+    failures = {"sbatch": [words], "squeue": ["slurm_load_jobs error: Unspecified error"]}
     tools = stand_ins.install(tmp_path / "tools", monkeypatch, failures=failures)
     runs = two_runs(tmp_path)
     assert execute(Slurm("test", Resources()), runs) == []
@@ -55,7 +55,7 @@ def test_an_array_is_submitted_once_whether_or_not_sbatch_answers(tmp_path, monk
     assert len(stand_ins.calls(tools, "sbatch")) == (1 if words[0] == "+" else 2)
 
 
-def test_a_retry_that_is_refused_waits_for_the_others_and_then_fails(tmp_path, monkeypatch):
+def test_a_retry_that_is_refused_waits_for_the_others_and_then_fails(tmp_path, monkeypatch, capsys):
     no = "sbatch: error: Job violates accounting/QOS policy (job submit limit)"
     failures = {"sbatch": [None, *[no] * 1000]}
     tools = stand_ins.install(tmp_path / "tools", monkeypatch, looks=1, failures=failures)
@@ -65,6 +65,8 @@ def test_a_retry_that_is_refused_waits_for_the_others_and_then_fails(tmp_path, m
     assert runs[1].summary() == {"attempt": 1}
     assert stand_ins.calls(tools, "scancel") == []
     assert "job submit limit" in broken.last_error()
+    output = capsys.readouterr().out
+    assert output.index("(job submit limit); asked again in") < output.index("works: finished")
 
 
 def test_what_is_refused_from_the_start_ends_the_sweep_with_the_reason(tmp_path, monkeypatch):

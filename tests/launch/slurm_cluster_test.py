@@ -8,13 +8,16 @@ Opt-in, because it needs root and `apt-get install slurm-wlm munge`:
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from experiments.training.checkout import CHECKOUT
+from launch import engine
 from launch import sweep as sweeps
 from launch.backend import Resources
 from launch.slurm import Slurm
@@ -42,6 +45,7 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 NodeName=w[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs=2
+MaxArraySize=6
 PartitionName=all Nodes=w[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -83,6 +87,7 @@ def cluster(tmp_path, monkeypatch):
         *files,
     )
     start("slurmctld", "-D")
+    controller = processes[-1]
     for node in ("w1", "w2"):
         start("slurmd", "-D", "-N", node)
     try:
@@ -91,7 +96,7 @@ def cluster(tmp_path, monkeypatch):
             logs = "\n".join(p.read_text() for p in folder.glob("*.out"))
             assert time.monotonic() < deadline, logs
             time.sleep(0.2)
-        yield
+        yield controller
     finally:
         for process in reversed(processes):
             process.terminate()
@@ -160,6 +165,29 @@ def test_a_sweep_file_of_twelve_rows_runs_to_its_table_with_one_killed(cluster, 
     assert sweep.returncode == 0, output
     assert begun and "ended early, attempt 2" in output
     assert "12 of 12 cells" in output
+
+
+def test_arrays_are_cut_and_a_controller_that_is_frozen_for_a_while_ends_nothing(
+    cluster, tmp_path, capsys, monkeypatch
+):
+    """Nobody answers while it is stopped; what it was told meanwhile it does afterwards."""
+    monkeypatch.setattr(engine, "TIMEOUT_S", 3.0)
+    runs = [make_run(tmp_path, f"run{i}", "time.sleep(8)\nfinish()") for i in range(8)]
+    runs[7] = make_run(tmp_path, "run7", "attempt == 1 and sys.exit(9)\nfinish()")
+
+    def freeze():
+        while not (runs[0].workdir / "attempts").exists():
+            time.sleep(0.1)
+        cluster.send_signal(signal.SIGSTOP)
+        time.sleep(20)
+        cluster.send_signal(signal.SIGCONT)
+
+    threading.Thread(target=freeze).start()
+    backend = Slurm("test", Resources(parallel=4))
+    assert sweeps.execute(backend, runs, retries=1, poll_s=0.5) == []
+    assert [(run.summary() or {}).get("attempt") for run in runs] == [1] * 7 + [2]
+    assert "asked again in" in capsys.readouterr().out
+    assert len({task.partition("_")[0] for task in backend._tasks.values()}) == 3
 
 
 def test_interrupting_a_sweep_lets_its_tasks_save_and_leaves_nothing(cluster, tmp_path):

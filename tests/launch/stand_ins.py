@@ -2,7 +2,8 @@
 told to.
 
 `install` makes them; run as a program, this file is one of them. Their state is engine.json beside
-them. A job runs its script, or the command of its pod, when it has been looked at `looks` times."""
+them. A job runs its script, or the command of its pod, when it has been looked at `looks` times;
+task n of an array n looks later."""
 
 import json
 import os
@@ -65,9 +66,10 @@ def squeue(state, arguments):
         by_name = entry["name"].replace("--job-name", "--name") in arguments
         for task in list(entry["tasks"]) if job in asked or by_name else ():
             entry["tasks"][task] += 1
-            if entry["tasks"][task] > state["looks"]:
+            number = task.partition("_")[2]
+            if entry["tasks"][task] > state["looks"] + int(number):
                 del entry["tasks"][task]
-                environment = {"SLURM_ARRAY_TASK_ID": task.partition("_")[2]}
+                environment = {"SLURM_ARRAY_TASK_ID": number}
                 subprocess.run(["bash", "-c", entry["script"]], env=os.environ | environment)
             else:
                 print(task, "RUNNING")

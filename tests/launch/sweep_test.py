@@ -177,6 +177,15 @@ def test_only_what_may_go_away_is_tried_again(tmp_path, capsys, end):
     assert run.last_error()
 
 
+def test_an_error_of_an_earlier_attempt_is_not_taken_for_that_of_a_later_one(tmp_path, capsys):
+    code = "if attempt == 2: print('error: [Errno 5] Input/output error')\nsys.exit(1)"
+    run = make_run(tmp_path, "fails", code)
+    run.note_failure("config.steps must be greater than 0; got 0")
+    assert sweeps.execute(Local("test", Resources()), [run], retries=2, poll_s=0.02) == ["fails"]
+    assert (run.workdir / "attempts").read_text() == "xxx"
+    assert "it ended without a summary" in capsys.readouterr().out
+
+
 def test_a_run_that_lacks_the_metric_of_its_cell_is_not_run_again(tmp_path, capsys):
     summary = json.dumps(dict.fromkeys(rows.FACTS) | SUMMARY)
     run = make_run(tmp_path, "other", f"finish({summary!r})")

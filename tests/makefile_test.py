@@ -3,6 +3,7 @@ asked."""
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 
 from experiments.training.checkout import CHECKOUT
 
-INTERPRETER = f"""#!{sys.executable}
+# A script of the shell, and of Python: a first line "#!" cannot hold a path with spaces.
+INTERPRETER = f"""#!/bin/sh
+''''exec {shlex.quote(sys.executable)} "$0" "$@" # '''
 import json, os, pathlib, shutil, sys
 arguments = sys.argv[1:]
 with open(os.environ["NOTES"], "a") as file:

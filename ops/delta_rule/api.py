@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from ..framework import platforms
-from ..framework.arguments import check_shape, check_values, flag, floats, matrix_state
+from ..framework.arguments import (
+    check_finite,
+    check_shape,
+    check_values,
+    flag,
+    floats,
+    matrix_state,
+)
 from ..framework.op import Op, run
 from ..framework.sharding import decay_layout
 from . import pallas_gpu, pallas_tpu, reference, sequence_parallel, xla
@@ -52,7 +59,10 @@ def delta_rule(
       initial_state: [B, H, K, V], the state before the first token; None means zeros. It belongs to
         the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
-        id changes the state starts from zero. None means one segment.
+        id changes the state starts from zero. None means one segment. What is not finite, such as a
+        sum that overflows, stays in its segment with "reference", and with "xla" in those that
+        have tokens in its chunk of at most 64 tokens, or in a chunk with one that has; the kernels
+        do not hold it back. `ops.checks` finds it.
       num_segments: static S, for one state per segment instead of one per sequence. `segment_ids`
         must then be in 0..S-1 and non-decreasing along time (of each device, where a mesh cuts
         time); a segment may be empty. `initial_state` is [B, S, H, K, V]: each segment starts from
@@ -92,7 +102,7 @@ def delta_rule(
         return o.astype(given.v.dtype), state
     segments = {} if given.num_segments is None else {"num_segments": given.num_segments}
     states = "BSHKV" if segments else "BHKV"
-    return run(
+    o, state = run(
         op,
         implementation,
         *given[:3],
@@ -107,3 +117,5 @@ def delta_rule(
         scale=given.scale,
         **segments,
     )
+    check_finite(given.segment_ids, o=o, state=state)
+    return o, state

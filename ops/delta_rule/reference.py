@@ -27,7 +27,7 @@ def delta_rule(
         g = decay_log.astype(jnp.float32)
         g = {1: lambda: g[None, None, :, None], 3: lambda: g[..., None], 4: lambda: g}[g.ndim]()
         decay_BTHK = jnp.exp(jnp.broadcast_to(g, (batch, length, heads, key_size)))
-    keep_BT, segment_BT = jnp.ones((batch, length)), jnp.zeros((batch, length), jnp.int32)
+    keep_BT, segment_BT = jnp.ones((batch, length), bool), jnp.zeros((batch, length), jnp.int32)
     if num_segments is not None:  # each token takes and leaves the state of its own segment
         segment_BT, states_BSHKV = segment_ids, initial_state
     else:  # one state, dropped where a segment starts; the first token continues the initial one
@@ -35,13 +35,14 @@ def delta_rule(
         if segment_ids is not None:
             same = segment_ids[:, 1:] == segment_ids[:, :-1]
             first = (0, 1) if reverse else (1, 0)
-            keep_BT = jnp.pad(same, ((0, 0), first), constant_values=True).astype(jnp.float32)
+            keep_BT = jnp.pad(same, ((0, 0), first), constant_values=True)
     every_B = jnp.arange(batch)
 
     def step(states_BSHKV, token):
         q_BHK, k_BHK, v_BHV, beta_BH, decay_BHK, keep_B, segment_B = token
-        S_BHKV = states_BSHKV[every_B, segment_B]
-        D_BHKV = keep_B[:, None, None, None] * decay_BHK[..., None] * S_BHKV
+        # Selected, not multiplied by zero: what is not finite ends with its segment.
+        S_BHKV = jnp.where(keep_B[:, None, None, None], states_BSHKV[every_B, segment_B], 0.0)
+        D_BHKV = decay_BHK[..., None] * S_BHKV
         read_BHV = jnp.einsum("bhk,bhkv->bhv", k_BHK, D_BHKV, precision=lax.Precision.HIGHEST)
         write_BHV = beta_BH[..., None] * (v_BHV - read_BHV)
         S_BHKV = D_BHKV + k_BHK[..., None] * write_BHV[..., None, :]

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from ..chunks import chunking
+from ..chunks.boundaries import Boundaries, boundaries, kept, masks
 from ..chunks.chunking import einsum, flip
 from ..chunks.segment_states import chunk_owners, scan_segments
 
@@ -72,6 +73,7 @@ class _Chunk(NamedTuple):
     v: jax.Array
     beta: jax.Array
     a: jax.Array | None
+    inside: Boundaries | None
 
 
 def _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments):
@@ -84,7 +86,7 @@ def _cut(q, k, v, beta, decay_log, scale, segment_ids, num_segments):
         chunking.to_chunks(x, chunk, segments=segments) for x in (q, k, v, beta[..., None])
     )
     a = chunking.decay_factors(decay_log, segment_ids, chunk, length, segments)
-    return _Chunk(q * scale, k, v, beta, a), segments
+    return _Chunk(q * scale, k, v, beta, a, boundaries(segment_ids, chunk)), segments
 
 
 def _intervals(chunk: _Chunk):
@@ -92,18 +94,28 @@ def _intervals(chunk: _Chunk):
     if chunk.a is None:
         return None, chunk.q, chunk.k, chunk.k
     tree = chunking.decay_tree(chunk.a)
-    return tree, chunk.q * tree.prefix, chunk.k * tree.prefix, chunk.k * tree.suffix
+    from_start, to_end, _ = masks(chunk.inside)
+    q0, k0 = (kept(from_start, x * tree.prefix) for x in (chunk.q, chunk.k))
+    return tree, q0, k0, kept(to_end, chunk.k * tree.suffix)
 
 
 def _advance(S, chunk: _Chunk, tree, k0, k1):
     """S' [..., V, K]; K K^T with its decays, M, (V - K0 S)^T and N^T."""
     KK = chunking.lower(chunking.decay_scores(chunk.k, chunk.k, tree), strict=True)
     M = unit_lower_inverse(chunk.beta * KK)  # Eq. 3
-    missingT = flip(chunk.v) - einsum("...vk,...ck->...vc", S, k0)
+    _, to_end, through = masks(chunk.inside)
+    missingT = flip(chunk.v) - _read(S, k0, chunk.inside)
     NT = einsum("...vj,...ij->...vi", missingT, M * flip(chunk.beta))  # Eq. 4
     # Eq. 6
-    after = (S if tree is None else tree.total * S) + einsum("...vc,...ck->...vk", NT, k1)
+    written = einsum("...vc,...ck->...vk", NT if to_end is None else kept(flip(to_end), NT), k1)
+    after = (S if tree is None else kept(through, tree.total * S)) + written
     return after, (KK, M, missingT, NT)
+
+
+def _read(S, rows, inside: Boundaries | None):
+    """S rows^T [..., V, C], of the tokens that the state before the chunk reaches."""
+    readT = einsum("...vk,...ck->...vc", S, rows)
+    return readT if inside is None else kept(flip(inside.from_start), readT)
 
 
 def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, num_segments=None):
@@ -115,7 +127,7 @@ def forward(q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, num_
         after, (*_, NT) = _advance(S, chunk, tree, k0, k1)
         P = chunking.decay_scores(chunk.q, chunk.k, tree)  # Eq. 2
         # Eq. 5
-        oT = einsum("...vk,...ck->...vc", S, q0) + einsum("...vj,...ij->...vi", NT, P)
+        oT = _read(S, q0, chunk.inside) + einsum("...vj,...ij->...vi", NT, P)
         return after, flip(oT)
 
     final, o = scan_segments(step, flip(initial_state), chunks, chunk_owners(segments))
@@ -148,20 +160,24 @@ def backward(
 
     def step(dS, inputs):
         chunk, (S, KK, M, missingT, NT), do = inputs
-        q, k, _, beta, a = chunk
+        q, k, _, beta, a, inside = chunk
+        from_start, to_end, through = masks(inside)
         tree, q0, k0, k1 = _intervals(chunk)
         P = chunking.decay_scores(q, k, tree)
         doT = chunking.flipped_copy(do)
 
         # Eq. 7
-        DT = einsum("...vi,...ij->...vj", doT, P) + einsum("...vk,...ck->...vc", dS, k1)
+        readT = einsum("...vk,...ck->...vc", dS, k1)
+        DT = readT if to_end is None else kept(flip(to_end), readT)
+        DT += einsum("...vi,...ij->...vj", doT, P)
         DT = einsum("...vi,...ij->...vj", DT, M)
         D, N = chunking.flipped_copy(DT), chunking.flipped_copy(NT)
         # Eq. 8
-        before = einsum("...vc,...ck->...vk", doT, q0) - einsum(
-            "...vc,...ck->...vk", DT * flip(beta), k0
+        fromT = None if from_start is None else flip(from_start)
+        before = einsum("...vc,...ck->...vk", kept(fromT, doT), q0) - einsum(
+            "...vc,...ck->...vk", kept(fromT, DT * flip(beta)), k0
         )
-        before += dS if tree is None else tree.total * dS
+        before += dS if tree is None else kept(through, tree.total * dS)
 
         # Eq. 9
         dP = einsum("...iv,...vj->...ij", do, NT)
@@ -169,9 +185,9 @@ def backward(
         dq, dk, scores_P = chunking.decay_scores_gradient(dP, P, q, k, tree)
         dk_row, dk_column, scores_KK = chunking.decay_scores_gradient(beta * dA, KK, k, k, tree)
         dk += dk_row + dk_column
-        dq0 = einsum("...cv,...vk->...ck", do, S)
-        dk0 = -beta * einsum("...cv,...vk->...ck", D, S)
-        dk1 = einsum("...cv,...vk->...ck", N, dS)
+        dq0 = kept(from_start, einsum("...cv,...vk->...ck", do, S))
+        dk0 = kept(from_start, -beta * einsum("...cv,...vk->...ck", D, S))
+        dk1 = kept(to_end, einsum("...cv,...vk->...ck", N, dS))
         dbeta = (D * flip(missingT)).sum(-1, keepdims=True) + (dA * KK).sum(-1, keepdims=True)
         dg = None
         if a is None or tree is None:
@@ -179,7 +195,7 @@ def backward(
         else:
             dq, dk = dq + dq0 * tree.prefix, dk + dk0 * tree.prefix + dk1 * tree.suffix
             if decay_log is not None:
-                dtotal = (tree.total * S * dS).sum(-2, keepdims=True)
+                dtotal = kept(through, tree.total * S * dS).sum(-2, keepdims=True)
                 dg = chunking.decay_log_gradient(
                     q0 * dq0 + k0 * dk0, k1 * dk1, dtotal, scores_P, scores_KK, like=a
                 )

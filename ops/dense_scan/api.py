@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..framework import platforms
-from ..framework.arguments import check_shape, checked_segment_ids, flag, floats
+from ..framework.arguments import check_finite, check_shape, checked_segment_ids, flag, floats
 from ..framework.sharding import time_parts
 from . import reference, xla
 from .sequence_parallel import forward_in_parts
@@ -46,7 +46,9 @@ def dense_scan(
       initial_state: [B, D, N], the state before the first token; None means zeros. It belongs to
         the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
-        id changes the state starts from zero. None means one segment.
+        id changes the state starts from zero. None means one segment. What is not finite stays in
+        its segment with "reference", and with "xla" but for the tokens of other segments in its
+        chunk of 32 tokens; `ops.checks` finds it.
       reverse: whether to walk from the last token to the first. `initial_state` is then the state
         after the last token, the returned state the one before the first, and a segment starts with
         its last token.
@@ -91,4 +93,6 @@ def dense_scan(
             kernel = None
         forward = xla.forward if time_parts() == 1 else forward_in_parts
         y, state = forward(float_u, A, B, C, initial_state, segment_ids, kernel, reverse)
-    return y.astype(u.dtype), state
+    y = y.astype(u.dtype)
+    check_finite(segment_ids, y=y, state=state)
+    return y, state

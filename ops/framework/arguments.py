@@ -202,6 +202,15 @@ def check_values(
         raise ValueError(f"{name} must be {expectation}; got {values[index]} at index {index}")
 
 
+def check_finite(segment_ids: jax.Array | None, **outputs: jax.Array) -> None:
+    """Under `ops.checks`, an error for an output that is not finite beside segments, which others
+    than its own may have caught it from."""
+    if segment_ids is None or not _checking.get():
+        return
+    for name, output in outputs.items():
+        check_values(name, output, "finite where segment_ids are given", finite)
+
+
 def finite(x: Any) -> Any:
     """Whether `x` is neither infinite nor NaN, by a comparison that numpy and JAX arrays have."""
     return abs(x) < float("inf")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..framework import platforms
-from ..framework.arguments import flag, matrix_state
+from ..framework.arguments import check_finite, flag, matrix_state
 from ..framework.op import Op, run
 from ..framework.sharding import decay_layout
 from . import pallas_gpu, pallas_tpu, reference, sequence_parallel, xla
@@ -47,7 +47,10 @@ def gated_linear_attention(
       initial_state: [B, H, K, V], the state before the first token; None means zeros. It belongs to
         the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
-        id changes the state starts from zero. None means one segment.
+        id changes the state starts from zero. None means one segment. What is not finite, such as a
+        sum that overflows, stays in its segment with "reference", and with "xla" but for the
+        tokens of other segments in its chunk of at most 64 tokens; the kernels do not hold it back.
+        `ops.checks` finds it.
       num_segments: static S, for one state per segment instead of one per sequence. `segment_ids`
         must then be in 0..S-1 and non-decreasing along time (of each device, where a mesh cuts
         time); a segment may be empty. `initial_state` is [B, S, H, K, V]: each segment starts from
@@ -84,7 +87,7 @@ def gated_linear_attention(
         return o.astype(given.v.dtype), state
     segments = {} if given.num_segments is None else {"num_segments": given.num_segments}
     states = "BSHKV" if segments else "BHKV"
-    return run(
+    o, state = run(
         op,
         implementation,
         *given[:4],
@@ -97,3 +100,5 @@ def gated_linear_attention(
         scale=given.scale,
         **segments,
     )
+    check_finite(given.segment_ids, o=o, state=state)
+    return o, state

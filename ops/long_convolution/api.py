@@ -33,7 +33,8 @@ def long_convolution(
       u: [B, T, D], any T >= 1.
       kernel: [D, T], kernel[:, l] on the token l steps back.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
-        id changes the sum starts anew. None means one segment. Segments cost log T convolutions
+        id changes the sum starts anew. None means one segment. What is not finite stays in its
+        segment, as a whole: the transform has no order. Segments cost log T convolutions
         instead of one (`documents.py`).
       implementation: "reference" (the sum as it stands, O(T^2)), "xla" (O(T log T), plain JAX on
         every backend), or None for "xla". A named implementation runs or raises.

@@ -14,16 +14,21 @@ def long_convolution(u, kernel, segment_ids):
     toeplitz_DTT = jnp.where(
         (lag_TT >= 0)[None], kernel.astype(jnp.float32)[:, jnp.abs(lag_TT)], 0.0
     )
-    if segment_ids is None:
-        same_BTT = jnp.ones((u.shape[0], *lag_TT.shape))
-    else:  # ids may come back: a change is what counts
+    number_BT = jnp.zeros(u.shape[:2], jnp.int32)
+    if segment_ids is not None:  # ids may come back: a change is what counts
         changed = segment_ids[:, 1:] != segment_ids[:, :-1]
         number_BT = jnp.pad(jnp.cumsum(changed, axis=1), ((0, 0), (1, 0)))
-        same_BTT = (number_BT[:, :, None] == number_BT[:, None, :]).astype(jnp.float32)
-    return jnp.einsum(
-        "dts,bts,bsd->btd",
-        toeplitz_DTT,
-        same_BTT,
-        u.astype(jnp.float32),
-        precision=lax.Precision.HIGHEST,
-    )
+    u_BTD = u.astype(jnp.float32)
+
+    def of_token(token):
+        t, row_DT = token
+        # Selected, not multiplied by zero: what is not finite stays in its segment.
+        same_BT = number_BT == jnp.take(number_BT, t, axis=1)[:, None]
+        seen_BTD = jnp.where(
+            same_BT[..., None] & (jnp.arange(len(row_DT[0])) <= t)[None, :, None], u_BTD, 0.0
+        )
+        return jnp.einsum("ds,bsd->bd", row_DT, seen_BTD, precision=lax.Precision.HIGHEST)
+
+    rows_TDT = jnp.moveaxis(toeplitz_DTT, 1, 0)
+    y_TBD = lax.map(of_token, (jnp.arange(u.shape[1]), rows_TDT))
+    return jnp.moveaxis(y_TBD, 0, 1)

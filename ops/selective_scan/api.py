@@ -67,7 +67,8 @@ def selective_scan(
       initial_state: [B, D, N], the state before the first token; None means zeros. It belongs to
         the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
-        id changes the state starts from zero. None means one segment.
+        id changes the state starts from zero. None means one segment. What is not finite, such as a
+        state that overflows, ends with its segment.
       reverse: whether to walk from the last token to the first. `initial_state` is then the state
         after the last token, the returned state the one before the first, and a segment starts with
         its last token.

@@ -35,11 +35,11 @@ def selective_scan(
     if delta_softplus:
         delta_BTD = jnp.logaddexp(delta_BTD, 0.0)
     if segment_ids is None:
-        keep_BT = jnp.ones(x.shape[:2], jnp.float32)
+        keep_BT = jnp.ones(x.shape[:2], bool)
     else:  # the first token continues the initial state
         same = segment_ids[:, 1:] == segment_ids[:, :-1]
         first = (0, 1) if reverse else (1, 0)
-        keep_BT = jnp.pad(same, ((0, 0), first), constant_values=True).astype(jnp.float32)
+        keep_BT = jnp.pad(same, ((0, 0), first), constant_values=True)
 
     def step(h_BDN, token):
         x_BD, delta_BD, B_BN, C_BN, keep_B = token
@@ -47,7 +47,8 @@ def selective_scan(
         if eigenvalue_range == (-1, 1):
             abar_BDN = 2 * abar_BDN - 1
         write_BDN = (delta_BD * x_BD)[:, :, None] * B_BN[:, None, :]
-        h_BDN = keep_B[:, None, None] * abar_BDN * h_BDN + write_BDN
+        # Selected, not multiplied by zero: what is not finite ends with its segment.
+        h_BDN = abar_BDN * jnp.where(keep_B[:, None, None], h_BDN, 0.0) + write_BDN
         return h_BDN, jnp.einsum("bdn,bn->bd", h_BDN, C_BN, precision=lax.Precision.HIGHEST)
 
     tokens = jax.tree.map(

@@ -39,6 +39,12 @@ from . import gating
 WALKS_BACKWARDS = True
 
 
+def _kept(keep_B, state_BND):
+    """The state that reaches a token: zero where a segment starts, by a selection and not by a
+    factor, so that what is not finite ends with its segment."""
+    return state_BND if keep_B is None else jnp.where(keep_B[:, None, None], state_BND, 0.0)
+
+
 class _Recurrence(NamedTuple):
     """The state equation h = a h + delta x B, and the direction of the walk over tokens."""
 
@@ -46,17 +52,15 @@ class _Recurrence(NamedTuple):
     eigenvalue_range: tuple[int, int]
     reverse: bool
 
-    def factor(self, delta_BD, keep_B):
-        """a [B, N, D] and its derivative da/dw; both zero where a segment starts."""
+    def factor(self, delta_BD):
+        """a [B, N, D] and its derivative da/dw."""
         e = jnp.exp(delta_BD[:, None, :] * self.A_ND[None, :, :])
-        a, da = (e, e) if self.eigenvalue_range == (0, 1) else (2 * e - 1, 2 * e)
-        if keep_B is not None:
-            a, da = (jnp.where(keep_B[:, None, None], factor, 0.0) for factor in (a, da))
-        return a, da
+        return (e, e) if self.eigenvalue_range == (0, 1) else (2 * e - 1, 2 * e)
 
     def advance(self, h_BND, token):
         """The state after a token."""
-        a, _ = self.factor(token.delta, token.keep)
+        a, _ = self.factor(token.delta)
+        h_BND = _kept(token.keep, h_BND)
         return a * h_BND + (token.delta * token.x)[:, None, :] * token.B[:, :, None]
 
     def walk(self, step, carry, inputs):
@@ -236,16 +240,16 @@ def _retreat_chunk(recurrence: _Recurrence, carry, chunk, *, with_y):
     def retreat(carry, inputs):
         # a_{t+1} g_{t+1}; dA is summed over the batch once, at the end.
         (ag_BND, dA_BND), (token, before_BND) = carry, inputs
-        a, da = recurrence.factor(token.delta, token.keep)
+        a, da = recurrence.factor(token.delta)
         g_BND = ag_BND + token.C[:, :, None] * token.dy[:, None, :]  # Eq. 1
-        dw_BND = g_BND * before_BND * da  # Eq. 2
+        dw_BND = g_BND * _kept(token.keep, before_BND) * da  # Eq. 2
         dwrite_BD = einsum("bnd,bn->bd", g_BND, token.B)
         dx_BD = token.delta * dwrite_BD  # Eq. 4, without D
         dB_BN = einsum("bnd,bd->bn", g_BND, token.delta * token.x)  # Eq. 3
         # Eq. 5
         ddelta_BD = token.x * dwrite_BD + (dw_BND * recurrence.A_ND[None, :, :]).sum(1)
         dA_BND = dA_BND + dw_BND * token.delta[:, None, :]  # Eq. 2
-        return (a * g_BND, dA_BND), (dx_BD, ddelta_BD, dB_BN)
+        return (_kept(token.keep, a * g_BND), dA_BND), (dx_BD, ddelta_BD, dB_BN)
 
     _, (before_CBND, dC_CBN, y_CBD) = recurrence.walk(recompute, start_BND, tokens)
     carry, of_tokens = recurrence.walk_back(retreat, carry, (tokens, before_CBND))

@@ -35,7 +35,7 @@ def short_convolution(
       initial_state: [B, W - 1, D], the W - 1 inputs before the first token, oldest first; None
         means zeros. It belongs to the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
-        id changes a segment starts. None means one segment.
+        id changes a segment starts. None means one segment. What is not finite ends with it.
       reverse: whether to walk from the last token to the first. `initial_state` is then the state
         after the last token, the returned state the one before the first, and a segment starts with
         its last token. "Oldest first" is then the last token first.

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..framework import platforms
-from ..framework.arguments import check_shape, checked_segment_ids, floats, integer, scale_of
+from ..framework.arguments import (
+    check_finite,
+    check_shape,
+    checked_segment_ids,
+    floats,
+    integer,
+    scale_of,
+)
 from ..framework.op import Op, run
 from . import pallas_tpu, reference, sequence_parallel, xla
 
@@ -88,7 +95,10 @@ def window_attention(
       initial_state: the `WindowState` before the first token, of any P <= window - 1; None means
         no tokens. It belongs to the first token's segment.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
-        id changes a segment starts. None means one segment.
+        id changes a segment starts. None means one segment. What is not finite stays in its segment
+        with "reference"; else it may reach tokens of others that lie no further than twice the
+        window away, or 64 tokens, or the window and 512 more if that is above 1,024. `ops.checks`
+        finds it.
       implementation: "reference" (one softmax over all keys), "xla" (blocks of queries in plain
         JAX), "pallas_tpu" (JAX's splash attention; softmax, bfloat16, at least 128 tokens;
         interpreted when lowered for a CPU), or None for the best of the platform that the program
@@ -156,7 +166,9 @@ def window_attention(
             scale=scale,
             activation=activation,
         )
-    return o.astype(v.dtype), WindowState(*state)
+    o = o.astype(v.dtype)
+    check_finite(segment_ids, o=o)
+    return o, WindowState(*state)
 
 
 def _checked_state(

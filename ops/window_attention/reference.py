@@ -29,12 +29,21 @@ def window_attention(q, k, v, k_past, v_past, valid_past, segment_ids, window, s
     distance_TS = past + jnp.arange(length)[:, None] - jnp.arange(past + length)[None, :]
     sees_BTS = same_BSS[:, past:] & ((distance_TS >= 0) & (distance_TS < window))[None]
 
-    logits_BHTS = scale * jnp.einsum("bthk,bshk->bhts", q, k_BSHK, precision=lax.Precision.HIGHEST)
-    if activation == "squared_relu":
-        p_BHTS = jnp.where(sees_BTS[:, None], jnp.maximum(logits_BHTS, 0) ** 2, 0)
-    else:
-        p_BHTS = jax.nn.softmax(jnp.where(sees_BTS[:, None], logits_BHTS, -jnp.inf), axis=-1)
-    o_BTHV = jnp.einsum("bhts,bshv->bthv", p_BHTS, v_BSHV, precision=lax.Precision.HIGHEST)
+    @jax.checkpoint
+    def of_token(token):
+        q_BHK, sees_BS = token
+        # Selected, not multiplied by zero: what is not finite reaches no token that cannot see it.
+        seen = sees_BS[:, :, None, None]
+        k, v = jnp.where(seen, k_BSHK, 0), jnp.where(seen, v_BSHV, 0)
+        logits_BHS = scale * jnp.einsum("bhk,bshk->bhs", q_BHK, k, precision=lax.Precision.HIGHEST)
+        if activation == "squared_relu":
+            p_BHS = jnp.where(sees_BS[:, None], jnp.maximum(logits_BHS, 0) ** 2, 0)
+        else:
+            p_BHS = jax.nn.softmax(jnp.where(sees_BS[:, None], logits_BHS, -jnp.inf), axis=-1)
+        return jnp.einsum("bhs,bshv->bhv", p_BHS, v, precision=lax.Precision.HIGHEST)
+
+    o_TBHV = lax.map(of_token, (jnp.moveaxis(q, 1, 0), jnp.moveaxis(sees_BTS, 1, 0)))
+    o_BTHV = jnp.moveaxis(o_TBHV, 0, 1)
 
     valid = same_BSS[:, -1, length:]
     k, v = (jnp.where(valid[:, :, None, None], x[:, length:], 0.0) for x in (k, v))

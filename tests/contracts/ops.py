@@ -17,6 +17,8 @@ import pytest
 LENGTH = 129
 DOCUMENT = 43
 BATCH = 2
+# Inputs with a time axis that may be any number.
+ACTIVATIONS = {"q", "k", "v", "x", "B", "C", "b", "b_real", "u"}
 
 # Largest error over the largest value of a tensor. float32: sums of up to LENGTH products of order
 # one, in another order (about sqrt(LENGTH) * 6e-8, doubled by the state), with room for the delta
@@ -95,6 +97,9 @@ class OpContract:
     variants: ClassVar[tuple[Any, ...]]
     implementations: ClassVar[tuple[str, ...]]
     op: ClassVar[Callable[..., Any]]
+    # Where what is not finite ends: "segment", "chunk" (of 64 tokens, with the segments that have
+    # tokens there) or "" for no such promise.
+    isolates: ClassVar[str] = "segment"
 
     def inputs(self, key: jax.Array, variant: str, length: int, dtype: str) -> dict[str, jax.Array]:
         """Arguments by name, of batch BATCH, in `dtype` where the op takes activations."""
@@ -200,6 +205,29 @@ class OpContract:
             o_alone, last = self.forward(implementation, self.part(inputs, start, stop), first)
             assert_close(f"o of document {document}", o[:, start:stop], o_alone)
         assert_close("final state", final, last)
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20])
+    def test_what_is_not_finite_ends_with_its_segment(self, variant, implementation, bad):
+        inputs, state, _ = self.data(variant, LENGTH, seed=12)
+        number_T = np.repeat(np.arange(5), (30, 34, 36, 28, 1))
+        ids = jnp.broadcast_to(jnp.asarray(number_T), (BATCH, LENGTH))
+        given = [name for name in inputs if name in ACTIVATIONS and inputs[name].ndim > 2]
+        spoilt = inputs | {name: inputs[name].at[1, 70:75].set(bad) for name in given}
+        others = {"segment": number_T != 2, "chunk": np.arange(LENGTH) // 64 != 1}
+        for name, reach in (("reference", "segment"), (implementation, self.isolates)):
+            if not reach:
+                continue
+            expected = self.values_and_gradients(name, inputs, state, ids)
+            got = self.values_and_gradients(name, spoilt, state, ids)
+            assert not np.isfinite(np.asarray(got["o"], np.float32)).all() or bad == 1e20
+            rows = others[reach]
+            for tensor, value in got.items():
+                if value.shape[:2] == (BATCH, LENGTH):
+                    wanted = expected[tensor]
+                    np.testing.assert_array_equal(value[:, rows], wanted[:, rows], tensor)
+                    np.testing.assert_array_equal(value[0], wanted[0], tensor)
+                elif value.shape[0] == BATCH and "state" in tensor:
+                    np.testing.assert_array_equal(value, expected[tensor], tensor)
 
     def test_step_by_step_equals_parallel(self, variant, implementation):
         inputs, state, _ = self.data(variant, DOCUMENT, seed=5)

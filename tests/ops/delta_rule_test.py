@@ -58,6 +58,7 @@ def delta_inputs(key, variant, length, dtype):
 class TestDeltaRule(OpContract):
     variants = ("none", pytest.param("constant", marks=pytest.mark.slow), "scalar", "vector")
     implementations = ("xla",)
+    isolates = "chunk"
     op = delta_rule
 
     def inputs(self, key, variant, length, dtype):
@@ -82,6 +83,7 @@ class TestKernels(TestDeltaRule):
     """The kernels, interpreted: the whole contract. What `make test` runs of it stands below."""
 
     implementations = ("pallas_gpu", "pallas_tpu")
+    isolates = ""
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_values_states_and_gradients_equal_the_reference(self, variant, implementation, dtype):

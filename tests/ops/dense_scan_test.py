@@ -26,6 +26,7 @@ def contractions(rng):
 class TestDenseScan(OpContract):
     variants = ("dense",)
     implementations = ("xla",)
+    isolates = "chunk"
     op = staticmethod(dense_scan)
 
     def inputs(self, key, variant, length, dtype):

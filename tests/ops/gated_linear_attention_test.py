@@ -53,6 +53,7 @@ def attention_inputs(key, variant, length, dtype):
 class TestGatedLinearAttention(OpContract):
     variants = ("none", pytest.param("constant", marks=pytest.mark.slow), "scalar", "vector")
     implementations = ("xla",)
+    isolates = "chunk"
     op = gated_linear_attention
 
     def inputs(self, key, variant, length, dtype):
@@ -90,6 +91,7 @@ class TestKernels(TestGatedLinearAttention):
     """The kernels, interpreted: the whole contract. What `make test` runs of it stands below."""
 
     implementations = ("pallas_gpu", "pallas_tpu")
+    isolates = ""
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_values_states_and_gradients_equal_the_reference(self, variant, implementation, dtype):
@@ -371,6 +373,20 @@ def test_checks_find_a_positive_decay_under_jit():
     assert_close("o", ops.checks(run)(good), run(good))
     with pytest.raises(Exception, match="decay_log must be finite and <= 0"):
         ops.checks(run)(-good)
+
+
+def test_checks_find_what_is_not_finite_beside_segments():
+    ids = jnp.array([[0, 0, 1, 1, 1]] * 2)
+
+    def run(v, ids=ids):
+        return gated_linear_attention(**arguments(v=v), segment_ids=ids)[0]
+
+    good = jnp.ones_like(arguments()["v"])
+    bad = good.at[0, 0].set(jnp.inf)
+    assert_close("o", ops.checks(run)(good), run(good))
+    with pytest.raises(Exception, match="o must be finite where segment_ids are given"):
+        ops.checks(run)(bad)
+    ops.checks(lambda v: run(v, ids=None))(bad)  # one segment: whose it is
 
 
 @KERNELS

@@ -139,8 +139,6 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
 def main() -> None:
     options = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")
-    # A program for devices that are not there can be stored in the cache, but not be read from it.
-    jax.config.update("jax_enable_compilation_cache", False)
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise ValueError(f"--json must be in a directory that exists; got {options.json}")
     where = parse_topology(options.topology)
@@ -159,4 +157,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "TPU slice, such as v5e:4x4 or v5p:8x8x8.", required=True)
     flags.DEFINE_string("json", "", "File to write the plan to.")
     flags.mark_flag_as_required("config")
-    command_line.run(main)
+    command_line.run(main, cache=False)

@@ -241,4 +241,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("ratchet", False, "Record what kernels take as not to be exceeded.")
     # What the command starts for each program.
     flags.DEFINE_string("compile", "", "Compile this program in this process, print what it took.")
-    command_line.run(main)
+    command_line.run(main, cache=False)

@@ -176,4 +176,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("processes", 1, "Fresh processes that measure everything.", lower_bound=1)
     flags.DEFINE_bool("peers", False, "Measure jax-linear-attention beside ours.")
     flags.DEFINE_string("json", "", "File to write all rows to.")
-    command_line.run(main)
+    command_line.run(main, cache=False)

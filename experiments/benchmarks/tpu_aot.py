@@ -251,4 +251,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("compile", "", "Compile this program in this process, print its row.")
     flags.DEFINE_string("dumps", "", "With --compile: folder that the compiler dumps into.")
     flags.DEFINE_bool("analyse", False, "With --compile: ask for cycles.")
-    command_line.run(main)
+    command_line.run(main, cache=False)

@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments.training.config import Config, fit_warmup
+from experiments.training.process_setup import keep_freed_memory, keep_programs
 
 MISTAKES = (ValueError, OSError, FloatingPointError)
 
@@ -25,10 +26,20 @@ class Misuse(ValueError):
     """A mistake in what was asked for, found before anything was done."""
 
 
-def run(main: Callable[[], Any]) -> None:
+flags.DEFINE_bool(
+    "cache",
+    True,
+    "Keep compiled programs, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache/scanax/jax.",
+)
+
+
+def run(main: Callable[[], Any], *, cache: bool = True) -> None:
     """Parses the flags, calls `main()` and exits. Libraries' own log lines appear from
-    --verbosity=0 on."""
-    app.run(lambda _: _guarded(main), flags_parser=parse)
+    --verbosity=0 on.
+
+    cache: whether compiled programs may come from the cache; not where a command measures how they
+    are compiled, or compiles for devices that are not there, whose programs cannot be read back."""
+    app.run(lambda _: _guarded(main, cache), flags_parser=parse)
 
 
 def given_config() -> Config:
@@ -42,7 +53,9 @@ def given_config() -> Config:
     return config
 
 
-def _guarded(main: Callable[[], Any]) -> None:
+def _guarded(main: Callable[[], Any], cache: bool) -> None:
+    keep_freed_memory()
+    keep_programs(cache and flags.FLAGS.cache)
     try:
         main()
     except MISTAKES as error:

@@ -81,7 +81,7 @@ class Hyperparameters:
     weight_decay: Any
     clip_norm: Any
     ssm_scale: Any
-    average_step: Decay
+    average_step: Any
 
     def rate(self, count: Any) -> Any:
         """The learning rate after `count` updates: an optax.Schedule."""

@@ -40,7 +40,7 @@ def program_text(**overrides: Any) -> str:
     config: Any = get_config("icl_regression,smoke")
     config.update_from_flattened_dict(NUMBERS | overrides)
     mesh = make_mesh(config.mesh)
-    made = make_program(config, mesh)
+    made: Any = make_program(config, mesh)
     with traced_on(mesh, config):
         step = made.step.lower(made.state, made.batch, np.int32(1), made.hyperparameters)
         return step.as_text() + made.initial.lower(made.hyperparameters.seeds).as_text()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(
     path.relative_to(ROOT)
     for path in (*ROOT.glob("experiments/**/*.py"), *ROOT.glob("launch/*.py"))
-    if "command_line.run(main)" in path.read_text("utf-8")
+    if "command_line.run(main" in path.read_text("utf-8")
 )
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "experiments/MESH.md"]
 

@@ -13,7 +13,7 @@ from experiments.objectives.evaluation import Metrics, OfModel, Sums
 from experiments.objectives.objective import Batch, Work, all_metrics
 from experiments.training.batches import evaluation_batches
 from experiments.training.mesh import place_batch, process_rows
-from experiments.training.state import Blueprint, over_replicas
+from experiments.training.state import Blueprint, over_replicas, replicas_in_turn
 from experiments.training.task import Examples, Task
 
 # Random numbers of evaluations follow from this seed: not from the run's, nor from its step.
@@ -40,7 +40,9 @@ class AppliedModel:
             return function(model, batch, key)
 
         if function not in self._compiled:
-            over = over_replicas(one, self.replicas, in_axes=(0, None, None))
+            over = over_replicas(
+                one, self.replicas, in_axes=(0, None, None), in_turn=replicas_in_turn(self._mesh)
+            )
             self._compiled[function] = jax.jit(over, out_shardings=P())
         values = self._compiled[function](params, batch, key)
         return jax.tree.map(lambda x: x[None], values) if self.replicas == 1 else values

@@ -30,6 +30,7 @@ from experiments.training.state import (
     empty_window,
     initial_state,
     make_blueprint,
+    replicas_in_turn,
     state_shardings,
     state_specs,
     sum_names,
@@ -134,6 +135,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         accumulate=config.accumulate,
         offload=config.optimizer.offload,
         replicas=len(seeds),
+        in_turn=replicas_in_turn(mesh),
     )
     return Program(
         config=config,

@@ -135,11 +135,38 @@ def _wanted_sizes(name: str, build: Any, task: Task) -> dict[str, int]:
 
 
 def over_replicas(
-    function: Callable[..., Any], replicas: int, in_axes: Any = 0
+    function: Callable[..., Any],
+    replicas: int,
+    in_axes: Sequence[int | None] = (0,),
+    *,
+    in_turn: bool = False,
 ) -> Callable[..., Any]:
     """`function` over a leading replica axis if there are several replicas; `function` itself if
-    there is one."""
-    return jax.vmap(function, in_axes=in_axes) if replicas > 1 else function
+    there is one. in_axes: 0 or None for each argument, as `jax.vmap` takes them.
+
+    Either all at once, or with `in_turn` one after the other: for devices that one replica keeps
+    busy (`replicas_in_turn`)."""
+    if replicas == 1:
+        return function
+    if not in_turn:
+        return jax.vmap(function, in_axes=tuple(in_axes))
+
+    def over(*arguments: Any) -> Any:
+        def one(places: tuple[Any, ...]) -> Any:
+            own = iter(places)
+            both = zip(arguments, in_axes, strict=True)
+            return function(*(whole if axis is None else next(own) for whole, axis in both))
+
+        split = zip(arguments, in_axes, strict=True)
+        return jax.lax.map(one, tuple(whole for whole, axis in split if axis is not None))
+
+    return over
+
+
+def replicas_in_turn(mesh: Mesh) -> bool:
+    """Whether replicas on this mesh take turns: on CPUs, where batched products and loops of small
+    models cost more than the same ones after each other."""
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def seed_array(seeds: Sequence[int]) -> np.ndarray:

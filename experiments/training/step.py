@@ -27,6 +27,7 @@ def make_step(
     accumulate: int = 1,
     offload: bool = False,
     replicas: int = 1,
+    in_turn: bool = False,
 ) -> Callable[[TrainState, Any, Any, Hyperparameters], TrainState]:
     """(state, batch, number, hyperparameters) -> state, pure; `number` int32 [] counts the steps
     from 1.
@@ -40,7 +41,8 @@ def make_step(
     worked on in `accumulate` parts, one after the other. With `offload` the optimizer state that
     comes in lies in the memory of the host; that the new one goes there is up to the shardings of
     the output. Where the state has one, average <- d average + (1 - d) params, d being
-    config.ema_decay."""
+    config.ema_decay. With `in_turn` replicas are trained one after the other
+    (`over_replicas`)."""
 
     def loss_of(params: Any, variables: Any, batch: Any, key: Any) -> tuple[jax.Array, Any]:
         params = jax.tree.map(
@@ -100,7 +102,7 @@ def make_step(
         if offload:
             opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)
             state = replace(state, opt_state=opt_state)
-        over = over_replicas(one, replicas, in_axes=(0, 0, 0, None, None))
+        over = over_replicas(one, replicas, in_axes=(0, 0, 0, None, None), in_turn=in_turn)
         return over(state, batch, numbers.seeds, number, numbers)
 
     return step

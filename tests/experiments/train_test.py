@@ -168,7 +168,7 @@ def test_a_replica_equals_its_seed_trained_alone(tmp_path):
     for row, alone in zip(both, rows_of(tmp_path / "alone"), strict=True):
         assert row.keys() == alone.keys()
         for name in row.keys() - {"step"}:
-            np.testing.assert_allclose(row[name][1], alone[name][0], rtol=1e-5, err_msg=name)
+            assert row[name][1] == alone[name][0], name  # on CPUs replicas take turns
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monkeypatch):

@@ -69,7 +69,10 @@ MAY_IMPORT = {
     " experiments/reporting",
     "launch": "experiments/reporting",
 }
-LEAVES = {f"experiments/training/{name}.py" for name in ("checkout", "command_line", "config")}
+LEAVES = {
+    f"experiments/training/{name}.py"
+    for name in ("checkout", "command_line", "config", "process_setup")
+}
 # An op that is made of another.
 OPS_OF_OPS = {
     ("long_convolution", "short_convolution"),
@@ -153,7 +156,7 @@ def test_what_a_launcher_reads_imports_no_jax() -> None:
 
 # --- Names
 
-BENCHMARKS = ("ops", "gpu", "gpu_training", "tpu_aot", "gpu_aot")
+BENCHMARKS = ("ops", "small_runs", "gpu", "gpu_training", "tpu_aot", "gpu_aot")
 ALSO_COMMANDS = {
     "launch/sweep.py",
     "experiments/sweeps/scaling_law.py",

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.training.progress import warn
-
 # Of all programs together; jax removes those that were not used for the longest time.
 CACHE_BYTES = 4 * 2**30
 
@@ -45,7 +43,7 @@ def keep_programs(wanted: bool = True) -> None:
             # A folder may let nothing be written although it is there.
             (directory / ".writable").touch()
         except OSError as error:
-            warn(f"compiled programs are not kept: {error}")
+            print(f"warning: compiled programs are not kept: {error}", file=sys.stderr)
             return
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)

@@ -1,7 +1,7 @@
 """What training carries from step to step, and how it starts.
 
-Everything is a plain pytree of arrays. With R > 1 seeds every array has a leading axis [R] and one
-vmap trains the replicas together; with one seed there is no such axis."""
+Everything is a plain pytree of arrays. With R > 1 seeds every array has a leading axis [R] and
+one program trains the replicas; with one seed there is no such axis."""
 
 import functools
 import importlib

@@ -118,9 +118,9 @@ def report(
 
 def main() -> None:
     options = flags.FLAGS
-    for name in ("rounds", "seeds"):
-        if options[name].value < 1:
-            raise ValueError(f"--{name} must be at least 1; got {options[name].value}")
+    for name, value in (("rounds", options.rounds), ("seeds", options.seeds)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1; got {value}")
     beside = Path(options.beside).expanduser().absolute() if options.beside else None
     if beside and not (beside / "experiments" / "train.py").is_file():
         raise ValueError(f"--beside must be a checkout of this project; got {beside}")

@@ -50,8 +50,8 @@ class Rules:
 
     def backward(self, rules, axis: TimeAxis, carried, inputs, cotangents):
         """Gradients of q, k and v."""
-        others = _Devices(axis, inputs[-1])
-        gradients = xla.gradients(inputs, carried, *cotangents, others, **rules.static)
+        (do,), others = cotangents, _Devices(axis, inputs[-1])
+        gradients = xla.gradients(inputs, carried, do, others, **rules.static)
         return tuple(
             gradient.astype(jnp.float32 if index in rules.partial else inputs[index].dtype)
             for index, gradient in enumerate(gradients)

@@ -227,7 +227,7 @@ def _sums(plan: _Plan, x: jax.Array, y: jax.Array, outside: Any) -> Whole | Pair
 
 
 def _rows_of(plan: _Plan, q, k, v, key_mask, normalise):
-    """Rows of q, k and v', zeros for keys that are not there."""
+    """Rows of q, k and v', zeros for keys that are not there: their gradients are zeros too."""
     key_heads = k.shape[2]
     if normalise:
         v = v.astype(jnp.float32)
@@ -285,7 +285,7 @@ def gradients(
         of_queries.read(k_rows),
     )
     dq, dk, dv = (plan.tokens(rows, *like.shape[1:3]) for rows, like in ((dq, q), (dk, k), (dv, v)))
-    return dq, _there(key_mask, dk), _there(key_mask, dv[..., : v.shape[-1]])
+    return dq, dk, dv[..., : v.shape[-1]]
 
 
 def forward(q, k, v, key_mask, segment_ids, *, normalise, eps):

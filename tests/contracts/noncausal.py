@@ -155,7 +155,7 @@ class NonCausalContract:
     def test_an_empty_batch_has_empty_outputs(self, variant, implementation):
         length = self.sizes[-1]
         inputs = {
-            name: x[:0] if x.shape[:1] == (BATCH,) else x
+            name: x[:0] if x.shape[:2] == (BATCH, length) else x
             for name, x in self.data(variant, length).items()
         }
         arrays = {"segment_ids": jnp.zeros((0, length), jnp.int32)}

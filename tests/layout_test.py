@@ -75,6 +75,8 @@ LEAVES = {
 }
 # An op that is made of another.
 OPS_OF_OPS = {
+    ("flow_attention", "bidirectional_linear_attention"),
+    ("causal_flow_attention", "gated_linear_attention"),
     ("long_convolution", "short_convolution"),
     ("dense_scan", "long_convolution"),
     ("dense_scan", "state_passing"),

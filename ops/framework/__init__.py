@@ -7,6 +7,7 @@
     segments            whether a segment goes on at a token
     sharding            which axes of a mesh cut which dimension of an array
     sequence_parallel   what devices that hold consecutive parts of time send each other
+    grid                tokens that lie on a grid
     time_parts          parts of time as rows of a batch, for layers that rearrange tokens
     examples            realistic arguments, for tests and benchmarks
 

@@ -128,6 +128,23 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """The argument. Raises ValueError unless it is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    return value
+
+
+def integer_array(name: str, array: Any, layout: str, shape: tuple[int, ...]) -> Any:
+    """The argument as a JAX array, None for None. Raises ValueError unless it is None or an
+    integer array of this shape."""
+    if array is None:
+        return None
+    array = _typed(name, array, jnp.integer, "an integer array")
+    check_shape(name, array, layout, shape)
+    return array
+
+
 def number_parts(
     name: str, number: Number, *, like: tuple[str, tuple[jax.Array, ...]] | None = None
 ) -> tuple[jax.Array, ...]:

@@ -16,6 +16,7 @@ import pytest
 from tests.contracts.ops import TOLERANCE, assert_close
 
 BATCH = 2
+FEW = 5
 
 
 class NonCausalContract:
@@ -65,9 +66,10 @@ class NonCausalContract:
         return jnp.asarray(np.cumsum(starts, axis=1) % 3)
 
     def mask(self, length: int, seed: int = 4) -> jax.Array:
-        """Tokens that are there; of the first sequence only the first."""
+        """Tokens that are there; of the first sequence only the first FEW. (Of one alone, gradients
+        of normalised weights are what is left of terms that cancel: rounding.)"""
         mask = np.random.default_rng(seed).random((BATCH, length)) < 0.7
-        mask[0] = np.arange(length) == 0
+        mask[0] = np.arange(length) < FEW
         return jnp.asarray(mask)
 
     # --- the contract -----------------------------------------------------------------------------
@@ -120,7 +122,7 @@ class NonCausalContract:
             for tensor in want:
                 np.testing.assert_array_equal(got[tensor], want[tensor], err_msg=tensor)
             for key in self.hides(name):
-                np.testing.assert_array_equal(got[f"gradient of {key}"][0, 1:], 0.0)
+                np.testing.assert_array_equal(got[f"gradient of {key}"][0, FEW:], 0.0)
 
     def hides(self, mask: str) -> tuple[str, ...]:
         """The inputs whose tokens a mask hides."""

@@ -169,6 +169,65 @@ def test_linear_attention_in_both_directions_sends_one_state_forward_and_one_bac
         assert collectives(gradients, x, x, x, x) == {"all-reduce": [state, state]}
 
 
+def windows(q, k, v, landmarks, ids):
+    del landmarks
+    return ops.shifted_window_attention(
+        q, k, v, grid=(8, 4), window=(4, 2), shift=(2, 1), segment_ids=ids
+    )
+
+
+def neighbourhoods(q, k, v, landmarks, ids):
+    return ops.neighbourhood_attention(
+        q, k, v, grid=(8, 4), radius=3, context_k=landmarks, context_v=landmarks, segment_ids=ids
+    )
+
+
+def gaussian(q, k, v, landmarks, ids):
+    del k
+    given = {} if ids is None else {"documents": ids, "landmark_documents": ids[:, ::8]}
+    return ops.gaussian_attention(q, landmarks, v, normalise=True, **given)[0]
+
+
+def flow(q, k, v, landmarks, ids):
+    del landmarks
+    return ops.flow_attention(q, k, v, segment_ids=ids, clip=None)
+
+
+def causal_flow(q, k, v, landmarks, ids):
+    del landmarks
+    o, state = ops.causal_flow_attention(q, k, v, segment_ids=ids)
+    return o, state[1:]
+
+
+@pytest.mark.parametrize("call", [gaussian, flow, causal_flow, windows, neighbourhoods])
+@pytest.mark.parametrize(
+    ("shape", "packed"),
+    [
+        ((2, 1, 2, 2), True),
+        pytest.param((1, 1, 4, 1), False, marks=pytest.mark.full),
+        pytest.param((2, 1, 4, 1), True, marks=pytest.mark.full),
+    ],
+)
+def test_attention_without_an_order_and_by_flows(call, shape, packed):
+    def normal(seed, *shape):
+        return jax.random.normal(jax.random.key(seed), shape)
+
+    ids = jnp.asarray([[0] * 5 + [1] * 19 + [2] * 8, [0] * 8 + [1] * 2 + [2] * 3 + [3] * 19])
+    arrays = [*(normal(seed, 2, 32, 4, 8) for seed in range(3)), normal(3, 2, 4, 4, 8)]
+
+    def everything(*arrays):
+        values, pullback = jax.vjp(lambda *arrays: call(*arrays, ids if packed else None), *arrays)
+        return values, pullback(jax.tree.map(lambda x: normal(9, *x.shape), values))
+
+    expected = jax.jit(everything)(*arrays)
+    with jax.set_mesh(mesh_of(*shape)):
+        got = jax.jit(lambda *arrays: everything(*arrays))(*arrays)
+    for (path, value), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        assert_close(jax.tree_util.keystr(path), value, wanted)
+
+
 def test_ring_attention_gathers_nothing():
     mesh = mesh_of(1, 1, 8, 1)
     cut = jax.NamedSharding(mesh, P(None, "sequence"))

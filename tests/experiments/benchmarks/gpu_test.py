@@ -28,6 +28,8 @@ TINY = {
     "modes": 4,
     "systems": 3,
     "channels": 8,
+    "landmarks": 4,
+    "radius": 2,
 }
 CASES = benchmark.all_cases()
 

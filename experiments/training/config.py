@@ -75,6 +75,8 @@ ADDED = {
     "kernels": True,
     "task.images.grey": False,
     "task.listops.data_dir": "",
+    "task.text.validation_path": "",
+    "task.text.test_path": "",
     "model.mixers.s4.init": "legs",
     "model.mixers.s5.gate": "half_glu1",
     "model.mixers.seqboat.attention": "softmax",

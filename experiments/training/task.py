@@ -58,7 +58,10 @@ class Task:
     evaluations         name -> examples, which the objective scores, or another `Evaluation`; the
                         same for all seeds, none of them drawn from the training stream or split
     objective           what training minimises
-    provenance          facts that are recorded with every result
+    provenance          facts that are recorded with every result, among them the names and hashes
+                        of all data: a run goes on only where they are the same
+    kept                bytes of the files that options name, by option: a run keeps a copy of them
+                        in its workdir, and is continued, evaluated and sampled with that
     """
 
     sizes: Mapping[str, int]
@@ -66,6 +69,7 @@ class Task:
     evaluations: Mapping[str, Examples | Evaluation]
     objective: Objective = field(default_factory=NextToken)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, bytes] = field(default_factory=dict)
 
     def evaluation(self, name: str) -> Evaluation:
         """The evaluation `name`. Raises ValueError for one that does not exist."""

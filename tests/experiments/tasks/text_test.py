@@ -1,7 +1,5 @@
-"""Text: which files, which split, which windows; tokenizers that keep every byte; data written
-once."""
+"""Text: which windows, with which segments; what a number says of its text; data written once."""
 
-import hashlib
 import math
 import subprocess
 import sys
@@ -10,55 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from experiments.tasks.sources.text_corpus import split_of, standard_library, text_files
 from experiments.training.checkout import CHECKOUT
-from experiments.training.task import Batch, Examples, find_task
-
-LENGTH = 16
+from tests.support.texts import LENGTH, documents, everything, make, windows, write_texts
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A directory of 200 texts in which no window occurs twice; 25 are empty."""
-    root = tmp_path / "texts"
-    (root / "deep").mkdir(parents=True)
-    (root / ".hidden").write_text("not read")
-    for number in range(200):
-        name = f"deep/{number}.txt" if number % 2 else f"{number}.txt"
-        lines = [
-            f"{hashlib.sha256(f'{number} {line}'.encode()).hexdigest()} läuft…\n"
-            for line in range(number % 8)
-        ]
-        (root / name).write_text("".join(lines), "utf-8")
-    return root
-
-
-def make(root: Path, tmp_path: Path, **options: Any) -> Any:
-    given = {"path": str(root), "sequence_length": LENGTH, "data_dir": str(tmp_path / "data")}
-    return find_task("text", given | options)
-
-
-def everything(task: Any, split: str) -> Batch:
-    examples = task.train(0) if split == "train" else task.evaluations[split]
-    assert isinstance(examples, Examples) and examples.length is not None
-    return examples.fetch(np.arange(examples.length))
-
-
-def documents(root: Path, split: str) -> list[bytes]:
-    """The contents of a split's files, in the order of their names, found by hand."""
-    names = sorted(str(file.relative_to(root)) for file in root.rglob("*.txt"))
-    return [
-        content
-        for name in names
-        if split_of(name) == split and (content := (root / name).read_bytes())
-    ]
-
-
-def windows(batch: Batch) -> set[bytes]:
-    rows = np.concatenate([batch["tokens"][:, :1], batch["targets"]], axis=1)
-    return {row.astype(np.uint8).tobytes() for row in rows}
+    return write_texts(tmp_path / "texts")
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -111,27 +68,6 @@ def test_a_stream_has_no_segments_and_predicts_every_byte(folder: Path, tmp_path
     assert np.all(batch["weights"] == 1) and np.all(batch["bytes"] == LENGTH)
 
 
-def test_splits_share_no_file_and_a_new_file_moves_no_other(folder: Path) -> None:
-    before = text_files(str(folder)).splits
-    names = {split: {document.name for document in chosen} for split, chosen in before.items()}
-    assert sum(map(len, names.values())) == len(set.union(*names.values())) == 175
-    (folder / "new.txt").write_text("new")
-    after = text_files(str(folder)).splits
-    for split, chosen in after.items():
-        assert names[split] == {document.name for document in chosen} - {"new.txt"}
-
-
-def test_a_single_file_is_cut_at_line_ends(tmp_path: Path) -> None:
-    file = tmp_path / "one.txt"
-    file.write_bytes(b"".join(b"line %d\n" % number for number in range(1000)))
-    pieces = [chosen[0].content for chosen in text_files(str(file)).splits.values()]
-    assert b"".join(pieces) == file.read_bytes()
-    assert all(piece.endswith(b"\n") and piece.startswith(b"line") for piece in pieces)
-    np.testing.assert_allclose(
-        [len(piece) / file.stat().st_size for piece in pieces], [0.9, 0.05, 0.05], atol=0.002
-    )
-
-
 def test_provenance_says_which_text_it_was(folder: Path, tmp_path: Path) -> None:
     first = make(folder, tmp_path).provenance
     assert first["text_files"] == 175
@@ -140,29 +76,6 @@ def test_provenance_says_which_text_it_was(folder: Path, tmp_path: Path) -> None
     assert make(moved, tmp_path).provenance["text_sha256"] == first["text_sha256"]
     (moved / "1.txt").write_text("x")
     assert make(moved, tmp_path).provenance["text_sha256"] != first["text_sha256"]
-
-
-def test_a_bpe_token_stands_for_its_bytes(folder: Path, tmp_path: Path) -> None:
-    task = make(folder, tmp_path, tokenizer="bpe", vocabulary_size=300, packing="stream")
-    assert task.sizes["vocabulary"] <= 300
-    (file,) = (tmp_path / "data").rglob("bpe-300.json")
-    plain = tmp_path / "plain"
-    plain.touch()
-    assert file.stat().st_mode == plain.stat().st_mode, "data_dir may be shared"
-    tokenizer = Tokenizer.from_file(str(file))
-    batch = everything(task, "train")
-    text = b"".join(documents(folder, "train")).decode()
-    assert batch["tokens"].size < len(text.encode()) / 1.2, "tokens are longer than bytes"
-    for targets, count in zip(batch["targets"], batch["bytes"], strict=True):
-        decoded = tokenizer.decode(targets.tolist(), skip_special_tokens=False)
-        # A token may hold part of a character, which the decoder shows as U+FFFD; whole texts
-        # compare exactly.
-        if "�" not in decoded:
-            assert decoded in text
-            assert len(decoded.encode()) == count
-    assert (
-        make(folder, tmp_path, tokenizer=str(file)).sizes["vocabulary"] == task.sizes["vocabulary"]
-    )
 
 
 def test_bits_per_byte_of_a_uniform_model_are_the_bits_of_its_vocabulary(
@@ -208,38 +121,7 @@ def test_processes_may_prepare_at_the_same_time_without_tensorflow(
     assert not list((tmp_path / "data").rglob(".unfinished*"))
 
 
-def test_the_standard_library_is_text_without_tests_or_packages() -> None:
-    corpus = standard_library()
-    names = [document.name for chosen in corpus.splits.values() for document in chosen]
-    assert {"argparse.py", "asyncio/tasks.py", "topics/yield.txt"} <= set(names)
-    assert not any({"test", "site-packages", "encodings"} & set(name.split("/")) for name in names)
-    assert not any(name.startswith(("_sysconfigdata", "config-")) for name in names)
-    assert len(names) == len(set(names)) == corpus.files
-    assert 5e6 < corpus.size < 2e7
-    assert corpus.sha256 == standard_library().sha256
-
-
 # Refusals
-
-
-def test_files_without_text_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(
-        ValueError,
-        match=(r"the file empty.txt holds no text, only empty files or none; set task.path"),
-    ):
-        make(tmp_path / "empty.txt", tmp_path)
-    (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="the directory none holds no text"):
-        make(tmp_path / "none", tmp_path)
-
-
-def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError,
-        match=(r"path must be a text file or a directory of text files; .*nowhere' does not"),
-    ):
-        make(tmp_path / "nowhere", tmp_path)
 
 
 def test_a_split_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
@@ -252,43 +134,11 @@ def test_a_split_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
     assert windows.fetch(np.arange(1))["tokens"].shape == (1, 8)
 
 
-def test_bytes_that_are_no_text_need_the_byte_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "binary").write_bytes(bytes(range(256)) * 40)
-    with pytest.raises(ValueError, match=r"not UTF-8 .*use tokenizer='bytes'"):
-        make(tmp_path / "binary", tmp_path, tokenizer="bpe")
-    assert make(tmp_path / "binary", tmp_path).sizes["vocabulary"] == 256
-
-
-def test_a_tokenizer_that_loses_bytes_is_refused(folder: Path, tmp_path: Path) -> None:
-    words: Any = Tokenizer(models.WordLevel(unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train_from_iterator(["a b c"], trainers.WordLevelTrainer(special_tokens=["?"]))
-    words.save(str(tmp_path / "words.json"))
-    with pytest.raises(ValueError, match=r"words.json must be byte-level"):
-        make(folder, tmp_path, tokenizer=str(tmp_path / "words.json"))
-    decomposing: Any = Tokenizer(models.BPE())
-    decomposing.normalizer, decomposing.pre_tokenizer = (
-        normalizers.NFD(),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    )
-    decomposing.decoder = decoders.ByteLevel()
-    decomposing.train_from_iterator(
-        ["a"], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    )
-    decomposing.save(str(tmp_path / "decomposing.json"))
-    with pytest.raises(
-        ValueError, match=r"decomposing.json does not keep the text of .*txt: its tokens stand for"
-    ):
-        make(folder, tmp_path, tokenizer=str(tmp_path / "decomposing.json"))
-    with pytest.raises(
-        ValueError, match=r"must be 'bytes', 'bpe' or the path of a tokenizer.json; got 'bpee'"
-    ):
-        make(folder, tmp_path, tokenizer="bpee")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"test_path": "x"}, "test_path needs a validation_path beside it"),
+        ({"validation_path": "x", "path": ""}, "validation_path needs a path of text for training"),
         ({"packing": "files"}, "packing must be 'documents' or 'stream'; got 'files'"),
         ({"sequence_length": 0}, "sequence_length must be at least 1; got 0"),
         (

@@ -103,7 +103,12 @@ def main() -> None:
     options = flags.FLAGS
     if options.examples is not None and options.examples < 1:
         raise ValueError(f"--examples must be at least 1; got {options.examples}")
-    run = load_run(Path(options.workdir), options.step, averaged=options.averaged)
+    run = load_run(
+        Path(options.workdir),
+        options.step,
+        averaged=options.averaged,
+        changed_data=options.changed_data,
+    )
     result = evaluate(run, options.examples)
     if options.json:
         print(json.dumps(finite(result)))
@@ -123,5 +128,10 @@ if __name__ == "__main__":
         "examples", None, "Examples per evaluation (default: config.eval.examples)."
     )
     flags.DEFINE_bool("averaged", False, "The average of the parameters (config.ema_decay).")
+    flags.DEFINE_bool(
+        "changed_data",
+        False,
+        "Evaluate also if the data are not those that the run was trained on.",
+    )
     flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
     command_line.run(main)

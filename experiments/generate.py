@@ -121,7 +121,7 @@ def sample(key: jax.Array, logits_BW: jax.Array, *, temperature: float, top_k: i
 
 def main() -> None:
     options = flags.FLAGS
-    run = load_run(Path(options.workdir), options.step, averaged=options.averaged)
+    run = load_run(Path(options.workdir), options.step, averaged=options.averaged, reads_data=False)
     if not 0 <= options.replica < len(run.seeds):
         raise ValueError(
             f"--replica must be in 0..{len(run.seeds) - 1} (seeds {run.seeds}); got"

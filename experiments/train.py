@@ -5,10 +5,10 @@
         --workdir=runs/three --config.optimizer.lr=3e-4 --config.seeds="(0, 1, 2)"
 
 The same command continues a run that was interrupted, to the bit on CPU. In the workdir: run.json
-(config, commit, versions, devices; written before the first step), metrics.jsonl, tensorboard/,
-checkpoints/, and at the end loss.png and summary.json. SIGTERM and SIGINT end the run after the
-step at hand with a checkpoint and status 143 and 130: not zero, so that a scheduler knows there is
-more to do."""
+(config, commit, versions, devices, data; written before the first step), the run's own
+tokenizer.json if it has one, metrics.jsonl, tensorboard/, checkpoints/, and at the end loss.png and
+summary.json. SIGTERM and SIGINT end the run after the step at hand with a checkpoint and status 143
+and 130: not zero, so that a scheduler knows there is more to do."""
 
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from experiments.reporting.figures import draw_losses
-from experiments.training import checkpoints, command_line, header, run_record
+from experiments.training import checkpoints, command_line, header, run_data, run_record
 from experiments.training import config as configs
 from experiments.training.batches import train_batches, units_read
 from experiments.training.config import Config
@@ -83,8 +83,12 @@ def _train(
     # --- Programs: abstract so far; nothing is computed.
     if config.optimizer.offload:
         check_host_memory(mesh)
-    program = make_program(config, mesh)
+    program = make_program(run_data.with_kept_files(config, workdir), mesh)
     task, seeds = program.task, program.seeds
+    data = run_data.facts(config, task)
+    run_record.check_same_everywhere(workdir, config, data["provenance"])
+    remedy = f"use another --workdir, with config.init_from={workdir} to start from its weights"
+    run_data.check_same_data(workdir, config, data["provenance"], remedy)
     if mesh.shape["sequence"] > 1:
         check_lengths(mesh, lengths(task, seeds[0]))
     best = checkpoints.Best(_known_metric(program), config.eval.best_mode)
@@ -102,13 +106,14 @@ def _train(
             "seeds": list(seeds),
             "parameters": program.blueprint.parameter_count,
             "state_bytes": program.blueprint.state_bytes,
-            "provenance": dict(task.provenance),
+            **data,
         }
         if step:
             progress.say(f"going on from step {step:,}")
         leading = jax.process_index() == 0
         if leading:
             run_record.write(workdir, config, facts, step=step)
+            run_data.keep_files(workdir, task)
         progress.begin_at(step)
         training = Training(program, workdir, best, step, progress)
         state = training.advance(state, batches, interruption)

@@ -3,7 +3,6 @@ others."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -32,13 +31,7 @@ def find_prompt_coder(config: Config, task: Task) -> PromptCoder:
             lambda prompt: list(prompt.encode("utf-8")),
             lambda tokens: bytes(tokens).decode("utf-8", errors="replace"),
         )
-    file = Path(config.task.tokenizer).expanduser()
-    if config.task.tokenizer == "bpe":
-        corpus = (
-            Path(config.task.data_dir).expanduser() / "text" / task.provenance["text_sha256"][:16]
-        )
-        file = corpus / f"bpe-{config.task.vocabulary_size}.json"
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = Tokenizer.from_str(task.kept["tokenizer"].decode("utf-8"))
     return PromptCoder(
         lambda prompt: tokenizer.encode(prompt, add_special_tokens=False).ids,
         lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=False),

@@ -21,6 +21,7 @@ denser.
 Authors' code: https://github.com/facebookresearch/adaptive_scheduling
 """
 
+import hashlib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ import optax
 from scipy.ndimage import median_filter
 
 from experiments.training import run_record
+from experiments.training.config import REFINED
 from experiments.training.metrics_file import FILE, read_rows
 
 SMOOTHING = 0.1  # width of the median filter as a fraction of the run, our choice
@@ -82,6 +84,14 @@ def logged_norms(workdir: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     positions, norms = zip(*points, strict=True)
     return np.array(positions), np.array(norms)
+
+
+def norms_sha256(schedule: str) -> str | None:
+    """The hash of the gradient norms that a refined `schedule` is made of; None for any other."""
+    if not schedule.startswith(REFINED):
+        return None
+    numbers = np.stack(logged_norms(Path(schedule.removeprefix(REFINED)).expanduser()))
+    return hashlib.sha256(numbers.tobytes()).hexdigest()
 
 
 def refined_schedule(workdir: Path, *, lr: float, end_lr: float, steps: int) -> optax.Schedule:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import NamedSharding
 from jax.sharding import Mesh
 
-from experiments.training import checkpoints, run_record
+from experiments.training import checkpoints, run_data, run_record
 from experiments.training.config import Config
 from experiments.training.mesh import make_mesh, named, parameter_name, parameter_specs
 from experiments.training.metrics_file import read_rows
@@ -24,6 +24,7 @@ from experiments.training.state import (
     initial_model,
     make_blueprint,
     seed_array,
+    vocabulary_tables,
     with_shardings,
 )
 from experiments.training.task import Task, configured_task
@@ -53,19 +54,34 @@ class LoadedRun:
         return jax.device_put(both, jax.local_devices()[0])
 
 
-def load_run(workdir: Path, step: str = "latest", *, averaged: bool = False) -> LoadedRun:
+def load_run(
+    workdir: Path,
+    step: str = "latest",
+    *,
+    averaged: bool = False,
+    reads_data: bool = True,
+    changed_data: bool = False,
+) -> LoadedRun:
     """The run in `workdir` at a checkpoint: "latest" (the newest whole one), "best" or a step; with
     averaged=True the average of its parameters.
 
-    Parameters are replicated over all devices. Raises ValueError if there is no such run or
-    checkpoint, or no average in it."""
+    With reads_data=False the task has no examples, and its data need not be there. Parameters are
+    replicated over all devices. Raises ValueError if there is no such run or checkpoint, no average
+    in it, or if the data are not those of training, unless changed_data=True."""
     workdir = workdir.expanduser().absolute()
     config = run_record.read_config(workdir)
     if averaged and not config.ema_decay:
         raise ValueError(
             f"--averaged needs a run with an average (config.ema_decay); {workdir} has none"
         )
-    task = configured_task(config)
+    task_config = run_data.with_kept_files(config, workdir)
+    task = None if reads_data else run_data.task_without_data(workdir)
+    if task is None:
+        task = configured_task(task_config)
+        remedy = None if changed_data else "evaluate on what they are now, with --changed_data"
+        if reads_data:
+            run_data.check_same_data(workdir, config, task.provenance, remedy)
+        run_data.check_same_tokenizer(workdir, task)
     blueprint = make_blueprint(config, task)
     mesh = make_mesh({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
     seeds = tuple(config.seeds)
@@ -121,8 +137,8 @@ def matching_params(source: Path, program: Program) -> dict[str, jax.Array]:
     """The parameters of the newest whole checkpoint in `source` that a run has too, with the same
     path and shape, by path; as the run's programs want them.
 
-    Warns of what is left out on either side. Raises ValueError if there is no checkpoint, or if
-    nothing fits."""
+    Warns of what is left out on either side, and of other data. Raises ValueError if there is no
+    checkpoint, if nothing fits, or if tokens there are other ones."""
     source = source.expanduser().absolute()
     directory = source / "checkpoints"
     wanted = by_path(program.state.params)
@@ -135,6 +151,8 @@ def matching_params(source: Path, program: Program) -> dict[str, jax.Array]:
         }
         if not fits:
             raise ValueError(_nothing_fits(source, there, wanted))
+        tables = vocabulary_tables(program.blueprint.params)
+        run_data.check_source(source, program.config, program.task, tokens=bool(fits & tables))
 
         def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             name = parameter_name(path[1:])

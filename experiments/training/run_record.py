@@ -110,16 +110,19 @@ def check_continues(workdir: Path, config: Config) -> None:
         )
 
 
-def check_same_everywhere(workdir: Path, config: Config) -> None:
-    """Raises ValueError, in every process, unless all of them have the same workdir, commit and
-    config; says which entries differ. Otherwise processes would wait for each other in different
-    programs."""
+def check_same_everywhere(
+    workdir: Path, config: Config, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Raises ValueError, in every process, unless all of them have the same workdir, commit, config
+    and provenance; says which entries differ. Otherwise processes would wait for each other in
+    different programs, or train on different data."""
     if not jax.distributed.is_initialized():
         return
     own = {
         "--workdir": str(workdir),
         "commit": git("rev-parse", "HEAD"),
         **{f"config.{key}": value for key, value in configs.flatten(config)},
+        **{f"data: {key}": value for key, value in (provenance or {}).items()},
     }
     text = json.dumps(own, sort_keys=True).encode()
     digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)

@@ -215,6 +215,15 @@ def by_path(params: Any) -> dict[str, Any]:
     return {parameter_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
 
 
+def vocabulary_tables(params: nnx.State) -> set[str]:
+    """Paths of the abstract parameters, as in `by_path`, that have an entry per token."""
+    return {
+        "/".join(map(str, path))
+        for path, param in nnx.to_flat_state(params)
+        if "vocabulary" in (param.get_metadata().get("out_sharding") or ())
+    }
+
+
 def empty_window(sums: Sequence[str], replicas: int) -> dict[str, Any]:
     """Zeros for what a step collects."""
     shape = (replicas,) if replicas > 1 else ()

@@ -77,5 +77,9 @@ def make(
         sizes={"vocabulary": levels + source.classes},
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
-        provenance={"images": source.origin, "train_images": len(source.splits["train"][0])},
+        provenance={
+            "images": source.origin,
+            "train_images": len(source.splits["train"][0]),
+            "images_sha256": source.sha256,
+        },
     )

@@ -121,26 +121,29 @@ def _batch(expressions: Sequence[tuple[list[int], int]], longest: int) -> Batch:
 def _released(data_dir: str, longest: int) -> Task:
     directory = released(data_dir, "listops-1000", tuple(FILES.values()))
 
-    def examples(split: str) -> Examples:
-        table = open_table(
-            directory / FILES[split],
-            ("Source", "Target"),
-            label="Target",
-            classes=DIGITS,
-            header=True,
+    tables = {
+        split: open_table(
+            directory / name, ("Source", "Target"), label="Target", classes=DIGITS, header=True
         )
+        for split, name in FILES.items()
+    }
+
+    def examples(split: str) -> Examples:
+        table = tables[split]
 
         def fetch(indices: np.ndarray) -> Batch:
             return _batch(_read(table, indices, longest), longest)
 
         return Examples(fetch, len(table.labels))
 
-    splits = {split: examples(split) for split in FILES}
     return Task(
         sizes={"vocabulary": ANSWER + DIGITS},
-        train=lambda seed: splits["train"],
-        evaluations={split: splits[split] for split in ("validation", "test")},
-        provenance={"expressions": f"files of {directory.name}"},
+        train=lambda seed: examples("train"),
+        evaluations={split: examples(split) for split in ("validation", "test")},
+        provenance={
+            "expressions": f"files of {directory.name}",
+            **{f"{table.path.name}_sha256": table.sha256 for table in tables.values()},
+        },
     )
 
 

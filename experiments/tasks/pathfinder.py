@@ -8,7 +8,9 @@ yes, asked after the last pixel.
 Departure: the release has one set without splits, which papers cut at random, 80 % train, 10 %
 validation, 10 % test. So do we, always alike, but not into the same images."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +21,7 @@ from experiments.training.task import Batch, Examples, Task
 
 DIFFICULTY = "curv_contour_length_14"
 LEVELS = 256
+HASHED_IMAGES = 64
 
 
 def make(data_dir: str = "~/lra_release/lra_release/pathfinder32", size: int = 32) -> Task:
@@ -29,13 +32,18 @@ def make(data_dir: str = "~/lra_release/lra_release/pathfinder32", size: int = 3
                 which names them
     size        of the images: 32 or 128; T is its square
 
-    Images are read one by one, when they are needed. Metrics: token_metrics; guessing has accuracy
-    0.5. Raises ValueError for files that are missing or damaged and for images of another size."""
+    Images are read one by one, when they are needed. The hash in the provenance is of the metadata,
+    which name all images and their classes, and of HASHED_IMAGES of the images. Metrics:
+    token_metrics; guessing has accuracy 0.5. Raises ValueError for files that are missing or
+    damaged and for images of another size."""
     directory = released(
         data_dir, "pathfinder32 (128 for Path-X)", (f"{DIFFICULTY}/metadata", f"{DIFFICULTY}/imgs")
     )
     folder = directory / DIFFICULTY
-    names, labels = _read_metadata(folder)
+    names, labels, digest = _read_metadata(folder)
+    # Some of the images, evenly: to read all of them takes minutes.
+    for number in np.unique(np.linspace(0, len(names) - 1, HASHED_IMAGES).astype(int)):
+        digest.update(_image_bytes(folder / names[number]))
     _read_image(folder / names[0], size)
 
     # Hashed numbers, not every tenth image: the order of the files may have to do with the class.
@@ -66,18 +74,24 @@ def make(data_dir: str = "~/lra_release/lra_release/pathfinder32", size: int = 3
         sizes={"vocabulary": LEVELS + 2},
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
-        provenance={"images": f"files of {directory.name}", "train_images": len(splits["train"])},
+        provenance={
+            "images": f"files of {directory.name}",
+            "train_images": len(splits["train"]),
+            "images_sha256": digest.hexdigest(),
+        },
     )
 
 
-def _read_metadata(folder: Path) -> tuple[list[str], np.ndarray]:
-    """Paths of all images within `folder` and their labels [n]; a line begins: folder, file,
-    number, label."""
+def _read_metadata(folder: Path) -> tuple[list[str], np.ndarray, Any]:
+    """Paths of all images within `folder`, their labels [n] and a hash of the metadata, to be
+    updated; a line begins: folder, file, number, label."""
     # Text, in spite of the name.
     files = sorted((folder / "metadata").glob("*.npy"), key=lambda file: file.name)
-    names, labels = [], []
+    names, labels, digest = [], [], hashlib.sha256()
     for file in files:
-        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        content = file.read_bytes()
+        digest.update(content)
+        for number, line in enumerate(content.splitlines(), 1):
             words = line.split()
             if len(words) < 4 or words[3] not in (b"0", b"1"):
                 raise ValueError(
@@ -91,7 +105,14 @@ def _read_metadata(folder: Path) -> tuple[list[str], np.ndarray]:
             f"{folder / 'metadata'} must hold .npy files that name at least 10 images,"
             f" so that each split has some; got {len(files)} files with {len(names)}"
         )
-    return names, np.array(labels, np.int32)
+    return names, np.array(labels, np.int32), digest
+
+
+def _image_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} must be a PNG image: {error}") from error
 
 
 def _read_image(path: Path, size: int) -> np.ndarray:

@@ -59,5 +59,6 @@ def make(data_dir: str = "~/lra_release/lra_release/tsv_data", length: int = 400
         provenance={
             "pairs": f"files of {directory.name}",
             "train_pairs": len(tables["train"].labels),
+            **{f"{table.path.name}_sha256": table.sha256 for table in tables.values()},
         },
     )

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.tasks.sources.byte_documents import ANSWER, ask
-from experiments.tasks.sources.tfds_source import prepared
+from experiments.tasks.sources.tfds_source import prepared, prepared_sha256
 from experiments.training.task import Batch, Examples, Task
 
 
@@ -67,5 +67,9 @@ def make(
         sizes={"vocabulary": ANSWER + classes},
         train=lambda seed: examples("train", train),
         evaluations=evaluations,
-        provenance={"texts": builder.info.full_name, "train_texts": len(train)},
+        provenance={
+            "texts": builder.info.full_name,
+            "train_texts": len(train),
+            "texts_sha256": prepared_sha256(builder),
+        },
     )

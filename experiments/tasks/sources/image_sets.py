@@ -5,6 +5,8 @@ validation is every tenth training image."""
 
 import functools
 import gzip
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.tasks.sources.tfds_source import prepared
+from experiments.tasks.sources.tfds_source import prepared, prepared_sha256
 
 try:
     from sklearn.datasets import load_digits
@@ -33,9 +35,11 @@ LUMA = np.array([19595, 38470, 7471])
 @dataclass(frozen=True)
 class Images:
     """Images [H, W, C] of pixels 0 .. brightness - 1. A split is the numbers of its images and how
-    to read images [n, H, W, C] and labels [n] by number."""
+    to read images [n, H, W, C] and labels [n] by number. sha256 is of all pixels and labels, for
+    those of TFDS as `prepared_sha256` says."""
 
     origin: str
+    sha256: str
     shape: tuple[int, ...]
     brightness: int
     classes: int
@@ -96,6 +100,7 @@ def _on_board(
 
     return Images(
         origin=origin,
+        sha256=_sha256(images, labels),
         shape=images.shape[1:],
         brightness=brightness,
         classes=10,
@@ -105,6 +110,13 @@ def _on_board(
             "test": (numbers[place < 2], read),
         },
     )
+
+
+def _sha256(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(json.dumps([array.shape, array.dtype.str]).encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def mnist_files(directory: Path) -> Images:
@@ -132,6 +144,7 @@ def mnist_files(directory: Path) -> Images:
     train, test = (np.arange(len(parts[name][1])) for name in ("train", "t10k"))
     return Images(
         origin=f"files of {directory.name}",
+        sha256=_sha256(*parts["train"], *parts["t10k"]),
         shape=parts["train"][0].shape[1:],
         brightness=256,
         classes=1 + max(int(labels.max()) for _, labels in parts.values()),
@@ -198,6 +211,7 @@ def tfds_images(dataset: str, data_dir: str, download: bool) -> Images:
     numbers = np.arange(builder.info.splits["train"].num_examples)
     return Images(
         origin=builder.info.full_name,
+        sha256=prepared_sha256(builder),
         shape=image.shape,
         brightness=256,
         classes=builder.info.features["label"].num_classes,

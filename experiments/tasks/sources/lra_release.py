@@ -5,6 +5,7 @@ ListOps, Retrieval, Pathfinder and Path-X lie in one archive, 19 GB unpacked, ea
 its own. Nothing of it is copied or held in memory but where each line begins and its class: opening
 a table reads it through once."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,13 @@ def released(data_dir: str, folder: str, entries: Sequence[str]) -> Path:
 @dataclass(frozen=True)
 class Table:
     """A file of lines with columns between tabs. starts [lines + 1] is where each line begins and
-    the last one ends."""
+    the last one ends; sha256 is of the whole file."""
 
     path: Path
     starts: np.ndarray
     labels: np.ndarray
     header: bool
+    sha256: str
 
     def rows(self, numbers: np.ndarray) -> list[list[bytes]]:
         """The columns of the lines with these numbers, counted from 0 and without the header."""
@@ -71,9 +73,10 @@ def open_table(
         for fraction in ("", ".0")
     }
     place = list(columns).index(label)
-    starts, labels, end = [], [], 0
+    starts, labels, end, digest = [], [], 0, hashlib.sha256()
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            digest.update(line)
             begin, end = end, end + len(line)
             row = _columns(line)
             if len(row) != len(columns):
@@ -97,7 +100,9 @@ def open_table(
             labels.append(known[row[place]])
     if not labels:
         raise ValueError(f"{path} must have lines of {', '.join(columns)}; it has none")
-    return Table(path, np.array([*starts, end]), np.array(labels, np.int32), header)
+    return Table(
+        path, np.array([*starts, end]), np.array(labels, np.int32), header, digest.hexdigest()
+    )
 
 
 def _columns(line: bytes) -> list[bytes]:

@@ -1,5 +1,7 @@
 """Data sets that TFDS has prepared, read without TensorFlow."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +45,14 @@ def prepared(dataset: str, data_dir: str, download: bool, choices: str) -> Any:
             f" {', '.join(builder.info.splits)}"
         )
     return builder
+
+
+def prepared_sha256(builder: Any) -> str:
+    """The hash of a prepared data set: of its name with version, and of the numbers of examples in
+    all files and of bytes of its splits; contents are not read."""
+    splits = {
+        name: (list(split.shard_lengths), split.num_bytes)
+        for name, split in sorted(builder.info.splits.items())
+    }
+    listing = json.dumps([builder.info.full_name, splits])
+    return hashlib.sha256(listing.encode()).hexdigest()

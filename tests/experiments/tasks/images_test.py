@@ -236,6 +236,35 @@ def test_grey_is_the_luma_of_pillow(tmp_path: Path) -> None:
     assert np.all(batch["readout_positions"] == 1999) and np.all(batch["targets"] == 257)
 
 
+def test_the_hash_of_images_follows_every_pixel_and_every_label(mnist_files: Path) -> None:
+    hashes = [make(dataset=str(mnist_files)).provenance["images_sha256"]]
+    for name in ("t10k-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+        content = gzip.decompress((mnist_files / name).read_bytes())
+        (mnist_files / name).write_bytes(gzip.compress(content))
+        assert make(dataset=str(mnist_files)).provenance["images_sha256"] == hashes[-1]
+        (mnist_files / name).write_bytes(gzip.compress(content[:-1] + bytes([content[-1] ^ 1])))
+        hashes.append(make(dataset=str(mnist_files)).provenance["images_sha256"])
+    assert len(set(hashes)) == 3
+    assert make().provenance["images_sha256"] == make(levels=3).provenance["images_sha256"]
+
+
+def test_the_hash_of_a_prepared_data_set_follows_its_examples(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    def prepared(name: str) -> str:
+        options: dict[str, Any] = {"data_dir": str(tmp_path / name)}
+        builder: Any = TinyImages(**options, file_format="array_record")
+        builder.download_and_prepare()
+        return make(dataset="tiny_images", **options).provenance["images_sha256"]
+
+    assert prepared("one") == prepared("two")
+    generate = TinyImages._generate_examples
+    monkeypatch.setattr(
+        TinyImages, "_generate_examples", lambda self, numbers: generate(self, numbers[1:])
+    )
+    assert prepared("three") != prepared("one")
+
+
 def test_grey_needs_colours() -> None:
     with pytest.raises(ValueError, match=r"grey must be False .* digits of scikit-learn are 8 x 8"):
         make(grey=True)

@@ -1,5 +1,7 @@
 """The Long Range Arena: released files become tokens and labels exactly, and damage has a name."""
 
+import functools
+import hashlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -84,7 +86,8 @@ def test_reviews_are_bytes_and_every_tenth_is_validation(tmp_path: Path) -> None
     options: dict[str, Any] = {"dataset": "tiny_reviews", "length": 20}
     task = make("text_classification", prepare_reviews(tmp_path), **options)
     assert task.sizes["vocabulary"] == 256 + 2 + 2
-    assert task.provenance == {"texts": "tiny_reviews/1.0.0", "train_texts": 27}
+    assert task.provenance["texts"] == "tiny_reviews/1.0.0"
+    assert task.provenance["train_texts"] == 27
     batches = everything(task)
     texts = {
         name: [read(batch, row) for row in range(len(batch["tokens"]))]
@@ -398,3 +401,44 @@ def test_an_image_in_colour_is_read_as_grey(tmp_path: Path) -> None:
     Image.open(image(tmp_path)).convert("RGB").save(image(tmp_path))
     parts = everything(make("pathfinder", tmp_path, size=5)).values()
     assert 3 in np.concatenate([part["tokens"][:, 0] for part in parts])
+
+
+# Provenance
+
+
+@pytest.mark.parametrize(
+    ("task", "write", "file"),
+    [
+        ("listops", write_listops, "basic_val.tsv"),
+        ("retrieval", write_pairs, "new_aan_pairs.train.tsv"),
+        (
+            "pathfinder",
+            functools.partial(write_pathfinder, size=32),
+            "curv_contour_length_14/metadata/1.npy",
+        ),
+        (
+            "pathfinder",
+            functools.partial(write_pathfinder, size=32),
+            "curv_contour_length_14/imgs/2/sample_4.png",
+        ),
+    ],
+)
+def test_provenance_has_a_hash_that_a_changed_file_changes(
+    tmp_path: Path, task: str, write: Any, file: str
+) -> None:
+    def hashes() -> dict[str, str]:
+        provenance = make(task, tmp_path).provenance
+        return {name: value for name, value in provenance.items() if name.endswith("_sha256")}
+
+    write(tmp_path)
+    before = hashes()
+    content = (tmp_path / file).read_bytes()
+    changed = content.replace(b"0", b"1", 1) if not file.endswith("png") else content + b" "
+    (tmp_path / file).write_bytes(changed)
+    after = hashes()
+    assert before.keys() == after.keys()
+    name = Path(file).name
+    differs = [key for key in before if before[key] != after[key]]
+    assert differs == [f"{name}_sha256" if f"{name}_sha256" in before else "images_sha256"]
+    if task != "pathfinder":
+        assert after[f"{name}_sha256"] == hashlib.sha256(changed).hexdigest()

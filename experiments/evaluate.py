@@ -20,7 +20,7 @@ from flax import nnx
 
 from experiments.objectives.next_token import NextToken
 from experiments.training import command_line
-from experiments.training.evaluation import AppliedModel, evaluate_task
+from experiments.training.evaluation import AppliedModel, check_examples, evaluate_task
 from experiments.training.metrics import finite
 from experiments.training.progress import spread
 from experiments.training.run_loading import LoadedRun, load_run
@@ -66,6 +66,7 @@ def evaluate(run: LoadedRun, examples: int | None = None) -> dict[str, Any]:
     The difference is the largest over replicas, on a few examples of the first evaluation, packed
     documents read as one sequence; None for models that keep no state."""
     config, task = run.config, run.task
+    check_examples(task, "--examples", examples or config.eval.examples)
     devices = run.mesh.devices.size
     part = config.batch_size // config.accumulate
     with jax.set_mesh(run.mesh):

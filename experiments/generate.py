@@ -24,6 +24,9 @@ from experiments.training.prompts import find_prompt_coder
 from experiments.training.run_loading import load_run
 from experiments.training.state import Blueprint
 
+# All are made in one call and held in memory: printed when the last is there, after hours.
+MOST_TOKENS = 1_000_000
+
 
 def generate(
     blueprint: Blueprint,
@@ -52,10 +55,10 @@ def generate(
             "every prompt must have at least one token; got lengths"
             f" {[len(prompt) for prompt in prompts]}"
         )
-    if tokens < 1 or top_k < 0 or not 0 <= temperature < math.inf:
+    if not 1 <= tokens <= MOST_TOKENS or top_k < 0 or not 0 <= temperature < math.inf:
         raise ValueError(
-            "tokens must be at least 1, temperature a finite number of at least 0, top_k at least"
-            f" 0; got tokens={tokens}, temperature={temperature}, top_k={top_k}"
+            f"tokens must be 1 to {MOST_TOKENS}, temperature a finite number of at least 0, top_k"
+            f" at least 0; got tokens={tokens}, temperature={temperature}, top_k={top_k}"
         )
     width = max(len(prompt) for prompt in prompts)
     tokens_BT = np.zeros((len(prompts), width), np.int32)

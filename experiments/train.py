@@ -24,7 +24,7 @@ from experiments.training import checkpoints, command_line, header, run_data, ru
 from experiments.training import config as configs
 from experiments.training.batches import train_batches, units_read
 from experiments.training.config import Config
-from experiments.training.evaluation import known_metrics
+from experiments.training.evaluation import check_examples, known_metrics
 from experiments.training.loop import Training, parts_of
 from experiments.training.mesh import (
     check_host_memory,
@@ -57,6 +57,8 @@ def run(
     written; FloatingPointError if the run diverged; SystemExit after a checkpoint if the process
     was told to end."""
     began = time.monotonic()
+    if not str(workdir):
+        raise ValueError("--workdir must name a directory; got ''")
     workdir = Path(workdir).expanduser().absolute()
 
     # --- Config: everything that can be wrong is found before the workdir is touched.
@@ -91,6 +93,7 @@ def _train(
     run_data.check_same_data(workdir, config, data["provenance"], remedy)
     if mesh.shape["sequence"] > 1:
         check_lengths(mesh, lengths(task, seeds[0]))
+    check_examples(task, "config.eval.examples", config.eval.examples)
     best = checkpoints.Best(_known_metric(program), config.eval.best_mode)
     rows = process_rows(mesh, config.batch_size)
     batches = train_batches(task, seeds=seeds, batch_size=config.batch_size, rows=rows)

@@ -4,6 +4,7 @@ Recorded rows are part of the checkout, and maintainers alone renew them. What a
 own: its rows lie with its workdirs."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ FACTS = (
     "rejected_steps",
     "seconds",
     "compile_seconds",
+    "evaluations",
+)
+# Of what a row has, that without which it cannot be shown.
+NEEDED = (
+    "scale",
+    "config_hash",
+    "commit",
+    "dirty",
+    "device",
+    "platform",
+    "device_count",
     "evaluations",
 )
 
@@ -66,8 +78,11 @@ def places(name: str, runs: Path, record: Path | None = None) -> tuple[Path, Pat
 def append(row: Mapping[str, Any], directory: Path = RESULTS) -> None:
     """Appends a row to <table>.jsonl in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f"{row['table']}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with (directory / f"{row['table']}.jsonl").open("a+b") as file:
+        # A last line that lost its end in an editor would swallow this one.
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        ended = file.read(1) in (b"", b"\n")
+        file.write((b"" if ended else b"\n") + json.dumps(row).encode() + b"\n")
 
 
 def missing(
@@ -91,11 +106,15 @@ def read(table: str, directory: Path = RESULTS) -> list[dict[str, Any]]:
         path.read_text("utf-8").splitlines() if path.exists() else (), start=1
     ):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            lacking = set(NEEDED) - set(row if isinstance(row, dict) else ())
+            if lacking:
+                raise ValueError(f"it has no {', '.join(sorted(lacking))}")
         except ValueError as error:
             raise ValueError(
                 f"{path}, line {number} is not a result row ({error}); remove or mend it"
             ) from error
+        rows.append(row)
     return rows
 
 
@@ -127,9 +146,15 @@ def machine(row: Mapping[str, Any]) -> str:
 
 
 def value_of(cell: Cell, row: Mapping[str, Any]) -> list[float]:
-    """The cell's metric per seed."""
+    """The cell's metric per seed. Raises ValueError for a row that does not have it."""
     evaluation, _, metric = cell.metric.partition("/")
-    return row["evaluations"][evaluation][metric]
+    try:
+        return row["evaluations"][evaluation][metric]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"the row {cell.row!r}, {cell.column!r} (config_hash {row['config_hash']}) has no"
+            f" metric {cell.metric!r}; remove it from the rows, and it is run anew"
+        ) from error
 
 
 def is_finite(cell: Cell, row: Mapping[str, Any]) -> bool:

@@ -6,9 +6,12 @@ may change. Evaluation reads `model` alone. The first two carry a checksum of ev
 on the devices before saving: storage detects files cut short, but a flipped bit in an array would
 otherwise load without a word."""
 
+import errno
 import itertools
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,22 +216,33 @@ class Best:
         return value if self.mode == "max" else -value
 
 
+@dataclass(frozen=True)
+class FirstBest:
+    """Keeps the best checkpoint, the oldest of several that are equally good: the one that the
+    summary names. The library's own policy keeps the newest."""
+
+    best: Best
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """One bool for each checkpoint."""
+        del context
+        scores = [self.best.score(checkpoint.metrics) for checkpoint in checkpoints]
+        top = max(scores, default=-np.inf)
+        first = min(
+            (c.step for c, score in zip(checkpoints, scores, strict=True) if score == top),
+            default=None,
+        )
+        return [top > -np.inf and checkpoint.step == first for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """Saves of one run. `keep` newest and the best one by `best` stay; older ones are removed as
     new ones commit."""
 
     def __init__(self, directory: Path, *, keep: int, best: Best):
         self.best = best
-        policy: Any = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(keep),
-                policies.BestN(
-                    get_metric_fn=best.score,
-                    n=1 if best.metric else 0,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
+        policy: Any = policies.AnyPreservationPolicy([policies.LatestN(keep), FirstBest(best)])
+        self._directory = directory
         self._checkpointer = v1.training.Checkpointer(
             str(directory), preservation_policy=policy, cleanup_tmp_directories=True
         )
@@ -251,22 +265,49 @@ class Checkpoints:
         items = {
             name: {"tree": tree, "checksums": _checksums(tree)} for name, tree in stored.items()
         }
-        self._checkpointer.save_checkpointables_async(
-            step,
-            {**items, "data": data.get_state()},
-            force=True,
-            metrics=dict(metrics) if metrics else None,
-        )
+        with self._naming_a_full_disk():
+            self._checkpointer.save_checkpointables_async(
+                step,
+                {**items, "data": data.get_state()},
+                force=True,
+                metrics=dict(metrics) if metrics else None,
+            )
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._checkpointer.close()
+        """Waits until everything is written. Raises OSError if the disk is full."""
+        with self._naming_a_full_disk():
+            self._checkpointer.close()
+
+    @contextmanager
+    def _naming_a_full_disk(self) -> Iterator[None]:
+        """What goes wrong behind the steps is raised by the next call, as whatever the storage
+        layer makes of it."""
+        try:
+            yield
+        # Of a full disk it makes an OSError or a ValueError; all others pass as they are.
+        except Exception as error:
+            code = getattr(error, "errno", None)
+            code = errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else code
+            if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(
+                code,
+                f"{os.strerror(code)}: a checkpoint could not be saved, those before it stay; make"
+                " room, and the same command goes on",
+                str(self._directory),
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except OSError as error:
+            # What ended the run counts more than what could not be saved after it.
+            if kind is None:
+                raise
+            warn(str(error))
 
 
 def set_aside_unusable(workdir: Path, newest: int) -> None:

@@ -81,6 +81,8 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
         # Reads of a damaged checkpoint leave failed tasks behind, and asyncio tells of each; we
         # tell of the checkpoint.
         stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
+        # What goes wrong in a thread of the storage layer it logs, and raises again in ours.
+        stdlib_logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     return rest
 
 

@@ -20,6 +20,21 @@ from experiments.training.task import Examples, Task
 SEED = 0
 
 
+# Of an evaluation without end: hours, on any device.
+MOST_EXAMPLES = 10_000_000
+
+
+def check_examples(task: Task, name: str, examples: int) -> None:
+    """Raises ValueError if an evaluation that never ends would read more than MOST_EXAMPLES."""
+    for evaluation in task.evaluations:
+        scored = task.evaluation(evaluation)
+        if isinstance(scored, Sums) and scored.examples.length is None and examples > MOST_EXAMPLES:
+            raise ValueError(
+                f"{name} must be at most {MOST_EXAMPLES}, as evaluation {evaluation} draws its"
+                f" examples without end; got {examples}"
+            )
+
+
 class AppliedModel:
     """The `Apply` of evaluations: the model of a blueprint on a mesh, under which it is to be
     called."""

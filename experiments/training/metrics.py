@@ -5,18 +5,22 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from experiments.objectives.objective import report_metrics
 from experiments.training.checkpoints import Best
 from experiments.training.metrics_file import FILE, Row, mean, rows_and_others
 from experiments.training.progress import warn
+from experiments.training.run_record import writing
 from experiments.training.speed import Interval, SpeedMeter
 
 
@@ -36,21 +40,22 @@ class MetricsLog:
             with aside.open("ab") as file:
                 file.writelines(line + b"\n" for line in others)
             warn(f"{workdir / FILE}: moved {len(others)} lines that are no rows to {aside}")
-        partial = workdir / f"{FILE}.partial"
-        with partial.open("w", encoding="utf-8") as file:
+        self._path, partial = workdir / FILE, workdir / f"{FILE}.partial"
+        with writing(partial), partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(workdir / FILE)
-        self._file = (workdir / FILE).open("a", encoding="utf-8")
-        # TensorBoard drops events at and after purge_step that were written before this one.
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        partial.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        with writing(workdir / "tensorboard"):
+            self._board = Board(workdir / "tensorboard", first=step + 1)
 
     def write(self, row: Row) -> None:
         """`row`: "step", and numbers or lists of one number per seed."""
         if not self._active:
             return
-        self._file.write(json.dumps(finite(dict(row))) + "\n")
+        with writing(self._path):
+            self._file.write(json.dumps(finite(dict(row))) + "\n")
         for name, value in row.items():
             if isinstance(value, list):
                 tags = (
@@ -59,27 +64,65 @@ class MetricsLog:
                     else [f"{name}/seed_{seed}" for seed in self._seeds]
                 )
                 for tag, number in zip(tags, value, strict=True):
-                    self._board.add_scalar(tag, number, row["step"])
+                    self._board.write(tag, number, row["step"])
             elif name != "step":
-                self._board.add_scalar(name, value, row["step"])
+                self._board.write(name, value, row["step"])
 
     def flush(self) -> None:
         """Returns when every row is on disk. Before a checkpoint, so that its step's rows are never
         missing."""
         if not self._active:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._board.flush()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._active:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if not self._active:
+            return
+        try:
             self.flush()
             self._file.close()
             self._board.close()
+        except OSError as error:
+            # What ended the run counts more than what could not be written after it.
+            if kind is None:
+                raise
+            warn(str(error))
+
+
+class Board:
+    """TensorBoard's events in `folder`, from step `first` on in the place of older ones.
+
+    Written here and now: the thread of the library's own writer dies of a full disk, and whoever
+    has more to write then waits for ever."""
+
+    def __init__(self, folder: Path, *, first: int):
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(wall_time=time.time(), step=first, session_log=start))
+
+    def write(self, tag: str, number: float, step: int) -> None:
+        """A point of the curve `tag`."""
+        with writing(self._folder):
+            summary = scalar(tag, number)
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        """Returns when every point is written."""
+        with writing(self._folder):
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        with writing(self._folder):
+            self._events.close()
 
 
 def finite(value: Any) -> Any:

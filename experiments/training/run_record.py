@@ -91,14 +91,17 @@ def read_config(workdir: Path) -> Config:
 
 def check_continues(workdir: Path, config: Config) -> None:
     """Raises ValueError if `workdir` holds a run with another config, with what differs, or
-    checkpoints without a record of what they are of."""
+    what a run leaves without a record of what it is of."""
     record, saved = read(workdir), workdir / "checkpoints"
     if saved.exists() and not saved.is_dir():
         raise ValueError(f"{saved} must be a directory; it is a file")
     if record is None:
+        left = [name for name in ("summary.json", "metrics.jsonl") if (workdir / name).exists()]
         if saved.is_dir() and any(path.name.isdigit() for path in saved.iterdir()):
+            left = ["checkpoints"]
+        if left:
             raise ValueError(
-                f"{workdir} has checkpoints but no {FILE}, which says of which run; restore it, or"
+                f"{workdir} has {left[0]} but no {FILE}, which says of which run; restore it, or"
                 " use another --workdir"
             )
         return
@@ -178,8 +181,20 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Replaces `path` in one move, so that a reader sees the old file or the new one."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with writing(path):
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names `path` in an OSError that names no file, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Tables: every cell is a config that exists; numbers come from rows; what is missing is shown as
 missing."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -270,9 +271,28 @@ def test_a_run_whose_metric_is_not_finite_is_shown_as_that(tmp_path):
 
 
 def test_a_broken_row_is_reported_with_its_line(tmp_path):
-    (tmp_path / "state_tracking.jsonl").write_text('{"scale": "cpu"}\nnot json\n')
-    with pytest.raises(ValueError, match=r"state_tracking\.jsonl, line 2 is not a result row"):
-        rows.read("state_tracking", tmp_path)
+    whole = dict.fromkeys(rows.NEEDED, "cpu")
+    without_hash = {name: value for name, value in whole.items() if name != "config_hash"}
+    for spoilt in ("not json", "[]", "3", json.dumps(without_hash)):
+        (tmp_path / "state_tracking.jsonl").write_text(f"{json.dumps(whole)}\n{spoilt}\n")
+        with pytest.raises(
+            ValueError, match=r"state_tracking\.jsonl, line 2 is not a result row .*; remove"
+        ):
+            rows.read("state_tracking", tmp_path)
+    cell = find_cells(find_table("mqar"), "cpu")[0]
+    for evaluations in ({}, {"length_32_pairs_8": {"loss": [1.0]}}, None):
+        with pytest.raises(ValueError, match=r"the row 'Attention', .* has no metric 'length_32_"):
+            rows.value_of(cell, {"config_hash": "0", "evaluations": evaluations})
+
+
+@pytest.mark.parametrize("ending", ["\n", "", " "])
+def test_a_row_is_appended_as_a_line_of_its_own(tmp_path, ending):
+    row = dict.fromkeys(rows.NEEDED, "größe") | {"table": "mine"}
+    rows.append(row, tmp_path)
+    file = tmp_path / "mine.jsonl"
+    file.write_text(file.read_text().rstrip("\n") + ending)
+    rows.append(row | {"scale": "cpu"}, tmp_path)
+    assert rows.read("mine", tmp_path) == [row, row | {"scale": "cpu"}]
 
 
 def test_tables_in_a_document_are_renewed_and_the_rest_of_it_stays(tmp_path):

@@ -144,6 +144,15 @@ def test_evaluation_of_the_checkpoint_gives_the_metrics_of_the_last_step(finishe
     assert result["evaluations"] == summary["evaluations"]
 
 
+def test_an_evaluation_without_end_is_bounded(finished, tmp_path):
+    message = r" must be at most 10000000, as evaluation in_distribution draws .* got 1000000000000"
+    with pytest.raises(ValueError, match="--examples" + message):
+        evaluate(load_run(finished[0]), 10**12)
+    with pytest.raises(ValueError, match="config.eval.examples" + message):
+        train.run(tiny(**{"eval.examples": 10**12}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_lowers_the_loss(tmp_path):
     config = tiny(
         **{
@@ -220,8 +229,9 @@ def test_a_run_that_only_meets_non_finite_losses_stops_and_says_so(tmp_path, mon
     assert rows_of(tmp_path)[-1]["step"] == 6
 
 
-def test_the_best_and_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
-    scores = iter([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+@pytest.mark.parametrize("later", [2.0, 1.0])
+def test_the_first_best_and_the_newest_checkpoints_are_kept(tmp_path, monkeypatch, later):
+    scores = iter([3.0, 1.0, later, 5.0, 4.0, 6.0])
     real = loop.evaluate_task
 
     def scripted(*args: Any, **kwargs: Any) -> Any:

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from orbax.checkpoint import v1
 
 from experiments import train
-from experiments.training import run_record
+from experiments.training import checkpoints, metrics, run_record
+from experiments.training.metrics import MetricsLog
 from experiments.training.metrics_file import read_rows
 from tests.experiments.train_test import tiny
 
@@ -71,11 +73,86 @@ def test_a_record_that_is_none_is_named(finished, text):
         run_record.read_config(finished)
 
 
-def test_checkpoints_without_a_record_are_not_continued(finished):
-    (finished / "run.json").unlink()
-    (finished / "summary.json").unlink()
-    with pytest.raises(ValueError, match=r"has checkpoints but no run\.json"):
+@pytest.mark.parametrize("left", ["checkpoints", "summary.json", "metrics.jsonl"])
+def test_what_is_left_without_a_record_is_not_continued(finished, left):
+    for path in (finished / "run.json", finished / "summary.json", finished / "metrics.jsonl"):
+        if path.name != left:
+            path.unlink()
+    if left != "checkpoints":
+        shutil.rmtree(finished / "checkpoints")
+    with pytest.raises(ValueError, match=rf"has {left} but no run\.json, which says of which run"):
         again(finished, **{"optimizer.lr": 0.5})
+    assert (finished / left).exists()
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("save", "error"),
+    [
+        (2, FULL),
+        (2, ValueError("RESOURCE_EXHAUSTED: write failed [OS error 28: No space left on device]")),
+        (1, FULL),
+    ],
+)
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(
+    source, tmp_path, monkeypatch, save, error
+):
+    real, calls = v1.training.Checkpointer.save_checkpointables_async, []
+
+    def full(self, step, *args, **kwargs):
+        calls.append(step)
+        if len(calls) == save:
+            raise error
+        return real(self, step, *args, **kwargs)
+
+    message = r"No space left on device: a checkpoint could not be saved, .* room.*/checkpoints'"
+    with monkeypatch.context() as patch:
+        patch.setattr(v1.training.Checkpointer, "save_checkpointables_async", full)
+        with pytest.raises(OSError, match=message):
+            again(tmp_path)
+    assert checkpoints.steps(tmp_path / "checkpoints") == [3][: save - 1]
+    assert again(tmp_path)["evaluations"] == train.run(tiny(), source, quiet=True)["evaluations"]
+
+
+def test_a_storage_error_of_another_kind_passes_as_it_is(tmp_path, monkeypatch):
+    def broken(self, *_, **__):
+        raise KeyError("of the storage layer")
+
+    monkeypatch.setattr(v1.training.Checkpointer, "save_checkpointables_async", broken)
+    with pytest.raises(KeyError, match="of the storage layer"):
+        again(tmp_path)
+
+
+def test_what_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise FULL
+
+    log = MetricsLog(tmp_path, step=0, seeds=(0,))
+    for owner, name, file in (
+        (metrics.os, "fsync", "metrics.jsonl"),
+        (metrics.EventsWriter, "write_event", "tensorboard"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(OSError, match=rf"No space left on device: '/.*/{file}'"):
+                log.write({"step": 1, "train/loss": [0.5]})
+                log.flush()
+            # What ended the run counts more.
+            with pytest.raises(ZeroDivisionError), log:
+                1 / 0  # noqa: B018 (any error)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match=r"No space left on device: '/.*/run.json'"):
+            run_record.write_json(tmp_path / "run.json", {})
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '/.*/nowhere"):
+        run_record.write_json(tmp_path / "nowhere/run.json", {})
+
+
+def test_a_workdir_without_a_name_is_refused():
+    with pytest.raises(ValueError, match=r"--workdir must name a directory; got ''"):
+        train.run(tiny(), "", quiet=True)
 
 
 def test_a_file_in_the_place_of_checkpoints_is_named(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
 from experiments.objectives.objective import report_metrics
@@ -22,6 +22,8 @@ from experiments.training.metrics_file import FILE, Row, mean, rows_and_others
 from experiments.training.progress import warn
 from experiments.training.run_record import writing
 from experiments.training.speed import Interval, SpeedMeter
+
+MESSAGES: Any = event_pb2  # whose classes are made when it is loaded
 
 
 class MetricsLog:
@@ -105,14 +107,16 @@ class Board:
         self._folder = folder
         folder.mkdir(exist_ok=True)
         self._events = EventsWriter(str(folder / "events"))
-        start = SessionLog(status=SessionLog.START)
-        self._events.write_event(Event(wall_time=time.time(), step=first, session_log=start))
+        start = MESSAGES.SessionLog(status=MESSAGES.SessionLog.START)
+        self._write(first, session_log=start)
 
     def write(self, tag: str, number: float, step: int) -> None:
         """A point of the curve `tag`."""
         with writing(self._folder):
-            summary = scalar(tag, number)
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._write(step, summary=scalar(tag, number))
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._events.write_event(MESSAGES.Event(wall_time=time.time(), step=step, **content))
 
     def flush(self) -> None:
         """Returns when every point is written."""

@@ -56,9 +56,10 @@ class BaseConv(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         past = (state or {}).get("conv")
-        shifted_BTD, past = self.conv(x_BTD, past, segment_ids)
+        shifted_BTD, past = self.conv(x_BTD, past, segment_ids, reverse)
         return self.gate(x_BTD) * shifted_BTD + x_BTD, {"conv": past}
 
     def init_state(self, batch: int) -> dict[str, Any]:

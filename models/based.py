@@ -101,6 +101,7 @@ class BasedLinearAttention(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
         # Section 4
@@ -111,6 +112,7 @@ class BasedLinearAttention(nnx.Module):
             eps=DENOMINATOR_EPS,
             initial_state=state.get("memory"),
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         return self.output(merge_heads(o_BTHV.astype(self.compute_dtype))), {"memory": memory}
 

@@ -84,9 +84,12 @@ class DeltaNet(ConvolvedProjections):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
-        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(x_BTD, state, segment_ids)
+        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(
+            x_BTD, state, segment_ids, reverse=reverse
+        )
         q_BTHK = l2_normalise(split_heads(jax.nn.silu(q_BTD), self.heads))
         k_BTHK = l2_normalise(split_heads(jax.nn.silu(k_BTD), self.heads))
         o_BTHV, memory = delta_rule(
@@ -96,6 +99,7 @@ class DeltaNet(ConvolvedProjections):
             self.beta_max * jax.nn.sigmoid(self.beta(x_BTD).astype(jnp.float32)),
             initial_state=state.get("memory"),
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         y_BTD = self.output(merge_heads(self.norm(o_BTHV)).astype(self.compute_dtype))
         return y_BTD, {**convolutions, "memory": memory}

@@ -99,9 +99,12 @@ class GatedDeltaNet(ConvolvedProjections):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
-        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(x_BTD, state, segment_ids)
+        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(
+            x_BTD, state, segment_ids, reverse=reverse
+        )
         q_BTHK = l2_normalise(split_heads(jax.nn.silu(q_BTD), self.heads))
         k_BTHK = l2_normalise(split_heads(jax.nn.silu(k_BTD), self.heads))
         dt_BTH = jax.nn.softplus(
@@ -116,6 +119,7 @@ class GatedDeltaNet(ConvolvedProjections):
             -jnp.exp(self.a_log_H[...])[None, None, :] * dt_BTH,
             initial_state=state.get("memory"),
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         o_BTD = merge_heads(self.norm(o_BTHV)).astype(self.compute_dtype)
         y_BTD = self.output(o_BTD * jax.nn.silu(self.output_gate(x_BTD)))

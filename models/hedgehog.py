@@ -134,10 +134,13 @@ class Hedgehog(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        positions_BT = token_positions(positions, state["position"], length, segment_ids)
+        positions_BT = token_positions(
+            positions, state["position"], length, segment_ids, reverse=reverse
+        )
         q_BTHK, k_BTHK = (
             split_heads(self.query(x_BTD), self.heads),
             split_heads(self.key(x_BTD), self.heads),
@@ -152,9 +155,10 @@ class Hedgehog(nnx.Module):
             eps=DENOMINATOR_EPS,
             initial_state=state["memory"],
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         y_BTD = self.output(merge_heads(o_BTHV.astype(self.compute_dtype)))
-        return y_BTD, {"memory": memory, "position": next_position(positions_BT)}
+        return y_BTD, {"memory": memory, "position": next_position(positions_BT, reverse=reverse)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

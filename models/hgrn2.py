@@ -124,6 +124,7 @@ class HGRN2(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
         shared: Bounds | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
@@ -136,6 +137,7 @@ class HGRN2(nnx.Module):
             scale=1.0,
             initial_state=state.get("memory"),
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         return self.output(self.norm(merge_heads(o_BTHV)).astype(self.compute_dtype)), {
             "memory": memory

@@ -94,9 +94,12 @@ class KimiDeltaAttention(ConvolvedProjections):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
-        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(x_BTD, state, segment_ids)
+        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(
+            x_BTD, state, segment_ids, reverse=reverse
+        )
         q_BTHK = l2_normalise(split_heads(jax.nn.silu(q_BTD), self.heads))
         k_BTHK = l2_normalise(split_heads(jax.nn.silu(k_BTD), self.heads))
         dt_BTHK = split_heads(self.dt_out(self.dt_in(x_BTD)).astype(jnp.float32), self.heads)
@@ -110,6 +113,7 @@ class KimiDeltaAttention(ConvolvedProjections):
             -jnp.exp(self.a_log_H[...])[None, None, :, None] * dt_BTHK,
             initial_state=state.get("memory"),
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         o_BTD = merge_heads(self.norm(o_BTHV)).astype(self.compute_dtype)
         y_BTD = self.output(

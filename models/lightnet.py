@@ -91,11 +91,16 @@ class LightNetAttention(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or self.init_state(x_BTD.shape[0])
         k_BTD = self.key(x_BTD).astype(jnp.float32)
         z_BTD, before_BTD = running_normaliser(
-            k_BTD, empty=self.empty_log, initial_BD=state["normaliser_log"], segment_ids=segment_ids
+            k_BTD,
+            empty=self.empty_log,
+            initial_BD=state["normaliser_log"],
+            segment_ids=segment_ids,
+            reverse=reverse,
         )
         # A first token after an empty sum has all the weight; there is no state for its decay to
         # act on.
@@ -108,10 +113,12 @@ class LightNetAttention(nnx.Module):
             split_heads(jnp.where(alone_BTD, 0.0, jax.nn.log_sigmoid(-d_BTD)), self.heads),
             initial_state=state["memory"],
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         o_BTD = self.norm(merge_heads(o_BTHV)).astype(self.compute_dtype)
+        last = 0 if reverse else -1
         gate_BTD = jax.nn.silu(self.output_gate_out(self.output_gate_in(x_BTD)))
-        return self.output(o_BTD * gate_BTD), {"memory": memory, "normaliser_log": z_BTD[:, -1]}
+        return self.output(o_BTD * gate_BTD), {"memory": memory, "normaliser_log": z_BTD[:, last]}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: a zero matrix and the log of an empty sum."""
@@ -122,27 +129,36 @@ class LightNetAttention(nnx.Module):
 
 
 def running_normaliser(
-    k_BTD: jax.Array, *, empty: float, initial_BD: jax.Array, segment_ids: jax.Array | None
+    k_BTD: jax.Array,
+    *,
+    empty: float,
+    initial_BD: jax.Array,
+    segment_ids: jax.Array | None,
+    reverse: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """z_t = log(exp(z_{t-1}) + exp(k_t)) per channel and z_{t-1}, both [B, T, D] float32.
 
     `initial_BD` stands before the first token and `empty`, the log of an empty sum (-inf, or 0 for
-    a sum that starts at 1), before the first token of a later segment. Nothing overflows, whatever
-    k is: no exponential of it is formed."""
+    a sum that starts at 1), before the first token of a later segment. In reverse the first token
+    is the last of time. Nothing overflows, whatever k is: no exponential of it is formed."""
     k_BTD = k_BTD.astype(jnp.float32)
     if segment_ids is None:
         starts_BT1 = jnp.zeros((*k_BTD.shape[:2], 1), bool)
     else:
-        starts_BT1 = starts(segment_ids)[..., None]
+        starts_BT1 = starts(segment_ids, reverse=reverse)[..., None]
     own_BTD = jnp.where(starts_BT1, jnp.logaddexp(empty, k_BTD), k_BTD)
-    own_BTD = own_BTD.at[:, 0].set(jnp.logaddexp(initial_BD, k_BTD[:, 0]))
+    first = -1 if reverse else 0
+    own_BTD = own_BTD.at[:, first].set(jnp.logaddexp(initial_BD, k_BTD[:, first]))
 
     def combine(earlier, later):
         (starts, z), (later_starts, later_z) = earlier, later
         return starts | later_starts, jnp.where(later_starts, later_z, jnp.logaddexp(z, later_z))
 
-    _, z_BTD = lax.associative_scan(combine, (starts_BT1, own_BTD), axis=1)
-    before_BTD = jnp.concatenate((initial_BD[:, None], z_BTD[:, :-1]), axis=1)
+    _, z_BTD = lax.associative_scan(combine, (starts_BT1, own_BTD), axis=1, reverse=reverse)
+    if reverse:
+        before_BTD = jnp.concatenate((z_BTD[:, 1:], initial_BD[:, None]), axis=1)
+    else:
+        before_BTD = jnp.concatenate((initial_BD[:, None], z_BTD[:, :-1]), axis=1)
     return z_BTD, jnp.where(starts_BT1, empty, before_BTD)
 
 

@@ -134,10 +134,13 @@ class LightningAttention(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        positions_BT = token_positions(positions, state["position"], length, segment_ids)
+        positions_BT = token_positions(
+            positions, state["position"], length, segment_ids, reverse=reverse
+        )
         q_BTHK = split_heads(jax.nn.silu(self.query(x_BTD)), self.heads)
         k_BTHK = split_heads(jax.nn.silu(self.key(x_BTD)), self.heads)
         if self.rotation is not None:
@@ -151,6 +154,7 @@ class LightningAttention(nnx.Module):
             scale=1.0,
             initial_state=state["memory"],
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         u_BTD = (
             self.gate(x_BTD)
@@ -160,7 +164,7 @@ class LightningAttention(nnx.Module):
         o_BTD = simple_rms_norm(merge_heads(o_BTHV), self.norm_eps).astype(self.compute_dtype)
         return self.output(o_BTD * u_BTD), {
             "memory": memory,
-            "position": next_position(positions_BT),
+            "position": next_position(positions_BT, reverse=reverse),
         }
 
     def init_state(self, batch: int) -> dict[str, Any]:

@@ -102,17 +102,24 @@ class LinearAttention(ConvolvedProjections):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
         phi = FEATURE_MAPS[self.feature_map]
-        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(x_BTD, state, segment_ids)
+        q_BTD, k_BTD, v_BTD, convolutions = self.convolved(
+            x_BTD, state, segment_ids, reverse=reverse
+        )
         if self.conv_q.width:
             q_BTD, k_BTD, v_BTD = (jax.nn.silu(q_BTD), jax.nn.silu(k_BTD), jax.nn.silu(v_BTD))
         q_BTHK = phi(split_heads(q_BTD, self.heads))
         k_BTHK = phi(split_heads(k_BTD, self.heads))
         v_BTHV = split_heads(v_BTD, self.heads)
 
-        past: dict[str, Any] = {"initial_state": state.get("memory"), "segment_ids": segment_ids}
+        past: dict[str, Any] = {
+            "initial_state": state.get("memory"),
+            "segment_ids": segment_ids,
+            "reverse": reverse,
+        }
         if self.norm is None:
             # Eq. 18 - 20
             o_BTHV, memory = normalised_attention(

@@ -105,6 +105,7 @@ class LinearRecurrentUnit(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         scale_11N = jnp.exp(self.scale_log_N[...])[None, None, :]
         h_BTN, memory = diagonal_scan(
@@ -115,6 +116,7 @@ class LinearRecurrentUnit(nnx.Module):
             ),
             initial_state=(state or {}).get("memory"),
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         real_BTN, imaginary_BTN = (part.astype(self.compute_dtype) for part in h_BTN)
         y_BTD = self.read_real(real_BTN) - self.read_imaginary(imaginary_BTN)  # Re(C h)

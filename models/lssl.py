@@ -169,6 +169,7 @@ class LSSL(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         x_float_BTD, (batch, length, _) = x_BTD.astype(jnp.float32), x_BTD.shape
         A_DNN, b_DN = self.system()
@@ -181,6 +182,7 @@ class LSSL(nnx.Module):
             kernel=functools.partial(krylov_kernel, A_DNN, b_DN, read_DMN),
             initial_state=None if state is None else state["memory"],
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         y_BTDM = y_BTDM + skip_DM[None, None] * x_float_BTD[..., None]
         g_BTE = jax.nn.gelu(y_BTDM).astype(self.compute_dtype)

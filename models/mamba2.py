@@ -115,11 +115,13 @@ class Mamba2(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         state = state or {}
-        x_BTE, conv_x = self.conv_x(self.input(x_BTD), state.get("conv_x"), segment_ids)
-        B_BTE, conv_B = self.conv_B(self.write(x_BTD), state.get("conv_B"), segment_ids)
-        C_BTE, conv_C = self.conv_C(self.read(x_BTD), state.get("conv_C"), segment_ids)
+        given = (segment_ids, reverse)
+        x_BTE, conv_x = self.conv_x(self.input(x_BTD), state.get("conv_x"), *given)
+        B_BTE, conv_B = self.conv_B(self.write(x_BTD), state.get("conv_B"), *given)
+        C_BTE, conv_C = self.conv_C(self.read(x_BTD), state.get("conv_C"), *given)
         x_BTHP = split_heads(jax.nn.silu(x_BTE), self.heads).astype(jnp.float32)
         dt_BTH = jax.nn.softplus(
             self.dt(x_BTD).astype(jnp.float32) + self.dt_bias_H[...][None, None, :]
@@ -133,6 +135,7 @@ class Mamba2(nnx.Module):
             scale=1.0,
             initial_state=state.get("memory"),
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         y_BTE = merge_heads(y_BTHP + self.skip_H[...][None, None, :, None] * x_BTHP)
         # Section 7.1, Fig. 6

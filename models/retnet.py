@@ -95,10 +95,13 @@ class Retention(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        positions_BT = token_positions(positions, state["position"], length, segment_ids)
+        positions_BT = token_positions(
+            positions, state["position"], length, segment_ids, reverse=reverse
+        )
         # Eq. 5
         q_BTHK = rotate(
             split_heads(self.query(x_BTD), self.heads), positions_BT, base=self.rope_base
@@ -112,11 +115,12 @@ class Retention(nnx.Module):
             decay_log(self.heads),
             initial_state=state["memory"],
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         # Eq. 8
         o_BTD = merge_heads(simple_rms_norm(o_BTHV, self.norm_eps)).astype(self.compute_dtype)
         y_BTD = self.output(jax.nn.silu(self.output_gate(x_BTD)) * o_BTD)
-        return y_BTD, {"memory": memory, "position": next_position(positions_BT)}
+        return y_BTD, {"memory": memory, "position": next_position(positions_BT, reverse=reverse)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

@@ -185,26 +185,31 @@ class S4D(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         x_float_BTD = x_BTD.astype(jnp.float32)
         if state is None and segment_ids is None and self.parallel == "convolution":
-            y_BTD, memory = self.convolution(x_float_BTD)
+            y_BTD, memory = self.convolution(x_float_BTD, reverse)
         else:
-            y_BTD, memory = self.recurrence(x_float_BTD, state, segment_ids)
+            y_BTD, memory = self.recurrence(x_float_BTD, state, segment_ids, reverse)
         y_BTD = y_BTD + self.skip_D[...][None, None, :] * x_float_BTD
         g_BTD = jax.nn.gelu(y_BTD).astype(self.compute_dtype)
         return self.output(g_BTD) * jax.nn.sigmoid(self.output_gate(g_BTD)), {"memory": memory}
 
-    def convolution(self, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+    def convolution(self, x_BTD: jax.Array, reverse: bool) -> tuple[jax.Array, Any]:
         """K * x [B, T, D], and the memory after it."""
         factor_DM, write_DM = self.system()
         y_BTD, memory = diagonal_convolution(  # Eq. 5
-            x_BTD, _parts(factor_DM), _parts(write_DM), self.read()
+            x_BTD, _parts(factor_DM), _parts(write_DM), self.read(), reverse=reverse
         )
         return y_BTD, jax.tree.map(lambda part_BDM: part_BDM.reshape(len(x_BTD), -1), memory)
 
     def recurrence(
-        self, x_BTD: jax.Array, state: dict[str, Any] | None, segment_ids: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        state: dict[str, Any] | None,
+        segment_ids: jax.Array | None,
+        reverse: bool,
     ) -> tuple[jax.Array, Any]:
         """2 Re(C h) [B, T, D], and the memory after the last token."""
         factor_DM, write_DM = self.system()
@@ -217,6 +222,7 @@ class S4D(nnx.Module):
             jax.tree.map(written, _parts(write_DM)),
             initial_state=None if state is None else state["memory"],
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         terms_BTDM = sum(  # Re(C h) = Re C Re h - Im C Im h
             sign * c_DM[None, None] * part.reshape(*x_BTD.shape, -1)

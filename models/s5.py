@@ -168,6 +168,7 @@ class S5(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         factor_N, input_N = self.system()
         real_11N, imaginary_11N = (input_N.real[None, None, :], input_N.imag[None, None, :])
@@ -181,6 +182,7 @@ class S5(nnx.Module):
             ),
             initial_state=(state or {}).get("memory"),
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         real_BTN, imaginary_BTN = (part.astype(self.compute_dtype) for part in h_BTN)
         # 2 Re(C h).

@@ -83,10 +83,13 @@ class NormAttention(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         batch, length, _ = x_BTD.shape
         state = state or self.init_state(batch)
-        positions_BT = token_positions(positions, state["position"], length, segment_ids)
+        positions_BT = token_positions(
+            positions, state["position"], length, segment_ids, reverse=reverse
+        )
         q_BTHK = jax.nn.elu(split_heads(self.query(x_BTD), self.heads)) + 1
         k_BTHK = jax.nn.elu(split_heads(self.key(x_BTD), self.heads)) + 1
         o_BTHV, memory = gated_linear_attention(
@@ -96,11 +99,12 @@ class NormAttention(nnx.Module):
             scale=1.0,
             initial_state=state["memory"],
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         y_BTD = self.output(
             simple_rms_norm(merge_heads(o_BTHV), self.norm_eps).astype(self.compute_dtype)
         )
-        return y_BTD, {"memory": memory, "position": next_position(positions_BT)}
+        return y_BTD, {"memory": memory, "position": next_position(positions_BT, reverse=reverse)}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

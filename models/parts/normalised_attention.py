@@ -14,10 +14,11 @@ def normalised_attention(
     eps: float,
     initial_state: jax.Array | None,
     segment_ids: jax.Array | None,
+    reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """o_t = sum_{s <= t} (q_t k_s) v_s / (sum_{s <= t} q_t k_s + eps), [B, T, H, V], and the state.
 
-    Both are float32; the state is [B, H, K, V + 1].
+    Both are float32; the state is [B, H, K, V + 1]. With `reverse` the sums are over s >= t.
 
     The denominator is the same sum with v = 1, so a column of ones is appended to v and the state's
     last column sums the keys. Float32 throughout: the op's output has v's dtype, and numerator and
@@ -31,5 +32,6 @@ def normalised_attention(
         scale=1.0,
         initial_state=initial_state,
         segment_ids=segment_ids,
+        reverse=reverse,
     )
     return o_BTHV[..., :-1] / (o_BTHV[..., -1:] + eps), state

@@ -8,23 +8,31 @@ from ops.framework import segments
 
 
 def token_positions(
-    given_BT: jax.Array | None, start_B: jax.Array, length: int, segment_ids: jax.Array | None
+    given_BT: jax.Array | None,
+    start_B: jax.Array,
+    length: int,
+    segment_ids: jax.Array | None,
+    *,
+    reverse: bool = False,
 ) -> jax.Array:
     """Positions [B, T] of the next `length` tokens: the given ones or, for None, counted int32.
 
-    The count goes on from `start_B` and starts at 0 where a document starts."""
+    The count goes on from `start_B` and starts at 0 where a document starts; in reverse it begins
+    at the last token, and a document starts with its last."""
     if given_BT is not None:
         return given_BT
-    index_BT = jnp.broadcast_to(
-        jnp.arange(length, dtype=jnp.int32)[None, :], (start_B.shape[0], length)
-    )
+    index_T = jnp.arange(length, dtype=jnp.int32)
+    index_T = length - 1 - index_T if reverse else index_T
+    index_BT = jnp.broadcast_to(index_T[None, :], (start_B.shape[0], length))
     counted_BT = start_B[:, None] + index_BT
     if segment_ids is None:
         return counted_BT
-    begin_BT = lax.cummax(jnp.where(segments.starts(segment_ids), index_BT, 0), axis=1)
+    starts_BT = segments.starts(segment_ids, reverse=reverse)
+    begin_BT = lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1, reverse=reverse)
     return jnp.where(begin_BT > 0, index_BT - begin_BT, counted_BT)
 
 
-def next_position(positions_BT: jax.Array) -> jax.Array:
-    """Where the token after the last one stands, [B] int32."""
-    return (positions_BT[:, -1] + 1).astype(jnp.int32)
+def next_position(positions_BT: jax.Array, *, reverse: bool = False) -> jax.Array:
+    """Where the token after the last one stands, [B] int32; in reverse the last is the first of
+    time."""
+    return (positions_BT[:, 0 if reverse else -1] + 1).astype(jnp.int32)

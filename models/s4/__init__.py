@@ -226,6 +226,7 @@ class S4(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         x_float_BTD, length = x_BTD.astype(jnp.float32), x_BTD.shape[1]
         E_DNN, b_DN = self.increment()
@@ -241,6 +242,7 @@ class S4(nnx.Module):
             kernel=kernel if length <= self.kernel_length else None,
             initial_state=None if state is None else state["memory"],
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         y_BTD = y_BTD1[..., 0] + self.skip_D[...][None, None, :] * x_float_BTD
         g_BTD = jax.nn.gelu(y_BTD).astype(self.compute_dtype)

@@ -12,13 +12,9 @@ from ..framework.sequence_parallel import CARRIED, TimeAxis
 
 def _tail(x, segment_ids, taps, reverse):
     """The state after these inputs [B, W - 1, D]."""
-    keep_BT = segments.reaches_end(segment_ids, reverse=reverse)
-    if reverse:
-        x, keep_BT = (None if a is None else a[:, : taps - 1][:, ::-1] for a in (x, keep_BT))
-    else:
-        start = x.shape[1] - (taps - 1)
-        x, keep_BT = (None if a is None else a[:, start:] for a in (x, keep_BT))
+    keep_BT, halo = segments.reaches_end(segment_ids, reverse=reverse), taps - 1
     x = x if keep_BT is None else jnp.where(keep_BT[..., None], x, 0)
+    x = x[:, :halo][:, ::-1] if reverse else x[:, x.shape[1] - halo :]
     return x.astype(jnp.float32)
 
 

@@ -62,7 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hedgehog": {"heads": 2},
     "based": {"heads": 2, "feature_size": 4},
     "retnet": {"heads": 2},
-    "lightning": {"heads": 2},
+    "lightning": {"heads": 2, "layer": 1},
     "gla": {"heads": 2, "conv_width": 3},
     "hgrn2": {"heads": 2},
     "lightnet": {"heads": 2, "gate_rank": 4},
@@ -83,23 +83,23 @@ IN_MAKE_TEST = ("hedgehog", "lightnet", "s4d", "base_conv")
 
 
 @pytest.mark.parametrize(
-    ("name", "segment_ids"),
+    ("name", "packed"),
     [
-        pytest.param(name, ids, marks=() if name in IN_MAKE_TEST else pytest.mark.full)
+        pytest.param(name, packed, marks=() if name in IN_MAKE_TEST else pytest.mark.full)
         for name in OPTIONS
         # Those of s4 are convolutions where there are no segments and no state.
-        for ids in ((SEGMENT_IDS, None) if name in ("lssl", "s4", "s4d") else (SEGMENT_IDS,))
+        for packed in ((True, False) if name in ("lssl", "s4", "s4d") else (True,))
     ],
 )
-def test_a_mixer_in_reverse_is_itself_along_reversed_tokens(name, segment_ids):
-    given: dict[str, Any] = {"depth": 2, "rngs": nnx.Rngs(0), **FLOAT32, **OPTIONS[name]}
-    mixer = randomised(lambda: find_mixer(name)(WIDTH, **given))
+def test_a_mixer_in_reverse_is_itself_along_reversed_tokens(name, packed):
+    given: dict[str, Any] = {"depth": 2, **FLOAT32, **OPTIONS[name]}
+    mixer = randomised(lambda: find_mixer(name)(WIDTH, rngs=nnx.Rngs(0), **given))
 
     @jax.jit
     def both(mixer, x):
         state, ids, reversed_ids = None, None, None
-        if segment_ids is not None:
-            ids, reversed_ids = segment_ids, segment_ids[:, ::-1]
+        if packed:
+            ids, reversed_ids = SEGMENT_IDS, SEGMENT_IDS[:, ::-1]
             _, state = mixer(x + 1)
         y, after = mixer(x[:, ::-1], state, segment_ids=reversed_ids)
         return mixer(x, state, segment_ids=ids, reverse=True), (y[:, ::-1], after)

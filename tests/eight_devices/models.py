@@ -156,7 +156,8 @@ IN_BFLOAT16_IN_MAKE_TEST = {
     *("transformer", "seqboat"),
     *(name for name, row in ROWS.items() if len(row.pattern) > 1),
 }
-STEPS, RATE = 3, 0.1
+# Longer steps multiply the rounding of gradients: at 0.1 negative eigenvalues go 3e-2 apart.
+STEPS, RATE = 3, 0.03
 # Activations have eight bits, and devices round other partial sums: the largest difference that was
 # seen of losses between 1 and 4 is 6e-3.
 EIGHT_BITS = 2**-6

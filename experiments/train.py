@@ -26,6 +26,7 @@ from experiments.training.batches import train_batches, units_read
 from experiments.training.config import Config
 from experiments.training.evaluation import check_examples, known_metrics
 from experiments.training.loop import Training, parts_of
+from experiments.training.memory import check_memory
 from experiments.training.mesh import (
     check_host_memory,
     check_lengths,
@@ -94,6 +95,7 @@ def _train(
     if mesh.shape["sequence"] > 1:
         check_lengths(mesh, lengths(task, seeds[0]))
     check_examples(task, "config.eval.examples", config.eval.examples)
+    check_memory(program)
     best = checkpoints.Best(_known_metric(program), config.eval.best_mode)
     rows = process_rows(mesh, config.batch_size)
     batches = train_batches(task, seeds=seeds, batch_size=config.batch_size, rows=rows)

@@ -24,6 +24,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.options import Size
 from models.parts.projections import projection
 from models.parts.short_convolution import ShortConvolution
 
@@ -41,7 +42,7 @@ class BaseConv(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        conv_width: int = 3,
+        conv_width: Size = 3,
     ):
         if conv_width < 1:
             raise ValueError(f"conv_width must be at least 1; got {conv_width}")

@@ -34,6 +34,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.normalised_attention import normalised_attention
+from models.parts.options import Size
 from models.parts.projections import (
     head_size,
     merge_heads,
@@ -74,8 +75,8 @@ class BasedLinearAttention(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 16,
-        feature_size: int = 16,
+        heads: Size = 16,
+        feature_size: Size = 16,
     ):
         if feature_size < 1:
             raise ValueError(f"feature_size must be at least 1; got {feature_size}")

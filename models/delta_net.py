@@ -35,7 +35,7 @@ from jax.typing import DTypeLike
 
 from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.norms import l2_normalise, rms_norm
-from models.parts.options import check_choice
+from models.parts.options import Count, Epsilon, Factor, Size, check_choice
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
 from ops.delta_rule.api import delta_rule
 
@@ -53,12 +53,12 @@ class DeltaNet(ConvolvedProjections):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 4,
-        expand_k: float = 1.0,
-        expand_v: float = 1.0,
-        conv_width: int = 4,
+        heads: Size = 4,
+        expand_k: Factor = 1.0,
+        expand_v: Factor = 1.0,
+        conv_width: Count = 4,
         eigenvalue_range: tuple[int, int] = (0, 1),
-        norm_eps: float = 1e-5,
+        norm_eps: Epsilon = 1e-5,
     ):
         check_choice("eigenvalue_range", tuple(eigenvalue_range), ((0, 1), (-1, 1)))
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}

@@ -39,7 +39,7 @@ from jax.typing import DTypeLike
 from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.discretisation import dt_bias
 from models.parts.norms import l2_normalise, rms_norm
-from models.parts.options import check_choice
+from models.parts.options import Count, Epsilon, Factor, Size, check_choice
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
 from ops.delta_rule.api import delta_rule
 
@@ -57,14 +57,14 @@ class GatedDeltaNet(ConvolvedProjections):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 6,
-        expand_k: float = 0.75,
-        expand_v: float = 1.5,
-        conv_width: int = 4,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
+        heads: Size = 6,
+        expand_k: Factor = 0.75,
+        expand_v: Factor = 1.5,
+        conv_width: Count = 4,
+        dt_min: Factor = 1e-3,
+        dt_max: Factor = 1e-1,
         eigenvalue_range: tuple[int, int] = (0, 1),
-        norm_eps: float = 1e-5,
+        norm_eps: Epsilon = 1e-5,
     ):
         check_choice("eigenvalue_range", tuple(eigenvalue_range), ((0, 1), (-1, 1)))
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}

@@ -32,6 +32,7 @@ from jax.typing import DTypeLike
 
 from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.norms import rms_norm
+from models.parts.options import Count, Epsilon, Factor, Size
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
 from ops.gated_linear_attention.api import gated_linear_attention
 
@@ -49,13 +50,13 @@ class GatedLinearAttention(ConvolvedProjections):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 4,
-        expand_k: float = 0.5,
-        expand_v: float = 1.0,
-        gate_rank: int = 16,
-        gate_temperature: float = 16.0,
-        conv_width: int = 0,
-        norm_eps: float = 1e-5,
+        heads: Size = 4,
+        expand_k: Factor = 0.5,
+        expand_v: Factor = 1.0,
+        gate_rank: Size = 16,
+        gate_temperature: Factor = 16.0,
+        conv_width: Count = 0,
+        norm_eps: Epsilon = 1e-5,
     ):
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, init=XAVIER_SMALL, rngs=rngs, **dtypes)

@@ -36,7 +36,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.normalised_attention import normalised_attention
-from models.parts.options import check_choice
+from models.parts.options import Factor, Size, check_choice
 from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
     head_size,
@@ -45,7 +45,7 @@ from models.parts.projections import (
     residual_normal,
     split_heads,
 )
-from models.parts.rotary import check_pairs, rotate
+from models.parts.rotary import RopeBase, check_pairs, rotate
 
 DENOMINATOR_EPS = 1e-10
 
@@ -94,11 +94,11 @@ class Hedgehog(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 4,
+        heads: Size = 4,
         feature_map: str = "softmax",
-        temperature: float = 1.0,
+        temperature: Factor = 1.0,
         rope: bool = True,
-        rope_base: float = 10000.0,
+        rope_base: RopeBase = 10000.0,
     ):
         dense = functools.partial(
             projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype

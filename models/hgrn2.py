@@ -1,4 +1,4 @@
-"""HGRN2. Qin, Yang, Sun, Shen, Li, Sun, Zhong, "HGRN2: Gated Linear RNNs with State Expansion",
+"""HGRN2. Qin, Yang, Sun, Shen, Li, Sun, Zhong, "HGRN2: Gated Linear RNNs with State Factor",
 COLM 2024, arXiv 2404.07904; the lower bounds are from HGRN, NeurIPS 2023, arXiv 2311.04823.
 
     S_t = Diag(f_t) S_{t-1} + (1 - f_t)^T v_t,    o_t = q_t S_t
@@ -33,6 +33,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.norms import rms_norm
+from models.parts.options import Epsilon, Size
 from models.parts.projections import (
     head_size,
     merge_heads,
@@ -88,8 +89,8 @@ class HGRN2(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 4,
-        norm_eps: float = 1e-5,
+        heads: Size = 4,
+        norm_eps: Epsilon = 1e-5,
     ):
         dense = functools.partial(
             projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype

@@ -38,6 +38,7 @@ from jax.typing import DTypeLike
 from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.discretisation import dt_bias
 from models.parts.norms import l2_normalise, rms_norm
+from models.parts.options import Count, Epsilon, Factor, Size
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
 from ops.delta_rule.api import delta_rule
 
@@ -55,13 +56,13 @@ class KimiDeltaAttention(ConvolvedProjections):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 4,
-        expand_k: float = 1.0,
-        expand_v: float = 1.0,
-        conv_width: int = 4,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
-        norm_eps: float = 1e-5,
+        heads: Size = 4,
+        expand_k: Factor = 1.0,
+        expand_v: Factor = 1.0,
+        conv_width: Count = 4,
+        dt_min: Factor = 1e-3,
+        dt_max: Factor = 1e-1,
+        norm_eps: Epsilon = 1e-5,
     ):
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, init=XAVIER_SMALL, rngs=rngs, **dtypes)

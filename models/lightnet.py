@@ -38,7 +38,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from models.parts.norms import rms_norm
-from models.parts.options import check_choice
+from models.parts.options import Epsilon, Size, check_choice
 from models.parts.projections import (
     head_size,
     merge_heads,
@@ -63,10 +63,10 @@ class LightNetAttention(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 4,
+        heads: Size = 4,
         empty_sum: str = "zero",
-        gate_rank: int = 128,
-        norm_eps: float = 1e-5,
+        gate_rank: Size = 128,
+        norm_eps: Epsilon = 1e-5,
     ):
         check_choice("empty_sum", empty_sum, ("zero", "one"))
         dense = functools.partial(

@@ -43,7 +43,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.norms import simple_rms_norm
-from models.parts.options import check_choice
+from models.parts.options import Count, Epsilon, Size, check_choice
 from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
     head_size,
@@ -101,11 +101,11 @@ class LightningAttention(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 4,
+        heads: Size = 4,
         decay: str = "paper",
         lrpe: str = "first",
-        gate_rank: int = 0,
-        norm_eps: float = 1e-6,
+        gate_rank: Count = 0,
+        norm_eps: Epsilon = 1e-6,
     ):
         check_choice("decay", decay, DECAYS)
         check_choice("lrpe", lrpe, ("none", "first", "all"))

@@ -34,7 +34,7 @@ from jax.typing import DTypeLike
 from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.normalised_attention import normalised_attention
 from models.parts.norms import rms_norm
-from models.parts.options import check_choice
+from models.parts.options import Count, Epsilon, Factor, Size, check_choice
 from models.parts.projections import (
     head_size,
     merge_heads,
@@ -63,13 +63,13 @@ class LinearAttention(ConvolvedProjections):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 4,
-        expand_k: float = 1.0,
-        expand_v: float = 1.0,
+        heads: Size = 4,
+        expand_k: Factor = 1.0,
+        expand_v: Factor = 1.0,
         feature_map: str = "elu",
         normaliser: str = "denominator",
-        conv_width: int = 0,
-        norm_eps: float = 1e-5,
+        conv_width: Count = 0,
+        norm_eps: Epsilon = 1e-5,
     ):
         check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
         check_choice("normaliser", normaliser, ("denominator", "rms_norm"))

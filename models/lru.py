@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.options import Factor, Size, Weight
 from models.parts.projections import projection
 from ops.diagonal_scan.api import diagonal_scan
 
@@ -53,10 +54,10 @@ class LinearRecurrentUnit(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        state_size: int = 128,
-        r_min: float = 0.0,
-        r_max: float = 1.0,
-        max_phase: float = 2 * math.pi,
+        state_size: Size = 128,
+        r_min: Weight = 0.0,
+        r_max: Weight = 1.0,
+        max_phase: Factor = 2 * math.pi,
     ):
         if not 0 <= r_min < r_max <= 1:
             raise ValueError(

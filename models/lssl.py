@@ -39,7 +39,6 @@ learning rate (the authors' A learns ten times slower).
 Authors' code: https://github.com/state-spaces/s4"""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -48,7 +47,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.options import check_choice
+from models.parts.discretisation import step_range_log
+from models.parts.options import Factor, Size, check_choice
 from models.parts.projections import projection
 from ops.dense_scan.api import dense_scan
 from ops.dense_scan.powers import krylov_kernel
@@ -82,11 +82,11 @@ class LSSL(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        state_size: int = 128,
-        channels: int = 1,
+        state_size: Size = 128,
+        channels: Size = 1,
         transition: str = "learned",
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
+        dt_min: Factor = 1e-3,
+        dt_max: Factor = 1e-1,
     ):
         check_choice("transition", transition, ("learned", "fixed"))
         if state_size < 2 or channels < 1:
@@ -95,7 +95,7 @@ class LSSL(nnx.Module):
                 f" state_size={state_size}, channels={channels}"
             )
         self.width, self.state_size, self.compute_dtype = (width, state_size, compute_dtype)
-        low, high = math.log(dt_min), math.log(dt_max)
+        low, high = step_range_log(dt_min, dt_max)
         self.log_steps = (low, high)
         self.learned = transition == "learned"
         # float32 whatever param_dtype is: they enter an inverse, and products with the float32

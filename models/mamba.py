@@ -37,7 +37,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.discretisation import dt_bias
-from models.parts.options import check_choice
+from models.parts.options import Count, Factor, Size, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, projection
 from models.parts.short_convolution import ShortConvolution
 from ops.selective_scan.api import selective_scan
@@ -56,12 +56,12 @@ class Mamba(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        expand: float = 2.0,
-        state_size: int = 16,
-        dt_rank: int = 0,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
-        conv_width: int = 4,
+        expand: Factor = 2.0,
+        state_size: Size = 16,
+        dt_rank: Count = 0,
+        dt_min: Factor = 1e-3,
+        dt_max: Factor = 1e-1,
+        conv_width: Count = 4,
         eigenvalue_range: tuple[int, int] = (0, 1),
     ):
         check_choice("eigenvalue_range", tuple(eigenvalue_range), ((0, 1), (-1, 1)))

@@ -37,7 +37,7 @@ from jax.typing import DTypeLike
 
 from models.parts.discretisation import dt_bias
 from models.parts.norms import rms_norm
-from models.parts.options import check_choice
+from models.parts.options import Count, Epsilon, Factor, Size, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, head_size, merge_heads, projection, split_heads
 from models.parts.short_convolution import ShortConvolution
 from ops.gated_linear_attention.api import gated_linear_attention
@@ -56,15 +56,15 @@ class Mamba2(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        expand: float = 2.0,
-        heads: int = 0,
-        groups: int = 1,
-        state_size: int = 128,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
-        conv_width: int = 4,
+        expand: Factor = 2.0,
+        heads: Count = 0,
+        groups: Size = 1,
+        state_size: Size = 128,
+        dt_min: Factor = 1e-3,
+        dt_max: Factor = 1e-1,
+        conv_width: Count = 4,
         norm: str = "after_gate",
-        norm_eps: float = 1e-5,
+        norm_eps: Epsilon = 1e-5,
     ):
         check_choice("norm", norm, ("after_gate", "before_gate"))
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}

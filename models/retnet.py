@@ -31,9 +31,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.norms import simple_rms_norm
+from models.parts.options import Epsilon, Factor, Size
 from models.parts.positions import next_position, token_positions
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
-from models.parts.rotary import check_pairs, rotate
+from models.parts.rotary import RopeBase, check_pairs, rotate
 from ops.gated_linear_attention.api import gated_linear_attention
 
 
@@ -58,10 +59,10 @@ class Retention(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 4,
-        expand_v: float = 2.0,
-        rope_base: float = 10000.0,
-        norm_eps: float = 1e-5,
+        heads: Size = 4,
+        expand_v: Factor = 2.0,
+        rope_base: RopeBase = 10000.0,
+        norm_eps: Epsilon = 1e-5,
     ):
         dense = functools.partial(
             projection,

@@ -56,9 +56,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.discretisation import DISCRETISATIONS
-from models.parts.hippo import legs, normal_legs, perturbed_legs
-from models.parts.options import check_choice
+from models.parts.discretisation import DISCRETISATIONS, step_range_log
+from models.parts.hippo import HippoSize, legs, normal_legs, perturbed_legs
+from models.parts.options import Factor, check_choice
 from models.parts.projections import projection
 from ops.diagonal_convolution.api import diagonal_convolution
 from ops.diagonal_scan.api import diagonal_scan
@@ -106,10 +106,10 @@ class S4D(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        state_size: int = 64,
+        state_size: HippoSize = 64,
         init: str = "lin",
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
+        dt_min: Factor = 1e-3,
+        dt_max: Factor = 1e-1,
         discretisation: str = "zoh",
         parallel: str = "convolution",
     ):
@@ -157,7 +157,7 @@ class S4D(nnx.Module):
         self.write_real_DM = ssm(per_channel(np.real(write_M)))
         self.write_imaginary_DM = ssm(per_channel(np.imag(write_M))) if self.is_complex else None
         step_log_D = jax.random.uniform(
-            rngs.params(), (width,), jnp.float32, math.log(dt_min), math.log(dt_max)
+            rngs.params(), (width,), jnp.float32, *step_range_log(dt_min, dt_max)
         )
         self.step_log_D = nnx.Param(step_log_D, group="ssm", out_sharding=("embed",))
         self.read_real_DM = read()

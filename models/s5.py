@@ -45,9 +45,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.discretisation import DISCRETISATIONS
-from models.parts.hippo import normal_legs, perturbed_legs
-from models.parts.options import check_choice
+from models.parts.discretisation import DISCRETISATIONS, step_range_log
+from models.parts.hippo import HippoSize, normal_legs, perturbed_legs
+from models.parts.options import Factor, Size, check_choice
 from models.parts.projections import projection
 from ops.diagonal_scan.api import diagonal_scan
 
@@ -109,11 +109,11 @@ class S5(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        state_size: int = 128,
-        blocks: int = 1,
+        state_size: HippoSize = 128,
+        blocks: Size = 1,
         init: str = "legs",
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
+        dt_min: Factor = 1e-3,
+        dt_max: Factor = 1e-1,
         discretisation: str = "zoh",
         gate: str = "half_glu1",
         clip_eigenvalues: bool = False,
@@ -134,7 +134,7 @@ class S5(nnx.Module):
         self.eigenvalue_imaginary_N = nnx.Param(
             jnp.asarray(np.imag(eigenvalue_N), jnp.float32), **ssm
         )
-        low, high = math.log(dt_min), math.log(dt_max)
+        low, high = step_range_log(dt_min, dt_max)
         self.step_log_N = nnx.Param(
             jax.random.uniform(rngs.params(), (self.modes,), jnp.float32, low, high), **ssm
         )

@@ -42,10 +42,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.options import check_choice
+from models.parts.options import Factor, Size, check_choice
 from models.parts.positions import next_position, token_positions
 from models.parts.projections import projection
-from models.parts.rotary import check_pairs, rotate
+from models.parts.rotary import RopeBase, check_pairs, rotate
 from models.parts.variables import report
 from ops.diagonal_scan.api import diagonal_scan
 from ops.framework import segments
@@ -168,13 +168,13 @@ class SeqBoat(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        window: int = 128,
-        key_size: int = 64,
-        expand_v: float = 2.0,
-        state_size: int = 16,
+        window: Size = 128,
+        key_size: Size = 64,
+        expand_v: Factor = 2.0,
+        state_size: Size = 16,
         attention: str = "softmax",
-        init_temperature: float = 0.3,
-        rope_base: float = 10000.0,
+        init_temperature: Factor = 0.3,
+        rope_base: RopeBase = 10000.0,
     ):
         check_choice("attention", attention, ACTIVATIONS)
         if window < 1 or init_temperature <= 0:

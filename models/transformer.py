@@ -25,6 +25,8 @@ Authors' code: https://github.com/tensorflow/tensor2tensor
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.options import Count, Epsilon, Size
+from models.parts.rotary import RopeBase
 from models.window_attention import WindowAttention
 
 
@@ -39,13 +41,13 @@ class SoftmaxAttention(WindowAttention):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        context_length: int,
-        heads: int = 4,
-        key_value_heads: int = 0,
+        context_length: Size,
+        heads: Size = 4,
+        key_value_heads: Count = 0,
         rope: bool = True,
-        rope_base: float = 10000.0,
+        rope_base: RopeBase = 10000.0,
         qk_norm: bool = False,
-        norm_eps: float = 1e-5,
+        norm_eps: Epsilon = 1e-5,
     ):
         super().__init__(
             width,

@@ -32,6 +32,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.norms import simple_rms_norm
+from models.parts.options import Epsilon, Size
 from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
     XAVIER_MEDIUM,
@@ -61,8 +62,8 @@ class NormAttention(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        heads: int = 4,
-        norm_eps: float = 1e-6,
+        heads: Size = 4,
+        norm_eps: Epsilon = 1e-6,
     ):
         dense = functools.partial(
             projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype

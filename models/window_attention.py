@@ -31,6 +31,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.norms import rms_norm
+from models.parts.options import Count, Epsilon, Size
 from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
     head_size,
@@ -39,7 +40,7 @@ from models.parts.projections import (
     residual_normal,
     split_heads,
 )
-from models.parts.rotary import rotate
+from models.parts.rotary import RopeBase, rotate
 from ops.window_attention.api import init_window_state, pad_window_state, window_attention
 
 
@@ -59,13 +60,13 @@ class WindowAttention(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        window: int,
-        heads: int = 4,
-        key_value_heads: int = 0,
+        window: Size,
+        heads: Size = 4,
+        key_value_heads: Count = 0,
         rope: bool = True,
-        rope_base: float = 10000.0,
+        rope_base: RopeBase = 10000.0,
         qk_norm: bool = False,
-        norm_eps: float = 1e-5,
+        norm_eps: Epsilon = 1e-5,
     ):
         if window < 1:
             raise ValueError(f"window must be at least 1 (the token itself); got {window}")

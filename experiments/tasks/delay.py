@@ -13,16 +13,21 @@ Phi, the normal distribution function, makes all levels equally frequent. The si
 limited: about 2 bandwidth delay numbers must be held to answer."""
 
 import math
+from typing import Annotated
 
 import numpy as np
 from scipy.special import ndtr
 
 from experiments.tasks.sources.random_streams import normals, uniforms
-from experiments.training.task import Batch, Examples, Task
+from experiments.training.task import Batch, Examples, Length, Task, Vocabulary
+from models.parts.options import Count, Range
 
 
 def make(
-    sequence_length: int = 256, delay: int = 64, levels: int = 8, bandwidth: float = 0.1
+    sequence_length: Length = 256,
+    delay: Count = 64,
+    levels: Vocabulary = 8,
+    bandwidth: Annotated[float, Range(0, 1, ("low",))] = 0.1,
 ) -> Task:
     """Fresh signals for training; one evaluation, "test".
 

@@ -13,12 +13,17 @@ Models In-Context", JMLR 2024, arXiv 2306.09927.
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 
 from experiments.objectives.squared_error import SquaredError
 from experiments.tasks.sources.random_streams import normals, uniforms
-from experiments.training.task import Batch, Examples, Task
+from experiments.training.task import Batch, Examples, Length, Task
+from models.parts.options import Factor, Range, Weight
+
+Dimension = Annotated[int, Range(1, 4096)]
+Eigenvalue = Annotated[float, Range(1e-12, 1e12)]
 
 
 @dataclass(frozen=True)
@@ -26,22 +31,22 @@ class Prompts:
     """A law of prompts. `covariance` None: eigenvalues Exp(1), drawn anew for every prompt."""
 
     examples: int
-    covariance: tuple[float, ...] | None
+    covariance: tuple[Eigenvalue, ...] | None
     query_covariance: tuple[float, ...] | None
-    task_covariance: tuple[float, ...]
+    task_covariance: tuple[Eigenvalue, ...]
     noise: float
     input_scale: float = 1.0
 
 
 def make(
-    dimension: int = 5,
-    examples: int = 20,
+    dimension: Dimension = 5,
+    examples: Length = 20,
     covariance: tuple[float, ...] = (),
     exponential_covariance: bool = False,
     task_covariance: tuple[float, ...] = (),
-    noise: float = 0.0,
-    test_lengths: tuple[int, ...] = (),
-    test_input_scales: tuple[float, ...] = (),
+    noise: Weight = 0.0,
+    test_lengths: tuple[Length, ...] = (),
+    test_input_scales: tuple[Factor, ...] = (),
     test_reversed: bool = False,
 ) -> Task:
     """Fresh prompts for training; evaluations "in_distribution" and the shifts that are asked for.

@@ -6,6 +6,7 @@ is token levels + c and is asked after the last pixel. dataset="cifar10" with gr
 the Long Range Arena (Tay et al., ICLR 2021, arXiv 2011.04006): 1,024 tokens."""
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -17,11 +18,12 @@ from experiments.tasks.sources.image_sets import (
     tfds_images,
 )
 from experiments.training.task import Batch, Examples, Task
+from models.parts.options import Range
 
 
 def make(
     dataset: str = "digits",
-    levels: int = 0,
+    levels: Annotated[int, Range(0, 256)] = 0,
     grey: bool = False,
     data_dir: str = "~/tensorflow_datasets",
     download: bool = False,

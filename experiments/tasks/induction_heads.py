@@ -11,10 +11,12 @@ import functools
 import numpy as np
 
 from experiments.tasks.sources.random_streams import integers, uniforms
-from experiments.training.task import Batch, Examples, Task
+from experiments.training.task import Batch, Examples, Length, Task, Vocabulary
 
 
-def make(length: int = 256, vocabulary_size: int = 16, test_lengths: tuple[int, ...] = ()) -> Task:
+def make(
+    length: Length = 256, vocabulary_size: Vocabulary = 16, test_lengths: tuple[Length, ...] = ()
+) -> Task:
     """Evaluations "test" (sequences of `length` tokens) and "length_<L>" for every L of
     test_lengths."""
     for size in (length, *test_lengths):

@@ -17,11 +17,13 @@ all numbers equally likely; trees of other lengths than asked for are thrown awa
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import numpy as np
 
 from experiments.tasks.sources.lra_release import Table, open_table, released
-from experiments.training.task import Batch, Examples, Task
+from experiments.training.task import Batch, Examples, Length, Task
+from models.parts.options import Count, Range, Size
 
 OPERATORS: tuple[Callable[[Sequence[int]], int], ...] = (
     max,
@@ -39,12 +41,12 @@ TRIES = 1_000_000
 
 
 def make(
-    shortest: int = 500,
-    longest: int = 2000,
-    depth: int = 10,
-    arguments: int = 10,
-    train_examples: int = 96_000,
-    test_examples: int = 2_000,
+    shortest: Length = 500,
+    longest: Length = 2000,
+    depth: Annotated[int, Range(1, 100)] = 10,
+    arguments: Annotated[int, Range(2, 100)] = 10,
+    train_examples: Count = 96_000,
+    test_examples: Size = 2_000,
     data_dir: str = "",
 ) -> Task:
     """Evaluations "validation" and "test", each of `test_examples` examples.

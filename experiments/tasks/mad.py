@@ -21,11 +21,13 @@ are drawn uniformly, so that the two differ by sampling only."""
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from experiments.tasks.sources.random_streams import integers, uniforms
-from experiments.training.task import Batch, Examples, Task, from_arrays
+from experiments.training.task import Batch, Examples, Length, LengthOrDefault, Task, from_arrays
+from models.parts.options import Probability, Range
 
 BLOCK = 1024  # examples drawn together
 MOTIF = 3  # tokens of the longest fuzzy key or value
@@ -33,13 +35,13 @@ MOTIF = 3  # tokens of the longest fuzzy key or value
 
 def make(
     kind: str,
-    length: int = 0,
-    vocabulary_size: int = 0,
-    train_examples: int = 0,
-    noise: float = 0.2,
-    copied: int = 16,
+    length: LengthOrDefault = 0,
+    vocabulary_size: Annotated[int, Range(0, 2**20)] = 0,
+    train_examples: Annotated[int, Range(-1, 2**31 - 1)] = 0,
+    noise: Probability = 0.2,
+    copied: Length = 16,
     targets_only: bool = False,
-    test_lengths: tuple[int, ...] = (),
+    test_lengths: tuple[Length, ...] = (),
 ) -> Task:
     """Evaluation "test" has fresh sequences like those of training, "length_<L>" others of length
     L.

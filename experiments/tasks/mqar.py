@@ -8,20 +8,22 @@ Each key returns once, at a gap drawn with a power law; its value is the target 
 place and never an input."""
 
 import functools
+from typing import Annotated
 
 import numpy as np
 
 from experiments.tasks.sources.random_streams import integers, uniforms
-from experiments.training.task import Batch, Examples, Task, from_arrays
+from experiments.training.task import Batch, Examples, Length, Task, Vocabulary, from_arrays
+from models.parts.options import Range, Size
 
 BLOCK = 1024  # examples drawn together
 
 
 def make(
-    train: tuple[tuple[int, int, int], ...] = ((64, 4, 100_000),),
-    test: tuple[tuple[int, int], ...] = (),
-    vocabulary_size: int = 8192,
-    power: float = 0.01,
+    train: tuple[tuple[Length, Size, Size], ...] = ((64, 4, 100_000),),
+    test: tuple[tuple[Length, Size], ...] = (),
+    vocabulary_size: Vocabulary = 8192,
+    power: Annotated[float, Range(0, 10, ("low",))] = 0.01,
     random_non_queries: bool = False,
 ) -> Task:
     """A finite training set, the same in every epoch; evaluations "length_<L>_pairs_<N>", 4 N <= L,

@@ -10,7 +10,7 @@ validation, 10 % test. So do we, always alike, but not into the same images."""
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
@@ -18,13 +18,17 @@ from PIL import Image
 from experiments.tasks.sources.lra_release import released
 from experiments.tasks.sources.random_streams import uniforms
 from experiments.training.task import Batch, Examples, Task
+from models.parts.options import Range
 
 DIFFICULTY = "curv_contour_length_14"
 LEVELS = 256
 HASHED_IMAGES = 64
 
 
-def make(data_dir: str = "~/lra_release/lra_release/pathfinder32", size: int = 32) -> Task:
+def make(
+    data_dir: str = "~/lra_release/lra_release/pathfinder32",
+    size: Annotated[int, Range(1, 4096)] = 32,
+) -> Task:
     """Evaluations "validation" and "test".
 
     data_dir    the directory pathfinder32 or pathfinder128 of the release (lra_release.py), with

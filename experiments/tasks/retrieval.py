@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.tasks.sources.byte_documents import ANSWER, ask
 from experiments.tasks.sources.lra_release import open_table, released
-from experiments.training.task import Batch, Examples, Task
+from experiments.training.task import Batch, Examples, Length, Task
 
 FILES = {
     "train": "new_aan_pairs.train.tsv",
@@ -25,7 +25,7 @@ FILES = {
 COLUMNS = ("label", "id1", "id2", "text1", "text2")
 
 
-def make(data_dir: str = "~/lra_release/lra_release/tsv_data", length: int = 4000) -> Task:
+def make(data_dir: str = "~/lra_release/lra_release/tsv_data", length: Length = 4000) -> Task:
     """Evaluations "validation" and "test", as released; T is twice the length.
 
     data_dir    the directory with new_aan_pairs.train.tsv, .eval.tsv and .test.tsv of the release

@@ -25,7 +25,7 @@ import numpy as np
 
 from experiments.objectives.next_token import NextToken, token_metrics
 from experiments.tasks.sources.random_streams import integers, uniforms
-from experiments.training.task import Batch, Examples, Task
+from experiments.training.task import Batch, Examples, Length, LengthOrDefault, Task
 
 MODULUS = 5
 # modular_arithmetic: pad 0, + 1, - 2, * 3, = 4, digit d at 5 + d.
@@ -67,9 +67,9 @@ def make(
     supervision: str = "",
     multiplication: bool = True,
     inputs: str = "all",
-    train_max_length: int = 0,
-    test_max_length: int = 0,
-    test_length_grid: tuple[int, ...] = (),
+    train_max_length: LengthOrDefault = 0,
+    test_max_length: LengthOrDefault = 0,
+    test_length_grid: tuple[Length, ...] = (),
 ) -> Task:
     """Sequences drawn afresh; evaluations "in_distribution" (lengths as in training) and "long".
 

@@ -16,7 +16,7 @@ from experiments.objectives.next_token import NextToken, token_metrics
 from experiments.tasks.sources.text_builder import WindowsConfig, prepare_windows, read_windows
 from experiments.tasks.sources.text_corpus import Corpus, standard_library, text_files
 from experiments.tasks.sources.text_tokenizer import Coder, find_coder
-from experiments.training.task import Batch, Examples, Task
+from experiments.training.task import Batch, Examples, Length, Task, Vocabulary
 
 DEFAULT_DATA_DIR = "~/.cache/scanax"
 
@@ -24,8 +24,8 @@ DEFAULT_DATA_DIR = "~/.cache/scanax"
 def make(
     path: str = "",
     tokenizer: str = "bytes",
-    vocabulary_size: int = 4096,
-    sequence_length: int = 1024,
+    vocabulary_size: Vocabulary = 4096,
+    sequence_length: Length = 1024,
     packing: str = "documents",
     data_dir: str = DEFAULT_DATA_DIR,
     validation_path: str = "",

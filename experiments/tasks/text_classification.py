@@ -13,12 +13,12 @@ import tensorflow_datasets as tfds
 
 from experiments.tasks.sources.byte_documents import ANSWER, ask
 from experiments.tasks.sources.tfds_source import prepared, prepared_sha256
-from experiments.training.task import Batch, Examples, Task
+from experiments.training.task import Batch, Examples, Length, Task
 
 
 def make(
     dataset: str = "imdb_reviews",
-    length: int = 4096,
+    length: Length = 4096,
     validation: bool = True,
     data_dir: str = "~/tensorflow_datasets",
     download: bool = False,

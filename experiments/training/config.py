@@ -104,6 +104,19 @@ FREE_ON_RESUME = (
     "heartbeat_timeout_seconds",
 )
 
+# Steps, rows and examples are counted in int32; the others are learning rates and factors, of which
+# larger ones are slips of the pen.
+INT_AT_MOST = 2**31 - 1
+AT_MOST = {
+    "z_loss": 100,
+    "optimizer.lr": 100,
+    "optimizer.end_lr": 100,
+    "optimizer.ssm_lr": 100,
+    "optimizer.weight_decay": 100,
+    "optimizer.eps": 1,
+    "optimizer.clip_norm": 1e30,
+}
+FLOAT_AT_LEAST = 1.1754944e-38  # positive ones: the optimizer computes in float32
 POSITIVE = (
     "steps",
     "batch_size",
@@ -169,9 +182,14 @@ def validate(config: Config) -> None:
             not isinstance(value, float) or math.isfinite(value), key, "a finite number", value
         )
     for key in POSITIVE:
-        _require(values[key] > 0, key, "greater than 0", values[key])
+        least = FLOAT_AT_LEAST if KEYS[key] is float else 1
+        _require(values[key] >= least, key, "greater than 0", values[key])
     for key in NOT_NEGATIVE:
         _require(values[key] >= 0, key, "0 or greater", values[key])
+    for key, expected in KEYS.items():
+        if expected in (int, float):
+            most = AT_MOST.get(key, INT_AT_MOST)
+            _require(values[key] <= most, key, f"at most {most:.10g}", values[key])
     for key, choices in CHOICES.items():
         _require(values[key] in choices, key, f"one of {', '.join(map(str, choices))}", values[key])
     for key in ("optimizer.b1", "optimizer.b2"):
@@ -197,7 +215,7 @@ def validate(config: Config) -> None:
     _require(warmup <= steps, "optimizer.warmup_steps", f"at most config.steps={steps}", warmup)
     _require(
         len(seeds) > 0
-        and all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
+        and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
         and len(set(seeds)) == len(seeds),
         "seeds",
         "a tuple of distinct integers in [0, 2^32), such as (0,) or (0, 1)",
@@ -242,8 +260,8 @@ def profile_range(text: str, steps: int) -> tuple[int, int] | None:
     first, separator, last = text.partition(":")
     valid = (
         bool(separator)
-        and first.isdigit()
-        and last.isdigit()
+        and first.isdecimal()
+        and last.isdecimal()
         and 1 <= int(first) <= int(last) <= steps
     )
     _require(

@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -14,8 +14,15 @@ from experiments.objectives.evaluation import Evaluation, Sums
 from experiments.objectives.next_token import NextToken
 from experiments.objectives.objective import Objective
 from experiments.training.checkout import CHECKOUT
+from models.parts.options import Range, check_value
 
 Batch = dict[str, np.ndarray]
+
+# An example is made as a whole: at the largest length, of 128 MB of random numbers.
+LONGEST = 2**24
+Length = Annotated[int, Range(1, LONGEST)]
+LengthOrDefault = Annotated[int, Range(0, LONGEST)]  # 0: the task's own
+Vocabulary = Annotated[int, Range(2, 2**20)]
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,8 @@ def available_tasks() -> tuple[str, ...]:
 def find_task(name: str, options: Mapping[str, Any]) -> Task:
     """The task of experiments/tasks/<name>.py, made with `options`.
 
-    Raises ValueError for a name or an option that does not exist, with those that do.
+    Raises ValueError for a name or an option that does not exist, with those that do, and for a
+    value that is not of the option's type in the signature of `make`.
     """
     if name not in available_tasks():
         raise ValueError(
@@ -117,11 +125,12 @@ def find_task(name: str, options: Mapping[str, Any]) -> Task:
         )
     make = importlib.import_module(f"experiments.tasks.{name}").make
     known = inspect.signature(make).parameters
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             raise ValueError(
                 f"task {name} has no option {option!r}; known options in task: {', '.join(known)}"
             )
+        check_value(f"config.task.{option}", known[option].annotation, value)
     return make(**options)
 
 

@@ -45,7 +45,7 @@ from models.mom.dispatch import Dispatch, dispatch
 from models.mom.router import Router
 from models.mom.rules import RULES, MemoryProjection
 from models.parts.norms import rms_norm
-from models.parts.options import check_choice
+from models.parts.options import Count, Epsilon, Factor, Size, Weight, check_choice
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
 from models.parts.short_convolution import ShortConvolution
 from ops.framework.sharding import parts_as_batch
@@ -71,23 +71,23 @@ class MixtureOfMemories(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        memories: int = 4,
-        top_k: int = 2,
+        memories: Size = 4,
+        top_k: Size = 2,
         shared_memory: bool = True,
         rule: str = "gated_delta_net",
         execution: str = "padded",
         load_balancing: str = "global_batch",
-        micro_batch_size: int = 1,
-        balance_weight: float = 0.01,
-        heads: int = 4,
-        expand_k: float = 1.0,
-        expand_v: float = 1.0,
-        conv_width: int | None = None,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
-        gate_rank: int = 16,
-        gate_temperature: float = 16.0,
-        norm_eps: float = 1e-5,
+        micro_batch_size: Size = 1,
+        balance_weight: Weight = 0.01,
+        heads: Size = 4,
+        expand_k: Factor = 1.0,
+        expand_v: Factor = 1.0,
+        conv_width: Count | None = None,
+        dt_min: Factor = 1e-3,
+        dt_max: Factor = 1e-1,
+        gate_rank: Size = 16,
+        gate_temperature: Factor = 16.0,
+        norm_eps: Epsilon = 1e-5,
     ):
         check_choice("rule", rule, tuple(RULES))
         check_choice("execution", execution, ("padded", "gathered"))

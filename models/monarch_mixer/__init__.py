@@ -41,7 +41,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.monarch_mixer.monarch import monarch_convolution
-from models.parts.options import check_choice
+from models.parts.options import Count, Size, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, projection
 from models.parts.short_convolution import ShortConvolution
 from ops.framework import segments
@@ -132,12 +132,12 @@ class MonarchMixer(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        context_length: int,
+        context_length: Size,
         transform: str = "fft",
-        filter_hidden: int = 128,
-        conv_width: int = 3,
-        blocks: int = 4,
-        expand: int = 4,
+        filter_hidden: Size = 128,
+        conv_width: Count = 3,
+        blocks: Size = 4,
+        expand: Size = 4,
     ):
         check_choice("transform", transform, tuple(TRANSFORMS))
         if context_length < 1:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from models.networks.block import BlockOptions
 from models.networks.stack import Stack
 from models.parts.norms import NORMS
-from models.parts.options import check_options
+from models.parts.options import Probability, Size, check_options
 
 Network = TypeVar("Network", bound="Backbone")
 
@@ -42,11 +42,11 @@ class Backbone(nnx.Module):
         self,
         embedding: nnx.Module,
         *,
-        width: int,
-        depth: int,
+        width: Size,
+        depth: Size,
         pattern: Sequence[str],
         mixers: Mapping[str, Mapping[str, Any]] | None = None,
-        embedding_dropout: float = 0.0,
+        embedding_dropout: Probability = 0.0,
         scan_layers: bool = True,
         remat: str = "none",
         condition_width: int = 0,
@@ -55,8 +55,6 @@ class Backbone(nnx.Module):
         compute_dtype: DTypeLike,
         **block: Any,
     ):
-        if not 0.0 <= embedding_dropout < 1.0:
-            raise ValueError(f"embedding_dropout must be in [0, 1); got {embedding_dropout}")
         options = BlockOptions(condition_width=condition_width, **block)
         self.compute_dtype = compute_dtype
         self.embedding: Any = embedding

@@ -13,7 +13,7 @@ modulation and sums are computed in float32; mixers and MLPs see the compute dty
 import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from models.networks.mlp import MLPS
 from models.parts.norms import NORMS
-from models.parts.options import check_choice
+from models.parts.options import Count, Epsilon, Factor, Probability, check_choice, check_value
 from models.parts.projections import projection
 from models.parts.variables import LayerConstant
 
@@ -46,19 +46,18 @@ class BlockOptions:
     Raises ValueError for a value that is not possible."""
 
     mlp: str = "swiglu"
-    mlp_ratio: float = 4.0
+    mlp_ratio: Factor = 4.0
     norm: str = "rms"
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    condition_width: int = 0
+    norm_eps: Epsilon = 1e-5
+    dropout: Probability = 0.0
+    drop_path: Probability = 0.0
+    condition_width: Count = 0
 
     def __post_init__(self):
         check_choice("mlp", self.mlp, (*MLPS, "none"))
         check_choice("norm", self.norm, tuple(NORMS))
-        for name in ("dropout", "drop_path"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
+        for field in fields(self):
+            check_value(field.name, field.type, getattr(self, field.name))
 
 
 class Context(NamedTuple):

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from models.parts.options import check_choice, check_options
+from models.parts.options import Factor, Size, check_choice, check_options
 from ops.gated_linear_attention.api import gated_linear_attention
 
 
@@ -50,11 +50,11 @@ class LinearSelfAttention(nnx.Module):
     def __init__(
         self,
         *,
-        dimension: int,
-        depth: int = 1,
+        dimension: Size,
+        depth: Size = 1,
         mask_query: bool = False,
         init: str = "gaussian",
-        init_scale: float = 0.1,
+        init_scale: Factor = 0.1,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,

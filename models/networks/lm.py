@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.networks.backbone import Backbone, build_network, token_embedding
+from models.parts.options import Factor
 from models.parts.projections import NORMAL
 
 
@@ -28,7 +29,7 @@ class LM(Backbone):
         vocabulary: int,
         width: int,
         tie_embeddings: bool = False,
-        embedding_std: float = 0.02,
+        embedding_std: Factor = 0.02,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,

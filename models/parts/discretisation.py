@@ -40,11 +40,18 @@ DISCRETISATIONS: dict[str, Callable[[jax.Array, jax.Array], tuple[jax.Array, jax
 }
 
 
-def dt_bias(key: jax.Array, channels: int, smallest: float, largest: float) -> jax.Array:
-    """b with softplus(b) log-uniform on [smallest, largest], not below 1e-4."""
-    dt_E = jnp.exp(
-        jax.random.uniform(key, (channels,), jnp.float32, math.log(smallest), math.log(largest))
-    )
+def step_range_log(dt_min: float, dt_max: float) -> tuple[float, float]:
+    """The logarithms of the bounds of initial step sizes. Raises ValueError unless 0 < dt_min <=
+    dt_max."""
+    if not 0 < dt_min <= dt_max < math.inf:
+        raise ValueError(f"need 0 < dt_min <= dt_max; got dt_min={dt_min}, dt_max={dt_max}")
+    return math.log(dt_min), math.log(dt_max)
+
+
+def dt_bias(key: jax.Array, channels: int, dt_min: float, dt_max: float) -> jax.Array:
+    """b with softplus(b) log-uniform on [dt_min, dt_max], not below 1e-4."""
+    bounds = step_range_log(dt_min, dt_max)
+    dt_E = jnp.exp(jax.random.uniform(key, (channels,), jnp.float32, *bounds))
     dt_E = jnp.maximum(dt_E, 1e-4)
     # The inverse of softplus; log(1 - e^-dt) itself would cancel.
     return dt_E + jnp.log(-jnp.expm1(-dt_E))

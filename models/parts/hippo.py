@@ -33,10 +33,15 @@ Everything here is numpy in float64, computed once when a model is built.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
+
+from models.parts.options import Range
+
+# Eigenvectors of the whole matrix are found before anything is traced: minutes beyond this.
+HippoSize = Annotated[int, Range(2, 2048)]
 
 
 def legs(size: int) -> tuple[np.ndarray, np.ndarray]:

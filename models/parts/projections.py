@@ -6,6 +6,8 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.options import Factor, check_value
+
 NORMAL = nnx.initializers.normal(0.02)
 # The authors' code of GLA and DeltaNet: Xavier-uniform with gain 2^-2.5; a gain enters the variance
 # squared.
@@ -53,7 +55,8 @@ def projection(
 def head_size(width: int, heads: int, expand: float = 1.0) -> int:
     """Size of one of `heads` heads that split `expand * width` channels.
 
-    Raises ValueError if they do not divide."""
+    Raises ValueError if they do not divide, and for an `expand` that is no finite factor."""
+    check_value("expand_k, expand_v or expand", Factor, expand)
     channels = round(expand * width)
     if heads < 1 or channels < heads or channels % heads:
         raise ValueError(

@@ -1,9 +1,16 @@
 """Rotary position embedding (RoPE; Su et al. 2021, arXiv 2104.09864), with fixed and with learned
 angles."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from models.parts.options import FLOAT32_LARGEST, Range
+
+# From 1 on, so that no pair turns faster than the first.
+RopeBase = Annotated[float, Range(1, FLOAT32_LARGEST)]
 
 
 def check_pairs(head_size: int) -> int:

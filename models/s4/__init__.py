@@ -54,8 +54,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.hippo import diagonal_plus_low_rank
-from models.parts.options import check_choice
+from models.parts.discretisation import step_range_log
+from models.parts.hippo import HippoSize, diagonal_plus_low_rank
+from models.parts.options import Factor, Size, check_choice
 from models.parts.projections import projection
 from models.s4.cauchy import transfer, transfer_at_zero
 from ops.dense_scan.api import dense_scan
@@ -85,11 +86,11 @@ class S4(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        state_size: int = 64,
+        state_size: HippoSize = 64,
         init: str = "legs",
-        kernel_length: int = 1024,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
+        kernel_length: Size = 1024,
+        dt_min: Factor = 1e-3,
+        dt_max: Factor = 1e-1,
     ):
         check_choice("init", init, tuple(INITS))
         if kernel_length < 1:
@@ -129,7 +130,7 @@ class S4(nnx.Module):
         self.write_real_DM = in_turns([np.real(form.write) for form in forms])
         self.write_imaginary_DM = in_turns([np.imag(form.write) for form in forms])
         step_log_D = jax.random.uniform(
-            rngs.params(), (width,), jnp.float32, math.log(dt_min), math.log(dt_max)
+            rngs.params(), (width,), jnp.float32, *step_range_log(dt_min, dt_max)
         )
         self.step_log_D = ssm(step_log_D)
         skip_D = jax.random.normal(rngs.params(), (width,), jnp.float32)

@@ -24,9 +24,8 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.options import Size
 from models.parts.projections import projection
-from models.parts.short_convolution import ShortConvolution
+from models.parts.short_convolution import ConvWidth, ShortConvolution
 
 
 class BaseConv(nnx.Module):
@@ -42,7 +41,7 @@ class BaseConv(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        conv_width: Size = 3,
+        conv_width: ConvWidth = 3,
     ):
         if conv_width < 1:
             raise ValueError(f"conv_width must be at least 1; got {conv_width}")

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.options import Size
+from models.parts.options import Reach, Size
 from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
     XAVIER_MEDIUM,
@@ -62,7 +62,7 @@ class DiagAttention(nnx.Module):
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
         heads: Size = 4,
-        block: Size = 64,
+        block: Reach = 64,
     ):
         if block < 1:
             raise ValueError(f"block must be at least 1 (the token itself); got {block}")

@@ -39,8 +39,9 @@ from jax.typing import DTypeLike
 from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.discretisation import dt_bias
 from models.parts.norms import l2_normalise, rms_norm
-from models.parts.options import Count, Epsilon, Factor, Size, check_choice
+from models.parts.options import Epsilon, Factor, Size, check_choice
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
+from models.parts.short_convolution import ConvWidth
 from ops.delta_rule.api import delta_rule
 
 
@@ -60,7 +61,7 @@ class GatedDeltaNet(ConvolvedProjections):
         heads: Size = 6,
         expand_k: Factor = 0.75,
         expand_v: Factor = 1.5,
-        conv_width: Count = 4,
+        conv_width: ConvWidth = 4,
         dt_min: Factor = 1e-3,
         dt_max: Factor = 1e-1,
         eigenvalue_range: tuple[int, int] = (0, 1),

@@ -32,8 +32,9 @@ from jax.typing import DTypeLike
 
 from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.norms import rms_norm
-from models.parts.options import Count, Epsilon, Factor, Size
+from models.parts.options import Epsilon, Factor, Size
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
+from models.parts.short_convolution import ConvWidth
 from ops.gated_linear_attention.api import gated_linear_attention
 
 
@@ -55,7 +56,7 @@ class GatedLinearAttention(ConvolvedProjections):
         expand_v: Factor = 1.0,
         gate_rank: Size = 16,
         gate_temperature: Factor = 16.0,
-        conv_width: Count = 0,
+        conv_width: ConvWidth = 0,
         norm_eps: Epsilon = 1e-5,
     ):
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}

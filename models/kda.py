@@ -38,8 +38,9 @@ from jax.typing import DTypeLike
 from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.discretisation import dt_bias
 from models.parts.norms import l2_normalise, rms_norm
-from models.parts.options import Count, Epsilon, Factor, Size
+from models.parts.options import Epsilon, Factor, Size
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
+from models.parts.short_convolution import ConvWidth
 from ops.delta_rule.api import delta_rule
 
 
@@ -59,7 +60,7 @@ class KimiDeltaAttention(ConvolvedProjections):
         heads: Size = 4,
         expand_k: Factor = 1.0,
         expand_v: Factor = 1.0,
-        conv_width: Count = 4,
+        conv_width: ConvWidth = 4,
         dt_min: Factor = 1e-3,
         dt_max: Factor = 1e-1,
         norm_eps: Epsilon = 1e-5,

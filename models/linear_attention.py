@@ -34,7 +34,7 @@ from jax.typing import DTypeLike
 from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.normalised_attention import normalised_attention
 from models.parts.norms import rms_norm
-from models.parts.options import Count, Epsilon, Factor, Size, check_choice
+from models.parts.options import Epsilon, Factor, Size, check_choice
 from models.parts.projections import (
     head_size,
     merge_heads,
@@ -42,6 +42,7 @@ from models.parts.projections import (
     residual_normal,
     split_heads,
 )
+from models.parts.short_convolution import ConvWidth
 from ops.gated_linear_attention.api import gated_linear_attention
 
 FEATURE_MAPS = {"elu": lambda x: jax.nn.elu(x) + 1, "identity": lambda x: x}
@@ -68,7 +69,7 @@ class LinearAttention(ConvolvedProjections):
         expand_v: Factor = 1.0,
         feature_map: str = "elu",
         normaliser: str = "denominator",
-        conv_width: Count = 0,
+        conv_width: ConvWidth = 0,
         norm_eps: Epsilon = 1e-5,
     ):
         check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))

@@ -48,6 +48,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.discretisation import step_range_log
+from models.parts.hippo import HippoSize
 from models.parts.options import Factor, Size, check_choice
 from models.parts.projections import projection
 from ops.dense_scan.api import dense_scan
@@ -82,7 +83,7 @@ class LSSL(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        state_size: Size = 128,
+        state_size: HippoSize = 128,
         channels: Size = 1,
         transition: str = "learned",
         dt_min: Factor = 1e-3,

@@ -39,7 +39,7 @@ from jax.typing import DTypeLike
 from models.parts.discretisation import dt_bias
 from models.parts.options import Count, Factor, Size, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, projection
-from models.parts.short_convolution import ShortConvolution
+from models.parts.short_convolution import ConvWidth, ShortConvolution
 from ops.selective_scan.api import selective_scan
 
 
@@ -61,7 +61,7 @@ class Mamba(nnx.Module):
         dt_rank: Count = 0,
         dt_min: Factor = 1e-3,
         dt_max: Factor = 1e-1,
-        conv_width: Count = 4,
+        conv_width: ConvWidth = 4,
         eigenvalue_range: tuple[int, int] = (0, 1),
     ):
         check_choice("eigenvalue_range", tuple(eigenvalue_range), ((0, 1), (-1, 1)))

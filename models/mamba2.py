@@ -39,7 +39,7 @@ from models.parts.discretisation import dt_bias
 from models.parts.norms import rms_norm
 from models.parts.options import Count, Epsilon, Factor, Size, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, head_size, merge_heads, projection, split_heads
-from models.parts.short_convolution import ShortConvolution
+from models.parts.short_convolution import ConvWidth, ShortConvolution
 from ops.gated_linear_attention.api import gated_linear_attention
 
 
@@ -62,7 +62,7 @@ class Mamba2(nnx.Module):
         state_size: Size = 128,
         dt_min: Factor = 1e-3,
         dt_max: Factor = 1e-1,
-        conv_width: Count = 4,
+        conv_width: ConvWidth = 4,
         norm: str = "after_gate",
         norm_eps: Epsilon = 1e-5,
     ):

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.options import Factor, Size, check_choice
+from models.parts.options import Factor, Reach, Size, check_choice
 from models.parts.positions import next_position, token_positions
 from models.parts.projections import projection
 from models.parts.rotary import RopeBase, check_pairs, rotate
@@ -168,7 +168,7 @@ class SeqBoat(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        window: Size = 128,
+        window: Reach = 128,
         key_size: Size = 64,
         expand_v: Factor = 2.0,
         state_size: Size = 16,
@@ -189,7 +189,7 @@ class SeqBoat(nnx.Module):
             rngs=rngs,
             param_dtype=param_dtype,
         )
-        self.window, self.key_size = window, check_pairs(key_size)
+        self.window, self.key_size = window, check_pairs(key_size, "key_size")
         self.attention = attention
         self.value_size = round(expand_v * width)
         self.width, self.state_size = width, state_size

@@ -25,7 +25,7 @@ Authors' code: https://github.com/tensorflow/tensor2tensor
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.options import Count, Epsilon, Size
+from models.parts.options import Count, Epsilon, Reach, Size
 from models.parts.rotary import RopeBase
 from models.window_attention import WindowAttention
 
@@ -41,7 +41,7 @@ class SoftmaxAttention(WindowAttention):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        context_length: Size,
+        context_length: Reach,
         heads: Size = 4,
         key_value_heads: Count = 0,
         rope: bool = True,

@@ -31,7 +31,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.norms import rms_norm
-from models.parts.options import Count, Epsilon, Size
+from models.parts.options import Count, Epsilon, Reach, Size
 from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
     head_size,
@@ -60,7 +60,7 @@ class WindowAttention(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        window: Size,
+        window: Reach,
         heads: Size = 4,
         key_value_heads: Count = 0,
         rope: bool = True,

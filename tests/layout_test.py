@@ -58,8 +58,8 @@ MAY_IMPORT = {
     "experiments/configs": "",
     "experiments/objectives": "models/parts",
     "experiments/compiled": "ops/framework",
-    "experiments/training": "experiments/objectives experiments/compiled models/networks models/parts"
-    " ops",
+    "experiments/training": "experiments/objectives experiments/compiled models/networks"
+    " models/parts ops",
     "experiments/tasks": "experiments/training experiments/objectives models/parts",
     "experiments/reporting": "experiments/training",
     "experiments/tables/computations": "experiments/training models/parts ops",

@@ -1,5 +1,5 @@
-"""How much memory there is, and whether a run can fit: asked before anything is allocated, so that a
-size that nobody meant costs one line and not the machine."""
+"""How much memory there is, and whether a run can fit: asked before anything is allocated, so that
+a size that nobody meant costs one line and not the machine."""
 
 import os
 from collections.abc import Iterator

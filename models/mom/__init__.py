@@ -34,7 +34,7 @@ load-balancing loss trains the router. Initialisation: Xavier-uniform with gain 
 Authors' code: https://github.com/OpenSparseLLMs/MoM"""
 
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,9 @@ from models.mom.dispatch import Dispatch, dispatch
 from models.mom.router import Router
 from models.mom.rules import RULES, MemoryProjection
 from models.parts.norms import rms_norm
-from models.parts.options import Count, Epsilon, Factor, Size, Weight, check_choice
+from models.parts.options import Epsilon, Factor, Range, Size, Weight, check_choice
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
-from models.parts.short_convolution import ShortConvolution
+from models.parts.short_convolution import ConvWidth, ShortConvolution
 from ops.framework.sharding import parts_as_batch
 
 # A decay of exp(-1e4) is 0 in float32, and the ops multiply decays: exactly nothing passes from
@@ -71,7 +71,7 @@ class MixtureOfMemories(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        memories: Size = 4,
+        memories: Annotated[int, Range(1, 1024)] = 4,
         top_k: Size = 2,
         shared_memory: bool = True,
         rule: str = "gated_delta_net",
@@ -82,7 +82,7 @@ class MixtureOfMemories(nnx.Module):
         heads: Size = 4,
         expand_k: Factor = 1.0,
         expand_v: Factor = 1.0,
-        conv_width: Count | None = None,
+        conv_width: ConvWidth | None = None,
         dt_min: Factor = 1e-3,
         dt_max: Factor = 1e-1,
         gate_rank: Size = 16,

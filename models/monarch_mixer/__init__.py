@@ -41,9 +41,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.monarch_mixer.monarch import monarch_convolution
-from models.parts.options import Count, Size, check_choice
+from models.parts.options import Reach, Size, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, projection
-from models.parts.short_convolution import ShortConvolution
+from models.parts.short_convolution import ConvWidth, ShortConvolution
 from ops.framework import segments
 from ops.long_convolution.api import long_convolution
 
@@ -132,10 +132,10 @@ class MonarchMixer(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
-        context_length: Size,
+        context_length: Reach,
         transform: str = "fft",
         filter_hidden: Size = 128,
-        conv_width: Count = 3,
+        conv_width: ConvWidth = 3,
         blocks: Size = 4,
         expand: Size = 4,
     ):

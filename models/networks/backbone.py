@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from models.networks.block import BlockOptions
 from models.networks.stack import Stack
 from models.parts.norms import NORMS
-from models.parts.options import Probability, Size, check_options
+from models.parts.options import Depth, Probability, Size, check_options
 
 Network = TypeVar("Network", bound="Backbone")
 
@@ -43,7 +43,7 @@ class Backbone(nnx.Module):
         embedding: nnx.Module,
         *,
         width: Size,
-        depth: Size,
+        depth: Depth,
         pattern: Sequence[str],
         mixers: Mapping[str, Mapping[str, Any]] | None = None,
         embedding_dropout: Probability = 0.0,

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from models.parts.options import Factor, Size, check_choice, check_options
+from models.parts.options import Depth, Factor, Size, check_choice, check_options
 from ops.gated_linear_attention.api import gated_linear_attention
 
 
@@ -51,7 +51,7 @@ class LinearSelfAttention(nnx.Module):
         self,
         *,
         dimension: Size,
-        depth: Size = 1,
+        depth: Depth = 1,
         mask_query: bool = False,
         init: str = "gaussian",
         init_scale: Factor = 0.1,

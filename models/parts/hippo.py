@@ -40,7 +40,7 @@ from scipy.optimize import minimize
 
 from models.parts.options import Range
 
-# Eigenvectors of the whole matrix are found before anything is traced: minutes beyond this.
+# A matrix N x N per channel, or the eigenvectors of one, found before anything is traced.
 HippoSize = Annotated[int, Range(2, 2048)]
 
 

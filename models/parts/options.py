@@ -37,6 +37,8 @@ class Range:
 
 Size = Annotated[int, Range(1, INT32_END, ("high",))]
 Count = Annotated[int, Range(0, INT32_END, ("high",))]
+Depth = Annotated[int, Range(1, 10_000)]  # the deepest networks that were trained
+Reach = Annotated[int, Range(1, 2**24)]  # tokens that a mixer keeps or reaches back
 # What multiplies something of about 1: inner widths, time steps, temperatures, first values. Beyond
 # a thousand it is a slip of the pen.
 Factor = Annotated[float, Range(FLOAT32_SMALLEST, 1000)]

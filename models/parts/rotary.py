@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.parts.options import FLOAT32_LARGEST, Range
+from models.parts.options import Range
 
 # From 1 on, so that no pair turns faster than the first.
-RopeBase = Annotated[float, Range(1, FLOAT32_LARGEST)]
+RopeBase = Annotated[float, Range(1, 1e12)]
 
 
-def check_pairs(head_size: int) -> int:
-    """The head size; raises ValueError if its channels do not form pairs."""
+def check_pairs(head_size: int, option: str = "heads") -> int:
+    """The head size; raises ValueError, naming the option to change, if its channels do not form
+    pairs."""
     if head_size % 2:
         raise ValueError(
             "rotary positions turn pairs of channels and need an even head size; got"
-            f" {head_size}: change heads"
+            f" {head_size}: change {option}"
         )
     return head_size
 
@@ -26,7 +27,7 @@ def check_pairs(head_size: int) -> int:
 def frequencies(size: int, base: float) -> jax.Array:
     """base^(-2i/size) for the size/2 pairs of `size` channels."""
     half = size // 2
-    return base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    return float(base) ** (-jnp.arange(half, dtype=jnp.float32) / half)
 
 
 def turn(x_BTHK: jax.Array, positions_BT: jax.Array, frequency_K: jax.Array) -> jax.Array:

@@ -1,12 +1,18 @@
 """The depthwise causal convolution in front of a recurrence, with its decode state."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.options import Range
 from models.parts.projections import FAN_IN_UNIFORM
 from ops.short_convolution.api import short_convolution
+
+# Every tap is a term of the program.
+ConvWidth = Annotated[int, Range(0, 256)]
 
 
 class ShortConvolution(nnx.Module):

@@ -56,7 +56,7 @@ from jax.typing import DTypeLike
 
 from models.parts.discretisation import step_range_log
 from models.parts.hippo import HippoSize, diagonal_plus_low_rank
-from models.parts.options import Factor, Size, check_choice
+from models.parts.options import Factor, Reach, check_choice
 from models.parts.projections import projection
 from models.s4.cauchy import transfer, transfer_at_zero
 from ops.dense_scan.api import dense_scan
@@ -88,7 +88,7 @@ class S4(nnx.Module):
         compute_dtype: DTypeLike,
         state_size: HippoSize = 64,
         init: str = "legs",
-        kernel_length: Size = 1024,
+        kernel_length: Reach = 1024,
         dt_min: Factor = 1e-3,
         dt_max: Factor = 1e-1,
     ):

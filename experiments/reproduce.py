@@ -142,6 +142,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "only", "", "Regular expression: train only cells whose 'row / column' matches."
     )
+    flags.register_validator("only", command_line.check_pattern)
     flags.DEFINE_bool("dry_run", False, "Print the commands of all cells and stop.")
     flags.DEFINE_bool("collect", False, "Train nothing; print the table as it stands.")
     flags.DEFINE_bool("recorded", False, "Train nothing; print the recorded rows alone.")

@@ -9,16 +9,26 @@ BaseConv for all. The task is multi-query associative recall. delta_net,smoke: h
 CPU cores."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments.configs.recipes.defaults import mixer_options
 
+NO_MIXERS = {"recall", "linear_self_attention"}
+
 
 def get_config(mixer: str) -> ConfigDict:
-    """The config of `mixer` for mqar, "<mixer>" or "<mixer>,smoke", under BaseConv."""
+    """The config of `mixer` for mqar, "<mixer>" or "<mixer>,smoke", under BaseConv. Raises
+    ValueError, naming the mixers, for one that has no config."""
     name, *variant = mixer.split(",")
+    mixers = sorted({file.stem for file in Path(__file__).parent.glob("*.py")} - NO_MIXERS)
+    if name not in mixers:
+        raise ValueError(
+            "the argument of recall.py is <mixer> or <mixer>,smoke with a mixer of"
+            f" {', '.join(mixers)}; got {mixer!r}"
+        )
     module = importlib.import_module(f"experiments.configs.{name}")
     config: Any = module.get_config(",".join(["mqar", *variant]))
     config.model.pattern = ("base_conv", *config.model.pattern)

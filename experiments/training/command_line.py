@@ -2,15 +2,20 @@
 
 Mistakes are ValueError (a config that cannot work), OSError (a file that is not there) and
 FloatingPointError (a run that diverged); each message says what is wrong and how to mend it. They
-end the process with status 1, and with status 2 if they are in what was asked for.
---verbosity=1 shows where they were raised. Anything else is our own bug and keeps its
-traceback."""
+end the process with status 1, and with status 2 if they are in what was asked for: in the flags, or
+in a config file, which is run while the flags are read. --verbosity=1 shows where they were raised.
+Anything else is our own bug and keeps its traceback."""
 
 import difflib
+import inspect
 import logging as stdlib_logging
+import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
+from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -20,6 +25,8 @@ from experiments.training.config import Config, fit_warmup
 from experiments.training.process_setup import keep_freed_memory, keep_programs
 
 MISTAKES = (ValueError, OSError, FloatingPointError)
+RUN, ASKED = 1, 2  # statuses of a mistake
+HOW_TO = "give a file of experiments/configs, as <file>:<task>[,smoke]"
 
 
 class Misuse(ValueError):
@@ -59,21 +66,20 @@ def _guarded(main: Callable[[], Any], cache: bool) -> None:
     try:
         main()
     except MISTAKES as error:
-        _exit(str(error) or type(error).__name__, 2 if isinstance(error, Misuse) else 1)
+        _exit(str(error) or type(error).__name__, ASKED if isinstance(error, Misuse) else RUN)
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parses the flags into `values`; a mistake ends the process like one in `main`."""
+    """Parses the flags into `values`; a mistake ends the process with one line and status 2."""
+    config = _config(argv, values) if "config" in values else None
     try:
         rest = values(argv)
     except (AttributeError, KeyError) as error:
-        _exit(_unknown_key(argv, values, str(error)))
+        _exit(_unknown_key(argv, config, str(error)), ASKED)
     except (flags.Error, *MISTAKES, TypeError) as error:
-        # A config file that raises arrives with its traceback as text, the message in the last
-        # line.
-        _exit(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
+        _exit(str(error).strip().splitlines()[-1], ASKED)
     if len(rest) > 1:
-        _exit(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+        _exit(f"unexpected argument {rest[1]!r}; flags are written --name=value", ASKED)
     if "verbosity" in values and values["verbosity"].using_default_value:
         # absl would raise its default to INFO after this; a run's own output would drown in its
         # libraries'.
@@ -86,12 +92,49 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
     return rest
 
 
-def _unknown_key(argv: Sequence[str], values: flags.FlagValues, problem: str) -> str:
+def _config(argv: Sequence[str], values: flags.FlagValues) -> ConfigDict | None:
+    """The config that --config names, before overrides; None without the flag. A file that gives
+    none ends the process."""
+    arguments = [argument.partition("=") for argument in argv[1:]]
+    given = [
+        value if separator else "".join(argv[place + 2 : place + 3])
+        for place, (name, separator, value) in enumerate(arguments)
+        if name in ("-config", "--config")
+    ]
+    if not given:
+        return None
+    flag, (name, *argument) = f"--config={given[-1]}", given[-1].split(":", 1)
+    if not os.path.isfile(name):
+        what = "a folder" if os.path.isdir(name) else "no file"
+        _exit(f"{flag}: {name!r} is {what}; {HOW_TO}", ASKED)
+    module = ModuleType("config_of_a_flag")
+    module.__file__ = name
+    sys.modules[module.__name__] = module  # where dataclasses look
+    try:
+        SourceFileLoader(module.__name__, name).exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            _exit(f"{flag}: {name!r} has no function get_config; {HOW_TO}", ASKED)
+        try:
+            inspect.signature(get_config).bind(*argument)
+        except TypeError as error:
+            _exit(f"{flag}: get_config has another argument: {error}; {HOW_TO}", ASKED)
+        config = get_config(*argument)
+    except ValueError as error:
+        _exit(str(error), ASKED)
+    # A config file is a user's program: whatever it raises is a mistake in it, not a bug of ours.
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
+        _exit(f"{flag}: {type(error).__name__}: {error}{place}; {HOW_TO}", ASKED)
+    if not isinstance(config, ConfigDict):
+        _exit(f"{flag}: get_config must return a ConfigDict; got {config!r}", ASKED)
+    return config
+
+
+def _unknown_key(argv: Sequence[str], config: ConfigDict | None, problem: str) -> str:
     """The message for an override --config.a.b=value of which a part does not exist."""
-    arguments = [argument.lstrip("-").partition("=") for argument in argv[1:]]
-    file = next((value for name, _, value in arguments if name == "config"), "")
-    config = values["config"].parser.parse(file) if file else None
-    for path, _, _ in arguments:
+    for path, _, _ in (argument.lstrip("-").partition("=") for argument in argv[1:]):
         section = config
         for name in path.split(".")[1:] if path.startswith("config.") else ():
             if not isinstance(section, ConfigDict):
@@ -106,7 +149,17 @@ def _unknown_key(argv: Sequence[str], values: flags.FlagValues, problem: str) ->
     return problem
 
 
-def _exit(message: str, status: int = 1) -> NoReturn:
+def check_pattern(text: str) -> bool:
+    """True, for the validator of a flag; raises flags.ValidationError unless `text` is a regular
+    expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise flags.ValidationError(f"must be a regular expression ({error})") from error
+    return True
+
+
+def _exit(message: str, status: int) -> NoReturn:
     """Prints one line and ends the process; with --verbosity=1 or higher, the traceback before
     it."""
     if any(

@@ -83,20 +83,12 @@ def _train(
     config: Config, mesh: Mesh, workdir: Path, progress: ProgressReport, began: float
 ) -> dict[str, Any]:
     """The summary, as of `run`, of a valid config that is not finished in its workdir."""
-    # --- Programs: abstract so far; nothing is computed.
-    if config.optimizer.offload:
-        check_host_memory(mesh)
-    program = make_program(run_data.with_kept_files(config, workdir), mesh)
+    program, best = prepare(run_data.with_kept_files(config, workdir), mesh)
     task, seeds = program.task, program.seeds
     data = run_data.facts(config, task)
     run_record.check_same_everywhere(workdir, config, data["provenance"])
     remedy = f"use another --workdir, with config.init_from={workdir} to start from its weights"
     run_data.check_same_data(workdir, config, data["provenance"], remedy)
-    if mesh.shape["sequence"] > 1:
-        check_lengths(mesh, lengths(task, seeds[0]))
-    check_examples(task, "config.eval.examples", config.eval.examples)
-    check_memory(program)
-    best = checkpoints.Best(_known_metric(program), config.eval.best_mode)
     rows = process_rows(mesh, config.batch_size)
     batches = train_batches(task, seeds=seeds, batch_size=config.batch_size, rows=rows)
     first_params = None
@@ -145,6 +137,19 @@ def _train(
             draw_losses(workdir, seeds)
             run_record.write_json(workdir / "summary.json", summary)
         return summary
+
+
+def prepare(config: Config, mesh: Mesh) -> tuple[Program, checkpoints.Best]:
+    """The programs of a validated config on a mesh, and what makes a checkpoint the best. Raises
+    ValueError for what cannot work; traces, but compiles and allocates nothing."""
+    if config.optimizer.offload:
+        check_host_memory(mesh)
+    program = make_program(config, mesh)
+    if mesh.shape["sequence"] > 1:
+        check_lengths(mesh, lengths(program.task, program.seeds[0]))
+    check_examples(program.task, "config.eval.examples", config.eval.examples)
+    check_memory(program)
+    return program, checkpoints.Best(_known_metric(program), config.eval.best_mode)
 
 
 def _begin(

@@ -19,6 +19,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from experiments.tasks.sources.random_streams import normals, uniforms
+from experiments.training.memory import check_held
 from experiments.training.task import Batch, Examples, Length, Task, Vocabulary
 from models.parts.options import Count, Range
 
@@ -49,6 +50,7 @@ def make(
             "bandwidth must be at most 1 and leave a frequency,"
             f" 1 / sequence_length={1 / sequence_length:.4g}; got {bandwidth}"
         )
+    check_held("config.task.sequence_length", 3 * 2 * frequencies * 8 * sequence_length)
     k = np.arange(1, frequencies + 1)
     angle_KT = np.pi * np.outer(k, np.arange(sequence_length)) / sequence_length
     waves_RT = np.concatenate([np.cos(angle_KT), np.sin(angle_KT)]) / math.sqrt(frequencies)

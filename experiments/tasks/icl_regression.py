@@ -19,6 +19,7 @@ import numpy as np
 
 from experiments.objectives.squared_error import SquaredError
 from experiments.tasks.sources.random_streams import normals, uniforms
+from experiments.training.memory import check_held
 from experiments.training.task import Batch, Examples, Length, Task
 from models.parts.options import Factor, Range, Weight
 
@@ -98,6 +99,9 @@ def make(
 
     def stream(name: str, law: Prompts) -> Examples:
         count = numbers_per_prompt(law, dimension)
+        check_held(
+            "a prompt of config.task.dimension and examples (or test_lengths)", 4 * 8 * count
+        )
         return Examples(
             lambda indices: draw_prompts(
                 uniforms(f"icl/{law}/{name}", indices, count), law, dimension

@@ -26,6 +26,7 @@ from typing import Annotated
 import numpy as np
 
 from experiments.tasks.sources.random_streams import integers, uniforms
+from experiments.training.memory import check_held
 from experiments.training.task import Batch, Examples, Length, LengthOrDefault, Task, from_arrays
 from models.parts.options import Probability, Range
 
@@ -72,6 +73,8 @@ def make(
         raise ValueError(f"targets_only belongs to {', '.join(RECALL)}; got kind={kind!r}")
     for size in (length, *test_lengths):
         of.check(size, vocabulary_size, copied)
+    # Tokens, targets and weights of four bytes; twice, while blocks become one.
+    check_held("config.task.train_examples", 2 * 3 * 4 * length * max(train_examples, 0))
     options = f"mad/{kind}/{vocabulary_size}/{noise}/{copied}"
 
     def draw(stream: str, size: int, testing: bool, indices: np.ndarray) -> Batch:

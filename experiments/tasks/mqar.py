@@ -13,6 +13,7 @@ from typing import Annotated
 import numpy as np
 
 from experiments.tasks.sources.random_streams import integers, uniforms
+from experiments.training.memory import check_held
 from experiments.training.task import Batch, Examples, Length, Task, Vocabulary, from_arrays
 from models.parts.options import Range, Size
 
@@ -58,6 +59,9 @@ def make(
             "power and the examples of every training setting must be positive; got"
             f" {power} and {train}"
         )
+    # int32 tokens, targets, places and float32 weights; twice, while blocks become one.
+    held = sum(2 * 4 * (length + 3 * pairs) * count for length, pairs, count in train)
+    check_held("config.task.train", held)
     options = f"mqar/{vocabulary_size}/{power}/{random_non_queries}"
 
     def draw(stream: str, length: int, pairs: int, indices: np.ndarray) -> Batch:

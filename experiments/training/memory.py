@@ -24,6 +24,17 @@ def host_memory_bytes() -> int:
     return min(limits)
 
 
+def check_held(what: str, size_bytes: int) -> None:
+    """Raises ValueError, beginning with `what`, if a task is to hold more than the host's
+    memory."""
+    there = host_memory_bytes()
+    if size_bytes > there:
+        raise ValueError(
+            f"{what} must fit into the {there / 2**30:,.1f} GiB of this machine; got arrays of"
+            f" {size_bytes / 2**30:,.1f} GiB"
+        )
+
+
 def device_memory_bytes(device: Any) -> int:
     """Memory of a device; where it is the host's, this device's share of it."""
     stats = device.memory_stats() or {}

@@ -20,6 +20,7 @@ from experiments.configs.linear_self_attention import get_config
 from experiments.evaluate import evaluate
 from experiments.objectives.objective import Work, weighted_mean
 from experiments.training import checkpoints, program, state
+from experiments.training.mesh import make_mesh
 from experiments.training.run_loading import load_run
 from experiments.training.task import Examples, Task
 
@@ -64,6 +65,15 @@ class Denoising:
 
     def metrics(self, sums):
         return {"loss": float(sums["loss_sum"] / sums["weight_sum"])}
+
+
+@dataclass(frozen=True)
+class Drawing(Denoising):
+    """The same, but what it reports as its loss is a number that it draws from its key."""
+
+    def __call__(self, model, batch, key):
+        loss, sums = super().__call__(model, batch, key)
+        return loss, sums | {"loss_sum": sums["weight_sum"] * jax.random.uniform(key)}
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,14 @@ def test_the_same_key_scores_a_checkpoint_the_same_at_any_time(tmp_path):
     assert again["decode_max_abs_difference"] is None
 
 
+def test_an_objective_draws_other_numbers_in_every_step(tmp_path, monkeypatch):
+    task = replace(TASK, objective=Drawing())
+    monkeypatch.setattr(program, "configured_task", lambda config: task)
+    train.run(config_of(), tmp_path, quiet=True)
+    drawn = [row["train/loss"][0] for row in rows_of(tmp_path)]
+    assert len(drawn) == 6 and len(set(drawn)) == 6
+
+
 def test_accumulated_parts_draw_noise_of_their_own(tmp_path):
     whole = train.run(config_of(), tmp_path / "whole", quiet=True)
     parts = train.run(config_of(accumulate=2), tmp_path / "parts", quiet=True)
@@ -217,6 +235,22 @@ def test_frozen_parameters_stay_and_the_others_learn(tmp_path, name):
     assert np.abs(end["decoder"]["kernel"] - start["decoder"]["kernel"]).max() > 1e-3
     saved = checkpoints.stored_shapes(tmp_path / "checkpoints", "optimizer")
     assert "encoder" not in str(jax.tree.leaves_with_path(saved["opt_state"]))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gradient_norm_is_that_of_the_parameters_that_are_trained(accumulate):
+    mesh = make_mesh(config_of().mesh)
+    norms = {}
+    for frozen in ("", "encoder", "decoder"):
+        patterns = (f"{frozen}/.*",) if frozen else ()
+        config = config_of(**{"optimizer.frozen": patterns, "accumulate": accumulate})
+        made = program.make_program(config, mesh)
+        batch, _ = made.place(fetch(np.arange(8)))
+        window = made.step(made.initial(), batch, np.int32(1)).window
+        norms[frozen] = float(window["gradient_norm"])
+    assert 0 < norms["encoder"] < norms[""] and 0 < norms["decoder"] < norms[""]
+    # The squares of the parts are the square of the whole.
+    assert norms["encoder"] ** 2 + norms["decoder"] ** 2 == pytest.approx(norms[""] ** 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(

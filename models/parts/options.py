@@ -95,6 +95,8 @@ def _fits(kind: Any, value: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_fits(one, value) for one in arguments)
     if origin in (tuple, collections.abc.Sequence):  # JSON has lists for both
+        if origin is not tuple and isinstance(value, str):
+            return True  # the classic slip ("gla") for ("gla",), of which its user tells better
         each = _elements(kind, value) if isinstance(value, tuple | list) else None
         return each is not None and all(map(_fits, each, value))
     if kind in (int, float):

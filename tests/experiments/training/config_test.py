@@ -228,16 +228,74 @@ def test_only_what_computes_nothing_may_differ_on_resume():
         ),
     ],
 )
-def test_a_mistake_in_the_flags_is_one_line_and_status_1(capsys, monkeypatch, arguments, message):
+def test_a_mistake_in_the_flags_is_one_line_and_status_2(capsys, monkeypatch, arguments, message):
+    assert refused(monkeypatch, capsys, *arguments).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "argument", "message"),
+    [
+        (None, "", "is no file; give a file of experiments/configs, as <file>:<task>[,smoke]"),
+        ("TITLE = 1", "", "has no function get_config; give a file of experiments/configs"),
+        ('{"steps": true}', "", "NameError: name 'true' is not defined (PATH, line 1)"),
+        (
+            "def get_config(task)\n    return 1",
+            ":a",
+            "SyntaxError: expected ':' (config.py, line 1)",
+        ),
+        ("def get_config(task):\n    return {}[task]", ":a", "KeyError: 'a' (PATH, line 2)"),
+        ("def get_config(task):\n    return 1", "", "missing a required argument: 'task'"),
+        ("def get_config():\n    return 1", ":a", "too many positional arguments"),
+        ("def get_config():\n    pass", "", "get_config must return a ConfigDict; got None"),
+        ("folder", "", "is a folder; give a file of experiments/configs"),
+    ],
+)
+def test_a_config_file_that_gives_no_config_costs_one_line(
+    tmp_path, capsys, monkeypatch, content, argument, message
+):
+    path = tmp_path / "config.py"
+    if content == "folder":
+        path.mkdir()
+    elif content:
+        path.write_text(content)
+    line = refused(monkeypatch, capsys, f"--config={path}{argument}")
+    assert line.startswith(f"error: --config={path}{argument}: ")
+    assert message.replace("PATH", str(path)) in line
+
+
+def test_every_file_of_the_folder_of_configs_is_one_or_is_refused_in_one_line(capsys, monkeypatch):
+    for file in sorted((CHECKOUT / "experiments/configs").rglob("*.py")):
+        line = refused(monkeypatch, capsys, f"--config={file}:nope")
+        known = "has no function get_config" if file.parent.name == "recipes" else "got 'nope'"
+        assert line.startswith("error: ") and known in line, line
+    assert "a mixer of based, delta_net" in refused(
+        monkeypatch, capsys, "--config=experiments/configs/recall.py:recall"
+    )
+
+
+def refused(monkeypatch, capsys, *arguments: str) -> str:
+    """The one line with which the flags are refused, with status 2."""
     # config_flags finds the overrides there.
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    monkeypatch.chdir(CHECKOUT)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     with pytest.raises(SystemExit) as ended:
         command_line.parse(sys.argv, values)
     printed = capsys.readouterr().err
-    assert ended.value.code == 1
-    assert printed.startswith(message) and len(printed.splitlines()) == 1
+    assert ended.value.code == 2 and len(printed.splitlines()) == 1, printed
+    return printed
+
+
+def test_a_flag_that_is_no_pattern_is_refused(capsys):
+    values = flags.FlagValues()
+    flags.DEFINE_string("only", "", "A pattern.", flag_values=values)
+    flags.register_validator("only", command_line.check_pattern, flag_values=values)
+    with pytest.raises(SystemExit) as ended:
+        command_line.parse(["reproduce", "--only=("], values)
+    line = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert line.startswith("error: flag --only=(: must be a regular expression (missing )")
 
 
 @pytest.mark.parametrize(

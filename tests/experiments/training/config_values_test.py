@@ -162,7 +162,7 @@ def test_every_value_that_nobody_means_costs_one_line_that_names_the_entry(what,
         ("model.norm_eps", -1.0, r"config.model.norm_eps must be a finite number in .* got -1.0"),
         (
             "model.pattern",
-            "gla",
+            ("gla", 1),
             "config.model.pattern must be a tuple whose elements are each a string",
         ),
         (

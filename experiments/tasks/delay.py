@@ -39,16 +39,15 @@ def make(
 
     Metrics: token_metrics over the tokens from `delay` on; guessing has accuracy 1 / levels.
     """
-    if not 0 <= delay < sequence_length or levels < 2:
+    if delay >= sequence_length:
         raise ValueError(
-            "need 0 <= delay < sequence_length and levels >= 2; got"
-            f" delay={delay}, sequence_length={sequence_length}, levels={levels}"
+            f"need delay < sequence_length; got delay={delay}, sequence_length={sequence_length}"
         )
     frequencies = math.floor(bandwidth * sequence_length)
-    if not 1 <= frequencies <= sequence_length:
+    if frequencies < 1:
         raise ValueError(
-            "bandwidth must be at most 1 and leave a frequency,"
-            f" 1 / sequence_length={1 / sequence_length:.4g}; got {bandwidth}"
+            "bandwidth must leave a frequency, 1 / sequence_length="
+            f"{1 / sequence_length:.4g}; got {bandwidth}"
         )
     check_held("config.task.sequence_length", 3 * 2 * frequencies * 8 * sequence_length)
     k = np.arange(1, frequencies + 1)

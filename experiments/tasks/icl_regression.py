@@ -32,9 +32,9 @@ class Prompts:
     """A law of prompts. `covariance` None: eigenvalues Exp(1), drawn anew for every prompt."""
 
     examples: int
-    covariance: tuple[Eigenvalue, ...] | None
+    covariance: tuple[float, ...] | None
     query_covariance: tuple[float, ...] | None
-    task_covariance: tuple[Eigenvalue, ...]
+    task_covariance: tuple[float, ...]
     noise: float
     input_scale: float = 1.0
 
@@ -42,9 +42,9 @@ class Prompts:
 def make(
     dimension: Dimension = 5,
     examples: Length = 20,
-    covariance: tuple[float, ...] = (),
+    covariance: tuple[Eigenvalue, ...] = (),
     exponential_covariance: bool = False,
-    task_covariance: tuple[float, ...] = (),
+    task_covariance: tuple[Eigenvalue, ...] = (),
     noise: Weight = 0.0,
     test_lengths: tuple[Length, ...] = (),
     test_input_scales: tuple[Factor, ...] = (),
@@ -67,11 +67,6 @@ def make(
 
     Metrics: loss (risk) and normalised_loss (risk over that of the prediction 0).
     """
-    if dimension < 1 or examples < 1 or noise < 0:
-        raise ValueError(
-            "need dimension >= 1, examples >= 1 and noise >= 0; "
-            f"got dimension={dimension}, examples={examples}, noise={noise}"
-        )
     if exponential_covariance and (covariance or test_reversed):
         raise ValueError(
             "exponential_covariance=True excludes covariance and test_reversed, which"
@@ -154,7 +149,7 @@ def draw_prompts(uniform: np.ndarray, law: Prompts, dimension: int) -> Batch:
 def _eigenvalues(name: str, value: tuple[float, ...], dimension: int) -> tuple[float, ...]:
     if not value:
         return (1.0,) * dimension
-    if len(value) != dimension or min(value) <= 0:
+    if len(value) != dimension:
         raise ValueError(
             f"{name} must be {dimension} positive eigenvalues, as many as dimension, or"
             f" (); got {value!r}"

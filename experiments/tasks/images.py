@@ -46,8 +46,6 @@ def make(
 
     Raises ValueError for a data set that is not known or not there, ImportError for one whose
     package is not."""
-    if levels < 0:
-        raise ValueError(f"levels must be positive, or 0 for all; got {levels}")
     on_board = {"digits": digits, "mnist_subset": mnist_subset}
     if dataset in on_board:
         source = on_board[dataset]()

@@ -64,21 +64,15 @@ def make(
     if data_dir:
         return _released(data_dir, longest)
     fewest = 4  # the brackets and two digits
-    if not fewest <= shortest <= longest or depth < 1 or arguments < 2:
+    if not fewest <= shortest <= longest:
         raise ValueError(
-            f"need {fewest} <= shortest <= longest, depth >= 1 and arguments >= 2; got"
-            f" shortest={shortest}, longest={longest}, depth={depth}, arguments={arguments}"
+            f"need {fewest} <= shortest <= longest; got shortest={shortest}, longest={longest}"
         )
     most = sum(2 * arguments**level for level in range(depth)) + arguments**depth
     if shortest > most:
         raise ValueError(
             f"shortest must be at most {most}, the longest expression of depth={depth}"
             f" and arguments={arguments}; got {shortest}"
-        )
-    if train_examples < 0 or test_examples < 1:
-        raise ValueError(
-            "train_examples must be at least 0 and test_examples at least 1; got"
-            f" {train_examples} and {test_examples}"
         )
 
     def examples(stream: str, length: int | None) -> Examples:

@@ -61,14 +61,7 @@ def make(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     of = KINDS[kind]
     length, vocabulary_size = length or of.length, vocabulary_size or of.vocabulary
-    if train_examples < -1:
-        raise ValueError(
-            "train_examples must be positive, 0 (as published) or -1 (without end);"
-            f" got {train_examples}"
-        )
     train_examples = train_examples or of.examples
-    if not 0.0 <= noise < 1.0:
-        raise ValueError(f"noise must be in [0, 1); got {noise}")
     if targets_only and kind not in RECALL:
         raise ValueError(f"targets_only belongs to {', '.join(RECALL)}; got kind={kind!r}")
     for size in (length, *test_lengths):

@@ -54,11 +54,6 @@ def make(
                 "vocabulary_size must be even and at least 2 (pairs + 1) ="
                 f" {2 * (pairs + 1)}; got {vocabulary_size}"
             )
-    if power <= 0 or min(count for _, _, count in train) < 1:
-        raise ValueError(
-            "power and the examples of every training setting must be positive; got"
-            f" {power} and {train}"
-        )
     # int32 tokens, targets, places and float32 weights; twice, while blocks become one.
     held = sum(2 * 4 * (length + 3 * pairs) * count for length, pairs, count in train)
     check_held("config.task.train", held)

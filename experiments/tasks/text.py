@@ -50,8 +50,6 @@ def make(
     of the text, tokenizer and its sha256. A run keeps the tokenizer."""
     if packing not in ("documents", "stream"):
         raise ValueError(f"packing must be 'documents' or 'stream'; got {packing!r}")
-    if sequence_length < 1:
-        raise ValueError(f"sequence_length must be at least 1; got {sequence_length}")
     if validation_path and not path:
         raise ValueError("validation_path needs a path of text for training; got path=''")
     text_dir = Path(data_dir).expanduser() / "text"

@@ -196,17 +196,15 @@ def test_the_target_has_no_noise_but_the_labels_do() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"examples": 0},
-            ("need dimension >= 1, examples >= 1 and noise >= 0; got dimension=5, examples=0"),
-        ),
+        ({"examples": 0}, r"config.task.examples must be an integer in \[1, 16777216\]; got 0"),
+        ({"noise": -1.0}, r"config.task.noise must be a finite number in \[0, 1000\]; got -1.0"),
         (
             {"covariance": (1.0, 2.0)},
             r"covariance must be 5 positive eigenvalues, .*; got \(1.0, 2.0\)",
         ),
         (
             {"task_covariance": (1.0, 2.0, 3.0, 4.0, -5.0)},
-            "task_covariance must be 5 positive eigenvalues",
+            r"task_covariance must be .* in \[1e-12, 1e\+12\]; got \(1.0, 2.0, 3.0, 4.0, -5.0\)",
         ),
         (
             {"exponential_covariance": True, "test_reversed": True},

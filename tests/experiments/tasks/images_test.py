@@ -271,5 +271,5 @@ def test_grey_needs_colours() -> None:
 
 
 def test_negative_levels_are_refused() -> None:
-    with pytest.raises(ValueError, match="levels must be positive, or 0 for all; got -1"):
+    with pytest.raises(ValueError, match=r"levels must be an integer in \[0, 256\]; got -1"):
         make(levels=-1)

@@ -118,7 +118,7 @@ def test_examples_are_a_function_of_their_number_and_differ_between_streams():
     [
         ({"kind": "copy"}, "kind must be one of recall, .*; got 'copy'"),
         ({"kind": "recall", "length": 7}, "need an even length .*; got 7 and 16"),
-        ({"kind": "recall", "noise": 1.0}, r"noise must be in \[0, 1\); got 1.0"),
+        ({"kind": "recall", "noise": 1.0}, r"noise must be a finite number in \[0, 1\); got 1.0"),
         ({"kind": "recall", "train_examples": -2}, "train_examples must be .* got -2"),
         ({"kind": "fuzzy_recall", "length": 8}, "needs length >= 12 .*; got 8 and 16"),
         ({"kind": "selective_copying", "length": 32}, "2 copied .*; got 16, 32 and 16"),

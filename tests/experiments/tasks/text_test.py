@@ -140,7 +140,7 @@ def test_a_split_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
         ({"test_path": "x"}, "test_path needs a validation_path beside it"),
         ({"validation_path": "x", "path": ""}, "validation_path needs a path of text for training"),
         ({"packing": "files"}, "packing must be 'documents' or 'stream'; got 'files'"),
-        ({"sequence_length": 0}, "sequence_length must be at least 1; got 0"),
+        ({"sequence_length": 0}, r"sequence_length must be an integer in \[1, 16777216\]; got 0"),
         (
             {"tokenizer": "bpe", "vocabulary_size": 100},
             "vocabulary_size must be at least 256, the bytes; got 100",

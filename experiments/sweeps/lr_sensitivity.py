@@ -11,7 +11,7 @@ Wortsman et al., "Small-scale proxies for large-scale Transformer training insta
 
 with l(eta) the final loss, and l_0 the loss at initialisation: a run that diverged is as good as
 one that never began. As in the paper: seven rates, AdamW with (0.9, 0.95), clipping at 1, a warm-up
-of 5% and cosine to 1e-5. Other than there, weight decay is multiplied by the learning rate. The
+of 5% and cosine to 1e-5. Unlike there, weight decay is multiplied by the learning rate. The
 figure is runs/lr_sensitivity/lr_sensitivity_<scale>.png."""
 
 import math

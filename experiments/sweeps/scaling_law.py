@@ -6,7 +6,7 @@ law, its fit and its figure.
         --metric=validation/loss --out=scaling_law.png
 
 The second command fits the rows of any sweep whose runs differ in parameters and tokens. Every
-number of tokens is a run of its own, since the learning rate decays over the whole of it.
+number of tokens needs a run of its own, because the learning rate decays over the whole run.
 
 Hoffmann et al., "Training Compute-Optimal Large Language Models", NeurIPS 2022, arXiv 2203.15556,
 approach 3:
@@ -18,8 +18,8 @@ D      training tokens, those seen twice counted twice
 L      its metric, a positive number such as nats per token, mean over seeds
 
 The fit minimises the Huber loss of log L (Eq. 3), here by Gauss-Newton steps from the best of a
-grid of starts. Bands are percentiles over a bootstrap of the residuals: a sweep is a small grid, of
-which resampled runs would often leave one value of N or D. They are a little narrow: over 30
+grid of starts. Bands are percentiles over a bootstrap of the residuals. (A sweep is a small grid:
+resampled runs would often have a single value of N or D.) They are a little narrow: over 30
 planted laws with 25 runs each, bands of 5 to 95% held 85% of the numbers. Beside the law stand the
 power laws in N alone and in D alone, L = (x_c / x)^alpha, of Kaplan et al., 2020, arXiv 2001.08361,
 from the runs with the most tokens and with the most parameters."""

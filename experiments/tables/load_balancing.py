@@ -3,7 +3,7 @@ used.
 
 Qiu et al., "Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized
 Mixture-of-Expert Models", 2025, arXiv 2501.11873: balanced inside every micro-batch, each sequence
-has to use all experts; balanced over the global batch, experts may specialise, and perplexity
+has to use all experts. Balanced over the global batch, experts may specialise, and perplexity
 falls. Here the same loss balances the memories of MoM."""
 
 from collections.abc import Mapping

@@ -3,7 +3,7 @@ mixer of the row.
 
 The models of Based (Arora et al., ICML 2024, arXiv 2402.18668), the task of Zoology (Arora et al.,
 ICLR 2024, arXiv 2312.04927). Both publish figures, no numbers: full attention recalls everything at
-every width, and recurrences the more, the larger their state."""
+every width; a recurrence recalls more, the larger its state is."""
 
 from collections.abc import Mapping
 from typing import Any

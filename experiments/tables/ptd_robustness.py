@@ -4,7 +4,7 @@ input does to it.
 Yu, Nigmetov, Morozov, Mahoney, Erichson, "Robustifying State-space Models for Long Sequences via
 Approximate Diagonalization", ICLR 2024, arXiv 2310.01698. Nothing is trained:
 experiments/tables/computations/ptd_numerics.py computes every number from the initial systems of
-models/s4.py, models/s4d.py and models/hippo.py."""
+models/s4, models/s4d.py and models/parts/hippo.py."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -5,12 +5,12 @@ Gu, Johnson, Timalsina, Rudra, Re, "How to Train Your HiPPO", ICLR 2023, arXiv 2
 signal is real and the model one linear layer. Here the signal is cut into levels, tokens like any
 others, so that every model reads it:
 
-    x_t = sum_k a_k cos(pi k t / T) + b_k sin(pi k t / T),   k = 1 .. bandwidth T,    a_k, b_k ~
-    N(0, 1 / K)
+    x_t = sum_k a_k cos(pi k t / T) + b_k sin(pi k t / T),    k = 1 .. K,    K = bandwidth T
+    a_k, b_k ~ N(0, 1 / K)
     token_t = floor(levels Phi(x_t)),    target_t = token_{t - delay}  (t >= delay)
 
 Phi, the normal distribution function, makes all levels equally frequent. The signal is band
-limited: about 2 bandwidth delay numbers must be held to answer."""
+limited, so a model must hold about 2 bandwidth delay numbers to answer."""
 
 import math
 from typing import Annotated

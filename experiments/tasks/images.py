@@ -40,9 +40,9 @@ def make(
     data_dir    where TFDS data sets are
     download    lets TFDS download and prepare a data set that is not there yet
 
-    Splits: of every ten images on board the first two are test and the third is validation; of
-    others validation is every tenth training image. Metrics: token_metrics; accuracy is that of the
-    label.
+    Splits: of every ten images on board the first two are test and the third is validation. In
+    other data sets every tenth training image is validation. Metrics: token_metrics; accuracy is
+    that of the label.
 
     Raises ValueError for a data set that is not known or not there, ImportError for one whose
     package is not."""

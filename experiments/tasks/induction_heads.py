@@ -17,8 +17,8 @@ from experiments.training.task import Batch, Examples, Length, Task, Vocabulary
 def make(
     length: Length = 256, vocabulary_size: Vocabulary = 16, test_lengths: tuple[Length, ...] = ()
 ) -> Task:
-    """Evaluations "test" (sequences of `length` tokens) and "length_<L>" for every L of
-    test_lengths."""
+    """Fresh sequences of `length` tokens for training; evaluations "test", of such sequences, and
+    "length_<L>" for every L of test_lengths."""
     for size in (length, *test_lengths):
         if size < 3 or vocabulary_size < 3:
             raise ValueError(

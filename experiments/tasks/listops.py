@@ -167,8 +167,8 @@ def _read(table: Table, indices: np.ndarray, longest: int) -> list[tuple[list[in
 def draw(
     rng: random.Random, shortest: int, longest: int, depth: int, arguments: int
 ) -> tuple[list[int], int]:
-    """Tokens and value of an expression. Raises ValueError if none of a million trees had such a
-    length."""
+    """Tokens and value of an expression. Raises ValueError if none of a million trees has a length
+    that is asked for."""
     for _ in range(TRIES):
         tokens: list[int] = []
         value = _grow(rng, tokens, longest, depth, arguments, first=True)

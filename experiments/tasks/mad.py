@@ -2,21 +2,24 @@
 Hie, Ermon, Ré, Zhang, Massaroli, "Mechanistic Design and Scaling of Hybrid Architectures", ICML
 2024, arXiv 2403.17844.
 
-    kind                a sequence (V vocabulary, L length)                              asked for
-    recall              k v k v ... k v, a key has one value, the last key occurred      values of
-    keys seen before noisy_recall        the same with pairs of noise tokens in between
-    values of keys seen before fuzzy_recall        keys and values of 1 to 3 tokens, padded at the
-    left             values of keys seen before memorisation        k INSERT k INSERT ..., one map
-    from keys to values for all       the value at every INSERT selective_copying   n data tokens
-    among BLANKs, COPY, n BLANKs                       the data in order, at the end compression
-    L - 1 random tokens, COMPRESS                                    all tokens, from the last state
+    V is the size of the vocabulary, L the length of a sequence.
+
+    kind                a sequence, and what is asked for
+    recall              k v k v ... k v; a key has one value, and the last key occurred before:
+                        the values of keys seen before
+    noisy_recall        the same with pairs of noise tokens in between: the same
+    fuzzy_recall        the same with keys and values of 1 to 3 tokens, padded at the left: the same
+    memorisation        k INSERT k INSERT ..., one map from keys to values for all sequences: the
+                        value at every INSERT
+    selective_copying   n data tokens among BLANKs, COPY, n BLANKs: the data in order, at the end
+    compression         L - 1 random tokens, COMPRESS: all tokens, from the last state
 
 The recall tasks are trained on every next token, predictable or not, as published (`targets_only`
-asks for the values alone). The last of them, compression, needs a model that reads one state:
+asks for the values alone). Compression needs a model that reads one state:
 models/networks/compressor.py.
 
-Departure: accuracy is over all targets, where the authors average it over target classes; values
-are drawn uniformly, so that the two differ by sampling only."""
+Departure: accuracy is over all targets. The authors average it over target classes; since values
+are drawn uniformly, the two differ by sampling only."""
 
 import functools
 from collections.abc import Callable
@@ -44,8 +47,8 @@ def make(
     targets_only: bool = False,
     test_lengths: tuple[Length, ...] = (),
 ) -> Task:
-    """Evaluation "test" has fresh sequences like those of training, "length_<L>" others of length
-    L.
+    """A finite training set, or fresh sequences; evaluations "test", of fresh sequences like those
+    of training, and "length_<L>" for every L of test_lengths.
 
     kind                see the top of the file
     length              L; 0: as published (128; memorisation and compression 32, selective_copying
@@ -168,8 +171,8 @@ def fuzzy_recall(u, length, vocabulary_size, copied, noise, testing) -> Sequence
 
 
 def _fuzzy_pairs(draw, room, vocabulary_size, testing):
-    """All tokens, at most `room`, and the (key, value) pairs they are; the last key is that of a
-    random other pair."""
+    """All tokens, at most `room`, and the (key, value) pairs that they form. The last key is that
+    of another pair, chosen at random."""
     half = (vocabulary_size - 1) // 2
     values = vocabulary_size - 1 - half
     value_of: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -237,8 +240,8 @@ def compression(u, length, vocabulary_size, copied, noise, testing) -> Sequences
 
 @dataclass(frozen=True)
 class Kind:
-    """generate: uniform numbers [n, numbers(L, V, n)] to sequences; check raises ValueError for
-    impossible sizes."""
+    """A kind of sequence. `generate` turns uniform numbers [n, numbers(L, V, copied)] into
+    sequences; `check` raises ValueError for impossible sizes."""
 
     generate: Callable[..., Sequences]
     check: Callable[[int, int, int], None]

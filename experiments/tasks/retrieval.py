@@ -4,12 +4,13 @@ Tay et al., "Long Range Arena", ICLR 2021, arXiv 2011.04006; the papers are thos
 Anthology Network (Radev et al., 2013), two to an example, read byte by byte. Tokens are those of
 byte_documents.py:
 
-    first paper, mark, second paper, mark, padding          at most `length` tokens each, with its
-    mark
+    first paper, mark, second paper, mark, padding
 
-Departure: one sequence, of which the answer is asked at the end, so that a causal model compares
-while it reads the second paper. The benchmark encodes both apart, by the same weights, and compares
-two vectors."""
+A paper with its mark has at most `length` tokens.
+
+Departure: both papers are one sequence, and the answer is asked at its end, so that a causal model
+compares while it reads the second paper. The benchmark encodes each paper by the same weights and
+compares two vectors."""
 
 import numpy as np
 

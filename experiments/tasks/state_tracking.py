@@ -6,16 +6,16 @@ Negative Eigenvalues", ICLR 2025, arXiv 2411.12537, section 5; the arithmetic ta
 et al., ICLR 2023, arXiv 2207.02098, the group products after Merrill, Petty, Sabharwal, ICML 2024,
 arXiv 2404.08819.
 
-    kind                            a sequence of total length L                      answer
-    parity                          L - 1 bits                                        number of ones
-    mod 2 modular_arithmetic              digit (operator digit)* =       (L odd)           value
-    mod 5, product before sum modular_arithmetic_brackets     nested expression of L - 3 tokens,
-    then =         value mod 5 s5, z60                         L group elements
-    product of all elements so far
+    kind                            a sequence of total length L, and its answer
+    parity                          L - 1 bits: the number of ones mod 2
+    modular_arithmetic              digit (operator digit)* =, L odd: the value mod 5, products
+                                    before sums
+    modular_arithmetic_brackets     a nested expression of L - 3 tokens, then =: the value mod 5
+    s5, z60                         L group elements: the product of all elements so far
 
-Of the first three the last token is the answer: it is absent from the input, and the token before
-it is asked for it. The group tasks ask for the running product at every token. Sequences are padded
-to the longest."""
+In the first three kinds the last token is the answer. It is absent from the input, and the model
+is asked for it at the token before. The group tasks ask for the running product at every token.
+Sequences are padded to the longest."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""Numbers of a train step that is compiled for a TPU slice and never run, for tables; needs libtpu,
-as the plan does.
+"""Numbers of a train step that is compiled for a TPU slice and never run, for tables. Like the plan
+it needs libtpu.
 
-Every step is planned by `python -m experiments.plan` in a process of its own: the compiler keeps
-what it took."""
+Every step is planned by `python -m experiments.plan` in a process of its own, because the compiler
+keeps the memory that it took."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def measure(
 
 
 def numbers(plan: dict[str, Any]) -> dict[str, float | None]:
-    """Of a plan as `experiments.plan` writes it."""
+    """The numbers of `measure`, out of a plan as `experiments.plan` writes it."""
     total = plan["memory"].get("total")
     result: dict[str, float | None] = {
         "gigabytes": None if total is None else total / 1e9,

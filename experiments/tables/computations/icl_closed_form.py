@@ -8,9 +8,10 @@ A prompt has N examples x_i ~ N(0, Lam) in R^d with labels y_i = w^T x_i + s xi_
 ~ N(0, Psi). The layer predicts x_q^T P h with h = (1/N) sum_i y_i x_i. Risks are excess risks, E
 (prediction - w^T x_q)^2: the noise of the query's own label is not in them.
 
-    Lam     covariance  [d, d]      Psi     task_covariance  [d, d], None: I       N     examples
-    P       preconditioner [d, d]   s       noise (a standard deviation)           M     examples at
-    test time
+    Lam     covariance [d, d]             P     preconditioner [d, d]
+    Psi     task_covariance [d, d]        N     examples
+            None: I                       M     examples at test time
+    s       noise, a standard deviation
 
 All functions take and return float64 numpy.
 """

@@ -48,9 +48,11 @@ def system(
 def measure(
     name: str, size: int, gamma: float = 1.0, relative: float = 0.01, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Of one system: "matrix" (condition_log10 of the eigenvectors; distance_percent, |M - A|_2 /
-    |A|_2; rightmost, the largest real part of an eigenvalue) and "response" (gap_percent: see
-    `response_gap`)."""
+    """The numbers of one system.
+
+    matrix      condition_log10 of the eigenvectors; distance_percent, |M - A|_2 / |A|_2; rightmost,
+                the largest real part of an eigenvalue
+    response    gap_percent, of `response_gap`"""
     M, b = system(name, size, gamma=gamma, relative=relative, seed=seed)
     A, B = legs(size)
     eigenvalue, V = np.linalg.eig(M)
@@ -81,17 +83,15 @@ def response_gap(M: np.ndarray, b: np.ndarray, A: np.ndarray, B: np.ndarray) -> 
 def delay_under_tones(
     name: str, size: int, gamma: float = 1.0, relative: float = 0.01, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Delays a smooth signal by a linear read-out of the states, and then adds a tone to the input.
+    """{test: {"error_log10": number}} of a linear read-out of the states that delays a smooth
+    signal: the decimal logarithm of the squared error over that of the prediction 0.
 
     The read-out is least squares on the states for one signal, with a ridge of 1e-6 of their
-    energy; it is tested on another signal, alone ("clean") and with a tone of a tenth of its root
+    energy. It is tested on another signal, alone ("clean") and with a tone of a tenth of its root
     mean square, at the largest eigenvalue of S ("spike") and at the frequencies TONES
-    ("tone_<omega>"). "borrowed_clean" and "borrowed_spike" read the states with what was fitted on
-    those of "s4": with one C, only the transfer functions differ. The dynamics are exact for an
-    input held during each step.
-
-    Metric: error_log10, the decimal logarithm of the squared error over that of the prediction 0.
-    """
+    ("tone_<omega>"). "borrowed_clean" and "borrowed_spike" use the read-out that was fitted to the
+    states of "s4": with one C, only the transfer functions differ. The dynamics are exact for an
+    input held during each step."""
     rng = np.random.default_rng(seed)
     train, test = (
         signal / np.sqrt(np.mean(signal**2))

@@ -1,8 +1,8 @@
-"""Times ways to cut one sequence over eight virtual devices of a CPU, for tables.
+"""Times of ways to cut one sequence over eight virtual devices of a CPU, for tables.
 
 The devices are threads that share the machine's cores. So a time is the work of all devices and
-what they cost each other by exchanging; that a device of a ring waits for its neighbour shows
-little, for the others work meanwhile, and the cost of a link does not show at all."""
+what they cost each other by exchanging. It shows little of a device of a ring that waits for its
+neighbour, for the others work meanwhile, and nothing of what a link costs."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def measure(*, seed: int, length: int) -> dict[str, dict[str, float]]:
 
 
 def _program(way: str, inputs: tuple[jax.Array, ...]) -> Callable[[], Any]:
-    """The compiled program of a way with its inputs in place; it waits until the result is
+    """The compiled program of a way with its inputs in place. A call returns when the result is
     there."""
     layer, method = WAYS[way]
     sizes = {"data": 1, "fsdp": 1, "sequence": DEVICES if method else 1, "tensor": 1}

@@ -14,8 +14,8 @@ MARK, PADDING, ANSWER = 256, 257, 258
 
 
 def ask(examples: Sequence[Sequence[bytes]], labels: Sequence[int], length: int) -> Batch:
-    """Examples of equally many documents each, cut to `length` tokens per document, their marks
-    included."""
+    """A batch of examples, all of equally many documents. A document with its mark is cut to
+    `length` tokens."""
     size = length * len(examples[0])
     tokens = np.full((len(examples), size), PADDING, np.int32)
     ends = np.empty((len(examples), 1), np.int32)

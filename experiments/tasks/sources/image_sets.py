@@ -1,7 +1,7 @@
 """Sets of labelled images: on board, in MNIST's files, or prepared by TFDS.
 
-Splits: of every ten images on board the first two are test and the third is validation; of others
-validation is every tenth training image."""
+Splits: of every ten images on board the first two are test and the third is validation. In other
+sets every tenth training image is validation."""
 
 import functools
 import gzip

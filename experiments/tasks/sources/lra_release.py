@@ -1,9 +1,9 @@
 """The files that the Long Range Arena released (Tay et al., ICLR 2021, arXiv 2011.04006): where
-they are, and its tables, of which a line is an example, read line by line.
+they are, and how its tables, in which a line is an example, are read line by line.
 
 ListOps, Retrieval, Pathfinder and Path-X lie in one archive, 19 GB unpacked, each in a folder of
-its own. Nothing of it is copied or held in memory but where each line begins and its class: opening
-a table reads it through once."""
+its own. Of a table only the places of its lines and their classes are held in memory; opening it
+reads it through once."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ ARCHIVE = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 def released(data_dir: str, folder: str, entries: Sequence[str]) -> Path:
     """The directory of the option `data_dir`, which must have `entries`.
 
-    Raises ValueError if it has not, with `folder`, where they are in the release.
+    Raises ValueError if they are missing; the message has `folder`, where they are in the release.
     """
     directory = Path(data_dir).expanduser()
     missing = [entry for entry in entries if not (directory / entry).exists()]

@@ -78,8 +78,8 @@ class TextWindows(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare_windows(directory: Path, config: WindowsConfig) -> None:
-    """Writes the data set at `directory`, which appears when it is complete; there already, it is
-    left as it is.
+    """Writes the data set at `directory`, which appears when it is complete. A data set that is
+    there is left as it is.
 
     Several processes may do this at once: each writes a folder of its own, and the first to finish
     puts its folder in place."""
@@ -105,8 +105,8 @@ def prepare_windows(directory: Path, config: WindowsConfig) -> None:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Moves a finished file or folder to `target` in one step, unless another process was faster
-    with the same."""
+    """Moves a finished file or folder to `target` in one step, unless another process has put the
+    same there."""
     try:
         os.rename(source, target)
     except OSError:

@@ -120,7 +120,7 @@ def find_task(name: str, options: Mapping[str, Any]) -> Task:
     """
     if name not in available_tasks():
         raise ValueError(
-            f"task must be one of {', '.join(available_tasks())} (files in"
+            f"config.task.name must be one of {', '.join(available_tasks())} (files in"
             f" experiments/tasks); got {name!r}"
         )
     make = importlib.import_module(f"experiments.tasks.{name}").make

@@ -86,7 +86,7 @@ def test_every_recipe_is_valid(argument):
             "config.heartbeat_timeout_seconds must be greater than 0; got 0",
         ),
         ({"model__name": "rnn"}, "config.model.name must be one of .*lm.*; got 'rnn'"),
-        ({"task__name": "chess"}, "task must be one of .*mqar.*; got 'chess'"),
+        ({"task__name": "chess"}, "config.task.name must be one of .*mqar.*; got 'chess'"),
         ({"model__init": "zeros"}, "init must be one of 'gaussian', 'guaranteed'; got 'zeros'"),
         ({"model__heads": 2}, "model linear_self_attention has no option 'heads'"),
         (

@@ -30,7 +30,7 @@ def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
     assert known <= set(available_tasks())
     assert not {"random_streams", "text_corpus"} & set(available_tasks())
     with pytest.raises(
-        ValueError, match=r"task must be one of .*icl_regression, .*, text, .*; got 'parity'"
+        ValueError, match=r"task.name must be one of .*icl_regression, .*, text, .*; got 'parity'"
     ):
         find_task("parity", {})
 

@@ -25,7 +25,7 @@ Authors' code: https://github.com/HazyResearch/based
 
 import functools
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.normalised_attention import normalised_attention
-from models.parts.options import Size
+from models.parts.options import Range, Size
 from models.parts.projections import (
     head_size,
     merge_heads,
@@ -44,6 +44,10 @@ from models.parts.projections import (
 )
 
 DENOMINATOR_EPS = 1e-12
+
+
+# Features are about half its square.
+FeatureSize = Annotated[int, Range(1, 256)]
 
 
 def taylor_features(x_BTHK: jax.Array) -> jax.Array:
@@ -76,7 +80,7 @@ class BasedLinearAttention(nnx.Module):
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
         heads: Size = 16,
-        feature_size: Size = 16,
+        feature_size: FeatureSize = 16,
     ):
         if feature_size < 1:
             raise ValueError(f"feature_size must be at least 1; got {feature_size}")

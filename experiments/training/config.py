@@ -108,6 +108,7 @@ FREE_ON_RESUME = (
 # larger ones are slips of the pen.
 INT_AT_MOST = 2**31 - 1
 AT_MOST = {
+    "steps": 2**25,  # the rate of every step stands in a table
     "z_loss": 100,
     "optimizer.lr": 100,
     "optimizer.end_lr": 100,

@@ -246,7 +246,8 @@ def test_the_gradient_norm_is_that_of_the_parameters_that_are_trained(accumulate
         config = config_of(**{"optimizer.frozen": patterns, "accumulate": accumulate})
         made = program.make_program(config, mesh)
         batch, _ = made.place(fetch(np.arange(8)))
-        window = made.step(made.initial(), batch, np.int32(1)).window
+        numbers = made.place_hyperparameters()
+        window = made.step(made.start(), batch, np.int32(1), numbers).window
         norms[frozen] = float(window["gradient_norm"])
     assert 0 < norms["encoder"] < norms[""] and 0 < norms["decoder"] < norms[""]
     # The squares of the parts are the square of the whole.

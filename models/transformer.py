@@ -16,11 +16,13 @@ it is full attention, and beyond, the oldest tokens slide out of the state.
 State: the key/value cache, 2 (context_length - 1) key_value_heads K numbers of the compute dtype.
 Cost per token: O(T d).
 
-Departures: rotary instead of sinusoidal positions, no biases. Initialisation: N(0, 0.02^2); W_o
-divided by sqrt(2 depth).
+Departures: rotary instead of sinusoidal positions, no biases unless asked for. Initialisation:
+N(0, 0.02^2); W_o divided by sqrt(2 depth).
 
 Authors' code: https://github.com/tensorflow/tensor2tensor
 """
+
+from typing import Any
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -48,6 +50,10 @@ class SoftmaxAttention(WindowAttention):
         rope_base: RopeBase = 10000.0,
         qk_norm: bool = False,
         norm_eps: Epsilon = 1e-5,
+        size_per_head: Count = 0,
+        rope_scaling: tuple[Any, ...] = (),
+        qkv_bias: bool = False,
+        output_bias: bool = False,
     ):
         super().__init__(
             width,
@@ -62,6 +68,10 @@ class SoftmaxAttention(WindowAttention):
             rope_base=rope_base,
             qk_norm=qk_norm,
             norm_eps=norm_eps,
+            size_per_head=size_per_head,
+            rope_scaling=rope_scaling,
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
         )
 
 

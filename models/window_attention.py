@@ -16,8 +16,10 @@ of the compute dtype. Cost per token: O(window d).
 
 Departures: causal and without dilation or global tokens, as language models use it. Rotary
 positions and grouped key/value heads are later additions (arXiv 2104.09864, 2305.13245), and so is
-qk_norm (arXiv 2010.04245; here RMSNorm with a learned scale). Initialisation: N(0, 0.02^2); W_o
-divided by sqrt(2 depth).
+qk_norm (arXiv 2010.04245; here RMSNorm with a learned scale). Public checkpoints need more:
+`size_per_head` is K where it is not d / heads, `rope_scaling` turns more slowly in long contexts
+(models/parts/rotary.py), `qkv_bias` and `output_bias` add b to x W. Initialisation: N(0, 0.02^2);
+W_o divided by sqrt(2 depth).
 
 Authors' code: https://github.com/allenai/longformer
 """
@@ -40,7 +42,7 @@ from models.parts.projections import (
     residual_normal,
     split_heads,
 )
-from models.parts.rotary import RopeBase, rotate
+from models.parts.rotary import RopeBase, check_scaling, rotate
 from ops.window_attention.api import init_window_state, pad_window_state, window_attention
 
 
@@ -67,18 +69,24 @@ class WindowAttention(nnx.Module):
         rope_base: RopeBase = 10000.0,
         qk_norm: bool = False,
         norm_eps: Epsilon = 1e-5,
+        size_per_head: Count = 0,
+        rope_scaling: tuple[Any, ...] = (),
+        qkv_bias: bool = False,
+        output_bias: bool = False,
     ):
+        check_scaling(tuple(rope_scaling))
         if window < 1:
             raise ValueError(f"window must be at least 1 (the token itself); got {window}")
         # 0: as many as query heads.
         self.heads, self.key_value_heads = (heads, key_value_heads or heads)
         if heads % self.key_value_heads:
             raise ValueError(f"key_value_heads must divide heads={heads}; got {key_value_heads}")
-        self.head_size = head_size(width, heads)
+        # 0: the heads share the model's width.
+        self.head_size = size_per_head or head_size(width, heads)
         if rope and self.head_size % 2:
             raise ValueError(
                 "rope=True rotates pairs and needs an even head size; got"
-                f" {self.head_size}: change heads or rope"
+                f" {self.head_size}: change heads, size_per_head or rope"
             )
         dense = functools.partial(
             projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
@@ -90,15 +98,19 @@ class WindowAttention(nnx.Module):
             jnp.dtype(compute_dtype),
         )
 
-        self.query = dense(width, width, ("embed", "heads"))
-        self.key = dense(width, self.key_value_heads * self.head_size, ("embed", "heads"))
-        self.value = dense(width, self.key_value_heads * self.head_size, ("embed", "heads"))
+        self.rope_scaling = tuple(rope_scaling)
+        query_width, key_width = (n * self.head_size for n in (heads, self.key_value_heads))
+        self.query = dense(width, query_width, ("embed", "heads"), bias=qkv_bias)
+        self.key = dense(width, key_width, ("embed", "heads"), bias=qkv_bias)
+        self.value = dense(width, key_width, ("embed", "heads"), bias=qkv_bias)
         norm = functools.partial(
             rms_norm, self.head_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype
         )
         self.query_norm = norm() if qk_norm else None
         self.key_norm = norm() if qk_norm else None
-        self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
+        self.output = dense(
+            query_width, width, ("heads", "embed"), init=residual_normal(depth), bias=output_bias
+        )
 
     def __call__(
         self,
@@ -122,8 +134,9 @@ class WindowAttention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BTHK = self.query_norm(q_BTHK), self.key_norm(k_BTHK)
         if self.rope:
-            q_BTHK = rotate(q_BTHK, positions_BT, base=self.rope_base)
-            k_BTHK = rotate(k_BTHK, positions_BT, base=self.rope_base)
+            angles: Any = {"base": self.rope_base, "scaling": self.rope_scaling}
+            q_BTHK = rotate(q_BTHK, positions_BT, **angles)
+            k_BTHK = rotate(k_BTHK, positions_BT, **angles)
         o_BTHV, window = window_attention(
             q_BTHK.astype(self.compute_dtype),
             k_BTHK.astype(self.compute_dtype),

@@ -61,7 +61,8 @@ def test_commands_and_files_in_documents_exist(document: str) -> None:
         assert (ROOT / path).exists(), path
     for config, task in re.findall(r"--config=(experiments/configs/\w+\.py):(\w+)", text):
         assert (ROOT / config).exists(), config
-        assert task in available_recipes(), task
+        of_a_task = "def get_config(task" in (ROOT / config).read_text("utf-8")
+        assert not of_a_task or task in available_recipes(), task
 
 
 def commands(text: str) -> list[list[str]]:

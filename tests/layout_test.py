@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "models/parts": "ops ops/framework",
     "models": "models/parts ops ops/framework",
     "models/networks": "models models/parts ops ops/framework",
+    "models/weights": "",
     "experiments/configs": "",
     "experiments/objectives": "models/parts",
     "experiments/compiled": "ops/framework",
@@ -67,7 +68,7 @@ MAY_IMPORT = {
     "experiments/sweeps": "experiments/tables experiments/reporting",
     "experiments/benchmarks": "experiments/training experiments/compiled ops ops/framework",
     "experiments": "experiments/training experiments/objectives experiments/compiled"
-    " experiments/reporting",
+    " experiments/reporting experiments/configs models/weights",
     "launch": "experiments/reporting",
 }
 LEAVES = {
@@ -180,7 +181,7 @@ SHARED_BY_NETWORKS = {"backbone", "block", "mlp", "stack"}
 
 
 def test_what_is_directly_in_models_is_a_paper() -> None:
-    for name in names("models") - {"networks", "parts"}:
+    for name in names("models") - {"networks", "parts", "weights"}:
         file = Path("models", name, "__init__.py")
         file = file if file in TREES else Path("models", f"{name}.py")
         assert "Mixer" in definitions(file), file
@@ -237,6 +238,7 @@ TESTED_BY = {
     "ops/tpu": "ops/tpu/interpreter_test.py",
     "models/parts": "contracts/mixers_test.py",
     "models/networks/backbone.py": "models/networks/lm_test.py",
+    "models/weights": "experiments/convert_test.py",
     "experiments/benchmarks/matrix_states.py": "experiments/benchmarks/tpu_aot_test.py",
     "experiments/benchmarks/peers": "experiments/benchmarks/gpu_test.py",
     "experiments/benchmarks/programs": "experiments/benchmarks/tpu_aot_test.py",

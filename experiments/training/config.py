@@ -80,6 +80,16 @@ ADDED = {
     "model.mixers.s4.init": "legs",
     "model.mixers.s5.gate": "half_glu1",
     "model.mixers.seqboat.attention": "softmax",
+    **{
+        f"model.mixers.{mixer}.{option}": value
+        for mixer in ("transformer", "window_attention")
+        for option, value in {
+            "size_per_head": 0,
+            "rope_scaling": (),
+            "qkv_bias": False,
+            "output_bias": False,
+        }.items()
+    },
 }
 OPEN_SECTIONS = ("task", "model")
 

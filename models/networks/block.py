@@ -34,6 +34,8 @@ class BlockOptions:
 
     mlp                "swiglu", "gelu" or "none"
     mlp_ratio          inner width: ratio * width for "gelu", about 2/3 of that for "swiglu"
+    mlp_width          inner width itself; 0: by mlp_ratio
+    mlp_bias           biases in "swiglu"; "gelu" has them
     norm, norm_eps     "rms", "layer" or "batch", for the blocks' norms and the last norm. In
                        training, "batch" takes its statistics over all tokens of the batch, so that
                        a token sees later ones; under `model.eval()` it uses running statistics.
@@ -47,6 +49,8 @@ class BlockOptions:
 
     mlp: str = "swiglu"
     mlp_ratio: Factor = 4.0
+    mlp_width: Count = 0
+    mlp_bias: bool = False
     norm: str = "rms"
     norm_eps: Epsilon = 1e-5
     dropout: Probability = 0.0
@@ -58,6 +62,8 @@ class BlockOptions:
         check_choice("norm", self.norm, tuple(NORMS))
         for field in fields(self):
             check_value(field.name, field.type, getattr(self, field.name))
+        if self.mlp_bias and self.mlp != "swiglu":
+            raise ValueError(f"mlp_bias is for mlp='swiglu'; got mlp={self.mlp!r}")
 
 
 class Context(NamedTuple):
@@ -132,7 +138,9 @@ class Block(nnx.Module):
         self.mixer = mixer(width, **common, **place, **mixer_options)
         mlp = MLPS.get(options.mlp)
         self.mlp_norm = norm() if mlp else None
-        self.mlp = mlp(width, ratio=options.mlp_ratio, **common) if mlp else None
+        sizes: dict[str, Any] = {"ratio": options.mlp_ratio, "inner": options.mlp_width}
+        biases = {"bias": True} if options.mlp_bias else {}
+        self.mlp = mlp(width, **sizes, **biases, **common) if mlp else None
 
         # None unless asked for: they are parameters and random states that a checkpoint would hold.
         self.dropout = nnx.Dropout(options.dropout, rngs=rngs) if options.dropout else None

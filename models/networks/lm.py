@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.networks.backbone import Backbone, build_network, token_embedding
-from models.parts.options import Factor
+from models.parts.options import Count, Factor
 from models.parts.projections import NORMAL
 
 
@@ -30,11 +30,18 @@ class LM(Backbone):
         width: int,
         tie_embeddings: bool = False,
         embedding_std: Factor = 0.02,
+        vocabulary_rows: Count = 0,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
         **backbone: Any,
     ):
+        if 0 < vocabulary_rows < vocabulary:
+            raise ValueError(
+                f"vocabulary_rows must be 0 or at least the {vocabulary} tokens of the task; got"
+                f" {vocabulary_rows}"
+            )
+        vocabulary = vocabulary_rows or vocabulary
         super().__init__(
             token_embedding(
                 vocabulary, width, std=embedding_std, rngs=rngs, param_dtype=param_dtype
@@ -101,6 +108,8 @@ def build(
 
     tie_embeddings    the head is the embedding
     embedding_std     standard deviation of the embedding's first values
+    vocabulary_rows   rows of embedding and head, where a checkpoint has more than the task has
+                      tokens; 0: as many
 
     Raises ValueError for unknown, missing or impossible options, with what is possible."""
     return build_network(

@@ -20,22 +20,25 @@ def inner_width(width: int, ratio: float) -> int:
 
 
 class SwiGLU(nnx.Module):
-    """y = (silu(x W_gate) * (x W_up)) W_down, no biases (Shazeer 2020, arXiv 2002.05202)."""
+    """y = (silu(x W_gate) * (x W_up)) W_down (Shazeer 2020, arXiv 2002.05202); `bias` adds b to all
+    three products."""
 
     def __init__(
         self,
         width: int,
         *,
         ratio: float,
+        inner: int = 0,
+        bias: bool = False,
         depth: int,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
     ):
         dense = functools.partial(
-            projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
+            projection, bias=bias, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
         )
-        inner = inner_width(width, ratio)
+        inner = inner or inner_width(width, ratio)
         self.gate = dense(width, inner, ("embed", "mlp"))
         self.up = dense(width, inner, ("embed", "mlp"))
         self.down = dense(inner, width, ("mlp", "embed"), init=residual_normal(depth))
@@ -53,6 +56,7 @@ class GELU(nnx.Module):
         width: int,
         *,
         ratio: float,
+        inner: int = 0,
         depth: int,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
@@ -61,7 +65,7 @@ class GELU(nnx.Module):
         dense = functools.partial(
             projection, bias=True, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
         )
-        inner = round(ratio * width)
+        inner = inner or round(ratio * width)
         self.up = dense(width, inner, ("embed", "mlp"))
         self.down = dense(inner, width, ("mlp", "embed"), init=residual_normal(depth))
 

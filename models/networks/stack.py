@@ -42,7 +42,7 @@ REMAT_POLICIES = {
 def available_mixers() -> tuple[str, ...]:
     """Names of the files and packages in models/ that define a `Mixer`: all papers."""
     names = (module.name for module in pkgutil.iter_modules(models.__path__))
-    return tuple(sorted(set(names) - {"networks", "parts"}))
+    return tuple(sorted(set(names) - {"networks", "parts", "weights"}))
 
 
 def find_mixer(name: str) -> Any:

@@ -1,0 +1,146 @@
+"""One table per format, read in both directions: which public tensor is made of which parameters.
+
+A public tensor holds the numbers of one parameter of a layer, or of several, whose public forms
+then stand one after another along its first axis. Parameters of the layers lie in stacks
+(models/networks/stack.py), where layer i is one entry of an array."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from models.weights.folder import TensorFolder
+
+Array = Any  # numpy's or jax's
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a parameter looks in public: `shape` of its public form, `to_public` and `to_ours`, which
+    is given the shape it must have here."""
+
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+    to_public: Callable[[Array], Array]
+    to_ours: Callable[[Array, tuple[int, ...]], Array]
+
+
+LAYOUTS = {
+    "same": Layout(lambda shape: shape, lambda x: x, lambda x, _: x),
+    # y = x W here, y = W x there.
+    "linear": Layout(lambda shape: shape[::-1], lambda x: x.T, lambda x, _: x.T),
+    # [W, D] here, [D, 1, W] there; the last tap is the current token in both.
+    "convolution": Layout(
+        lambda shape: (shape[1], 1, shape[0]), lambda x: x.T[:, None, :], lambda x, _: x[:, 0, :].T
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A public tensor: its name, "{layer}" in those of layers; the parameters it is made of, below
+    a block ("mixer/query/kernel") or, without a layer, below the network; their layout."""
+
+    name: str
+    parameters: tuple[str, ...]
+    layout: str = "same"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An `Entry` of one layer: `parts` are (path of a parameter, place in its stack or None)."""
+
+    name: str
+    parts: tuple[tuple[str, int | None], ...]
+    layout: Layout = field(repr=False)
+
+    def shapes(self, ours: Mapping[str, Any]) -> list[tuple[int, ...]]:
+        """Shapes of the parts here, without the axis of a stack."""
+        return [ours[path].shape[place is not None :] for path, place in self.parts]
+
+    def shape(self, ours: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape of the public tensor."""
+        public = [self.layout.shape(shape) for shape in self.shapes(ours)]
+        return (sum(shape[0] for shape in public), *public[0][1:])
+
+
+def placed(
+    network: Sequence[Entry], layers: Sequence[Sequence[Entry]], ours: Mapping[str, Any]
+) -> list[Tensor]:
+    """The tensors of a network with these entries, and with these in each layer, whose parameters
+    are `ours` by path."""
+    paths = [path.split("/") for path in ours]
+    period = len({path[2] for path in paths if path[:2] == ["stack", "period"]})
+    scanned = len(layers) // period * period
+    found = [
+        Tensor(e.name, tuple((path, None) for path in e.parameters), LAYOUTS[e.layout])
+        for e in network
+    ]
+    for layer, entries in enumerate(layers):
+        looped = layer < scanned
+        block = f"period/{layer % period}" if looped else f"remainder/{layer - scanned}"
+        place = layer // period if looped else None
+        found += [
+            Tensor(
+                e.name.format(layer=layer),
+                tuple((f"stack/{block}/{path}", place) for path in e.parameters),
+                LAYOUTS[e.layout],
+            )
+            for e in entries
+        ]
+    return found
+
+
+def check_fits(
+    source: TensorFolder,
+    tensors: Sequence[Tensor],
+    ours: Mapping[str, Any],
+    ignored: Collection[str],
+) -> None:
+    """Raises ValueError, and names tensors, unless `source` has exactly these, in their shapes;
+    those in `ignored` may be there."""
+    names = {tensor.name for tensor in tensors}
+    surplus = {name for name in source.shapes.keys() - names if name not in ignored}
+    for what, those in (("lacks", names - source.shapes.keys()), ("has besides", surplus)):
+        if those:
+            first = ", ".join(sorted(those)[:5])
+            more = f" and {len(those) - 5} more" if len(those) > 5 else ""
+            raise ValueError(f"the checkpoint {what} the tensors {first}{more}")
+    for tensor in tensors:
+        expected, found = tensor.shape(ours), source.shapes[tensor.name]
+        if expected != found:
+            raise ValueError(
+                f"tensor {tensor.name} must have shape {expected} as config.json says; got {found}"
+            )
+    missing = ours.keys() - {path for tensor in tensors for path, _ in tensor.parts}
+    assert not missing, f"the table has nothing for {sorted(missing)}"
+
+
+def load(
+    source: TensorFolder, tensors: Sequence[Tensor], ours: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The parameters by path, in the shapes and types of `ours`; one tensor at a time is in memory
+    beside them."""
+    arrays = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in ours.items()}
+    for tensor in tensors:
+        public, start = source.read(tensor.name), 0
+        for (path, place), shape in zip(tensor.parts, tensor.shapes(ours), strict=True):
+            rows = tensor.layout.shape(shape)[0]
+            part = tensor.layout.to_ours(public[start : start + rows], shape)
+            arrays[path][... if place is None else place] = part
+            start += rows
+    return arrays
+
+
+def public(
+    tensors: Sequence[Tensor], ours: Mapping[str, Array], dtype: np.dtype | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and numbers of the public tensors, one after another; `dtype` None keeps each as it is
+    here."""
+    for tensor in tensors:
+        parts = [
+            tensor.layout.to_public(np.asarray(ours[path] if place is None else ours[path][place]))
+            for path, place in tensor.parts
+        ]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        yield tensor.name, np.ascontiguousarray(whole, dtype=dtype)

@@ -2,7 +2,7 @@
 rule have in common."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -58,10 +58,11 @@ def tpu_program(
     heads: tuple[int, int, int, int] = USUAL_HEADS,
     segments: bool = False,
     reverse: bool = False,
+    batch: int = 1,
     analyse: bool = False,
 ) -> TpuProgram:
-    """The program of one rule of `rules` at batch one; `op` as it stands in names. reverse: from
-    the last token to the first."""
+    """The program of one rule of `rules`; `op` as it stands in names. reverse: from the last token
+    to the first."""
     HK, H, K, V = heads
     C = rules.TUNING.chunk
     name = [
@@ -81,7 +82,7 @@ def tpu_program(
         direction=direction,
         rule=functools.partial(getattr(rules, direction), scale=K**-0.5, reverse=reverse),
         arguments=lambda T: arguments(
-            examples, shape(1, T, *heads), direction, decay, dtype, decay_dtype, segments
+            examples, shape(batch, T, *heads), direction, decay, dtype, decay_dtype, segments
         ),
         kernels=1 if direction == "forward" else 2,
         units=H,
@@ -89,6 +90,20 @@ def tpu_program(
         matmul_flops=examples.matmul_flops(shape(1, TOKENS, 1, 1, K, V), direction, chunk=C),
         analyse=analyse,
     )
+
+
+def published_tpu_programs(
+    program: Callable[..., TpuProgram],
+    published: Sequence[tuple[str, str, tuple[int, int, int, int]]],
+) -> Iterator[TpuProgram]:
+    """The programs of (decay, dtype, heads), which only have to compile. Two sequences: with one,
+    the tiles of states need no second buffer."""
+    for generation in ("v6e", "v5e", "v5p"):
+        for direction in ("forward", "backward"):
+            for decay, dtype, heads in published:
+                decay_dtype = {"decay_dtype": dtype} if decay == "vector" else {}
+                kind = {"dtype": dtype, "heads": heads, "batch": 2, **decay_dtype}
+                yield program(generation, direction, decay, **kind)
 
 
 def gpu_programs(op: str, examples: ModuleType, rules: ModuleType) -> Iterator[GpuProgram]:

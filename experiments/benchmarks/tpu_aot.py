@@ -107,7 +107,7 @@ def work(program: TpuProgram, folder: str) -> dict[str, Any]:
         "direction": program.direction,
     }
     lengths = list(program.lengths if program.analyse else program.lengths[:1])
-    cycles, glue, moved, minimum, text = [], [], [], [], ""
+    cycles, glue, moved, minimum, text, kernels = [], [], [], [], "", []
     for length in lengths:
         compiled, seconds = compile_for(program, length)
         text = compiled.as_text()
@@ -122,7 +122,7 @@ def work(program: TpuProgram, folder: str) -> dict[str, Any]:
         minimum.append(minimum_bytes(program, length))
         row |= {"compile_s": round(seconds, 1), "kernels": len(kernels)}
     scoped = r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"\d+","size":"(\d+)"'
-    row["vmem_bytes"] = max(map(int, re.findall(scoped, text)), default=None)
+    row["vmem_bytes"] = max(map(int, re.findall(scoped, "\n".join(kernels))), default=None)
     row |= tpu_bundles.use(folder, tpu_bundles.kernel_names(text))
     if program.analyse:
         if not all(all(parts) for parts in cycles):

@@ -14,6 +14,8 @@ MEMORY_ROWS = (
     "program",
     "total",
 )
+# How the TPU compiler refuses a kernel whose blocks exceed the fast memory of a core.
+FAST_MEMORY = re.compile(r"size ([\d.]+[KMG]) and limit ([\d.]+[KMG]) exceeded scoped vmem limit")
 DECIMAL_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -97,6 +99,8 @@ def format_plan(plan: dict[str, Any]) -> str:
 
 def advice(plan: dict[str, Any], config: Config, refusal: str = "") -> str:
     """One line: what does not fit, its largest part, and what would make that smaller."""
+    if FAST_MEMORY.search(refusal):
+        return _fast_memory_advice(plan, refusal)
     memory, sizes = plan["memory"], plan["mesh"]
     known = {key: memory[key] for key in ("parameters", "optimizer_state")}
     if "total" in memory:
@@ -133,4 +137,15 @@ def advice(plan: dict[str, Any], config: Config, refusal: str = "") -> str:
         f"{plan['topology']} has {si(memory['hbm_bytes'], 'B')} per device, and the"
         f" step does not fit: {listed}{f' (compiler: {said[0]})' if said else ''}. Largest:"
         f" {largest.replace('_', ' ')}; smaller with {', or '.join(help_with)}"
+    )
+
+
+def _fast_memory_advice(plan: dict[str, Any], refusal: str) -> str:
+    said = FAST_MEMORY.search(refusal)
+    assert said is not None
+    named = re.search(r'op_name="[^"]*?([^/"]+)/pallas_call', refusal)
+    kernel = f"the kernel {named[1]}" if named else "a kernel"
+    return (
+        f"{plan['topology']}: {kernel} needs {said[1]}iB of fast memory (VMEM) and has {said[2]}iB."
+        " Smaller heads need less, and config.kernels=False takes the plain JAX form"
     )

@@ -39,17 +39,29 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..tpu import gradients, heads
+from ..tpu import fit, gradients, heads
 from ..tpu.decay import Products, kind_of_decay
 from ..tpu.heads import decayed
 from ..tpu.inverse import unit_triangular_inverse
 from ..tpu.kernel import Input, Output, call, interleave
 from ..tpu.matmul import Matmul, matmul_dtype
 
-TUNING = heads.Tuning()
+TUNING = heads.Tuning(live_of_channels=80)
 WALKS_BACKWARDS = True  # the rules take `reverse`
+SUPPORTED = fit.SUPPORTED
+WARNS_UNSUPPORTED = True
+INPUTS = "BTGK BTGK BTHV BTH decay BHKV"
+OUTPUTS = "BTHV BHKV"
+fits_forward = fit.fitted(f"{INPUTS} BT", OUTPUTS, TUNING)
+fits_backward = fit.fitted(f"{INPUTS} BT {OUTPUTS}", INPUTS, TUNING)
 
 
+def supports(q, k, v, beta, decay_log, *others, **static):
+    del k, beta, others, static
+    return fit.choose(q, v, decay_log, TUNING) is not None
+
+
+@fits_forward
 def forward(
     q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, reverse=False, interpret=False
 ):
@@ -72,6 +84,7 @@ def forward(
     return results.o.reshape(v.shape), results.final_state
 
 
+@fits_backward
 def backward(
     q,
     k,

@@ -63,8 +63,9 @@ class Op:
 
     name: of the function, for messages.
     implementations: modules by their public names, with a `forward` and a `backward` each. A module
-      may say what inputs it takes, the same for both rules, by `supports` and `SUPPORTED`, and with
-      `WALKS_BACKWARDS = True` that its rules take `reverse`.
+      may say what inputs it takes, the same for both rules, by `supports` and `SUPPORTED`, with
+      `WARNS_UNSUPPORTED = True` that others deserve a warning, and with `WALKS_BACKWARDS = True`
+      that its rules take `reverse`.
     sequence_parallel: the rules where time is cut; None for an op whose layouts leave time whole.
     residuals: (inputs, outputs) -> what the backward rule takes in the place of the inputs, each of
       the shape and layout of that input, so that `supports` can be asked about it.

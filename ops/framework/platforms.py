@@ -14,6 +14,7 @@ pay for those of a TPU and a GPU. Hence `by_platform`, which traces what is lowe
 import contextlib
 import contextvars
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -83,7 +84,8 @@ def call(
 
     modules, rules: of the candidates, by name; a rule is hashable, and equal in equal calls. named:
     there is one candidate, which runs or raises ValueError. Otherwise the kernels of the lowering
-    platform run where their module's `supports` agrees, else `xla`. plain: the rule of `xla`, which
+    platform run where their module's `supports` agrees, else `xla`, with a warning where the module
+    says `WARNS_UNSUPPORTED`. plain: the rule of `xla`, which
     is differentiated in the place of a kernel. dtypes: one (or a tree) for each result at least,
     which the results take: a kernel writes its own, and alternatives must agree."""
     supported = {name: m for name, m in modules.items() if _supports(m, args, static)}
@@ -91,8 +93,13 @@ def call(
         ((name, module),) = modules.items()
         shapes = ", ".join(f"{x.dtype}{x.shape}" for x in jax.tree.leaves(args))
         raise ValueError(f"implementation {name!r} takes {module.SUPPORTED}; got {shapes}")
-    runnable = tuple((name, rules[name]) for name in supported)
-    choice = _Choice(runnable, plain, named, tuple(dtypes), tuple(sorted(static.items())))
+    runnable = {name: rules[name] for name in supported}
+    for name, module in modules.items():
+        if name not in supported and getattr(module, "WARNS_UNSUPPORTED", False):
+            runnable[name] = _Instead(rules["xla"], f"{module.__name__} takes {module.SUPPORTED}")
+    choice = _Choice(
+        tuple(runnable.items()), plain, named, tuple(dtypes), tuple(sorted(static.items()))
+    )
     return _run(choice, *args)
 
 
@@ -100,6 +107,20 @@ def _supports(module: ModuleType, args: Any, static: Mapping[str, Any]) -> bool:
     """What the module says of these arguments, of either rule; one that does not say takes all."""
     supports = getattr(module, "supports", None)
     return supports is None or supports(*args, **static)
+
+
+class _Instead(NamedTuple):
+    """The rule that runs in the place of a kernel, with a warning where it does."""
+
+    rule: Callable[..., Sequence[Any]]
+    reason: str
+
+    def __call__(self, *args: Any, interpret: bool, **static: Any) -> Sequence[Any]:
+        del interpret
+        shapes = ", ".join(f"{x.dtype}{x.shape}" for x in jax.tree.leaves(args))
+        message = f"plain JAX in the place of a kernel: {self.reason}; got {shapes}"
+        warnings.warn(message, stacklevel=2)
+        return self.rule(*args, **static)
 
 
 class _Choice(NamedTuple):

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..tpu import gradients, heads
+from ..tpu import fit, gradients, heads
 from ..tpu.decay import kind_of_decay
 from ..tpu.heads import decayed
 from ..tpu.kernel import Input, Output, call, interleave
@@ -33,8 +33,20 @@ from ..tpu.matmul import Matmul, matmul_dtype
 
 TUNING = heads.Tuning()
 WALKS_BACKWARDS = True  # the rules take `reverse`
+SUPPORTED = fit.SUPPORTED
+WARNS_UNSUPPORTED = True
+INPUTS = "BTGK BTGK BTHV decay BHKV"
+OUTPUTS = "BTHV BHKV"
+fits_forward = fit.fitted(f"{INPUTS} BT", OUTPUTS, TUNING)
+fits_backward = fit.fitted(f"{INPUTS} BT {OUTPUTS}", INPUTS, TUNING)
 
 
+def supports(q, k, v, decay_log, *others, **static):
+    del k, others, static
+    return fit.choose(q, v, decay_log, TUNING) is not None
+
+
+@fits_forward
 def forward(
     q, k, v, decay_log, initial_state, segment_ids, *, scale, reverse=False, interpret=False
 ):
@@ -56,6 +68,7 @@ def forward(
     return results.o.reshape(v.shape), results.final_state
 
 
+@fits_backward
 def backward(
     q,
     k,

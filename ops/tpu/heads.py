@@ -33,10 +33,13 @@ class Tuning:
 
     chunk: tokens, a power of two from 16 on.
     lanes: of the heads' keys or values, where heads allow it: enough independent heads to fill the
-      waiting times of each other, few enough for fast memory."""
+      waiting times of each other, few enough for fast memory.
+    live_of_channels: with a decay per channel, the arrays of [C, K] of one head that are alive at
+      once besides what there is without (see `fit.py`)."""
 
     chunk: int = 128
     lanes: int = 512
+    live_of_channels: int = 48
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The delta rule: every decay, direction and device, head sizes from 16 to 256, grouped heads,
-segments, walks in reverse, and on GPUs a million tokens."""
+segments, walks in reverse, and on GPUs a million tokens; on TPUs the heads of the largest models
+that papers have."""
 
 import functools
 from collections.abc import Iterator
@@ -7,6 +8,15 @@ from collections.abc import Iterator
 from experiments.benchmarks import matrix_states
 from experiments.benchmarks.ahead_of_time import GpuProgram, TpuProgram
 from ops.delta_rule import examples, pallas_gpu, pallas_tpu
+
+# Of the largest models that were published.
+PUBLISHED = (
+    ("none", "bfloat16", (16, 16, 128, 128)),  # DeltaNet, 1.3B
+    ("scalar", "bfloat16", (6, 6, 256, 512)),  # Gated DeltaNet, 1.3B
+    ("vector", "bfloat16", (32, 32, 128, 128)),  # KDA, 48B
+    # Beyond them: one head that does not fit as it is.
+    ("scalar", "float32", (4, 4, 1024, 2048)),
+)
 
 
 def tpu_programs() -> Iterator[TpuProgram]:
@@ -32,6 +42,7 @@ def tpu_programs() -> Iterator[TpuProgram]:
         for direction in ("forward", "backward"):
             for decay in ("none", "scalar", "vector"):
                 yield program(generation, direction, decay)
+    yield from matrix_states.published_tpu_programs(program, PUBLISHED)
 
 
 def gpu_programs() -> Iterator[GpuProgram]:

@@ -1,5 +1,6 @@
 """Gated linear attention: every decay, direction and device, head sizes from 16 to 256, grouped
-heads, segments, walks in reverse, and on GPUs a million tokens."""
+heads, segments, walks in reverse, and on GPUs a million tokens; on TPUs the heads of the largest
+models that papers have."""
 
 import functools
 from collections.abc import Iterator
@@ -7,6 +8,17 @@ from collections.abc import Iterator
 from experiments.benchmarks import matrix_states
 from experiments.benchmarks.ahead_of_time import GpuProgram, TpuProgram
 from ops.gated_linear_attention import examples, pallas_gpu, pallas_tpu
+
+# Of the largest models that were published.
+PUBLISHED = (
+    ("none", "float32", (16, 16, 153, 129)),  # Based, 1.3B
+    ("none", "float32", (32, 32, 256, 129)),  # Hedgehog, 7B
+    ("constant", "bfloat16", (16, 16, 256, 512)),  # RetNet, 6.7B
+    ("vector", "bfloat16", (4, 4, 256, 512)),  # GLA, 1.3B
+    ("scalar", "float32", (1, 80, 128, 64)),  # Mamba-2, 2.7B
+    # Beyond them: one head that does not fit as it is.
+    ("vector", "bfloat16", (4, 4, 1024, 2048)),
+)
 
 
 def tpu_programs() -> Iterator[TpuProgram]:
@@ -34,6 +46,7 @@ def tpu_programs() -> Iterator[TpuProgram]:
         for direction in ("forward", "backward"):
             for decay in ("none", "scalar", "vector"):
                 yield program(generation, direction, decay)
+    yield from matrix_states.published_tpu_programs(program, PUBLISHED)
 
 
 def gpu_programs() -> Iterator[GpuProgram]:

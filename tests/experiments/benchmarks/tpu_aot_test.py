@@ -38,6 +38,8 @@ REPRESENTATIVE = {
     "gla_backward_vector_bfloat16_bfloat16_4h_128x128_v6e",
     "gla_backward_scalar_bfloat16_4h_128x128_v5e",
     "gla_forward_vector_bfloat16_bfloat16_4h_128x128_reverse_v6e",
+    "gla_backward_none_float32_16h_153x129_v5e",
+    "gla_backward_vector_bfloat16_bfloat16_4h_1024x2048_v6e",
     "delta_forward_vector_bfloat16_bfloat16_4h_128x128_v6e",
     "delta_forward_scalar_bfloat16_4h_128x128_v5e",
     "delta_backward_scalar_bfloat16_4h_128x128_v6e",

@@ -33,3 +33,15 @@ def test_quantities_are_written_with_three_digits_and_a_prefix():
         "1.23 MB",
         "1 TB",
     ]
+
+
+def test_a_kernel_that_exceeds_the_fast_memory_is_named_with_what_it_lacked():
+    refusal = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for"
+        ' custom-call(), metadata={op_name="jit(step)/jvp()/gla_backward/pallas_call" stack=36}.'
+        " Scoped allocation with size 69.43M and limit 64.00M exceeded scoped vmem limit by 5.43M."
+    )
+    config: Any = gla.get_config("text,smoke")
+    said = advice({"topology": "v5e:4x4", "memory": {}, "mesh": {}}, config, refusal)
+    assert "the kernel gla_backward needs 69.43MiB" in said and "has 64.00MiB" in said
+    assert "config.kernels=False" in said and "fsdp" not in said

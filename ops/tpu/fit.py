@@ -37,7 +37,7 @@ SUPPORTED = f"heads of which one, with {LANES} value columns, fits {VMEM_BYTES >
 LIVE_ARRAYS = 16
 # And so many bytes for each number of a state, by the bytes of a factor of products: those of
 # float32 enter in three terms.
-BYTES_OF_STATES = {2: 4, 4: 28}
+BYTES_OF_STATES = {2: 4, 4: 44}
 
 
 @dataclass(frozen=True)

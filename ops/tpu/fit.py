@@ -106,7 +106,7 @@ def needed_bytes(grid: HeadGrid, q: Any, v: Any, decay_log: Any, tuning: Tuning)
     """At most what a backward kernel has in fast memory: tiles twice, while the next ones come; the
     carry; what its heads compute."""
     C, K, V, count = grid.chunk, grid.key_size, grid.value_size, grid.heads
-    by_channel = decay_log is not None and decay_log.ndim == 4
+    channels = decay_log if decay_log is not None and decay_log.ndim == 4 else None
     shared = grid.steps_per_key_head > 1  # gradients of keys are float32 then
     key_bytes, value_bytes, product_bytes = (
         jnp.dtype(x).itemsize for x in (q.dtype, v.dtype, matmul_dtype(q, v))
@@ -114,14 +114,16 @@ def needed_bytes(grid: HeadGrid, q: Any, v: Any, decay_log: Any, tuning: Tuning)
     keys = _tile_bytes(C, grid.key_heads * K, 2 * key_bytes + 2 * (4 if shared else key_bytes))
     values = _tile_bytes(C, count * V, 3 * value_bytes)
     decays = 0
-    if by_channel:
+    if channels is not None:
         # Log decays and their gradients; 0/1 matrices of the intervals and of the levels.
-        decays = _tile_bytes(C, count * K, 2 * decay_log.dtype.itemsize) + 40 * C * C * 4
+        decays = _tile_bytes(C, count * K, 2 * channels.dtype.itemsize) + 40 * C * C * 4
     # At the chunk's start; of the last state and the first one's gradient, the other way around.
     states = count * (_tile_bytes(V, K, 4) + 2 * _tile_bytes(K, V, 4))
     carry = count * _tile_bytes(V, K, 4)
     wide_K, wide_V, wide_C = (-(-x // LANES) * LANES for x in (K, V, C))
-    live = LIVE_ARRAYS * (wide_K + wide_V + wide_C) + by_channel * tuning.live_of_channels * wide_K
+    live = LIVE_ARRAYS * (wide_K + wide_V + wide_C)
+    if channels is not None:
+        live += tuning.live_of_channels * wide_K
     live_states = count * _tile_bytes(V, K, BYTES_OF_STATES[product_bytes])
     tiles = 2 * (keys + values + decays + states)
     return tiles + carry + live_states + count * C * live * product_bytes

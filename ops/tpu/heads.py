@@ -25,6 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 from .kernel import LANES, Input, Output, Ref
 from .matmul import indices
 
+Array = jax.Array | jax.ShapeDtypeStruct  # of which the shape is asked
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -244,7 +246,7 @@ class HeadGrid:
                 final_ref[0, h] = Z_ref[h].T
 
 
-def cut(q: jax.Array, v: jax.Array, tuning: Tuning, reverse: bool, interpret: bool) -> HeadGrid:
+def cut(q: Array, v: Array, tuning: Tuning, reverse: bool, interpret: bool) -> HeadGrid:
     """The grid for q [B, T, HK, K] and v [B, T, H, V].
 
     A tile's lanes must be a multiple of 128 or everything; among the numbers of heads that allow

@@ -113,7 +113,9 @@ def backward(
         ddecay_log=gradients.decay_output(decay_log, grid),
         dZ=grid.states(),
     )
-    results = call(functools.partial(gla_backward, kind=kind, scale=scale), grid, refs)
+    # NOTE: see BackwardRefs. In reverse, the decays are what is best moved.
+    first = ("decay",) if reverse else ()
+    results = call(functools.partial(gla_backward, kind=kind, scale=scale), grid, refs, first)
     return (
         gradients.sum_of_parts(results.dq, q, grid),
         gradients.sum_of_parts(results.dk, k, grid),

@@ -44,20 +44,32 @@ class Grid(Protocol):
     def interpret(self) -> bool: ...
 
 
-def call(kernel: Callable[[Refs], None], grid: Grid, refs: Refs) -> Refs:
+def _is_tile(x: Any) -> bool:
+    return isinstance(x, Input | Output)
+
+
+def call(
+    kernel: Callable[[Refs], None], grid: Grid, refs: Refs, first: tuple[str, ...] = ()
+) -> Refs:
     """The results of a kernel over a grid: `refs` with an array at each `Output`, None elsewhere.
 
     refs: the kernel's NamedTuple, with an Input, an Output, scratch memory, None or a tuple of such
-    at each field. Inputs, outputs and scratch are each in the order of the fields."""
-    fields, tree = jax.tree.flatten(refs, is_leaf=lambda x: isinstance(x, Input | Output))
+    at each field. Inputs, outputs and scratch are each in the order of the fields, but for the
+    inputs of the fields named in `first`."""
+    fields, tree = jax.tree.flatten(refs, is_leaf=_is_tile)
+    moved = {
+        id(x) for x in jax.tree.leaves([getattr(refs, name) for name in first], is_leaf=_is_tile)
+    }
     inputs = [x for x in fields if isinstance(x, Input)]
+    inputs = sorted(inputs, key=lambda x: id(x) not in moved)
     outputs = [x for x in fields if isinstance(x, Output)]
     scratch = [x for x in fields if not isinstance(x, Input | Output)]
 
     def on_refs(*refs: Ref) -> None:
-        in_refs = iter(refs[: len(inputs)])
+        of_input = dict(zip(map(id, inputs), refs[: len(inputs)], strict=True))
         out_refs = iter(refs[len(inputs) : len(inputs) + len(outputs)])
         scratch_refs = iter(refs[len(inputs) + len(outputs) :])
+        in_refs = iter(of_input[id(x)] for x in fields if isinstance(x, Input))
         of_kind = {Input: in_refs, Output: out_refs}
         kernel(tree.unflatten([next(of_kind.get(type(x), scratch_refs)) for x in fields]))
 

@@ -58,6 +58,7 @@ CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attenti
 def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
     """A config that can start, and the entries that are tried in it: those of its mixers; of its
     task; and once all others."""
+    config: Any
     mixer, _, name = what.rpartition("task ") if what.startswith("task ") else (what, "", "")
     if not name:
         module = importlib.import_module(f"experiments.configs.{mixer}")

@@ -95,7 +95,6 @@ class Stack(nnx.Module):
         self.scan_layers, self.remat = scan_layers, remat
         self.names, self.repeats = names, depth // period
         self.conditioned = block.condition_width > 0
-        self.without_state = tuple(m for m in dict.fromkeys(names) if not classes[m].causal)
         self.shared = nnx.Dict(
             {
                 name: classes[name].Shared(width, layers=names.count(name))
@@ -130,6 +129,9 @@ class Stack(nnx.Module):
         scanned = self.repeats * period
         self.period = stacked(rngs, jnp.arange(0, scanned, period))
         self.remainder = blocks(names[scanned:], scanned, rngs)
+        # Asked of the mixers, not of their classes: it may be an option.
+        causal = {name: b.mixer.causal for name, b in zip(names[:period], self.period, strict=True)}
+        self.without_state = tuple(name for name in causal if not causal[name])
 
     def __call__(
         self,

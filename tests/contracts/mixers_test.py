@@ -47,6 +47,7 @@ ROWS = {
     "mamba2": Row(("mamba2",), {"mamba2": {"state_size": 4, "heads": 4, "groups": 2}}),
     "lightning": Row(("lightning",), {"lightning": {"heads": 2}}),
     "lru": Row(("lru",), {"lru": {"state_size": 4}}),
+    "flowformer": Row(("flowformer",), {"flowformer": {"heads": 2, "clip": 5.0}}),
 }
 LONGER = {  # other options of the same mixers, and a hybrid
     "hybrid": Row(
@@ -179,6 +180,7 @@ ENCODERS = {  # not causal
         {"bidirectional_gla": {"combine": "concatenation"}},
         depth=3,
     ),
+    "flowformer_encoder": Row(("flowformer",), {"flowformer": {"heads": 2, "causal": False}}),
 }
 ALL = {**ROWS, **LONGER, **OTHERS, **ENCODERS}
 CAUSAL = [

@@ -151,6 +151,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "optimizer.lr": [1e-4, 1e-3, 1e-3, 1e-3, 5e-4, 1e-4],
         "optimizer.weight_decay": [0.05] * 6,
     },
+    # lr n / warmup / sqrt(warmup) after n steps of the warm-up, which retrieval does not finish.
+    "flowformer": {
+        "steps": [5_000, 20_000, 5_000, 35_000, 62_400, S4["steps"][5]],
+        "batch_size": [32, 32, 32, 256, 512, 16],
+        "model.width": [512, 256, 128, 128, 256, 256],
+        "model.depth": [1, 1, 4, 1, 1, 6],
+        "model.mlp_ratio": [2.0, 4.0, 4.0, 1.0, 1.0, 4.0],
+        "model.dropout": [0.1, 0.1, 0.1, 0.3, 0.2, 0.1],
+        "model.mixers.flowformer.causal": [False] * 6,
+        "model.mixers.flowformer.heads": [2, 4, 4, 4, 8, 4],
+        "model.mixers.flowformer.expand": [1.0, 1.0, 1.0, 0.5, 0.5, 1.0],
+        "optimizer.lr": [
+            *(0.005 / math.sqrt(1_000), 0.005 / math.sqrt(8_000)),
+            *(0.05 * 5_000 / 8_000 / math.sqrt(8_000), 5e-4, 1e-4, 1e-3),
+        ],
+        "optimizer.weight_decay": [0.1, 0.1, 0.1, 0.0, 0.0, 0.05],
+        "optimizer.warmup_steps": [1_000, 8_000, 5_000, 175, 312, 50_000],
+    },
 }
 ARENA = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
 WHOLE_MODELS = {"linear_self_attention"}

@@ -66,6 +66,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gla": {"heads": 2, "conv_width": 3},
     "hgrn2": {"heads": 2},
     "lightnet": {"heads": 2, "gate_rank": 4},
+    "flowformer": {"heads": 2, "clip": 5.0},
     "delta_net": {"heads": 2},
     "gated_delta_net": {"heads": 2},
     "kda": {"heads": 2},

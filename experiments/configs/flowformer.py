@@ -10,10 +10,6 @@ listops and lra_listops .. lra_pathx. Perplexity of WikiText-103 in the paper: 3
 linear attention 38.4; without competition 31.2, without allocation 32.2). Long Range Arena, in the
 order ListOps, text, retrieval, image, Pathfinder, mean: 38.70, 64.29, 62.24, 43.20, 73.95, 56.48.
 
-listops and lra_listops .. lra_pathx. The paper's WikiText-103: perplexity 30.8 (softmax 33.0, linear
-attention 38.4; without competition 31.2, without allocation 32.2). Long Range Arena, in the order
-ListOps, text, retrieval, image, Pathfinder, mean: 38.70, 64.29, 62.24, 43.20, 73.95, 56.48.
-
 listops and lra_listops .. lra_pathfinder have the sizes and the optimiser of the released code;
 Path-X, which the paper lacks, S4's. Departures: the attention is that of the vision code (sigmoid,
 clip 1, softmax over sources, biases); no positions; the last token answers, not one added for it;

@@ -12,6 +12,7 @@ another shape are named, and so are keys of config.json that are not understood.
 import functools
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def read_checkpoint(
     rows = source.shapes[format.EMBEDDING][0]
     file = folder / TOKENIZER
     config = _config(model, rows, (tokenizer or file) if file.is_file() else None)
-    config.param_dtype = _dtype(source) if dtype == "keep" else dtype
+    config.param_dtype = _dtype(source, format) if dtype == "keep" else dtype
     validate(config)
     task = _task(config, file)
     blueprint = make_blueprint(config, task)
@@ -147,10 +148,10 @@ def _check_dtype(dtype: str) -> None:
         raise ValueError(f"--dtype must be keep, {' or '.join(DTYPES)}; got {dtype!r}")
 
 
-def _dtype(source: TensorFolder) -> str:
+def _dtype(source: TensorFolder, format: ModuleType) -> str:
     """The narrowest type of parameters that holds every number of the file."""
-    bfloat16 = set(source.dtypes.values()) == {DTYPES["bfloat16"]}
-    return "bfloat16" if bfloat16 else "float32"
+    free = {t for name, t in source.dtypes.items() if not name.endswith(format.FLOAT32)}
+    return "bfloat16" if free == {DTYPES["bfloat16"]} else "float32"
 
 
 def _config(model: Mapping[str, Any], rows: int, tokenizer: Path | None) -> Config:
@@ -258,11 +259,17 @@ def write_checkpoint(
     narrow = dtype if dtype != "keep" else config.param_dtype
     rows = ours["embedding/embedding"].shape[0]
     public = write_config(family, model, rows, narrow) | dict(extra or {})
-    tensors = _tensors(find_format(public["model_type"]), model, ours)
-    chosen = None if dtype == "keep" else DTYPES[dtype]
+    format = find_format(public["model_type"])
+    tensors = _tensors(format, model, ours)
+    dtypes = {
+        tensor.name: np.dtype(ours[tensor.parts[0][0]].dtype)
+        if dtype == "keep" or tensor.name.endswith(format.FLOAT32)
+        else DTYPES[dtype]
+        for tensor in tensors
+    }
+    sizes = {t.name: math.prod(t.shape(ours)) * dtypes[t.name].itemsize for t in tensors}
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {tensor.name: _bytes(tensor, ours, chosen) for tensor in tensors}
-    write_tensors(folder, sizes, table.public(tensors, ours, chosen), most_bytes=file_bytes)
+    write_tensors(folder, sizes, table.public(tensors, ours, dtypes), most_bytes=file_bytes)
     (folder / "config.json").write_text(json.dumps(public, indent=1) + "\n", encoding="utf-8")
     return public["model_type"]
 
@@ -294,11 +301,6 @@ def bring_out(
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
     return written
-
-
-def _bytes(tensor: table.Tensor, ours: Mapping[str, Any], dtype: np.dtype | None) -> int:
-    itemsize = (dtype or np.dtype(ours[tensor.parts[0][0]].dtype)).itemsize
-    return int(np.prod(tensor.shape(ours))) * itemsize
 
 
 def _complete(model: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,9 @@ head, queries C, keys B and values Delta x, and is computed so.
 State: E N floats, and (W - 1) (E + 2 G N) for the convolutions. Cost per token: O(E N). About 6 d^2
 parameters per block, one homogeneous block: use it with mlp="none".
 
+norm_groups > 1 normalises so many parts of the channels by themselves, as the released models with
+several groups do.
+
 Departures: W_in and the convolution are stored as their parts, so that each shards by itself; the
 distributions are the same. Zero-order hold for A, Euler for B, as in Mamba's code.
 
@@ -36,7 +39,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.discretisation import dt_bias
-from models.parts.norms import rms_norm
+from models.parts.norms import rms_norm, simple_rms_norm
 from models.parts.options import Count, Epsilon, Factor, Size, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, head_size, merge_heads, projection, split_heads
 from models.parts.short_convolution import ConvWidth, ShortConvolution
@@ -65,6 +68,7 @@ class Mamba2(nnx.Module):
         conv_width: ConvWidth = 4,
         norm: str = "after_gate",
         norm_eps: Epsilon = 1e-5,
+        norm_groups: Size = 1,
     ):
         check_choice("norm", norm, ("after_gate", "before_gate"))
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
@@ -76,6 +80,9 @@ class Mamba2(nnx.Module):
             raise ValueError(f"groups must divide the {self.heads} heads; got {groups}")
         self.groups, self.state_size, self.compute_dtype = (groups, state_size, compute_dtype)
         self.norm_after_gate = norm == "after_gate"
+        if inner % norm_groups:
+            raise ValueError(f"norm_groups must divide the {inner} channels; got {norm_groups}")
+        self.norm_groups, self.norm_eps = norm_groups, norm_eps
 
         self.input = dense(width, inner, ("embed", "heads"))
         self.gate = dense(width, inner, ("embed", "heads"))
@@ -140,9 +147,20 @@ class Mamba2(nnx.Module):
         y_BTE = merge_heads(y_BTHP + self.skip_H[...][None, None, :, None] * x_BTHP)
         # Section 7.1, Fig. 6
         gate_BTE = jax.nn.silu(self.gate(x_BTD)).astype(jnp.float32)
-        y_BTE = self.norm(y_BTE * gate_BTE) if self.norm_after_gate else self.norm(y_BTE) * gate_BTE
+        if self.norm_after_gate:
+            y_BTE = self.normalised(y_BTE * gate_BTE)
+        else:
+            y_BTE = self.normalised(y_BTE) * gate_BTE
         y_BTD = self.output(y_BTE.astype(self.compute_dtype))
         return y_BTD, {"conv_x": conv_x, "conv_B": conv_B, "conv_C": conv_C, "memory": memory}
+
+    def normalised(self, y_BTE: jax.Array) -> jax.Array:
+        """RMSNorm over each of `norm_groups` parts of the channels, in float32."""
+        if self.norm_groups == 1:
+            return self.norm(y_BTE)
+        y_BTGP = simple_rms_norm(split_heads(y_BTE, self.norm_groups), self.norm_eps)
+        scale_E = jnp.asarray(self.norm.scale[...], jnp.float32)  # pyright: ignore[reportOptionalSubscript]
+        return merge_heads(y_BTGP) * scale_E[None, None, :]
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

@@ -80,6 +80,7 @@ ADDED = {
     "model.mixers.s4.init": "legs",
     "model.mixers.s5.gate": "half_glu1",
     "model.mixers.seqboat.attention": "softmax",
+    "model.mixers.mamba2.norm_groups": 1,
     **{
         f"model.mixers.{mixer}.{option}": value
         for mixer in ("transformer", "window_attention")

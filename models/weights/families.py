@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from models.weights import llama
+from models.weights import fla, llama, mamba
 from models.weights.keys import Keys
 
 # A format has CLASSES {model_type: class}, MIXERS, the names EMBEDDING and HEAD, TIED {model_type:
-# whether an absent tie_word_embeddings is true}, `ignored`, `network_entries`, `layer_entries`,
+# whether an absent tie_word_embeddings is true}, FLOAT32 (ends of names of tensors that are float32
+# whatever the others are), `ignored`, `network_entries`, `layer_entries`,
 # `read` and `write`.
-FORMATS: tuple[ModuleType, ...] = (llama,)
+FORMATS: tuple[ModuleType, ...] = (llama, mamba, fla)
 FAMILIES: dict[str, ModuleType] = {
     family: format for format in FORMATS for family in format.CLASSES
 }

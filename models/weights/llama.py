@@ -22,6 +22,7 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 # What the classes take for an absent key.
 TIED = dict.fromkeys(CLASSES, False)
+FLOAT32 = ()
 EPS = 1e-6
 KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # others: as many as heads
 HEAD_DIM = {"qwen3": 128}  # others: width / heads

@@ -133,14 +133,13 @@ def load(
 
 
 def public(
-    tensors: Sequence[Tensor], ours: Mapping[str, Array], dtype: np.dtype | None
+    tensors: Sequence[Tensor], ours: Mapping[str, Array], dtypes: Mapping[str, np.dtype]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and numbers of the public tensors, one after another; `dtype` None keeps each as it is
-    here."""
+    """Names and numbers of the public tensors, one after another, in their types by name."""
     for tensor in tensors:
         parts = [
             tensor.layout.to_public(np.asarray(ours[path] if place is None else ours[path][place]))
             for path, place in tensor.parts
         ]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        yield tensor.name, np.ascontiguousarray(whole, dtype=dtype)
+        yield tensor.name, np.ascontiguousarray(whole, dtype=dtypes[tensor.name])

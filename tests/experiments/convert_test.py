@@ -27,6 +27,11 @@ FAMILIES = {
     "mistral_window": "mistral",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "mamba": "mamba",
+    "mamba2_groups": "mamba2",
+    "gla": "gla",
+    "delta_net": "delta_net",
+    "gated_deltanet_hybrid": "gated_deltanet",
 }
 
 

@@ -145,11 +145,11 @@ def test_evaluation_of_the_checkpoint_gives_the_metrics_of_the_last_step(finishe
 
 
 def test_an_evaluation_without_end_is_bounded(finished, tmp_path):
-    message = r" must be at most 10000000, as evaluation in_distribution draws .* got 1000000000000"
+    message = r" must be at most 10000000, as evaluation in_distribution draws .* got 1000000000"
     with pytest.raises(ValueError, match="--examples" + message):
-        evaluate(load_run(finished[0]), 10**12)
+        evaluate(load_run(finished[0]), 10**9)
     with pytest.raises(ValueError, match="config.eval.examples" + message):
-        train.run(tiny(**{"eval.examples": 10**12}), tmp_path / "run", quiet=True)
+        train.run(tiny(**{"eval.examples": 10**9}), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 

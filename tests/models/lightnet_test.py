@@ -64,8 +64,12 @@ def test_lightnet_ignores_a_constant_in_its_keys_and_survives_large_ones():
 def test_the_running_normaliser_starts_anew_in_each_segment(empty):
     k = np.random.default_rng(0).standard_normal((1, 7, 3)).astype(np.float32)
     initial = np.full((1, 3), 0.7, np.float32)
-    z, before = jax.jit(running_normaliser, static_argnames="empty")(
-        k, empty=empty, initial_BD=initial, segment_ids=jnp.array([[4, 4, 4, 1, 1, 4, 4]])
+    z, before = jax.jit(running_normaliser, static_argnames=("empty", "reverse"))(
+        k,
+        empty=empty,
+        initial_BD=initial,
+        segment_ids=jnp.array([[4, 4, 4, 1, 1, 4, 4]]),
+        reverse=False,
     )
     want, want_before = np.zeros((7, 3)), np.zeros((7, 3))
     for t in range(7):

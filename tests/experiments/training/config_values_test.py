@@ -130,6 +130,7 @@ def check(what: str, directory: Path, count: int | None) -> None:
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CONFIGS)
 def test_a_value_that_nobody_means_costs_one_line_that_names_the_entry(what, tmp_path):
     check(what, tmp_path, 8)

@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.ops import diagonal_scan_test, selective_scan_test, short_convolution_test
+from tests.ops import (
+    diagonal_scan_test,
+    gated_linear_attention_test,
+    selective_scan_test,
+    short_convolution_test,
+)
 
 LENGTH = 200  # no other size of these contracts
 CONTRACTS = {
@@ -40,6 +45,7 @@ def test_kernels_that_walk_backwards_turn_no_tokens_around(op):
 
 
 def test_tokens_that_are_turned_around_are_seen():
-    contract, variant = CONTRACTS["short_convolution"][0](), CONTRACTS["short_convolution"][1]
-    case = contract.data(variant, LENGTH)
+    """By the plain form of an op that gets its arrays flipped."""
+    contract = gated_linear_attention_test.TestGatedLinearAttention()
+    case = contract.data("vector", LENGTH)
     assert [x for x in turned_shapes(contract, case, "xla") if LENGTH in x]

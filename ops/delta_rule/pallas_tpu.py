@@ -134,7 +134,9 @@ def backward(
         ddecay_log=gradients.decay_output(decay_log, grid),
         dZ=grid.states(),
     )
-    results = call(functools.partial(delta_backward, kind=kind, scale=scale), grid, refs)
+    # NOTE: see BackwardRefs of gated linear attention.
+    first = ("decay",) if reverse else ()
+    results = call(functools.partial(delta_backward, kind=kind, scale=scale), grid, refs, first)
     return (
         gradients.sum_of_parts(results.dq, q, grid),
         gradients.sum_of_parts(results.dk, k, grid),

@@ -63,6 +63,20 @@ def queries_keys_values(shape: Shape, dtype: str, key: jax.Array) -> dict[str, j
     return {name: x.astype(dtype) for name, x in (("q", q), ("k", k), ("v", v))}
 
 
+def queries_of_shared_keys(shape: Shape, dtype: str, key: jax.Array) -> dict[str, jax.Array]:
+    """q [B, T, H, K], k [B, T, HK, K] and v [B, T, HK, V]: values are shared as keys are."""
+    key_q, key_rest = jax.random.split(key)
+    keys_and_values = queries_keys_values({**shape, "heads": shape["key_heads"]}, dtype, key_rest)
+    sizes = (shape["batch"], shape["length"], shape["heads"], shape["key"])
+    return keys_and_values | {"q": jax.random.normal(key_q, sizes).astype(dtype)}
+
+
+def grid_of(length: int) -> tuple[int, int]:
+    """The most equal two extents that there are for so many tokens."""
+    rows = max(x for x in range(1, int(length**0.5) + 1) if length % x == 0)
+    return rows, length // rows
+
+
 def decays(shape: Shape, variant: str, dtype: str, key: jax.Array) -> dict[str, jax.Array]:
     """decay_log as a projection makes it, or nothing for the variant "none".
 

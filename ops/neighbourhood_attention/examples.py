@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ..framework.examples import RAGGED_HEADS, Shape, queries_keys_values
+from ..framework.examples import RAGGED_HEADS, Shape, grid_of, queries_of_shared_keys
 
 SHAPES = {
     "cpu": {
@@ -39,16 +39,11 @@ VARIANTS = ("",)
 
 def inputs(shape: Shape, variant: str, dtype: str, key: jax.Array) -> dict[str, jax.Array]:
     """q [B, T, H, K], k [B, T, HK, K] and v [B, T, HK, V]."""
-    key_q, key_rest = jax.random.split(key)
-    keys_and_values = queries_keys_values({**shape, "heads": shape["key_heads"]}, dtype, key_rest)
-    sizes = (shape["batch"], shape["length"], shape["heads"], shape["key"])
-    return keys_and_values | {"q": jax.random.normal(key_q, sizes).astype(dtype)}
+    return queries_of_shared_keys(shape, dtype, key)
 
 
 def options(shape: Shape, variant: str) -> dict[str, Any]:
-    length = shape["length"]
-    rows = max(x for x in range(1, int(length**0.5) + 1) if length % x == 0)
-    return {"grid": (rows, length // rows), "radius": shape["radius"]}
+    return {"grid": grid_of(shape["length"]), "radius": shape["radius"]}
 
 
 def matmul_flops(shape: Shape, direction: str, chunk: int = 0) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ..framework.examples import MEASURED, RAGGED_HEADS, Shape, queries_keys_values
+from ..framework.examples import MEASURED, RAGGED_HEADS, Shape, queries_of_shared_keys
 
 SHAPES = {
     "test": {
@@ -64,11 +64,7 @@ VARIANTS = ("",)
 
 def inputs(shape: Shape, variant: str, dtype: str, key: jax.Array) -> dict[str, jax.Array]:
     """q [B, T, H, K], k [B, T, HK, K] and v [B, T, HK, V]."""
-    key_q, key_rest = jax.random.split(key)
-    # Its queries have the heads that v has elsewhere: values are shared as keys are.
-    keys_and_values = queries_keys_values({**shape, "heads": shape["key_heads"]}, dtype, key_rest)
-    sizes = (shape["batch"], shape["length"], shape["heads"], shape["key"])
-    return keys_and_values | {"q": jax.random.normal(key_q, sizes).astype(dtype)}
+    return queries_of_shared_keys(shape, dtype, key)
 
 
 def options(shape: Shape, variant: str) -> dict[str, Any]:

@@ -305,7 +305,9 @@ def test_bfloat16_is_one_entry_each(tmp_path):
 @pytest.mark.slow
 def test_the_command_for_text_of_ones_own_trains(tmp_path):
     commands = re.findall(r"^python -m (?:.*\\\n)*.*$", (CHECKOUT / "README.md").read_text(), re.M)
-    (command,) = [command for command in commands if "task.path" in command]
+    (command,) = [
+        command for command in commands if "gla.py:text" in command and "task.path" in command
+    ]
     _, *arguments = shlex.split(command.replace("\\\n", ""))
     arguments += [
         "--config.steps=2",

@@ -59,6 +59,7 @@ MAY_IMPORT = {
     "experiments/configs": "",
     "experiments/objectives": "models/parts",
     "experiments/compiled": "ops/framework",
+    "experiments/conversion": "experiments/training experiments/configs models/weights",
     "experiments/training": "experiments/objectives experiments/compiled models/networks"
     " models/parts ops",
     "experiments/tasks": "experiments/training experiments/objectives models/parts",
@@ -68,7 +69,7 @@ MAY_IMPORT = {
     "experiments/sweeps": "experiments/tables experiments/reporting",
     "experiments/benchmarks": "experiments/training experiments/compiled ops ops/framework",
     "experiments": "experiments/training experiments/objectives experiments/compiled"
-    " experiments/reporting experiments/configs models/weights",
+    " experiments/reporting experiments/configs experiments/conversion models/weights",
     "launch": "experiments/reporting",
 }
 LEAVES = {
@@ -243,6 +244,7 @@ TESTED_BY = {
     "experiments/benchmarks/peers": "experiments/benchmarks/gpu_test.py",
     "experiments/benchmarks/programs": "experiments/benchmarks/tpu_aot_test.py",
     "experiments/check.py": "launch/sweep_file_test.py",
+    "experiments/conversion": "experiments/convert_test.py",
     "experiments/compiled/step_cost.py": "experiments/plan_test.py",
     "experiments/evaluate.py": "experiments/train_test.py",
     "experiments/html_report.py": "experiments/reporting/html_test.py",

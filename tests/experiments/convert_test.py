@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from experiments.configs.of_run import get_config
-from experiments.convert import Checkpoint, bring_in, bring_out, read_checkpoint, write_checkpoint
+from experiments.conversion.reading import Checkpoint, read_checkpoint
+from experiments.conversion.runs import bring_in, bring_out
+from experiments.conversion.writing import write_checkpoint
 from experiments.generate import generate
 from experiments.training.config import validate
 from experiments.training.mesh import parameter_name

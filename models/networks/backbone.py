@@ -21,6 +21,13 @@ from models.parts.options import Depth, Probability, Size, check_options
 Network = TypeVar("Network", bound="Backbone")
 
 
+class Identity(nnx.Module):
+    """x_BTD -> x_BTD, without parameters."""
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD
+
+
 class Backbone(nnx.Module):
     """Inputs to the residual stream after the last block.
 
@@ -72,8 +79,13 @@ class Backbone(nnx.Module):
             param_dtype=param_dtype,
             compute_dtype=compute_dtype,
         )
-        self.norm = NORMS[options.norm](
-            width, eps=options.norm_eps, axis="embed", rngs=rngs, param_dtype=param_dtype
+        # Blocks that end with a norm leave nothing to do for another.
+        self.norm: Any = (
+            NORMS[options.norm](
+                width, eps=options.norm_eps, axis="embed", rngs=rngs, param_dtype=param_dtype
+            )
+            if options.pre_norm
+            else Identity()
         )
 
     def hidden(
@@ -85,6 +97,7 @@ class Backbone(nnx.Module):
         segment_ids: jax.Array | None = None,
         condition: jax.Array | None = None,
         grid: tuple[int, ...] | None = None,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The residual stream x_BTD after the last block, float32, and the state after it.
 
@@ -100,6 +113,7 @@ class Backbone(nnx.Module):
             segment_ids=segment_ids,
             condition=condition,
             grid=grid,
+            mask=mask,
         )
 
 

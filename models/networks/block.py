@@ -1,6 +1,7 @@
 """One residual block of the stack.
 
     x <- x + mixer(norm(x));   x <- x + mlp(norm(x))       the second half only with an MLP
+    x <- norm(x + mixer(x));   x <- norm(x + mlp(x))       with pre_norm=False
 
 With a condition c, a vector per sequence, each half becomes (adaLN-Zero; Peebles and Xie, "Scalable
 Diffusion Models with Transformers", ICCV 2023, arXiv 2212.09748):
@@ -12,7 +13,7 @@ modulation and sums are computed in float32; mixers and MLPs see the compute dty
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.networks.mlp import MLPS
-from models.parts.norms import NORMS
+from models.parts.norms import NORMS, masked_norm
 from models.parts.options import Count, Epsilon, Factor, Probability, check_choice, check_value
 from models.parts.projections import projection
 from models.parts.variables import LayerConstant
@@ -39,7 +40,10 @@ class BlockOptions:
     norm, norm_eps     "rms", "layer" or "batch", for the blocks' norms and the last norm. In
                        training, "batch" takes its statistics over all tokens of the batch, so that
                        a token sees later ones; under `model.eval()` it uses running statistics.
+                       Padding, of which a mask tells, is in no statistics.
+    pre_norm           the norm in front of a half, or behind its sum. There is then no last norm
     dropout            of what each half adds to the stream; off under `model.eval()`
+    tied_dropout       one draw for all tokens of a sequence
     drop_path          stochastic depth (Huang et al., arXiv 1603.09382): what a half adds is
                        dropped for a whole sequence with a probability that rises linearly from 0
                        in the first block to `drop_path` in the last; off under `model.eval()`
@@ -53,7 +57,9 @@ class BlockOptions:
     mlp_bias: bool = False
     norm: str = "rms"
     norm_eps: Epsilon = 1e-5
+    pre_norm: bool = True
     dropout: Probability = 0.0
+    tied_dropout: bool = False
     drop_path: Probability = 0.0
     condition_width: Count = 0
 
@@ -64,18 +70,24 @@ class BlockOptions:
             check_value(field.name, field.type, getattr(self, field.name))
         if self.mlp_bias and self.mlp != "swiglu":
             raise ValueError(f"mlp_bias is for mlp='swiglu'; got mlp={self.mlp!r}")
+        if self.condition_width and not self.pre_norm:
+            raise ValueError("pre_norm must be True with a condition, which modulates the norm")
 
 
 class Context(NamedTuple):
     """What every block of one call is given beside the stream; None: there is none.
 
     positions [B, T] and segment_ids [B, T] int; condition [B, C] float; grid: the static extents of
-    the grid whose places the tokens are, in row-major order: (height, width) for an image."""
+    the grid whose places the tokens are, in row-major order: (height, width) for an image; mask
+    [B, T] bool: the tokens that there are, the others being padding; separate_ids [B, T] int:
+    segment_ids in which padding is a segment of its own, for mixers that take no mask."""
 
     positions: jax.Array | None = None
     segment_ids: jax.Array | None = None
     condition: jax.Array | None = None
     grid: tuple[int, ...] | None = None
+    mask: jax.Array | None = None
+    separate_ids: jax.Array | None = None
 
 
 class DropPath(nnx.Module):
@@ -103,7 +115,8 @@ class Block(nnx.Module):
     """One residual block: a mixer and, unless mlp is "none", an MLP, each behind its norm.
 
     `mixer` is a class. A mixer whose equations depend on its place in the network names `layer` in
-    its constructor's signature; one that uses `grid` or `shared` names them in its call's."""
+    its constructor's signature; one that uses `grid`, `shared` or `mask` names them in its call's.
+    Of padding, another mixer is told by segments."""
 
     def __init__(
         self,
@@ -133,7 +146,7 @@ class Block(nnx.Module):
             "compute_dtype": compute_dtype,
         }
         place = {"layer": layer} if "layer" in inspect.signature(mixer.__init__).parameters else {}
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.pre_norm = compute_dtype, options.pre_norm
         self.mixer_norm = norm()
         self.mixer = mixer(width, **common, **place, **mixer_options)
         mlp = MLPS.get(options.mlp)
@@ -143,7 +156,12 @@ class Block(nnx.Module):
         self.mlp = mlp(width, **sizes, **biases, **common) if mlp else None
 
         # None unless asked for: they are parameters and random states that a checkpoint would hold.
-        self.dropout = nnx.Dropout(options.dropout, rngs=rngs) if options.dropout else None
+        tied = (1,) if options.tied_dropout else ()
+        self.dropout = (
+            nnx.Dropout(options.dropout, broadcast_dims=tied, rngs=rngs)
+            if options.dropout
+            else None
+        )
         rate = options.drop_path * layer / max(depth - 1, 1)
         self.drop_path = DropPath(rate, rngs=rngs) if options.drop_path else None
         modulation = functools.partial(
@@ -163,20 +181,36 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, state: Any, shared: Any, context: Context
     ) -> tuple[jax.Array, Any]:
         modulations = self.modulations(context.condition, x_BTD.shape[-1])
-        named = inspect.signature(type(self.mixer).__call__).parameters
-        offered = {"grid": context.grid, "shared": shared}
-        h_BTD, gate = self.normalised(self.mixer_norm, x_BTD, modulations[0])
-        y_BTD, state = self.mixer(
-            h_BTD,
-            state,
-            positions=context.positions,
-            segment_ids=context.segment_ids,
-            **{name: value for name, value in offered.items() if name in named},
-        )
-        x_BTD = x_BTD + self.added(y_BTD, gate)
+
+        def mix(h_BTD: jax.Array) -> tuple[jax.Array, Any]:
+            named = inspect.signature(type(self.mixer).__call__).parameters
+            offered = {"grid": context.grid, "shared": shared, "mask": context.mask}
+            apart = context.segment_ids if "mask" in named else context.separate_ids
+            return self.mixer(
+                h_BTD,
+                state,
+                positions=context.positions,
+                segment_ids=apart,
+                **{name: value for name, value in offered.items() if name in named},
+            )
+
+        def half(
+            f: Callable[[jax.Array], tuple[jax.Array, Any]],
+            norm: Any,
+            x_BTD: jax.Array,
+            modulation: Any,
+        ) -> tuple[jax.Array, Any]:
+            if self.pre_norm:
+                h_BTD, gate = self.normalised(norm, x_BTD, modulation, context.mask)
+                y_BTD, after = f(h_BTD)
+                return x_BTD + self.added(y_BTD, gate), after
+            y_BTD, after = f(x_BTD.astype(self.compute_dtype))
+            return masked_norm(norm, x_BTD + self.added(y_BTD, None), context.mask), after
+
+        x_BTD, state = half(mix, self.mixer_norm, x_BTD, modulations[0])
         if self.mlp is not None:
-            h_BTD, gate = self.normalised(self.mlp_norm, x_BTD, modulations[1])
-            x_BTD = x_BTD + self.added(self.mlp(h_BTD), gate)
+            mlp = self.mlp
+            x_BTD, _ = half(lambda h: (mlp(h), None), self.mlp_norm, x_BTD, modulations[1])
         return x_BTD, state
 
     def modulations(self, condition_BC: jax.Array | None, width: int) -> list[Any]:
@@ -189,10 +223,10 @@ class Block(nnx.Module):
         return [pieces[:3], pieces[3:]]
 
     def normalised(
-        self, norm: Any, x_BTD: jax.Array, modulation: Any
+        self, norm: Any, x_BTD: jax.Array, modulation: Any, mask_BT: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """The input of a half in the compute dtype, and the gate of its output."""
-        h_BTD, gate = norm(x_BTD), None
+        h_BTD, gate = masked_norm(norm, x_BTD, mask_BT), None
         if modulation is not None:
             shift, scale, gate = modulation
             h_BTD = h_BTD * (1 + scale) + shift

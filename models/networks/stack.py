@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 import models
 from models.networks.block import Block, BlockOptions, Context
 from models.parts.options import check_choice, check_options
+from ops.framework import segments
 from ops.framework.sequence_parallel import CARRIED
 from ops.framework.sharding import constrain
 
@@ -142,6 +143,7 @@ class Stack(nnx.Module):
         segment_ids: jax.Array | None = None,
         condition: jax.Array | None = None,
         grid: tuple[int, ...] | None = None,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The stream after the last block and the state after the last token.
 
@@ -153,7 +155,8 @@ class Stack(nnx.Module):
                 f" {None if condition is None else condition.shape} for a stack"
                 f" {'with' if self.conditioned else 'without'} a condition"
             )
-        context = Context(positions, segment_ids, condition, grid)
+        apart = segment_ids if mask is None else padding_apart(segment_ids, mask)
+        context = Context(positions, segment_ids, condition, grid, mask, apart)
 
         def run(
             x_BTD: jax.Array, blocks: nnx.List[Block], states: Any, shared: Any
@@ -236,6 +239,13 @@ class Stack(nnx.Module):
             "period": jax.tree.map(repeated, period),
             "remainder": tuple(block.mixer.init_state(batch) for block in self.remainder),
         }
+
+
+def padding_apart(segment_ids: jax.Array | None, mask_BT: jax.Array) -> jax.Array:
+    """Segment ids [B, T] int32 that change where the given ones do and where padding begins or
+    ends."""
+    number_BT = 0 if segment_ids is None else segments.numbers(segment_ids)
+    return 2 * number_BT + mask_BT.astype(jnp.int32)
 
 
 def check_pattern(pattern: Sequence[str], depth: int) -> None:

@@ -1,5 +1,7 @@
 """Normalisations that models share; all computed in float32."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -55,6 +57,13 @@ def batch_norm(
         bias_metadata={"out_sharding": (axis,)},
         rngs=rngs,
     )
+
+
+def masked_norm(norm: Any, x_BTD: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
+    """norm(x), float32; of a batch norm with a mask, by statistics of the tokens that it keeps."""
+    if mask_BT is None or not isinstance(norm, nnx.BatchNorm):
+        return norm(x_BTD)
+    return norm(x_BTD, mask=mask_BT[..., None])
 
 
 NORMS = {"rms": rms_norm, "layer": layer_norm, "batch": batch_norm}

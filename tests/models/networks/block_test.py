@@ -75,6 +75,38 @@ def test_a_block_computes_its_two_halves(stream, norm, axes):
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
+def test_a_norm_behind_a_half_normalises_the_sum(stream):
+    stack: Any = randomised(lambda: stack_of("segment_mean", norm="layer", pre_norm=False))
+    want = np.asarray(stream, np.float64)
+    for i in range(2):
+        block = block_of(stack, i)
+        h = want + (want + want.mean(axis=1, keepdims=True)) @ array(block.mixer.output.kernel)
+        want = normalised(h, -1) * array(block.mixer_norm.scale) + array(block.mixer_norm.bias)
+        h = want @ array(block.mlp.up.kernel) + array(block.mlp.up.bias)
+        h = h * (1 + np.vectorize(math.erf)(h / math.sqrt(2))) / 2
+        h = want + h @ array(block.mlp.down.kernel) + array(block.mlp.down.bias)
+        want = normalised(h, -1) * array(block.mlp_norm.scale) + array(block.mlp_norm.bias)
+    got, _ = jax.jit(lambda stack, x: stack(x, None))(stack, stream)
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_padding_is_in_no_statistics_and_is_not_read(stream, pre_norm):
+    stack: Any = randomised(lambda: stack_of("segment_mean", norm="batch", pre_norm=pre_norm))
+    call = jax.jit(lambda stack, x, mask: stack(x, None, mask=mask)[0])
+    mask = jnp.arange(5)[None, :] < jnp.array([[3], [3], [3]])
+    padded = call(stack, jnp.where(mask[..., None], stream, 100.0), mask)
+    alone = call(stack, stream[:, :3], jnp.ones((3, 3), bool))
+    np.testing.assert_allclose(padded[:, :3], alone, atol=2e-5 * np.abs(alone).max())
+
+
+def test_tied_dropout_draws_once_for_all_tokens(stream):
+    stack: Any = stack_of("segment_mean", depth=1, mlp="none", dropout=0.5, tied_dropout=True)
+    x = jnp.broadcast_to(stream[:, :1], stream.shape)
+    added = np.asarray(jax.jit(lambda stack: stack(x, None)[0])(stack) - x)
+    assert (added == added[:, :1]).all() and 0 < (added == 0).mean() < 1
+
+
 def test_batch_norms_running_statistics_move_in_training_and_serve_evaluation(stream):
     stack: Any = stack_of("segment_mean", norm="batch")
     call = nnx.jit(lambda stack, x: stack(x, None)[0])

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.networks.mlp import MLPS
+from models.networks.mlp import INITS, MLPS
 from models.parts.norms import NORMS, masked_norm
 from models.parts.options import Count, Epsilon, Factor, Probability, check_choice, check_value
 from models.parts.projections import projection
@@ -37,6 +37,9 @@ class BlockOptions:
     mlp_ratio          inner width: ratio * width for "gelu", about 2/3 of that for "swiglu"
     mlp_width          inner width itself; 0: by mlp_ratio
     mlp_bias           biases in "swiglu"; "gelu" has them
+    mlp_init           "normal": N(0, 0.02^2), the last map's divided by sqrt(2 depth), biases 0;
+                       "fan_in": all U(+-fan_in^-1/2)
+    mlp_dropout        of the MLP's inner activations and of what it returns, as `dropout`
     norm, norm_eps     "rms", "layer" or "batch", for the blocks' norms and the last norm. In
                        training, "batch" takes its statistics over all tokens of the batch, so that
                        a token sees later ones; under `model.eval()` it uses running statistics.
@@ -55,6 +58,8 @@ class BlockOptions:
     mlp_ratio: Factor = 4.0
     mlp_width: Count = 0
     mlp_bias: bool = False
+    mlp_init: str = "normal"
+    mlp_dropout: Probability = 0.0
     norm: str = "rms"
     norm_eps: Epsilon = 1e-5
     pre_norm: bool = True
@@ -65,6 +70,7 @@ class BlockOptions:
 
     def __post_init__(self):
         check_choice("mlp", self.mlp, (*MLPS, "none"))
+        check_choice("mlp_init", self.mlp_init, INITS)
         check_choice("norm", self.norm, tuple(NORMS))
         for field in fields(self):
             check_value(field.name, field.type, getattr(self, field.name))
@@ -151,7 +157,12 @@ class Block(nnx.Module):
         self.mixer = mixer(width, **common, **place, **mixer_options)
         mlp = MLPS.get(options.mlp)
         self.mlp_norm = norm() if mlp else None
-        sizes: dict[str, Any] = {"ratio": options.mlp_ratio, "inner": options.mlp_width}
+        sizes: dict[str, Any] = {
+            "ratio": options.mlp_ratio,
+            "inner": options.mlp_width,
+            "init": options.mlp_init,
+            "dropout": options.mlp_dropout,
+        }
         biases = {"bias": True} if options.mlp_bias else {}
         self.mlp = mlp(width, **sizes, **biases, **common) if mlp else None
 

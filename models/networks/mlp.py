@@ -1,13 +1,39 @@
-"""The MLPs of the blocks."""
+"""The MLPs of the blocks.
+
+`dropout` is that of the inner activations and that of what comes out."""
 
 import functools
 import math
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.projections import projection, residual_normal
+from models.parts.projections import (
+    FAN_IN_UNIFORM,
+    NORMAL,
+    ZEROS,
+    fan_in_bias,
+    projection,
+    residual_normal,
+)
+
+# How the maps start, by name: "normal": N(0, 0.02^2), and less by sqrt(2 depth) for the one that
+# writes to the stream; "fan_in": weights and biases U(+-fan_in^-1/2).
+INITS = ("normal", "fan_in")
+
+
+def _starts(init: str, inputs: int, first: Any = NORMAL) -> dict[str, Any]:
+    """The initialisers of a map of `inputs`, which starts as `first` under "normal"."""
+    if init == "normal":
+        return {"init": first, "bias_init": ZEROS}
+    return {"init": FAN_IN_UNIFORM, "bias_init": fan_in_bias(inputs)}
+
+
+def _dropout(rate: float, rngs: nnx.Rngs) -> Any:
+    """Dropout, or the identity without random state."""
+    return nnx.Dropout(rate, rngs=rngs) if rate else None
 
 
 def inner_width(width: int, ratio: float) -> int:
@@ -30,6 +56,8 @@ class SwiGLU(nnx.Module):
         ratio: float,
         inner: int = 0,
         bias: bool = False,
+        init: str = "normal",
+        dropout: float = 0.0,
         depth: int,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
@@ -39,12 +67,17 @@ class SwiGLU(nnx.Module):
             projection, bias=bias, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
         )
         inner = inner or inner_width(width, ratio)
-        self.gate = dense(width, inner, ("embed", "mlp"))
-        self.up = dense(width, inner, ("embed", "mlp"))
-        self.down = dense(inner, width, ("mlp", "embed"), init=residual_normal(depth))
+        self.gate = dense(width, inner, ("embed", "mlp"), **_starts(init, width))
+        self.up = dense(width, inner, ("embed", "mlp"), **_starts(init, width))
+        last = _starts(init, inner, residual_normal(depth))
+        self.down = dense(inner, width, ("mlp", "embed"), **last)
+        self.dropout = _dropout(dropout, rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        h_BTM = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        if self.dropout is None:
+            return self.down(h_BTM)
+        return self.dropout(self.down(self.dropout(h_BTM)))
 
 
 class GELU(nnx.Module):
@@ -57,6 +90,8 @@ class GELU(nnx.Module):
         *,
         ratio: float,
         inner: int = 0,
+        init: str = "normal",
+        dropout: float = 0.0,
         depth: int,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
@@ -66,11 +101,16 @@ class GELU(nnx.Module):
             projection, bias=True, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
         )
         inner = inner or round(ratio * width)
-        self.up = dense(width, inner, ("embed", "mlp"))
-        self.down = dense(inner, width, ("mlp", "embed"), init=residual_normal(depth))
+        self.up = dense(width, inner, ("embed", "mlp"), **_starts(init, width))
+        last = _starts(init, inner, residual_normal(depth))
+        self.down = dense(inner, width, ("mlp", "embed"), **last)
+        self.dropout = _dropout(dropout, rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x_BTD), approximate=False))
+        h_BTM = jax.nn.gelu(self.up(x_BTD), approximate=False)
+        if self.dropout is None:
+            return self.down(h_BTM)
+        return self.dropout(self.down(self.dropout(h_BTM)))
 
 
 MLPS = {"swiglu": SwiGLU, "gelu": GELU}

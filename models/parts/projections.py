@@ -1,8 +1,10 @@
 """Linear maps, initialisers and head sizes that the mixers share."""
 
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -16,6 +18,14 @@ XAVIER_SMALL = nnx.initializers.variance_scaling((2**-2.5) ** 2, "fan_avg", "uni
 XAVIER_MEDIUM = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 # U(-fan_in^-1/2, fan_in^-1/2): the uniform distribution on +-b has variance b^2 / 3.
 FAN_IN_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+ZEROS = nnx.initializers.zeros_init()
+
+
+def fan_in_bias(inputs: int) -> Any:
+    """U(-inputs^-1/2, inputs^-1/2), of the bias beside a map of FAN_IN_UNIFORM: PyTorch's layers
+    start so, and the models of authors who say nothing else."""
+    end = inputs**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -end, end)
 
 
 def residual_normal(depth: int) -> jax.nn.initializers.Initializer:
@@ -32,11 +42,12 @@ def projection(
     *,
     init: jax.nn.initializers.Initializer = NORMAL,
     bias: bool = False,
+    bias_init: jax.nn.initializers.Initializer = ZEROS,
     rngs: nnx.Rngs,
     param_dtype: DTypeLike,
     compute_dtype: DTypeLike,
 ) -> nnx.Linear:
-    """x W (+ b), W [inputs, outputs] with logical axis names `axes`; b starts at zero.
+    """x W (+ b), W [inputs, outputs] with logical axis names `axes`.
 
     Computed in `compute_dtype`."""
     return nnx.Linear(
@@ -45,6 +56,7 @@ def projection(
         use_bias=bias,
         kernel_init=init,
         kernel_metadata={"out_sharding": axes},
+        bias_init=bias_init,
         bias_metadata={"out_sharding": axes[1:]},
         dtype=compute_dtype,
         param_dtype=param_dtype,

@@ -22,7 +22,8 @@ eigenvalue_range=(-1, 1) replaces the factor exp(Delta A) by 2 exp(Delta A) - 1,
 
 Departures: the discretisation is the authors' code's: zero-order hold for A, Euler for B (the text
 of the paper has zero-order hold for both). W_in is stored as its two halves, W_x as its parts, so
-that each shards by itself; the distributions are the same.
+that each shards by itself; the distributions are the same. `bias` and `conv_bias` are as in
+the authors' code.
 
 Authors' code: https://github.com/state-spaces/mamba
 """
@@ -63,6 +64,8 @@ class Mamba(nnx.Module):
         dt_max: Factor = 1e-1,
         conv_width: ConvWidth = 4,
         eigenvalue_range: tuple[int, int] = (0, 1),
+        bias: bool = False,
+        conv_bias: bool = True,
     ):
         check_choice("eigenvalue_range", tuple(eigenvalue_range), ((0, 1), (-1, 1)))
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
@@ -75,9 +78,9 @@ class Mamba(nnx.Module):
         )
         dt_rank = dt_rank or math.ceil(width / 16)  # 0: the paper's rule
 
-        self.input = dense(width, self.inner, ("embed", "heads"))
-        self.gate = dense(width, self.inner, ("embed", "heads"))
-        self.conv = ShortConvolution(self.inner, conv_width, bias=True, rngs=rngs, **dtypes)
+        self.input = dense(width, self.inner, ("embed", "heads"), bias=bias)
+        self.gate = dense(width, self.inner, ("embed", "heads"), bias=bias)
+        self.conv = ShortConvolution(self.inner, conv_width, bias=conv_bias, rngs=rngs, **dtypes)
         self.dt_in = dense(self.inner, dt_rank, ("heads", None))
         self.write = dense(self.inner, state_size, ("heads", None))
         self.read = dense(self.inner, state_size, ("heads", None))
@@ -100,6 +103,7 @@ class Mamba(nnx.Module):
             width,
             ("heads", "embed"),
             init=nnx.initializers.variance_scaling(1 / (3 * depth), "fan_in", "uniform"),
+            bias=bias,
         )
 
     def __call__(

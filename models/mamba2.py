@@ -25,7 +25,8 @@ norm_groups > 1 normalises so many parts of the channels by themselves, as the r
 several groups do.
 
 Departures: W_in and the convolution are stored as their parts, so that each shards by itself; the
-distributions are the same. Zero-order hold for A, Euler for B, as in Mamba's code.
+distributions are the same. Zero-order hold for A, Euler for B, as in Mamba's code. `bias` and
+`conv_bias` as there.
 
 Authors' code: https://github.com/state-spaces/mamba
 """
@@ -69,6 +70,8 @@ class Mamba2(nnx.Module):
         norm: str = "after_gate",
         norm_eps: Epsilon = 1e-5,
         norm_groups: Size = 1,
+        bias: bool = False,
+        conv_bias: bool = True,
     ):
         check_choice("norm", norm, ("after_gate", "before_gate"))
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
@@ -84,17 +87,17 @@ class Mamba2(nnx.Module):
             raise ValueError(f"norm_groups must divide the {inner} channels; got {norm_groups}")
         self.norm_groups, self.norm_eps = norm_groups, norm_eps
 
-        self.input = dense(width, inner, ("embed", "heads"))
-        self.gate = dense(width, inner, ("embed", "heads"))
-        self.write = dense(width, groups * state_size, ("embed", None))
-        self.read = dense(width, groups * state_size, ("embed", None))
-        self.dt = dense(width, self.heads, ("embed", "heads"))
-        self.conv_x = ShortConvolution(inner, conv_width, bias=True, rngs=rngs, **dtypes)
+        self.input = dense(width, inner, ("embed", "heads"), bias=bias)
+        self.gate = dense(width, inner, ("embed", "heads"), bias=bias)
+        self.write = dense(width, groups * state_size, ("embed", None), bias=bias)
+        self.read = dense(width, groups * state_size, ("embed", None), bias=bias)
+        self.dt = dense(width, self.heads, ("embed", "heads"), bias=bias)
+        self.conv_x = ShortConvolution(inner, conv_width, bias=conv_bias, rngs=rngs, **dtypes)
         self.conv_B = ShortConvolution(
-            groups * state_size, conv_width, bias=True, rngs=rngs, **dtypes
+            groups * state_size, conv_width, bias=conv_bias, rngs=rngs, **dtypes
         )
         self.conv_C = ShortConvolution(
-            groups * state_size, conv_width, bias=True, rngs=rngs, **dtypes
+            groups * state_size, conv_width, bias=conv_bias, rngs=rngs, **dtypes
         )
         # float32 whatever param_dtype is: they enter exponentials. No weight decay: zero is no
         # neutral value for them.
@@ -113,6 +116,7 @@ class Mamba2(nnx.Module):
             width,
             ("heads", "embed"),
             init=nnx.initializers.variance_scaling(1 / (3 * depth), "fan_in", "uniform"),
+            bias=bias,
         )
 
     def __call__(

@@ -83,6 +83,11 @@ ADDED = {
     "model.mixers.mamba2.norm_groups": 1,
     **{
         f"model.mixers.{mixer}.{option}": value
+        for mixer in ("mamba", "mamba2")
+        for option, value in {"bias": False, "conv_bias": True}.items()
+    },
+    **{
+        f"model.mixers.{mixer}.{option}": value
         for mixer in ("transformer", "window_attention")
         for option, value in {
             "size_per_head": 0,

@@ -64,6 +64,7 @@ def rotate(
 # The numbers that follow the name of a scaling.
 SCALINGS = {
     "linear": ("factor",),
+    "dynamic": ("factor", "trained_length"),
     "llama3": ("factor", "low_frequency", "high_frequency", "trained_length"),
     "yarn": ("factor", "beta_fast", "beta_slow", "trained_length", "attention_factor"),
 }
@@ -86,6 +87,8 @@ def scaled_frequencies(
     """Frequencies float32 [size/2] for long contexts, and the factor of queries and keys.
 
     linear    all divided by `factor` (Chen et al. 2023, arXiv 2306.15595)
+    dynamic   as they are: within `trained_length` tokens it changes nothing, and beyond, all angles
+              would change with the length of the whole text, which no recurrence can follow
     llama3    those that turn less than `low_frequency` times in `trained_length` tokens divided by
               `factor`, those above `high_frequency` as they are, between them in proportion
               (Llama 3.1, arXiv 2407.21783, as in the released code)
@@ -95,6 +98,8 @@ def scaled_frequencies(
     name, factor, *numbers = scaling
     half = size // 2
     frequency_K = base ** (-np.arange(half) / half)
+    if name == "dynamic":
+        return frequency_K.astype(np.float32), 1.0
     slow_K, attention_factor = frequency_K / factor, 1.0
     if name == "linear":
         share_K = np.zeros(half)

@@ -81,7 +81,6 @@ def read(keys: Keys, context_length: int) -> dict[str, Any]:
     keys.must("hidden_act", "silu", ("silu", "swish"))
     keys.must("partial_rotary_factor", 1.0, (1.0, 1))
     keys.must("rope_interleaved", False, (False,))
-    keys.ignore("max_window_layers", "layer_types")
     eps = keys.number("rms_norm_eps", EPS)
     size = keys.integer("head_dim", HEAD_DIM.get(family, width // heads))
     bias = keys.flag("attention_bias", False) if family in ("llama", "qwen3") else False
@@ -96,18 +95,21 @@ def read(keys: Keys, context_length: int) -> dict[str, Any]:
         "qkv_bias": bias or family == "qwen2",
         "output_bias": bias,
     }
-    window = _window(keys, family)
-    length = context_length or trained
-    mixer = (
-        {"window_attention": {"window": window, **options}}
-        if window
-        else {"transformer": {"context_length": length, **options}}
-    )
+    window, names = _layers(keys, family, depth)
+    mixers = {
+        "transformer": {"context_length": context_length or trained, **options},
+        "window_attention": {"window": window, **options},
+    }
+    if options["rope_scaling"][:1] == ("dynamic",) and context_length > trained:
+        raise ValueError(
+            f"--context_length must be at most max_position_embeddings={trained} for a dynamic"
+            f" rope_scaling, whose angles would change with the text; got {context_length}"
+        )
     return {
         "width": width,
         "depth": depth,
-        "pattern": tuple(mixer),
-        "mixers": mixer,
+        "pattern": names if len(set(names)) > 1 else names[:1],
+        "mixers": {name: mixers[name] for name in sorted(set(names))},
         "mlp": "swiglu",
         "mlp_width": keys.integer("intermediate_size"),
         "mlp_bias": keys.flag("mlp_bias", False) if family == "llama" else False,
@@ -115,28 +117,27 @@ def read(keys: Keys, context_length: int) -> dict[str, Any]:
     }
 
 
-def _window(keys: Keys, family: str) -> int:
-    """Tokens that a query sees, itself included; 0: all."""
+def _layers(keys: Keys, family: str, depth: int) -> tuple[int, tuple[str, ...]]:
+    """(tokens that a query sees in layers with a window, itself included; the mixer of each
+    layer)."""
+    full, sliding = "full_attention", "sliding_attention"
     absent = 0 if "sliding_window" in keys.values else WINDOW.get(family, 0)
     window = keys.integer("sliding_window", absent)
-    if family == "llama":
-        return 0
-    if family != "mistral" and not keys.flag("use_sliding_window", False):
-        window = 0
+    first = keys.get("max_window_layers", 28)
     kinds = keys.get("layer_types", None)
-    if window and kinds is None and family != "mistral":
+    slides = family == "mistral" or (family != "llama" and keys.flag("use_sliding_window", False))
+    if not window or not slides:
+        kinds = [full] * depth
+    elif kinds is None:
         # The first layers see everything.
-        full = keys.get("max_window_layers", 28)
-        kinds = ["full_attention"] * min(full, keys.integer("num_hidden_layers"))
-        kinds += ["sliding_attention"] * (keys.integer("num_hidden_layers") - len(kinds))
-    if window and kinds is not None:
-        if len(set(kinds)) > 1:
-            raise ValueError(
-                f"{keys.where}: layers with and without a window in one model are not read"
-                f" (sliding_window {window}, layers of {' and '.join(sorted(set(kinds)))})"
-            )
-        window = window if set(kinds) == {"sliding_attention"} else 0
-    return window
+        seeing = 0 if family == "mistral" else min(first, depth)
+        kinds = [full] * seeing + [sliding] * (depth - seeing)
+    known = isinstance(kinds, list) and len(kinds) == depth and set(kinds) <= {full, sliding}
+    if not known:
+        raise ValueError(
+            f"{keys.where}: layer_types must be {depth} of {full} and {sliding}; got {kinds!r}"
+        )
+    return window, tuple("transformer" if kind == full else "window_attention" for kind in kinds)
 
 
 def _rotation(keys: Keys, trained: int) -> dict[str, Any]:
@@ -154,6 +155,9 @@ def _rotation(keys: Keys, trained: int) -> dict[str, Any]:
     scaling: tuple[Any, ...] = ()
     if kind == "linear":
         scaling = (kind, float(rope.number("factor")))
+    elif kind == "dynamic":
+        scaling = (kind, float(rope.number("factor")), float(trained))
+        rope.ignore("original_max_position_embeddings")
     elif kind == "llama3":
         names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
         scaling = (kind, *(float(rope.number(name)) for name in names))
@@ -172,7 +176,8 @@ def _rotation(keys: Keys, trained: int) -> dict[str, Any]:
         )
     elif kind != "default":
         raise ValueError(
-            f"{keys.where}: rope_type must be default, linear, llama3 or yarn; got {kind!r}"
+            f"{keys.where}: rope_type must be default, linear, dynamic, llama3 or yarn; got"
+            f" {kind!r}"
         )
     if rope.left and kind != "default":
         raise ValueError(f"{rope.where} has keys that are not known: {', '.join(rope.left)}")
@@ -181,9 +186,7 @@ def _rotation(keys: Keys, trained: int) -> dict[str, Any]:
 
 def write(family: str, model: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of config.json for a model; raises ValueError for one that the family is not."""
-    [mixer] = MIXERS & set(model["pattern"])
-    options = model["mixers"][mixer]
-    window = options["window"] if mixer == "window_attention" else None
+    options, window, context, names = _attention(model, family)
     heads = options["heads"]
     needs = {
         "biases on q, k and v": ("qkv_bias", family == "qwen2"),
@@ -212,7 +215,7 @@ def write(family: str, model: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": options["size_per_head"] or model["width"] // heads,
         "hidden_act": "silu",
         "rms_norm_eps": model["norm_eps"],
-        "max_position_embeddings": options.get("context_length", CONTEXT[family]),
+        "max_position_embeddings": context,
         "rope_theta": options["rope_base"],
         "rope_scaling": _scaling(options["rope_scaling"]),
     }
@@ -223,10 +226,35 @@ def write(family: str, model: Mapping[str, Any]) -> dict[str, Any]:
     if family != "llama":
         keys["sliding_window"] = window
     if family in ("qwen2", "qwen3"):
+        keys["use_sliding_window"] = window is not None
         # Windows begin after this many layers.
-        keys |= {"use_sliding_window": window is not None}
-        keys |= {"max_window_layers": 0 if window else model["depth"]}
+        keys["max_window_layers"] = names.index("window_attention") if window else len(names)
+        if len(set(names)) > 1:
+            kinds = {"transformer": "full_attention", "window_attention": "sliding_attention"}
+            keys["layer_types"] = [kinds[name] for name in names]
     return keys
+
+
+def _attention(
+    model: Mapping[str, Any], family: str
+) -> tuple[dict[str, Any], int | None, int, list[str]]:
+    """(options that all attention layers have, window or None, context_length, mixer of each
+    layer); raises ValueError for layers that differ otherwise."""
+    pattern = model["pattern"]
+    names = [pattern[layer % len(pattern)] for layer in range(model["depth"])]
+    reach: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for name in sorted(set(names)):
+        options = dict(model["mixers"][name])
+        reach |= {key: options.pop(key) for key in ("window", "context_length") if key in options}
+        if rest and rest != options:
+            raise ValueError("its layers with and without a window differ in nothing else")
+        rest = options
+    if len(set(names)) > 1 and family == "mistral":
+        raise ValueError("mistral has a window in all layers or in none")
+    scaling = rest["rope_scaling"]
+    trained = int(scaling[2]) if scaling[:1] == ("dynamic",) else CONTEXT[family]
+    return rest, reach.get("window"), reach.get("context_length", trained), names
 
 
 def _scaling(scaling: tuple[Any, ...]) -> dict[str, Any] | None:
@@ -235,6 +263,7 @@ def _scaling(scaling: tuple[Any, ...]) -> dict[str, Any] | None:
     kind, *numbers = scaling
     names = {
         "linear": ("factor",),
+        "dynamic": ("factor",),  # its length is max_position_embeddings
         "llama3": (
             *("factor", "low_freq_factor", "high_freq_factor"),
             "original_max_position_embeddings",
@@ -244,7 +273,7 @@ def _scaling(scaling: tuple[Any, ...]) -> dict[str, Any] | None:
             "attention_factor",
         ),
     }[kind]
-    found = dict(zip(names, numbers, strict=True))
+    found = dict(zip(names, numbers, strict=kind != "dynamic"))
     if "original_max_position_embeddings" in found:
         found["original_max_position_embeddings"] = int(found["original_max_position_embeddings"])
     return {"rope_type": kind, **found}

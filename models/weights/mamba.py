@@ -25,6 +25,7 @@ STARTS = (
     *("time_step_floor", "time_step_init_scheme", "time_step_max", "time_step_min"),
     *("time_step_scale", "rescale_prenorm_residual", "residual_in_fp32", "chunk_size"),
     *("d_inner", "d_model", "n_layer", "ssm_cfg", "fused_add_norm", "pad_vocab_size_multiple"),
+    *("use_mambapy", "use_associative_scan"),
 )
 
 
@@ -53,13 +54,23 @@ def layer_entries(mixer: str, model: Mapping[str, Any]) -> list[Entry]:
             tuple(f"mixer/{c}/weight_WD" for c in convolutions),
             "convolution",
         ),
-        Entry(f"{MIXER}.conv1d.bias", tuple(f"mixer/{c}/bias_D" for c in convolutions)),
         linear("out_proj", "output"),
     ]
+    options = model["mixers"][mixer]
+    if options["conv_bias"]:
+        common.append(
+            Entry(f"{MIXER}.conv1d.bias", tuple(f"mixer/{c}/bias_D" for c in convolutions))
+        )
+    inputs = ("input", "gate") if mixer == "mamba" else ("gate", "input", "write", "read", "dt")
+    if options["bias"]:
+        common += [
+            Entry(f"{MIXER}.{theirs}.bias", tuple(f"mixer/{name}/bias" for name in ours))
+            for theirs, ours in (("in_proj", inputs), ("out_proj", ("output",)))
+        ]
     if mixer == "mamba":
         return [
             *common,
-            linear("in_proj", "input", "gate"),
+            linear("in_proj", *inputs),
             linear("x_proj", "dt_in", "write", "read"),
             linear("dt_proj", "dt_out"),
             Entry(f"{MIXER}.dt_proj.bias", ("mixer/dt_bias_E",)),
@@ -68,7 +79,7 @@ def layer_entries(mixer: str, model: Mapping[str, Any]) -> list[Entry]:
         ]
     return [
         *common,
-        linear("in_proj", "gate", "input", "write", "read", "dt"),
+        linear("in_proj", *inputs),
         Entry(f"{MIXER}.dt_bias", ("mixer/dt_bias_H",)),
         Entry(f"{MIXER}.A_log", ("mixer/a_log_H",)),
         Entry(f"{MIXER}.D", ("mixer/skip_H",)),
@@ -83,11 +94,13 @@ def read(keys: Keys, context_length: int) -> dict[str, Any]:
     family = keys.get("model_type")
     width, eps = keys.integer("hidden_size"), keys.number("layer_norm_epsilon", 1e-5)
     keys.must("hidden_act", "silu", ("silu", "swish"))
-    keys.must("use_bias", False, (False,))
-    keys.must("use_conv_bias", True, (True,))
     keys.must("rms_norm", True, (True,))
     keys.ignore(*STARTS)
-    options: dict[str, Any] = {"conv_width": keys.integer("conv_kernel", 4)}
+    options: dict[str, Any] = {
+        "conv_width": keys.integer("conv_kernel", 4),
+        "bias": keys.flag("use_bias", False),
+        "conv_bias": keys.flag("use_conv_bias", True),
+    }
     if family == "mamba":
         inner = keys.integer("intermediate_size", int(keys.number("expand", 2) * width))
         rank = keys.get("time_step_rank", "auto")
@@ -147,8 +160,8 @@ def write(family: str, model: Mapping[str, Any]) -> dict[str, Any]:
         "conv_kernel": options["conv_width"],
         "hidden_act": "silu",
         "layer_norm_epsilon": model["norm_eps"],
-        "use_bias": False,
-        "use_conv_bias": True,
+        "use_bias": options["bias"],
+        "use_conv_bias": options["conv_bias"],
     }
     if options["conv_width"] == 0:
         raise ValueError("it has a convolution")

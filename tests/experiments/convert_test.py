@@ -170,8 +170,8 @@ MISTAKES = {
     "quantised": (lambda f: edited(f, quantization_config={}), "quantization_config"),
     "an activation": (lambda f: edited(f, hidden_act="relu"), 'hidden_act must be .*"relu"'),
     "a rotation": (
-        lambda f: edited(f, rope_scaling={"type": "dynamic", "factor": 2.0}),
-        "rope_type must be .*'dynamic'",
+        lambda f: edited(f, rope_scaling={"type": "longrope", "factor": 2.0}),
+        "rope_type must be .*'longrope'",
     ),
     "no width": (lambda f: edited(f, hidden_size=None), "must have the key 'hidden_size'"),
     "half a layer": (lambda f: edited(f, num_hidden_layers=1.5), "num_hidden_layers must be an"),

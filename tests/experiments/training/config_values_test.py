@@ -28,7 +28,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("clip_norm", "ssm_lr", "embedding_dropout"),
         *("conv_width", "dt_rank", "gate_rank", "heads", "key_value_heads", "balance_weight"),
         *("r_min", "noise", "delay", "levels", "length", "vocabulary_size", "train_examples"),
-        *("train_max_length", "test_max_length"),
+        *("train_max_length", "test_max_length", "size_per_head"),
     },
     -1: {"data", "train_examples"},
     HUGE: {"clip_norm"},
@@ -40,12 +40,13 @@ MEANINGFUL: dict[Any, set[str]] = {
     True: {
         *("scan_layers", "tie_embeddings", "rope", "qk_norm", "clip_eigenvalues", "shared_memory"),
         *("kernels", "offload", "mask_query", "exponential_covariance", "test_reversed", "grey"),
+        *("bias", "conv_bias", "qkv_bias", "output_bias"),
         *("download", "random_non_queries", "targets_only", "multiplication", "validation"),
     },
     "x": {"data_dir"},
     (): {
         *("frozen", "covariance", "task_covariance", "test_lengths", "test_input_scales"),
-        *("test_length_grid", "test"),
+        *("test_length_grid", "test", "rope_scaling"),
     },
 }
 

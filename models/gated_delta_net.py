@@ -9,7 +9,8 @@ Rule", ICLR 2025, arXiv 2412.06464. With eigenvalue_range=(-1, 1): Grazzi et al.
     y_t = (norm(o_t) * silu(x_t W_g)) W_o,    norm per head
 
     q, k        q_BTHK, k_BTHK      unit norm per head; heads * K = expand_k d = 0.75 d
-    v           v_BTHV              heads * V = expand_v d = 1.5 d
+    v           v_BTHV              heads * V = expand_v d = 1.5 d; value_heads may be a multiple
+                                    of heads, and so many neighbours then read one key head
     beta        beta_BTH            in (0, 1), or in (0, 2) with eigenvalue_range=(-1, 1)
     log alpha   decay_log_BTH       float32, one per head
     a_log, b_dt a_log_H, dt_bias_H  exp(a_log) from U(0, 16); softplus(b_dt) log-uniform on
@@ -39,7 +40,7 @@ from jax.typing import DTypeLike
 from models.parts.convolved_projections import ConvolvedProjections
 from models.parts.discretisation import dt_bias
 from models.parts.norms import l2_normalise, rms_norm
-from models.parts.options import Epsilon, Factor, Size, check_choice
+from models.parts.options import Count, Epsilon, Factor, Size, check_choice
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
 from models.parts.short_convolution import ConvWidth
 from ops.delta_rule.api import delta_rule
@@ -66,6 +67,7 @@ class GatedDeltaNet(ConvolvedProjections):
         dt_max: Factor = 1e-1,
         eigenvalue_range: tuple[int, int] = (0, 1),
         norm_eps: Epsilon = 1e-5,
+        value_heads: Count = 0,
     ):
         check_choice("eigenvalue_range", tuple(eigenvalue_range), ((0, 1), (-1, 1)))
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
@@ -74,20 +76,24 @@ class GatedDeltaNet(ConvolvedProjections):
         # The moving eigenvalue is alpha (1 - beta).
         self.beta_max = 1 - min(eigenvalue_range)
         self.key_size = head_size(width, heads, expand_k)
-        self.value_size = head_size(width, heads, expand_v)
-        key_width, value_width = heads * self.key_size, heads * self.value_size
+        self.value_heads = value_heads or heads  # 0: as many
+        if self.value_heads % heads:
+            raise ValueError(f"value_heads must be a multiple of heads={heads}; got {value_heads}")
+        self.value_size = head_size(width, self.value_heads, expand_v)
+        key_width, value_width = heads * self.key_size, self.value_heads * self.value_size
 
         self.query = dense(width, key_width, ("embed", "heads"))
         self.key = dense(width, key_width, ("embed", "heads"))
         self.value = dense(width, value_width, ("embed", "heads"))
-        self.beta = dense(width, heads, ("embed", "heads"))
+        self.beta = dense(width, self.value_heads, ("embed", "heads"))
         self.add_convolutions(key_width, value_width, conv_width, rngs=rngs, **dtypes)
-        self.dt = dense(width, heads, ("embed", "heads"))
+        self.dt = dense(width, self.value_heads, ("embed", "heads"))
         # float32 whatever param_dtype is: they enter exponentials. 1 - u is in (0, 1]: no logarithm
         # of 0.
-        a_log_H = jnp.log(16 * (1 - jax.random.uniform(rngs.params(), (heads,), jnp.float32)))
+        shape = (self.value_heads,)
+        a_log_H = jnp.log(16 * (1 - jax.random.uniform(rngs.params(), shape, jnp.float32)))
         self.a_log_H = nnx.Param(a_log_H, group="no_decay", out_sharding=("heads",))
-        dt_bias_H = dt_bias(rngs.params(), heads, dt_min, dt_max)
+        dt_bias_H = dt_bias(rngs.params(), self.value_heads, dt_min, dt_max)
         self.dt_bias_H = nnx.Param(dt_bias_H, group="no_decay", out_sharding=("heads",))
         self.norm = rms_norm(self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
         self.output_gate = dense(width, value_width, ("embed", "heads"))
@@ -115,7 +121,7 @@ class GatedDeltaNet(ConvolvedProjections):
         o_BTHV, memory = delta_rule(
             q_BTHK.astype(self.compute_dtype),
             k_BTHK.astype(self.compute_dtype),
-            split_heads(jax.nn.silu(v_BTD), self.heads),
+            split_heads(jax.nn.silu(v_BTD), self.value_heads),
             self.beta_max * jax.nn.sigmoid(self.beta(x_BTD).astype(jnp.float32)),
             -jnp.exp(self.a_log_H[...])[None, None, :] * dt_BTH,
             initial_state=state.get("memory"),
@@ -130,7 +136,9 @@ class GatedDeltaNet(ConvolvedProjections):
         """The state before the first token: zeros."""
         return {
             **self.init_convolutions(batch),
-            "memory": jnp.zeros((batch, self.heads, self.key_size, self.value_size), jnp.float32),
+            "memory": jnp.zeros(
+                (batch, self.value_heads, self.key_size, self.value_size), jnp.float32
+            ),
         }
 
 

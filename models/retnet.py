@@ -15,9 +15,10 @@ State: 2 d^2 / H floats and the position. Cost per token: O(d^2/H). The mixer ha
 parameters: the paper pairs it with an MLP of 4 d^2 (mlp_ratio 2).
 
 Departures: the norm is the released code's RMSNorm without a learned scale, where the paper writes
-GroupNorm; the normalisations of scores in that code, which this norm cancels, are left out. Angles
-are those of RoPE; the released code spaces the same range slightly differently. Initialisation as
-there: Xavier-uniform, gain 2^-2.5, and gain 1 for W_o.
+GroupNorm; `norm_scale` adds one for all heads alike, as some checkpoints have it. The scaling
+of scores in the released code, which this norm cancels, is left out. Angles are those of RoPE; the
+released code spaces the same range slightly differently. Initialisation as there: Xavier-uniform,
+gain 2^-2.5, and gain 1 for W_o.
 
 Authors' code: https://github.com/microsoft/torchscale
 """
@@ -63,6 +64,7 @@ class Retention(nnx.Module):
         expand_v: Factor = 2.0,
         rope_base: RopeBase = 10000.0,
         norm_eps: Epsilon = 1e-5,
+        norm_scale: bool = False,
     ):
         dense = functools.partial(
             projection,
@@ -85,6 +87,8 @@ class Retention(nnx.Module):
         self.key = dense(width, width, ("embed", "heads"))
         self.value = dense(width, value_width, ("embed", "heads"))
         self.output_gate = dense(width, value_width, ("embed", "heads"))
+        scale_V = jnp.ones((self.value_size,), param_dtype)
+        self.scale_V = nnx.Param(scale_V, out_sharding=(None,)) if norm_scale else None
         self.output = dense(
             value_width, width, ("heads", "embed"), init=nnx.initializers.xavier_uniform()
         )
@@ -119,7 +123,10 @@ class Retention(nnx.Module):
             reverse=reverse,
         )
         # Eq. 8
-        o_BTD = merge_heads(simple_rms_norm(o_BTHV, self.norm_eps)).astype(self.compute_dtype)
+        o_BTHV = simple_rms_norm(o_BTHV, self.norm_eps)
+        if self.scale_V is not None:
+            o_BTHV = o_BTHV * self.scale_V[...].astype(jnp.float32)[None, None, None, :]
+        o_BTD = merge_heads(o_BTHV).astype(self.compute_dtype)
         y_BTD = self.output(jax.nn.silu(self.output_gate(x_BTD)) * o_BTD)
         return y_BTD, {"memory": memory, "position": next_position(positions_BT, reverse=reverse)}
 

@@ -49,7 +49,7 @@ def write_checkpoint(
     format = find_format(public["model_type"])
     tensors = tensors_of(format, model, ours)
     dtypes = {
-        tensor.name: np.dtype(ours[tensor.parts[0][0]].dtype)
+        tensor.name: np.dtype(ours[tensor.parts[0].path].dtype)
         if dtype == "keep" or tensor.name.endswith(format.FLOAT32)
         else DTYPES[dtype]
         for tensor in tensors

@@ -81,6 +81,8 @@ ADDED = {
     "model.mixers.s5.gate": "half_glu1",
     "model.mixers.seqboat.attention": "softmax",
     "model.mixers.mamba2.norm_groups": 1,
+    "model.mixers.retnet.norm_scale": False,
+    "model.mixers.gated_delta_net.value_heads": 0,
     **{
         f"model.mixers.{mixer}.{option}": value
         for mixer in ("mamba", "mamba2")

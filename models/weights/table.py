@@ -4,6 +4,8 @@ A public tensor holds the numbers of one parameter of a layer, or of several, wh
 then stand one after another along its first axis. Parameters of the layers lie in stacks
 (models/networks/stack.py), where layer i is one entry of an array."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +31,12 @@ LAYOUTS = {
     "same": Layout(lambda shape: shape, lambda x: x, lambda x, _: x),
     # y = x W here, y = W x there.
     "linear": Layout(lambda shape: shape[::-1], lambda x: x.T, lambda x, _: x.T),
+    # Heads and their channels in one axis there.
+    "flat": Layout(
+        lambda shape: (math.prod(shape),),
+        lambda x: x.reshape(-1),
+        lambda x, shape: x.reshape(shape),
+    ),
     # [W, D] here, [D, 1, W] there; the last tap is the current token in both.
     "convolution": Layout(
         lambda shape: (shape[1], 1, shape[0]), lambda x: x.T[:, None, :], lambda x, _: x[:, 0, :].T
@@ -37,26 +45,41 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
+class Part:
+    """A parameter, below a block ("mixer/query/kernel") or, without a layer, below the network; and
+    what of it, as an index of integers and slices."""
+
+    path: str
+    index: tuple[int | slice, ...] = ()
+
+
+@dataclass(frozen=True)
 class Entry:
-    """A public tensor: its name, "{layer}" in those of layers; the parameters it is made of, below
-    a block ("mixer/query/kernel") or, without a layer, below the network; their layout."""
+    """A public tensor: its name, "{layer}" in those of layers; the parameters it is made of, or
+    their parts; their layout."""
 
     name: str
-    parameters: tuple[str, ...]
+    parameters: tuple[str | Part, ...]
     layout: str = "same"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parameters, whole ones too, as parts."""
+        return tuple(Part(p) if isinstance(p, str) else p for p in self.parameters)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An `Entry` of one layer: `parts` are (path of a parameter, place in its stack or None)."""
+    """An `Entry` of one layer, whose parts have whole paths and begin with the place in a stack."""
 
     name: str
-    parts: tuple[tuple[str, int | None], ...]
+    parts: tuple[Part, ...]
     layout: Layout = field(repr=False)
 
     def shapes(self, ours: Mapping[str, Any]) -> list[tuple[int, ...]]:
-        """Shapes of the parts here, without the axis of a stack."""
-        return [ours[path].shape[place is not None :] for path, place in self.parts]
+        """Shapes of the parts here."""
+        nothing = np.empty(())
+        return [np.broadcast_to(nothing, ours[p.path].shape)[p.index].shape for p in self.parts]
 
     def shape(self, ours: Mapping[str, Any]) -> tuple[int, ...]:
         """The shape of the public tensor."""
@@ -72,18 +95,15 @@ def placed(
     paths = [path.split("/") for path in ours]
     period = len({path[2] for path in paths if path[:2] == ["stack", "period"]})
     scanned = len(layers) // period * period
-    found = [
-        Tensor(e.name, tuple((path, None) for path in e.parameters), LAYOUTS[e.layout])
-        for e in network
-    ]
+    found = [Tensor(e.name, e.parts, LAYOUTS[e.layout]) for e in network]
     for layer, entries in enumerate(layers):
         looped = layer < scanned
         block = f"period/{layer % period}" if looped else f"remainder/{layer - scanned}"
-        place = layer // period if looped else None
+        place = (layer // period,) if looped else ()
         found += [
             Tensor(
                 e.name.format(layer=layer),
-                tuple((f"stack/{block}/{path}", place) for path in e.parameters),
+                tuple(Part(f"stack/{block}/{p.path}", (*place, *p.index)) for p in e.parts),
                 LAYOUTS[e.layout],
             )
             for e in entries
@@ -112,8 +132,12 @@ def check_fits(
             raise ValueError(
                 f"tensor {tensor.name} must have shape {expected} as config.json says; got {found}"
             )
-    missing = ours.keys() - {path for tensor in tensors for path, _ in tensor.parts}
-    assert not missing, f"the table has nothing for {sorted(missing)}"
+    covered = Counter[str]()
+    for tensor in tensors:
+        for part, shape in zip(tensor.parts, tensor.shapes(ours), strict=True):
+            covered[part.path] += math.prod(shape)
+    wrong = [path for path, leaf in ours.items() if covered[path] != math.prod(leaf.shape)]
+    assert not wrong, f"the table does not have every number of {sorted(wrong)} once"
 
 
 def load(
@@ -124,10 +148,10 @@ def load(
     arrays = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in ours.items()}
     for tensor in tensors:
         public, start = source.read(tensor.name), 0
-        for (path, place), shape in zip(tensor.parts, tensor.shapes(ours), strict=True):
+        for part, shape in zip(tensor.parts, tensor.shapes(ours), strict=True):
             rows = tensor.layout.shape(shape)[0]
-            part = tensor.layout.to_ours(public[start : start + rows], shape)
-            arrays[path][... if place is None else place] = part
+            numbers = tensor.layout.to_ours(public[start : start + rows], shape)
+            arrays[part.path][part.index or ...] = numbers
             start += rows
     return arrays
 
@@ -138,8 +162,8 @@ def public(
     """Names and numbers of the public tensors, one after another, in their types by name."""
     for tensor in tensors:
         parts = [
-            tensor.layout.to_public(np.asarray(ours[path] if place is None else ours[path][place]))
-            for path, place in tensor.parts
+            tensor.layout.to_public(np.asarray(ours[part.path][part.index or ...]))
+            for part in tensor.parts
         ]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         yield tensor.name, np.ascontiguousarray(whole, dtype=dtypes[tensor.name])

@@ -34,6 +34,11 @@ FAMILIES = {
     "gla": "gla",
     "delta_net": "delta_net",
     "gated_deltanet_hybrid": "gated_deltanet",
+    "kda": "kda",
+    "retnet": "retnet",
+    "hgrn2": "hgrn2",
+    "lightnet": "lightnet",
+    "mom": "mom",
 }
 
 

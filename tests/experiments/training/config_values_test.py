@@ -29,6 +29,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("conv_width", "dt_rank", "gate_rank", "heads", "key_value_heads", "balance_weight"),
         *("r_min", "noise", "delay", "levels", "length", "vocabulary_size", "train_examples"),
         *("train_max_length", "test_max_length", "size_per_head"),
+        "value_heads",
     },
     -1: {"data", "train_examples"},
     HUGE: {"clip_norm"},
@@ -40,7 +41,7 @@ MEANINGFUL: dict[Any, set[str]] = {
     True: {
         *("scan_layers", "tie_embeddings", "rope", "qk_norm", "clip_eigenvalues", "shared_memory"),
         *("kernels", "offload", "mask_query", "exponential_covariance", "test_reversed", "grey"),
-        *("bias", "conv_bias", "qkv_bias", "output_bias"),
+        *("bias", "conv_bias", "qkv_bias", "output_bias", "norm_scale"),
         *("download", "random_non_queries", "targets_only", "multiplication", "validation"),
     },
     "x": {"data_dir"},

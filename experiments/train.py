@@ -34,7 +34,7 @@ from experiments.training.mesh import (
     process_rows,
     traced_on,
 )
-from experiments.training.metrics import finite, run_summary
+from experiments.training.metrics import evaluations_at_best, finite, run_summary
 from experiments.training.metrics_file import read_rows
 from experiments.training.processes import Interruption, join_processes, wait_for_all_processes
 from experiments.training.program import Program, make_program
@@ -51,7 +51,8 @@ def run(
     `brief` prints a few lines, `quiet` none.
 
     Returns the summary, as in summary.json: "evaluations" {evaluation: {metric: [per seed]}} at the
-    last step, "best" {"step", "value"} of config.eval.best_metric (mean over seeds) or None,
+    last step, with config.eval.at_best at the best one; "best" {"step", "value"} of
+    config.eval.best_metric (mean over seeds) or None,
     "train", "rejected_steps", "parameters", "tokens" (read by one seed; for other objectives their
     unit, which is "unit"), "state_bytes", "provenance", times, and the environment. A finished run
     returns what it has. Raises ValueError for a config that cannot work, before anything is
@@ -120,6 +121,9 @@ def _train(
         progress.doing("saving")
         wait_for_all_processes("finished")
         size = {"batch_size": config.batch_size, "steps": config.steps}
+        rows = read_rows(workdir)
+        if config.eval.at_best:
+            evaluations = evaluations_at_best(rows, best, evaluations)
         summary = {
             "workdir": str(workdir),
             "step": config.steps,
@@ -127,7 +131,7 @@ def _train(
             "tokens": units_read(task, seed=seeds[0], **size),
             "unit": program.work.unit,
             "evaluations": evaluations,
-            **run_summary(read_rows(workdir), best),
+            **run_summary(rows, best),
             "compile_seconds": training.meter.compile_seconds,
             "seconds": time.monotonic() - began,
             **run_record.environment(),

@@ -49,6 +49,7 @@ KEYS: dict[str, type] = {
     "eval.every_steps": int,
     "eval.examples": int,
     "eval.averaged": bool,
+    "eval.at_best": bool,
     "eval.best_metric": str,
     "eval.best_mode": str,
     "checkpoint.every_steps": int,
@@ -69,6 +70,7 @@ ADDED = {
     "optimizer.frozen": (),
     "optimizer.offload": False,
     "eval.averaged": False,
+    "eval.at_best": False,
     "mesh.zero": 3,
     "mesh.sequence_method": "all_gather",
     "heartbeat_timeout_seconds": 100,
@@ -104,6 +106,7 @@ OPEN_SECTIONS = ("task", "model")
 OPTIMIZERS = ("adamw", "lion", "lamb", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 REFINED = "refined:"  # and then the workdir of a first run
+HALVING = "halving:"  # and then the updates after which the rate is halved again and again
 
 # A run may be continued with other values of these: they decide what is reported, kept and where it
 # runs, never what is computed. `steps` is not among them: the schedule depends on it.
@@ -219,10 +222,12 @@ def validate(config: Config) -> None:
         tuple(values["seeds"]),
     )
     schedule = values["optimizer.schedule"]
+    refined = schedule.startswith(REFINED) and schedule != REFINED
     _require(
-        schedule in SCHEDULES or (schedule.startswith(REFINED) and schedule != REFINED),
+        schedule in SCHEDULES or refined or halving_period(schedule) is not None,
         "optimizer.schedule",
-        f"one of {', '.join(SCHEDULES)}, or {REFINED}<workdir of a finished run>",
+        f"one of {', '.join(SCHEDULES)}, {REFINED}<workdir of a finished run>, or"
+        f" {HALVING}<updates, 1 or more>",
         schedule,
     )
     _require(
@@ -241,12 +246,12 @@ def validate(config: Config) -> None:
         seeds,
     )
     _require(0 <= values["ema_decay"] < 1, "ema_decay", "in [0, 1)", values["ema_decay"])
-    _require(
-        values["ema_decay"] > 0 or not values["eval.averaged"],
-        "eval.averaged",
-        "False without an average of the weights (config.ema_decay)",
-        values["eval.averaged"],
-    )
+    for key, needed, what in (
+        ("eval.averaged", "ema_decay", "an average of the weights"),
+        ("eval.at_best", "eval.best_metric", "a metric that says what is best"),
+    ):
+        expected = f"False without {what} (config.{needed})"
+        _require(bool(values[needed]) or not values[key], key, expected, values[key])
     for pattern in values["optimizer.frozen"]:
         try:
             re.compile(pattern)
@@ -269,6 +274,13 @@ def fit_warmup(config: Config, chosen: Collection[str]) -> bool:
         return False
     config.optimizer.warmup_steps = steps // 10
     return True
+
+
+def halving_period(schedule: str) -> int | None:
+    """The updates n of "halving:<n>", or None for another schedule or no such number."""
+    number = schedule.removeprefix(HALVING)
+    counted = schedule.startswith(HALVING) and number.isascii() and number.isdecimal()
+    return int(number) if counted and 0 < int(number) <= INT_AT_MOST else None
 
 
 def profile_range(text: str, steps: int) -> tuple[int, int] | None:

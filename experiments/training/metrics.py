@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
+from experiments.objectives.evaluation import Metrics
 from experiments.objectives.objective import report_metrics
 from experiments.training.checkpoints import Best
 from experiments.training.metrics_file import FILE, Row, mean, rows_and_others
@@ -168,12 +169,7 @@ def run_summary(rows: Sequence[Row], best: Best) -> dict[str, Any]:
     """What the rows of a whole run say: the last training window, the best evaluation, rejected
     steps, median speed."""
     train = [row for row in rows if "train/loss" in row]
-    scored = [
-        (best.score({best.metric: mean(row[best.metric])}), row)
-        for row in rows
-        if best.metric in row
-    ]
-    top = max(scored, key=lambda pair: pair[0], default=None)
+    top = _best_row(rows, best)
     speeds = [row["speed/steps_per_second"] for row in train if "speed/steps_per_second" in row]
     return {
         "train": {
@@ -181,9 +177,7 @@ def run_summary(rows: Sequence[Row], best: Best) -> dict[str, Any]:
             for name, value in (train[-1].items() if train else ())
             if name.startswith("train/")
         },
-        "best": (
-            None if top is None else {"step": top[1]["step"], "value": mean(top[1][best.metric])}
-        ),
+        "best": (None if top is None else {"step": top["step"], "value": mean(top[best.metric])}),
         "rejected_steps": (
             np.sum([row["train/rejected_steps"] for row in train], axis=0).tolist()
             if train
@@ -191,3 +185,25 @@ def run_summary(rows: Sequence[Row], best: Best) -> dict[str, Any]:
         ),
         "steps_per_second": statistics.median(speeds) if speeds else None,
     }
+
+
+def evaluations_at_best(
+    rows: Sequence[Row], best: Best, evaluations: Mapping[str, Metrics]
+) -> dict[str, Metrics]:
+    """What the best row has for all metrics of `evaluations`, those of another step; these
+    themselves where no row has the metric."""
+    top = _best_row(rows, best)
+    if top is None:
+        return dict(evaluations)
+    return {
+        name: {metric: top[f"{name}/{metric}"] for metric in metrics}
+        for name, metrics in evaluations.items()
+    }
+
+
+def _best_row(rows: Sequence[Row], best: Best) -> Row | None:
+    """The first of the rows with the best metric, mean over seeds; None if none has it."""
+    scored = [row for row in rows if best.metric in row]
+    return max(
+        scored, key=lambda row: best.score({best.metric: mean(row[best.metric])}), default=None
+    )

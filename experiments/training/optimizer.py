@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 
-from experiments.training.config import OPTIMIZERS, REFINED, SCHEDULES
+from experiments.training.config import HALVING, OPTIMIZERS, REFINED, SCHEDULES, halving_period
 from experiments.training.hyperparameters import Hyperparameters
 from experiments.training.refined_schedule import refined_schedule
 
@@ -84,6 +84,9 @@ def make_schedule(options: Mapping[str, Any], steps: int) -> optax.Schedule:
     constant            lr
     wsd                 lr, then linear to end_lr over the last fifth (Hu et al., 2024, arXiv
                         2404.06395)
+    halving:<n>         lr for 2 n updates, then half of it for n, a quarter for n, and so on: with
+                        n those of an epoch, that of Informer (Zhou et al., AAAI 2021) and the
+                        forecasters after it
     refined:<workdir>   no warmup; by the gradient norms of the run in <workdir>, between end_lr and
                         lr
 
@@ -105,13 +108,15 @@ def make_schedule(options: Mapping[str, Any], steps: int) -> optax.Schedule:
         decay = optax.linear_schedule(lr, end_lr, decay_steps)
     elif name == "constant":
         decay = optax.constant_schedule(lr)
+    elif (period := halving_period(name)) is not None:
+        decay = optax.exponential_decay(lr, period, 0.5, transition_begin=period, staircase=True)
     elif name == "wsd":
         last = max(min(round(WSD_DECAY * steps), decay_steps), 1)
         decay = optax.linear_schedule(lr, end_lr, last, decay_steps - last)
     else:
         raise ValueError(
-            f"config.optimizer.schedule must be one of {', '.join(SCHEDULES)}"
-            f" or {REFINED}<workdir>; got {name!r}"
+            f"config.optimizer.schedule must be one of {', '.join(SCHEDULES)},"
+            f" {REFINED}<workdir> or {HALVING}<updates>; got {name!r}"
         )
     return (
         optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), decay], [warmup])

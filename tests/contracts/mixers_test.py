@@ -180,6 +180,8 @@ ENCODERS = {  # not causal
         {"bidirectional_gla": {"combine": "concatenation"}},
         depth=3,
     ),
+    "s_mamba": Row(("s_mamba",), {"s_mamba": {"state_size": 4}}),
+    "itransformer": Row(("itransformer",), {"itransformer": {"heads": 2, "dropout": 0.0}}),
     "flowformer_encoder": Row(("flowformer",), {"flowformer": {"heads": 2, "causal": False}}),
 }
 ALL = {**ROWS, **LONGER, **OTHERS, **ENCODERS}

@@ -29,6 +29,9 @@ SUMS = (
     "sequence_sum",
     "bytes_sum",
     "target_square_sum",
+    "absolute_sum",
+    "last_square_sum",
+    "last_absolute_sum",
 )
 
 
@@ -62,6 +65,8 @@ def test_a_recipe_names_a_task_its_options_and_a_metric_of_it(
         options |= {"path": str(tmp_path / "lines.txt"), "data_dir": str(tmp_path)}
     if name.startswith("lra_") and options.get("data_dir"):
         options |= little_data(options, tmp_path)
+    if options["name"] == "forecasting":
+        options["dataset"] = "waves"
     task = find_task(options.pop("name"), options)
     evaluation, metric = config.eval.best_metric.split("/")
     assert evaluation in task.evaluations
@@ -171,7 +176,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 ARENA = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
-WHOLE_MODELS = {"linear_self_attention"}
+WHOLE_MODELS = {"linear_self_attention", "linear_forecaster", "s_mamba", "itransformer"}
 CONFIGS = sorted(
     path.stem
     for path in (CHECKOUT / "experiments/configs").glob("*.py")
@@ -195,6 +200,52 @@ def test_the_long_range_arena_has_the_published_settings_and_its_smoke_size_has_
             assert len(config.model.pattern) in (1, config.model.depth)
             assert (smoke.model.width, smoke.model.depth) == (32, 2)
             assert smoke.steps <= 300
+
+
+# By set: what the scripts of S-Mamba's and iTransformer's authors set, for horizons of 96, 192, 336
+# and 720 rows.
+FORECASTERS: dict[str, dict[str, dict[str, list[Any]]]] = {
+    "s_mamba": {
+        "etth1": {
+            "steps": [2640, 2610, 2560, 2440],
+            "batch_size": [32] * 4,
+            "model.width": [256] * 4,
+            "model.mixers.s_mamba.state_size": [2] * 4,
+            "optimizer.lr": [7e-5, 7e-5, 5e-5, 5e-5],
+        },
+        "etth2": {"model.width": [256] * 4, "optimizer.lr": [4e-5, 4e-5, 3e-5, 7e-5]},
+        "exchange": {
+            "steps": [3200, 1570, 1520, 1400],
+            "batch_size": [16, 32, 32, 32],
+            "model.width": [128] * 4,
+            "model.mixers.s_mamba.state_size": [32] * 4,
+            "optimizer.lr": [1e-4, 1e-4, 5e-5, 5e-5],
+        },
+    },
+    "itransformer": {
+        "etth1": {"model.width": [256, 256, 512, 512], "model.mlp_width": [256, 256, 512, 512]},
+        "etth2": {"model.width": [128] * 4, "optimizer.lr": [1e-4] * 4},
+        "exchange": {"steps": [1600, 1570, 152, 1400], "model.width": [128] * 4},
+    },
+}
+HORIZONS = (96, 192, 336, 720)
+
+
+@pytest.mark.parametrize("name", FORECASTERS)
+def test_forecasters_have_the_published_settings_and_read_no_tokens(name: str) -> None:
+    get_config = importlib.import_module(f"experiments.configs.{name}").get_config
+    for dataset, settings in FORECASTERS[name].items():
+        for place, horizon in enumerate(HORIZONS):
+            config, smoke = (get_config(f"{dataset}_{horizon}{v}") for v in ("", ",smoke"))
+            validate(config)
+            validate(smoke)
+            values = dict(flatten(config))
+            expected = {key: row[place] for key, row in settings.items()}
+            assert {key: values[key] for key in expected} == expected, (dataset, horizon)
+            assert values["optimizer.schedule"] == f"halving:{values['eval.every_steps']}"
+            assert (smoke.task.dataset, smoke.steps, smoke.model.width) == ("waves", 200, 64)
+    with pytest.raises(ValueError, match=f"{name} reads series: use a task of forecasting"):
+        get_config("mqar")
 
 
 def check_reads(config: Any, length: int) -> None:

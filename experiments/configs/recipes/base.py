@@ -91,6 +91,7 @@ def base(
                 "every_steps": 1_000,
                 "examples": 1_024,
                 "averaged": False,  # the average of the parameters (ema_decay)
+                "at_best": False,  # the summary has the step that best_metric chose, not the last
                 "best_metric": "",
                 "best_mode": "max",
             },

@@ -71,6 +71,11 @@ def test_every_recipe_is_valid(argument):
             "config.optimizer.schedule must be .*<workdir of .* got 'refined:'",
         ),
         ({"optimizer__schedule": "refined:/nowhere"}, "/nowhere holds no run"),
+        ({"optimizer__schedule": "halving:0"}, "must be .* or halving:<updates, 1 or more>; got"),
+        (
+            {"eval__at_best": True, "eval__best_metric": ""},
+            "config.eval.at_best must be False without a metric .*; got True",
+        ),
         (
             {"optimizer__schedule": "refined:/nowhere", "optimizer__warmup_steps": 9},
             "config.optimizer.warmup_steps must be 0 for a refined schedule, .* got 9",
@@ -152,7 +157,8 @@ def test_entries_younger_than_results_are_hashed_and_recorded_only_where_they_sa
     old = young.to_dict()
     del old["z_loss"], old["accumulate"], old["heartbeat_timeout_seconds"]
     del old["kernels"], old["ema_decay"]
-    del old["optimizer"]["offload"], old["optimizer"]["frozen"], old["eval"]["averaged"]
+    del old["optimizer"]["offload"], old["optimizer"]["frozen"]
+    del old["eval"]["averaged"], old["eval"]["at_best"]
     del old["mesh"]["zero"], old["mesh"]["sequence_method"]
     digest = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
     assert config_hash(young) == digest[:12]

@@ -58,13 +58,15 @@ def first_update(gradient: float, **options: Any) -> Any:
         ("constant", [0, 0.5, 1, 1, 1, 1, 1]),
         ("linear", [0, 0.5, 1, 0.775, 0.55, 0.325, 0.1]),
         ("wsd", [0, 0.5, 1, 1, 1, 1, 0.1]),
+        ("halving:2", [0, 0.5, 1, 1, 1, 1, 0.5]),
+        ("halving:1", [0, 0.5, 1, 1, 0.5, 0.25, 0.125]),
         (
             "cosine",
             [0, 0.5, 1, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5), 0.1],
         ),
     ],
 )
-def test_schedules_warm_up_and_end_at_end_lr(name, expected):
+def test_schedules_warm_up_and_go_down(name, expected):
     schedule: Any = make_schedule(
         OPTIONS | {"schedule": name, "lr": 1.0, "end_lr": 0.1, "warmup_steps": 2}, 6
     )

@@ -14,7 +14,7 @@ from experiments.objectives.objective import Work
 from experiments.reporting.figures import draw_losses
 from experiments.training import progress, speed
 from experiments.training.checkpoints import Best
-from experiments.training.metrics import MetricsLog, run_summary
+from experiments.training.metrics import MetricsLog, evaluations_at_best, run_summary
 from experiments.training.metrics_file import read_rows
 from experiments.training.progress import ProgressReport
 from experiments.training.speed import Interval, SpeedMeter, count_weights
@@ -56,6 +56,10 @@ def test_the_best_step_has_the_best_mean_over_seeds():
     ]
     assert run_summary(rows, Best("test/accuracy", "max"))["best"] == {"step": 2, "value": 0.6}
     assert run_summary(rows, Best("test/accuracy", "min"))["best"] == {"step": 1, "value": 0.5}
+    last = {"test": {"accuracy": [None, 1.0]}}
+    best = {"test": {"accuracy": [0.6, 0.6]}}
+    assert evaluations_at_best(rows, Best("test/accuracy", "max"), last) == best
+    assert evaluations_at_best(rows, Best("test/loss", "min"), last) == last
     assert run_summary(rows, Best("", "max"))["best"] is None
     assert run_summary(rows, Best("", "max"))["rejected_steps"] == [2, 0]
 

@@ -178,7 +178,7 @@ def test_what_is_directly_in_experiments_is_a_command_and_nothing_else_is() -> N
 
 
 # What networks are made of; the other files of their folder are networks.
-SHARED_BY_NETWORKS = {"backbone", "block", "mlp", "stack"}
+SHARED_BY_NETWORKS = {"backbone", "batch_norm", "block", "mlp", "patches", "stack"}
 
 
 def test_what_is_directly_in_models_is_a_paper() -> None:
@@ -239,6 +239,7 @@ TESTED_BY = {
     "ops/tpu": "ops/tpu/interpreter_test.py",
     "models/parts": "contracts/mixers_test.py",
     "models/networks/backbone.py": "models/networks/lm_test.py",
+    "models/networks/patches.py": "models/networks/image_classifier_test.py",
     "models/weights": "experiments/convert_test.py",
     "experiments/benchmarks/matrix_states.py": "experiments/benchmarks/tpu_aot_test.py",
     "experiments/benchmarks/peers": "experiments/benchmarks/gpu_test.py",

@@ -13,6 +13,7 @@ from experiments.objectives.objective import Objective, minimised
 from experiments.training.hyperparameters import Hyperparameters
 from experiments.training.optimizer import FROZEN
 from experiments.training.state import Blueprint, TrainState, over_replicas
+from models.parts.variables import set_steps_before
 
 # The stream of a seed's random numbers that objectives draw from; the model has others.
 OBJECTIVE_STREAM = 0x0B1EC7
@@ -63,7 +64,10 @@ def make_step(
     ) -> TrainState:
         tx = optimizer(numbers)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), OBJECTIVE_STREAM), number)
-        (loss, (sums, variables)), grads = gradient(state.params, state.variables, batch, key)
+        model = nnx.merge(blueprint.graphdef, state.params, state.variables)
+        set_steps_before(model, number - 1)
+        variables = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+        (loss, (sums, variables)), grads = gradient(state.params, variables, batch, key)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         # The guard in the optimizer looks at gradients alone: a non-finite loss must reach it

@@ -15,7 +15,6 @@ from jax.typing import DTypeLike
 
 from models.networks.block import BlockOptions
 from models.networks.stack import Stack
-from models.parts.norms import NORMS
 from models.parts.options import Depth, Probability, Size, check_options
 
 Network = TypeVar("Network", bound="Backbone")
@@ -42,6 +41,7 @@ class Backbone(nnx.Module):
     remat                "none", "full" or "dots": what the backward pass recomputes per block
     condition_width      size of the vector that conditions every block, 0 for none; the network
                          sets it, not the config
+    blocks_after         likewise: the blocks of further stacks that a network puts behind this one
     block                the other fields of `BlockOptions`
     """
 
@@ -57,6 +57,7 @@ class Backbone(nnx.Module):
         scan_layers: bool = True,
         remat: str = "none",
         condition_width: int = 0,
+        blocks_after: int = 0,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
@@ -75,18 +76,12 @@ class Backbone(nnx.Module):
             block=options,
             scan_layers=scan_layers,
             remat=remat,
+            after=blocks_after,
             rngs=rngs,
             param_dtype=param_dtype,
             compute_dtype=compute_dtype,
         )
-        # Blocks that end with a norm leave nothing to do for another.
-        self.norm: Any = (
-            NORMS[options.norm](
-                width, eps=options.norm_eps, axis="embed", rngs=rngs, param_dtype=param_dtype
-            )
-            if options.pre_norm
-            else Identity()
-        )
+        self.norm = last_norm(options, width, rngs=rngs, param_dtype=param_dtype)
 
     def hidden(
         self,
@@ -115,6 +110,13 @@ class Backbone(nnx.Module):
             grid=grid,
             mask=mask,
         )
+
+
+def last_norm(options: BlockOptions, width: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> Any:
+    """The norm behind the last block; blocks that end with a norm leave nothing to do for it."""
+    if not options.pre_norm:
+        return Identity()
+    return options.make_norm(width, rngs=rngs, param_dtype=param_dtype)
 
 
 def token_embedding(
@@ -150,7 +152,7 @@ def build_network(
 
     Its options are those of `network`, of `Backbone` and of `BlockOptions`. Raises ValueError for
     unknown, missing or impossible options, with what is possible."""
-    supplied = (*sizes, "condition_width", "rngs", "param_dtype", "compute_dtype")
+    supplied = (*sizes, "condition_width", "blocks_after", "rngs", "param_dtype", "compute_dtype")
     check_options(
         f"model {name}", "model", model_config, network, Backbone, BlockOptions, supplied=supplied
     )

@@ -22,11 +22,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.networks.batch_norm import BatchNorm, ProgressiveBatchNorm, RepBatchNorm, masked_norm
 from models.networks.mlp import INITS, MLPS
-from models.parts.norms import NORMS, masked_norm
-from models.parts.options import Count, Epsilon, Factor, Probability, check_choice, check_value
+from models.parts.norms import layer_norm, rms_norm
+from models.parts.options import (
+    Count,
+    Epsilon,
+    Factor,
+    Probability,
+    Weight,
+    check_choice,
+    check_value,
+)
 from models.parts.projections import projection
 from models.parts.variables import LayerConstant
+
+NORMS = ("rms", "layer", "batch", "rep_batch", "progressive_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +51,12 @@ class BlockOptions:
     mlp_init           "normal": N(0, 0.02^2), the last map's divided by sqrt(2 depth), biases 0;
                        "fan_in": all U(+-fan_in^-1/2)
     mlp_dropout        of the MLP's inner activations and of what it returns, as `dropout`
-    norm, norm_eps     "rms", "layer" or "batch", for the blocks' norms and the last norm. In
-                       training, "batch" takes its statistics over all tokens of the batch, so that
-                       a token sees later ones; under `model.eval()` it uses running statistics.
-                       Padding, of which a mask tells, is in no statistics.
+    norm, norm_eps     "rms", "layer", or of models/networks/batch_norm.py "batch" (BN), "rep_batch"
+                       (RepBN) or "progressive_batch" (PRepBN): the blocks' norms and the last one.
+                       Padding, of which a mask tells, is in no statistics of a batch.
+    norm_steps         of "progressive_batch": the steps in which lam falls from 1 to 0
+    norm_warmup_steps  of the same: the steps with LN alone, before
+    norm_eta           what eta of "rep_batch" and "progressive_batch" starts from
     pre_norm           the norm in front of a half, or behind its sum. There is then no last norm
     dropout            of what each half adds to the stream; off under `model.eval()`
     tied_dropout       one draw for all tokens of a sequence
@@ -62,6 +75,9 @@ class BlockOptions:
     mlp_dropout: Probability = 0.0
     norm: str = "rms"
     norm_eps: Epsilon = 1e-5
+    norm_steps: Count = 60_000
+    norm_warmup_steps: Count = 0
+    norm_eta: Weight = 1.0
     pre_norm: bool = True
     dropout: Probability = 0.0
     tied_dropout: bool = False
@@ -71,13 +87,33 @@ class BlockOptions:
     def __post_init__(self):
         check_choice("mlp", self.mlp, (*MLPS, "none"))
         check_choice("mlp_init", self.mlp_init, INITS)
-        check_choice("norm", self.norm, tuple(NORMS))
+        check_choice("norm", self.norm, NORMS)
         for field in fields(self):
             check_value(field.name, field.type, getattr(self, field.name))
         if self.mlp_bias and self.mlp != "swiglu":
             raise ValueError(f"mlp_bias is for mlp='swiglu'; got mlp={self.mlp!r}")
         if self.condition_width and not self.pre_norm:
             raise ValueError("pre_norm must be True with a condition, which modulates the norm")
+
+    def make_norm(self, width: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> Any:
+        """A new norm of the stream: x_BTD -> float32."""
+        common: dict[str, Any] = {"eps": self.norm_eps, "axis": "embed", "param_dtype": param_dtype}
+        if self.norm == "rms":
+            return rms_norm(width, rngs=rngs, **common)
+        if self.norm == "layer":
+            return layer_norm(width, rngs=rngs, **common)
+        if self.norm == "batch":
+            return BatchNorm(width, **common)
+        if self.norm == "rep_batch":
+            return RepBatchNorm(width, eta=self.norm_eta, **common)
+        return ProgressiveBatchNorm(
+            width,
+            eta=self.norm_eta,
+            steps=self.norm_steps,
+            warmup_steps=self.norm_warmup_steps,
+            rngs=rngs,
+            **common,
+        )
 
 
 class Context(NamedTuple):
@@ -137,14 +173,7 @@ class Block(nnx.Module):
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
     ):
-        norm = functools.partial(
-            NORMS[options.norm],
-            width,
-            eps=options.norm_eps,
-            axis="embed",
-            rngs=rngs,
-            param_dtype=param_dtype,
-        )
+        norm = functools.partial(options.make_norm, width, rngs=rngs, param_dtype=param_dtype)
         common: dict[str, Any] = {
             "depth": depth,
             "rngs": rngs,

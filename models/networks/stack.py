@@ -70,7 +70,8 @@ class Stack(nnx.Module):
     The state is {"period": a tuple over the blocks of one period, every array with a leading axis
     of repeats, "remainder": a tuple over the blocks after the last whole period}. Parameters are
     stacked like the states, with or without `scan_layers`, which chooses a loop or straight-line
-    code for the same computation."""
+    code for the same computation. `before` and `after` are the blocks of a network's other stacks,
+    among which these are layer `before` and following."""
 
     def __init__(
         self,
@@ -82,6 +83,8 @@ class Stack(nnx.Module):
         block: BlockOptions,
         scan_layers: bool,
         remat: str,
+        before: int = 0,
+        after: int = 0,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
@@ -111,8 +114,8 @@ class Stack(nnx.Module):
                 Block(
                     classes[name],
                     width,
-                    depth=depth,
-                    layer=first_layer + i,
+                    depth=before + depth + after,
+                    layer=before + first_layer + i,
                     mixer_options=mixers.get(name, {}),
                     options=block,
                     rngs=rngs,

@@ -1,7 +1,5 @@
 """Normalisations that models share; all computed in float32."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -37,36 +35,6 @@ def layer_norm(
         bias_metadata={"out_sharding": (axis,)},
         rngs=rngs,
     )
-
-
-def batch_norm(
-    features: int, *, eps: float, axis: str | None = None, rngs: nnx.Rngs, param_dtype: DTypeLike
-) -> nnx.BatchNorm:
-    """(x - mean) / sqrt(var + eps) * scale + bias per channel; returns float32.
-
-    Mean and variance are taken over all other dimensions, and each call moves the running ones a
-    tenth of the way there; under `model.eval()` the running ones are used and do not change."""
-    return nnx.BatchNorm(
-        features,
-        epsilon=eps,
-        momentum=0.9,
-        use_fast_variance=False,
-        dtype=jnp.float32,
-        param_dtype=param_dtype,
-        scale_metadata={"out_sharding": (axis,)},
-        bias_metadata={"out_sharding": (axis,)},
-        rngs=rngs,
-    )
-
-
-def masked_norm(norm: Any, x_BTD: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
-    """norm(x), float32; of a batch norm with a mask, by statistics of the tokens that it keeps."""
-    if mask_BT is None or not isinstance(norm, nnx.BatchNorm):
-        return norm(x_BTD)
-    return norm(x_BTD, mask=mask_BT[..., None])
-
-
-NORMS = {"rms": rms_norm, "layer": layer_norm, "batch": batch_norm}
 
 
 def simple_rms_norm(x: jax.Array, eps: float) -> jax.Array:

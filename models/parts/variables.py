@@ -1,5 +1,5 @@
-"""Variables of a layer that are no parameters: what it reports to its trainer, and what its paper
-fixes per layer.
+"""Variables of a layer that are no parameters: what it reports to its trainer, what its paper fixes
+per layer, and how far training is.
 
 A layer calls `report`; the trainer wraps the model's call in `nnx.capture(..., Report)` and gets
 what was reported, stacked over scanned layers. Without such a trainer (decoding, a model called by
@@ -42,3 +42,14 @@ class LayerConstant(nnx.Variable):
 
     A variable and not a Python number, because the layers of a scan are one program: what differs
     between them is data, stacked like their parameters."""
+
+
+class StepsBefore(nnx.Variable):
+    """int32 [], or one for each scanned layer: how many steps of the optimizer came before this
+    one, for layers that change by a schedule. 0 without a trainer."""
+
+
+def set_steps_before(model: nnx.Module, steps: jax.Array) -> None:
+    """Tells the layers of a model which step it is; called by the trainer before each."""
+    counters = nnx.state(model, StepsBefore)
+    nnx.update(model, jax.tree.map(lambda leaf: jnp.full(leaf.shape, steps, leaf.dtype), counters))

@@ -68,8 +68,9 @@ MAY_IMPORT = {
     "experiments/tables": "experiments/reporting experiments/tables/computations",
     "experiments/sweeps": "experiments/tables experiments/reporting",
     "experiments/benchmarks": "experiments/training experiments/compiled ops ops/framework",
-    "experiments": "experiments/training experiments/objectives experiments/compiled"
-    " experiments/reporting experiments/configs experiments/conversion models/weights",
+    "experiments": "experiments/tasks experiments/training experiments/objectives"
+    " experiments/compiled experiments/reporting experiments/configs experiments/conversion"
+    " models/weights",
     "launch": "experiments/reporting",
 }
 LEAVES = {

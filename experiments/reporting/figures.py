@@ -47,3 +47,24 @@ def draw_losses(workdir: Path, seeds: Sequence[int]) -> Path:
     path = workdir / "loss.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+# Variates in the figure of a forecast; of more, the first.
+MOST_DRAWN = 4
+
+
+def draw_forecast(forecast: Any, path: Path) -> None:
+    """A `Forecast` of experiments/forecast.py, a panel for each variate: its history, the forecast
+    and, where it is known, the truth."""
+    names = forecast.names[:MOST_DRAWN]
+    figure = Figure(figsize=(7, 1 + 1.6 * len(names)), layout="constrained")
+    panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
+    for place, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        axes.plot(forecast.history_dates, forecast.history[:, place], color="0.5", label="history")
+        if forecast.truth is not None:
+            axes.plot(forecast.dates, forecast.truth[:, place], color="0.75", label="truth")
+        axes.plot(forecast.dates, forecast.values[:, place], color="tab:red", label="forecast")
+        axes.set_ylabel(name)
+    panels[0].legend(fontsize=8, ncols=3, loc="upper left")
+    figure.autofmt_xdate()
+    figure.savefig(path, dpi=140)

@@ -12,7 +12,7 @@ dropped: papers whose test leaves out a last batch that is not full score other 
     future [horizon, V]               standardised
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from experiments.tasks.sources.series import (
     calendar_features,
     published,
     read_series,
+    usual_step,
     waves,
 )
 from experiments.training.task import Batch, Examples, Length, Task
@@ -60,6 +61,27 @@ class Windows:
             batch["history_calendar"] = self.calendar[rows[:, : self.context]]
         return batch
 
+    def of(self, other: Series) -> "Windows":
+        """Another series with the same variates, standardised as this one is; its splits have no
+        windows. Raises ValueError if it has other variates or too few rows."""
+        chosen = _chosen(other, self.series.names)
+        if len(other.values) < self.context:
+            raise ValueError(
+                f"{other.origin} must have the {self.context} rows of a history; it has"
+                f" {len(other.values)}"
+            )
+        calendar = calendar_features(chosen.dates)[:, : self.calendar.shape[1]]
+        values = ((chosen.values - self.mean) / self.scale).astype(np.float32)
+        return replace(self, series=chosen, values=values, calendar=calendar, begins={})
+
+    def dates_after(self, last: int) -> np.ndarray:
+        """The dates [horizon] of what is forecast from the history whose last row is `last`: those
+        of the rows that follow, and further ones as far apart as most rows are."""
+        dates = self.series.dates
+        known = dates[last + 1 : last + 1 + self.horizon]
+        steps = np.arange(1, self.horizon - len(known) + 1)
+        return np.concatenate((known, dates[-1] + steps * usual_step(dates)))
+
     def examples(self, split: str) -> Examples:
         begin, count = self.begins[split]
         return Examples(lambda indices: self.fetch(begin + indices), count)
@@ -94,8 +116,8 @@ def make(
     Metrics: those of `ForecastError`, of standardised values.
 
     Raises ValueError for data that are not there or not as they should be, with file and row."""
-    options = (context, horizon, calendar, variates, rows)
-    windows = cut(find_series(dataset, data_dir, date_column, gaps, waves), *options)
+    series = find_series(dataset, data_dir, date_column, gaps, waves)
+    windows = cut(series, context, horizon, calendar, variates, rows)
     return Task(
         sizes={
             "variates": windows.values.shape[1],
@@ -166,13 +188,11 @@ def _chosen(series: Series, variates: tuple[str, ...]) -> Series:
     for name in variates:
         if name not in series.names:
             raise ValueError(
-                f"task.variates must be columns of {series.origin}, which are"
+                f"variates must be columns of {series.origin}, which are"
                 f" {', '.join(series.names)}; got {name!r}"
             )
     places = [series.names.index(name) for name in variates]
-    return Series(
-        series.origin, series.sha256, variates, series.dates, series.values[:, places], series.rows
-    )
+    return replace(series, names=variates, values=series.values[:, places])
 
 
 def _rows(series: Series, rows: tuple[int, ...]) -> tuple[int, int, int]:

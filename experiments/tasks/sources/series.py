@@ -184,9 +184,14 @@ def _date(path: Path, number: int, cell: str) -> np.datetime64:
     return np.datetime64(moment, "s")
 
 
+def usual_step(dates: np.ndarray) -> np.timedelta64:
+    """How far apart most rows are: the median."""
+    steps = np.sort(np.diff(dates))
+    return steps[len(steps) // 2]
+
+
 def _check_dates(path: Path, numbers: list[int], dates: np.ndarray, gaps: bool) -> None:
-    steps = np.diff(dates)
-    usual = np.sort(steps)[len(steps) // 2]
+    steps, usual = np.diff(dates), usual_step(dates)
     zero = np.timedelta64(0, "s")
     wrong = np.flatnonzero((steps <= zero) | ((steps != usual) & ~np.bool_(gaps)))
     if not len(wrong):
@@ -218,18 +223,23 @@ def calendar_features(dates: np.ndarray) -> np.ndarray:
     return (np.stack(features, axis=1) - 0.5).astype(np.float32)
 
 
-def waves(variates: int, rows: int = 8_000, sources: int = 4) -> Series:
+WAVES = (24.0, 168.0, 57.0, 12.0)  # periods, hours
+
+
+def waves(variates: int, rows: int = 8_000) -> Series:
     """Hours of `variates` that mix the same few waves, each with lags of its own, and noise that
     lasts: what one variate does now, others did before.
 
     x_v(t) = sum_k a_vk sin(2 pi (t - l_vk) / p_k) + n_v(t),  n_v(t) = 0.7 n_v(t - 1) + 0.3 e_v(t)
     """
     check_held("a series of config.task.waves variates", 4 * 8 * rows * variates)
-    period_k = np.array([24.0, 168.0, 57.0, 12.0])[:sources]
+    sources = len(WAVES)
     uniform = uniforms("forecasting/waves", np.arange(variates), 2 * sources + rows + rows % 2)
     lag_vk, share_vk = 24 * uniform[:, :sources], uniform[:, sources : 2 * sources]
-    phase = 2 * np.pi * (np.arange(rows)[:, None, None] - lag_vk) / period_k
-    values = (share_vk * np.sin(phase)).sum(axis=-1)
+    values = np.zeros((rows, variates))
+    for k, period in enumerate(WAVES):  # each alone, so that no array is several times as large
+        phase = 2 * np.pi * (np.arange(rows)[:, None] - lag_vk[:, k]) / period
+        values += share_vk[:, k] * np.sin(phase)
     noise = np.zeros(variates)
     for t, drawn in enumerate(0.3 * normals(uniform[:, 2 * sources :]).T[:rows]):
         noise = 0.7 * noise + drawn

@@ -1,8 +1,8 @@
 """The (gated) delta rule on TPU: chunks in order, the states of a step's heads in fast memory.
 
-With the products of a chunk from `ops/tpu/decay.py`, once of queries and keys (P, Q0 = q_start, K1
-= k_end) and once of keys and keys (KK strictly below the diagonal, K0 = q_start), and the state
-kept transposed, Z = S^T [V, K]:
+With the products of a chunk from `ops/tpu/chunk_products.py`, once of queries and keys (P, Q0 =
+q_start, K1 = k_end) and once of keys and keys (KK strictly below the diagonal, K0 = q_start), and
+the state kept transposed, Z = S^T [V, K]:
 
     M = (I + beta . KK)^-1        U = M (beta . V)        W = M (beta . K0)              (1)
     N = U - W Z^T                                                                        (2)
@@ -40,7 +40,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ..tpu import fit, gradients, heads
-from ..tpu.decay import Products, kind_of_decay
+from ..tpu.chunk_products import Products
+from ..tpu.decay import kind_of_decay
 from ..tpu.heads import decayed
 from ..tpu.inverse import unit_triangular_inverse
 from ..tpu.kernel import Input, Output, call, interleave

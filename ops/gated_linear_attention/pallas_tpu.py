@@ -1,8 +1,8 @@
 """Gated linear attention on TPU: chunks in order, the states of a step's heads in fast memory.
 
-With the products of a chunk from `ops/tpu/decay.py` (P: scores with their decays, q_start: queries
-that read the state at the chunk's start, k_end: keys that write the one at its end) and the state
-kept transposed, Z = S^T [V, K], so that its decay is a row:
+With the products of a chunk from `ops/tpu/chunk_products.py` (P: scores with their decays, q_start:
+queries that read the state at the chunk's start, k_end: keys that write the one at its end) and the
+state kept transposed, Z = S^T [V, K], so that its decay is a row:
 
     O = q_start Z^T + P V                                                                (1)
     Z' = Z . total + V^T k_end                                                           (2)

@@ -1,12 +1,15 @@
 """What the TPU kernels share.
 
-    kernel.py     one kernel over a grid: its tiles, its references, its independent chains of work
-    matmul.py     products of matrices and their precision
-    heads.py      the grid of ops with a matrix state: blocks of heads, chunks of tokens
-    channels.py   the grid of elementwise recurrences: chunks of tokens, blocks of channels
-    decay.py      products of decays inside a chunk, and their adjoint
-    inverse.py    inverse of a unit lower-triangular matrix
-    gradients.py  layout of the gradients of ops with a matrix state
+    kernel.py          one kernel over a grid: its tiles, its references, its chains of work
+    matmul.py          products of matrices and their precision
+    heads.py           the grid of ops with a matrix state: blocks of heads, chunks of tokens
+    fit.py             heads of any size, padded or cut until they fit the fast memory
+    channels.py        the grid of elementwise recurrences: chunks of tokens, blocks of channels
+    chunk_products.py  what a kernel asks of the decays of a chunk
+    decay.py           the kinds of decay that answer it
+    channel_decay.py   the one of them where every channel decays by itself
+    inverse.py         inverse of a unit lower-triangular matrix
+    gradients.py       layout of the gradients of ops with a matrix state
 
 **Words** of `ops/framework/__init__.py`, and what they are here:
 
@@ -16,8 +19,8 @@
                     backward; it stays in fast memory, in scratch or in an output tile whose place
                     does not change
     keep            1 where the state before a token reaches it, 0 where a segment starts
-    kind of decay   none, one per token and head, or one per token, head and channel: the classes
-                    of decay.py, between which a kernel does not distinguish
+    kind of decay   none, one per token and head, or one per token, head and channel: what
+                    `kind_of_decay` chooses, between which a kernel does not distinguish
     rows, lanes     the two axes of a register, [8, 128] in float32; rows are also called sublanes
 
 **References.** A kernel has one `NamedTuple` of references. The rule that calls it fills the same

@@ -258,6 +258,7 @@ TESTED_BY = {
     "experiments/tasks/pathfinder.py": "experiments/tasks/long_range_arena_test.py",
     "experiments/tasks/retrieval.py": "experiments/tasks/long_range_arena_test.py",
     "experiments/tasks/text_classification.py": "experiments/tasks/long_range_arena_test.py",
+    "experiments/tasks/sources/augmentations.py": "experiments/tasks/image_classification_test.py",
     "experiments/tasks/sources/byte_documents.py": "experiments/tasks/long_range_arena_test.py",
     "experiments/tasks/sources/image_sets.py": "experiments/tasks/images_test.py",
     "experiments/tasks/sources/lra_release.py": "experiments/tasks/long_range_arena_test.py",

@@ -5,18 +5,11 @@ Pixels in reading order, the channels of one pixel side by side, are tokens 0 ..
 is token levels + c and is asked after the last pixel. dataset="cifar10" with grey=True is Image of
 the Long Range Arena (Tay et al., ICLR 2021, arXiv 2011.04006): 1,024 tokens."""
 
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 
-from experiments.tasks.sources.image_sets import (
-    digits,
-    in_grey,
-    mnist_files,
-    mnist_subset,
-    tfds_images,
-)
+from experiments.tasks.sources.image_sets import image_set, in_grey
 from experiments.training.task import Batch, Examples, Task
 from models.parts.options import Range
 
@@ -46,13 +39,7 @@ def make(
 
     Raises ValueError for a data set that is not known or not there, ImportError for one whose
     package is not."""
-    on_board = {"digits": digits, "mnist_subset": mnist_subset}
-    if dataset in on_board:
-        source = on_board[dataset]()
-    elif "/" in dataset:
-        source = mnist_files(Path(dataset).expanduser())
-    else:
-        source = tfds_images(dataset, data_dir, download)
+    source = image_set(dataset, data_dir, download)
     if grey:
         source = in_grey(source)
     levels = levels or source.brightness

@@ -101,8 +101,7 @@ def _batches(examples: Examples, order: str, batch_size: int, rows: np.ndarray) 
             indices, epochs = places, np.zeros_like(places)
         else:
             indices, epochs = _shuffled(places, examples.length, order)
-        arrays = examples.fetch(indices)
-        return arrays if examples.augment is None else examples.augment(arrays, indices, epochs)
+        return examples.seen(indices, epochs)
 
     return grain.MapDataset.range(sys.maxsize).map(batch)
 

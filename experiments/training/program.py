@@ -176,7 +176,8 @@ def _abstract_batch(task: Task, batch_size: int, seed: int) -> dict[str, Any]:
     example is made, not B."""
     parts = task.train(seed)
     parts = (parts,) if isinstance(parts, Examples) else parts
-    ones = [part.fetch(np.arange(1)) for part in parts]
+    first = np.zeros(1, int)
+    ones = [part.seen(first, first) for part in parts]
     one = max(ones, key=lambda batch: task.objective.work(batch).count)
     return _rows(
         {

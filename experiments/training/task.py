@@ -43,6 +43,11 @@ class Examples:
     length: int | None = None
     augment: Callable[[Batch, np.ndarray, np.ndarray], Batch] | None = None
 
+    def seen(self, indices: np.ndarray, epochs: np.ndarray) -> Batch:
+        """What training is given of the examples, when it sees them for the `epochs`-th time."""
+        arrays = self.fetch(indices)
+        return arrays if self.augment is None else self.augment(arrays, indices, epochs)
+
 
 def from_arrays(arrays: Batch) -> Examples:
     """The rows of arrays [length, ...] that are held in memory."""

@@ -34,16 +34,40 @@ LUMA = np.array([19595, 38470, 7471])
 
 @dataclass(frozen=True)
 class Images:
-    """Images [H, W, C] of pixels 0 .. brightness - 1. A split is the numbers of its images and how
-    to read images [n, H, W, C] and labels [n] by number. sha256 is of all pixels and labels, for
-    those of TFDS as `prepared_sha256` says."""
+    """Images [H, W, C] or [H, W] of pixels 0 .. brightness - 1. A split is the numbers of its
+    images and how to read images [n, H, W, C] and labels [n] by number. sha256 is of all pixels and
+    labels, for those of TFDS as `prepared_sha256` says."""
 
     origin: str
     sha256: str
-    shape: tuple[int, ...]
+    shape: tuple[Any, ...]
     brightness: int
     classes: int
     splits: dict[str, tuple[np.ndarray, Reader]]
+
+    @property
+    def of_one_size(self) -> bool:
+        """Whether all images have the same one; `shape` has None where not, and images are arrays
+        of their own in an array of objects."""
+        return None not in self.shape
+
+
+def image_set(
+    dataset: str,
+    data_dir: str,
+    download: bool,
+    *,
+    test_split: str = "test",
+    of_any_size: bool = False,
+) -> Images:
+    """The set of a name: "digits", "mnist_subset", a directory of MNIST's files with a / in its
+    name, or a TFDS data set, with the options of `tfds_images`."""
+    on_board = {"digits": digits, "mnist_subset": mnist_subset}
+    if dataset in on_board:
+        return on_board[dataset]()
+    if "/" in dataset:
+        return mnist_files(Path(dataset).expanduser())
+    return tfds_images(dataset, data_dir, download, test_split=test_split, of_any_size=of_any_size)
 
 
 def digits() -> Images:
@@ -182,18 +206,31 @@ def _idx_array(directory: Path, name: str) -> np.ndarray:
     return data.reshape(shape)
 
 
-def tfds_images(dataset: str, data_dir: str, download: bool) -> Images:
-    """A TFDS data set with images of one size, one label each and the splits train and test.
+def tfds_images(
+    dataset: str,
+    data_dir: str,
+    download: bool,
+    *,
+    test_split: str = "test",
+    of_any_size: bool = False,
+) -> Images:
+    """A TFDS data set with an image and a label each and the splits "train" and `test_split`;
+    of_any_size: whether the images may differ in size.
 
     Raises ValueError for a data set that is not known, not there, or made otherwise."""
     choices = "'digits', 'mnist_subset', a directory of MNIST's files with a / in its name, or "
-    builder = prepared(dataset, data_dir, download, choices)
+    builder = prepared(dataset, data_dir, download, choices, test_split)
     features = dict(builder.info.features.items())
     image, label = features.get("image"), features.get("label")
-    if image is None or None in image.shape or not isinstance(label, tfds.features.ClassLabel):
+    if image is None or not isinstance(label, tfds.features.ClassLabel):
         raise ValueError(
-            f"data set {dataset} must have an 'image' of one size and a class 'label';"
-            f" its features are {features}"
+            f"data set {dataset} must have an 'image' and a class 'label'; its features are"
+            f" {features}"
+        )
+    if None in image.shape and not of_any_size:
+        raise ValueError(
+            f"data set {dataset} must have images of one size for this task, or be resized by its"
+            f" option task.size where it has one; theirs is {image.shape}"
         )
 
     def reader(split: str) -> Reader:
@@ -201,9 +238,9 @@ def tfds_images(dataset: str, data_dir: str, download: bool) -> Images:
 
         def read(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             rows = source.__getitems__(chosen.tolist())
-            return np.stack([row["image"] for row in rows]), np.stack(
-                [row["label"] for row in rows]
-            )
+            images = [row["image"] for row in rows]
+            labels = np.stack([row["label"] for row in rows])
+            return np.stack(images) if None not in image.shape else _objects(images), labels
 
         return read
 
@@ -218,9 +255,16 @@ def tfds_images(dataset: str, data_dir: str, download: bool) -> Images:
         splits={
             "train": (numbers[numbers % 10 != 9], read_train),
             "validation": (numbers[numbers % 10 == 9], read_train),
-            "test": (np.arange(builder.info.splits["test"].num_examples), reader("test")),
+            "test": (np.arange(builder.info.splits[test_split].num_examples), reader(test_split)),
         },
     )
+
+
+def _objects(images: list[np.ndarray]) -> np.ndarray:
+    """An array [n] of arrays, each of its own shape."""
+    array = np.empty(len(images), object)
+    array[:] = images
+    return array
 
 
 def in_grey(source: Images) -> Images:
@@ -235,8 +279,10 @@ def in_grey(source: Images) -> Images:
 
     def reader(read: Reader) -> Reader:
         def read_grey(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            image, label = read(chosen)
-            return (image @ LUMA + 2**15) >> 16, label
+            images, labels = read(chosen)
+            if source.of_one_size:
+                return (images @ LUMA + 2**15) >> 16, labels
+            return _objects([(image @ LUMA + 2**15) >> 16 for image in images]), labels
 
         return read_grey
 

@@ -9,9 +9,11 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 
-def prepared(dataset: str, data_dir: str, download: bool, choices: str) -> Any:
-    """The builder of a data set that is prepared under `data_dir` and has the splits train and
-    test.
+def prepared(
+    dataset: str, data_dir: str, download: bool, choices: str, test_split: str = "test"
+) -> Any:
+    """The builder of a data set that is prepared under `data_dir` and has the splits "train" and
+    `test_split`.
 
     `choices` are what else the option dataset could be. Raises ValueError for a data set that TFDS
     does not know, that is not prepared or cannot be without another package, or that has other
@@ -39,9 +41,9 @@ def prepared(dataset: str, data_dir: str, download: bool, choices: str) -> Any:
             f" tfds.builder({dataset!r}, data_dir={str(directory)!r}, file_format='array_record')"
             '.download_and_prepare()"'
         )
-    if not {"train", "test"} <= set(builder.info.splits):
+    if not {"train", test_split} <= set(builder.info.splits):
         raise ValueError(
-            f"data set {dataset} must have the splits train and test; it has"
+            f"data set {dataset} must have the splits train and {test_split}; it has"
             f" {', '.join(builder.info.splits)}"
         )
     return builder

@@ -8,18 +8,21 @@ Convolutional, and Continuous-time Models with Linear State-Space Layers", NeurI
     Abar = (I - Delta/2 A)^-1 (I + Delta/2 A)               bilinear (Eq. 3, alpha = 1/2)
     Bbar = (I - Delta/2 A)^-1 Delta B
     -A = P (Diag(d) + T^-1) Q,   T tridiagonal,   B = P b   the trained family (Section 4.2)
-    out = gelu(y) W + w
+    y_t = sum_{s<=t} K_{t-s} x_s + sum_{s>t} K'_{s-t-1} x_s + D x_t     with causal=False: a second
+                                                                C, in K', for the tokens that follow
+    out = dropout(gelu(y)) W + w
 
     x               x_BTD                       input, model width D: D systems that share A and B
     Delta           step_D                      float32; one step size per channel
     T               below, diagonal, above      float32 [N-1], [N], [N-1]; N = state_size
     P, Q, d, b      left, right, middle, write  float32 [N]
-    C               read_DMN                    float32; M = channels
+    C               read_DMN                    float32; M = channels; of K' backward_read_DMN
     D               skip_DM                     float32
     h               "memory" [B, D, N]          float32
 
-State: D N floats. Cost per token: O(D (N + M) + D^2 M), and O(D N^2 sqrt(T)) per sequence for the
-kernel; of a recurrent step O(D N^2). One homogeneous block: use it with mlp="none".
+State: D N floats; none with causal=False. Cost per token: O(D (N + M) + D^2 M), and O(D N^2
+sqrt(T)) per sequence for the kernel; of a recurrent step O(D N^2). One homogeneous block: use it
+with mlp="none".
 
 transition="fixed" is LSSL-f: A and B are HiPPO-LegS (models/parts/hippo.py), Delta is spread evenly
 in the logarithm from dt_min to dt_max, and only C, D and W are trained. transition="learned" trains
@@ -27,14 +30,16 @@ all: A starts as HiPPO-LegS, which is the member P = Q = Diag(sqrt(2n+1)), d_n =
 1 on and -1 below the diagonal, b = 1; Delta log-uniform. In both, C, D ~ N(0, 1). No inverse is
 dense: (I - Delta/2 A)^-1 is a tridiagonal system between diagonal and tridiagonal factors.
 
-A call without state and segments is a convolution; any other is the recurrence in chunks
+A call without state and segments is a convolution, also of sequences with padding at their ends, of
+which a mask tells; any other is the recurrence in chunks
 (`ops.dense_scan`). From the initialisation Abar is a contraction, so that its powers are harmless
 in float32.
 
 Departures: the kernel is made of about sqrt(T) powers of Abar from each side instead of all T,
 whose N T numbers per channel the paper caches for LSSL-f; it is exact for every length and nothing
-is cached. Causal, RMSNorm of the backbone in front of the mixer, no dropout. A and Delta share one
-learning rate (the authors' A learns ten times slower).
+is cached. A and Delta share one learning rate (the authors' A learns ten times slower). The form
+with causal=False is that of the authors' next paper (models/s4), whose code serves both. Dropout
+draws once for all tokens of a sequence.
 
 Authors' code: https://github.com/state-spaces/s4"""
 
@@ -47,10 +52,11 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.bidirectional import following, no_state, without_padding
 from models.parts.discretisation import step_range_log
 from models.parts.hippo import HippoSize
-from models.parts.options import Factor, Size, check_choice
-from models.parts.projections import projection
+from models.parts.options import Factor, Probability, Size, check_choice
+from models.parts.projections import projection, tied_dropout
 from ops.dense_scan.api import dense_scan
 from ops.dense_scan.powers import krylov_kernel
 
@@ -71,9 +77,7 @@ def legs_factors(size: int) -> dict[str, np.ndarray]:
 
 
 class LSSL(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"memory" [B, D, N]}, float32."""
-
-    causal = True
+    """x_BTD -> y_BTD; the state is {"memory" [B, D, N]}, float32, and None with causal=False."""
 
     def __init__(
         self,
@@ -88,6 +92,8 @@ class LSSL(nnx.Module):
         transition: str = "learned",
         dt_min: Factor = 1e-3,
         dt_max: Factor = 1e-1,
+        causal: bool = True,
+        dropout: Probability = 0.0,
     ):
         check_choice("transition", transition, ("learned", "fixed"))
         if state_size < 2 or channels < 1:
@@ -98,7 +104,7 @@ class LSSL(nnx.Module):
         self.width, self.state_size, self.compute_dtype = (width, state_size, compute_dtype)
         low, high = step_range_log(dt_min, dt_max)
         self.log_steps = (low, high)
-        self.learned = transition == "learned"
+        self.learned, self.causal = transition == "learned", causal
         # float32 whatever param_dtype is: they enter an inverse, and products with the float32
         # state.
         if self.learned:
@@ -109,8 +115,12 @@ class LSSL(nnx.Module):
                     jnp.asarray(vector, jnp.float32), group="ssm", out_sharding=(None,)
                 )
                 setattr(self, name, parameter)
-        read_DMN = jax.random.normal(rngs.params(), (width, channels, state_size), jnp.float32)
-        self.read_DMN = nnx.Param(read_DMN, out_sharding=("embed", None, None))
+
+        def read() -> nnx.Param:
+            C_DMN = jax.random.normal(rngs.params(), (width, channels, state_size), jnp.float32)
+            return nnx.Param(C_DMN, out_sharding=("embed", None, None))
+
+        self.read_DMN = read()
         skip_DM = jax.random.normal(rngs.params(), (width, channels), jnp.float32)
         self.skip_DM = nnx.Param(skip_DM, group="no_decay", out_sharding=("embed", None))
         self.output = projection(
@@ -123,6 +133,8 @@ class LSSL(nnx.Module):
             param_dtype=param_dtype,
             compute_dtype=compute_dtype,
         )
+        self.backward_read_DMN = None if causal else read()
+        self.dropout = tied_dropout(dropout, rngs)
 
     def factors(self) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Delta [D] and the vectors of A and B, float32."""
@@ -170,27 +182,42 @@ class LSSL(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        mask: jax.Array | None = None,
         reverse: bool = False,
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> tuple[jax.Array, dict[str, Any] | None]:
         x_float_BTD, (batch, length, _) = x_BTD.astype(jnp.float32), x_BTD.shape
+        x_float_BTD = without_padding(x_float_BTD, mask)
         A_DNN, b_DN = self.system()
-        read_DMN, skip_DM = self.read_DMN[...], self.skip_DM[...]
-        y_BTDM, memory_BDN = dense_scan(
-            x_float_BTD,
-            A_DNN,
-            b_DN,
-            read_DMN,
-            kernel=functools.partial(krylov_kernel, A_DNN, b_DN, read_DMN),
-            initial_state=None if state is None else state["memory"],
-            segment_ids=segment_ids,
-            reverse=reverse,
-        )
-        y_BTDM = y_BTDM + skip_DM[None, None] * x_float_BTD[..., None]
-        g_BTE = jax.nn.gelu(y_BTDM).astype(self.compute_dtype)
-        return self.output(g_BTE.reshape(batch, length, -1)), {"memory": memory_BDN}
+
+        def response(read_DMN: jax.Array, state: Any, reverse: bool) -> tuple[jax.Array, jax.Array]:
+            return dense_scan(
+                x_float_BTD,
+                A_DNN,
+                b_DN,
+                read_DMN,
+                kernel=functools.partial(krylov_kernel, A_DNN, b_DN, read_DMN),
+                initial_state=None if state is None else state["memory"],
+                segment_ids=segment_ids,
+                reverse=reverse,
+            )
+
+        y_BTDM, memory_BDN = response(self.read_DMN[...], state, reverse)
+        if self.backward_read_DMN is not None:
+            future_BTDM, _ = response(self.backward_read_DMN[...], None, not reverse)
+            future_BTE = following(
+                future_BTDM.reshape(batch, length, -1), segment_ids, reverse=reverse
+            )
+            y_BTDM = y_BTDM + future_BTE.reshape(y_BTDM.shape)
+        y_BTDM = y_BTDM + self.skip_DM[...][None, None] * x_float_BTD[..., None]
+        g_BTE = jax.nn.gelu(y_BTDM).astype(self.compute_dtype).reshape(batch, length, -1)
+        if self.dropout is not None:
+            g_BTE = self.dropout(g_BTE)
+        return self.output(g_BTE), {"memory": memory_BDN} if self.causal else None
 
     def init_state(self, batch: int) -> dict[str, Any]:
-        """The state before the first token: zeros."""
+        """The state before the first token: zeros. ValueError with causal=False."""
+        if not self.causal:
+            raise no_state("lssl")
         shape = (batch, self.width, self.state_size)
         return {"memory": jnp.zeros(shape, jnp.float32)}
 

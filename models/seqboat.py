@@ -13,6 +13,10 @@ Efficient Sequence Modeling", NeurIPS 2023, arXiv 2306.11197.
                                                                 where t is activated
     attention   "softmax": softmax(q k / sqrt(Z)) v,   "squared_relu": max(q k / w, 0)^2 v
 
+With causal=False M adds a second moving average, with parameters of its own, from the last token to
+the first; both read x_t. Attention is over the w activated tokens on either side, and
+"squared_relu" divides by 2 w.
+
     a, p b, gamma   factor_DN, write_DN, read_DN    a in [0, 1] for every delta, alpha; per channel
     q, k, v         [B, T, 1, Z], [B, T, 1, V]      of the compressed sequence, V = expand_v D;
                                                     positions are those before it was compressed
@@ -22,13 +26,13 @@ Efficient Sequence Modeling", NeurIPS 2023, arXiv 2306.11197.
 State: D N floats, and keys and values of the last w activated tokens: w (Z + V). The window reaches
 as far back as activations are sparse. The compressed sequence has the static length T, activated
 tokens first: the computation is exact whatever the router does, and costs what activating every
-token costs, O(T w (Z + V)). Gradients reach the router through g alone; it has no balancing loss.
-Reports `activation_density`, the share of activated tokens.
+token costs, O(T w (Z + V)). With causal=False there is no state. Gradients reach the router through
+g alone; it has no balancing loss. Reports `activation_density`, the share of activated tokens.
 
 Departures: the backbone's residual and RMSNorm stand around the layer, so that x is the normalised
-input, where the paper's X inside the last silu is the residual stream and there is no other;
-causal; rotary positions with either attention, where the authors' recipes with squared ReLU have a
-learned relative bias; no dropout.
+input, where the paper's X inside the last silu is the residual stream and there is no other; rotary
+positions with either attention, where the authors' recipes with squared ReLU have a learned
+relative bias.
 
 Authors' code: https://github.com/renll/SeqBoat
 """
@@ -42,23 +46,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.options import Factor, Reach, Size, check_choice
+from models.parts.bidirectional import no_state, reversed_tokens
+from models.parts.options import Factor, Probability, Reach, Size, check_choice
 from models.parts.positions import next_position, token_positions
-from models.parts.projections import projection
+from models.parts.projections import projection, tied_dropout
 from models.parts.rotary import RopeBase, check_pairs, rotate
 from models.parts.variables import report
 from ops.diagonal_scan.api import diagonal_scan
 from ops.framework import segments
+from ops.neighbourhood_attention.api import neighbourhood_attention
 from ops.window_attention.api import ACTIVATIONS, WindowState, init_window_state, window_attention
 
 
 class DampedEMA(nnx.Module):
-    """y_t = sum_n gamma_n h_tn / sqrt(N) + omega x_t per channel, Mega's damped moving average.
+    """y_t = sum_n gamma_n h_tn / sqrt(N) + omega x_t per channel, Mega's damped moving average;
+    omega is 0 without `skip`.
 
     Ma et al., "Mega: Moving Average Equipped Gated Attention", ICLR 2023, arXiv 2209.10655.
     """
 
-    def __init__(self, width: int, state_size: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, state_size: int, *, skip: bool = True, rngs: nnx.Rngs):
         def truncated(scale: float, *shape: int) -> jax.Array:
             return scale * jax.random.truncated_normal(rngs.params(), -2, 2, shape)
 
@@ -73,7 +80,7 @@ class DampedEMA(nnx.Module):
         self.decay_DN = parameter(truncated(0.2, *size))
         self.write_DN = parameter(sign_N[None] + truncated(0.02, *size))
         self.read_DN = parameter(truncated(1.0, *size))
-        self.skip_D = parameter(truncated(1.0, width))
+        self.skip_D = parameter(truncated(1.0, width)) if skip else None
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """a and p b, [D, N]."""
@@ -81,7 +88,12 @@ class DampedEMA(nnx.Module):
         return 1 - p_DN * jax.nn.sigmoid(self.decay_DN[...]), p_DN * self.write_DN[...]
 
     def __call__(
-        self, x_BTD: jax.Array, state: jax.Array | None, segment_ids: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        state: jax.Array | None,
+        segment_ids: jax.Array | None,
+        *,
+        reverse: bool = False,
     ) -> tuple[jax.Array, Any]:
         factor_DN, write_DN = self.factors()
         x_BTD = x_BTD.astype(jnp.float32)
@@ -91,10 +103,13 @@ class DampedEMA(nnx.Module):
             b_BTDN.reshape(*b_BTDN.shape[:2], -1),
             initial_state=state,
             segment_ids=segment_ids,
+            reverse=reverse,
         )
         read_DN = self.read_DN[...] / math.sqrt(write_DN.shape[1])
         y_BTD = jnp.einsum("btdn,dn->btd", h_BTM.reshape(b_BTDN.shape), read_DN)
-        return y_BTD + self.skip_D[...][None, None] * x_BTD, state
+        if self.skip_D is not None:
+            y_BTD = y_BTD + self.skip_D[...][None, None] * x_BTD
+        return y_BTD, state
 
 
 class Compressed(NamedTuple):
@@ -156,9 +171,7 @@ def following_window(
 class SeqBoat(nnx.Module):
     """x_BTD -> y_BTD; the state is {"memory" [B, D N], "window", "position" [B] int32}.
 
-    "window" holds keys and values of the last w activated tokens."""
-
-    causal = True
+    "window" holds keys and values of the last w activated tokens. With causal=False it is None."""
 
     def __init__(
         self,
@@ -175,6 +188,8 @@ class SeqBoat(nnx.Module):
         attention: str = "softmax",
         init_temperature: Factor = 0.3,
         rope_base: RopeBase = 10000.0,
+        causal: bool = True,
+        dropout: Probability = 0.0,
     ):
         check_choice("attention", attention, ACTIVATIONS)
         if window < 1 or init_temperature <= 0:
@@ -190,7 +205,7 @@ class SeqBoat(nnx.Module):
             param_dtype=param_dtype,
         )
         self.window, self.key_size = window, check_pairs(key_size, "key_size")
-        self.attention = attention
+        self.attention, self.causal = attention, causal
         self.value_size = round(expand_v * width)
         self.width, self.state_size = width, state_size
         self.rope_base, self.compute_dtype = rope_base, jnp.dtype(compute_dtype)
@@ -210,6 +225,8 @@ class SeqBoat(nnx.Module):
         affine: dict[str, Any] = {"group": "no_decay", "out_sharding": (None, "heads")}
         self.scale_2Z = nnx.Param(scale_2Z, **affine)
         self.shift_2Z = nnx.Param(jnp.zeros((2, key_size)), **affine)
+        self.backward_ema = None if causal else DampedEMA(width, state_size, skip=False, rngs=rngs)
+        self.dropout = tied_dropout(dropout, rngs)
 
     def __call__(
         self,
@@ -218,22 +235,23 @@ class SeqBoat(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> tuple[jax.Array, dict[str, Any] | None]:
         batch, length, _ = x_BTD.shape
-        state = state or self.init_state(batch)
+        state = state or self._first_state(batch)
         positions = token_positions(positions, state["position"], length, segment_ids)
         m_BTD, memory = self.ema(x_BTD, state["memory"], segment_ids)
+        if self.backward_ema is not None:
+            m_BTD = m_BTD + self.backward_ema(x_BTD, None, segment_ids, reverse=True)[0]
         m_BTD = jax.nn.silu(m_BTD)
+        if self.dropout is not None:
+            m_BTD = self.dropout(m_BTD)
         g_BT = self.route(m_BTD)
         report(self, activation_density=jnp.mean(g_BT > 0, dtype=jnp.float32))
         m_BTD = m_BTD.astype(self.compute_dtype)
         y_BTD, window = self.attend(m_BTD, g_BT, positions, state["window"], segment_ids)
         h_BTD = self.linear(m_BTD) + y_BTD + x_BTD
-        return jax.nn.silu(h_BTD), {
-            "memory": memory,
-            "window": window,
-            "position": next_position(positions),
-        }
+        after = {"memory": memory, "window": window, "position": next_position(positions)}
+        return jax.nn.silu(h_BTD), after if self.causal else None
 
     def route(self, m_BTD: jax.Array) -> jax.Array:
         """g [B, T], float32: the probability of activation where it is above 1/2, else 0."""
@@ -264,25 +282,70 @@ class SeqBoat(nnx.Module):
             for scale, shift in zip(scale_2Z, shift_2Z, strict=True)
         )
         v = v_BTV[:, :, None]
-        # The op takes what is remembered for the first row's document; it is document 0's.
-        of_first = window.valid & (plan.document[:, :1] == 0)
-        o_BT1V, _ = window_attention(
-            q,
-            k,
-            v,
-            window=self.window + 1,
-            scale=1 / self.window if self.attention == "squared_relu" else None,
-            activation=self.attention,
-            initial_state=window._replace(valid=of_first),
-            segment_ids=plan.document,
-        )
+        if self.causal:
+            # The op takes what is remembered for the first row's document; it is document 0's.
+            of_first = window.valid & (plan.document[:, :1] == 0)
+            o_BT1V, _ = window_attention(
+                q,
+                k,
+                v,
+                window=self.window + 1,
+                scale=1 / self.window if self.attention == "squared_relu" else None,
+                activation=self.attention,
+                initial_state=window._replace(valid=of_first),
+                segment_ids=plan.document,
+            )
+        else:
+            o_BT1V = self.attend_both_ways(q, k, v, plan)
         y_BTD = self.output(o_BT1V[:, :, 0] * rho_BTV)
         y_BTD = jnp.take_along_axis(y_BTD, plan.row[..., None], axis=1)
         y_BTD = jnp.where(g_BT[..., None] > 0, g_BT[..., None] * y_BTD, 0.0)
         return y_BTD.astype(self.compute_dtype), following_window(window, k, v, plan)
 
+    def attend_both_ways(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, plan: Compressed
+    ) -> jax.Array:
+        """Attention [B, T, 1, V] of the rows to the activated ones at most w before or behind."""
+        there_BT = jnp.arange(q.shape[1])[None] < plan.activated[:, None]
+        if self.attention == "softmax":
+            return neighbourhood_attention(
+                q,
+                k,
+                v,
+                grid=q.shape[1:2],
+                radius=self.window + 1,
+                key_mask=there_BT,
+                segment_ids=plan.document,
+            )
+        # Squares have no sum to be divided by: the two sides add up, less the token itself, which
+        # is in both.
+        v = jnp.where(there_BT[..., None, None], v, 0)
+        scale = 1 / (2 * self.window)
+
+        def side(*arrays: jax.Array) -> jax.Array:
+            *qkv, document_BT = arrays
+            return window_attention(
+                *qkv,
+                window=self.window + 1,
+                scale=scale,
+                activation=self.attention,
+                segment_ids=document_BT,
+            )[0]
+
+        arrays = (q, k, v, plan.document)
+        behind = reversed_tokens(side(*map(reversed_tokens, arrays)))
+        score = scale * jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), -1, keepdims=True)
+        itself = (jnp.square(jax.nn.relu(score)) * v).astype(v.dtype)
+        return side(*arrays) + behind - itself
+
     def init_state(self, batch: int) -> dict[str, Any]:
-        """The state before the first token: zeros, and an empty window."""
+        """The state before the first token: zeros, and an empty window. ValueError with
+        causal=False."""
+        if not self.causal:
+            raise no_state("seqboat")
+        return self._first_state(batch)
+
+    def _first_state(self, batch: int) -> dict[str, Any]:
         window = init_window_state(
             batch, self.window + 1, 1, self.key_size, self.value_size, self.compute_dtype
         )

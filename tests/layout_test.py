@@ -191,10 +191,6 @@ def test_what_is_directly_in_models_is_a_paper() -> None:
         assert "build" in definitions(Path("models/networks", f"{name}.py")), name
 
 
-# Nothing uses it yet: an encoder of any causal mixer.
-UNUSED_PARTS = {"bidirectional"}
-
-
 def test_a_part_has_two_users() -> None:
     """Papers, networks and objectives; a helper of one lives with it."""
     users = defaultdict(set)
@@ -202,7 +198,7 @@ def test_a_part_has_two_users() -> None:
         for other in IMPORTS[file] - {file}:
             users[other].add(file.parts[:2])
     count = {name: len(users[Path("models/parts", f"{name}.py")]) for name in names("models/parts")}
-    assert {name for name, number in count.items() if number < 2} == UNUSED_PARTS
+    assert {name for name, number in count.items() if number < 2} == set()
 
 
 OP_FILES = {"api", "reference", "xla", "sequence_parallel", "examples", "pallas_tpu", "pallas_gpu"}

@@ -79,6 +79,22 @@ ADDED = {
     "task.listops.data_dir": "",
     "task.text.validation_path": "",
     "task.text.test_path": "",
+    **{
+        f"model.mixers.{mixer}.causal": True
+        for mixer in (
+            *("s4", "s4d", "s5", "lru", "lssl", "seqboat", "monarch_mixer"),
+            *("transnormer", "diag_attention"),
+        )
+    },
+    **{
+        f"model.mixers.{mixer}.dropout": 0.0
+        for mixer in ("s4", "s4d", "s5", "lru", "lssl", "seqboat")
+    },
+    "model.mixers.s5.read_init": "trunc_standard_normal",
+    "model.mixers.s5.write_rate": "full",
+    "model.mixers.s5.step_rate": "ssm",
+    "model.mixers.transnormer.feature_map": "elu_plus_one",
+    "model.mixers.diag_attention.attention": "softmax",
     "model.mixers.s4.init": "legs",
     "model.mixers.s5.gate": "half_glu1",
     "model.mixers.seqboat.attention": "softmax",

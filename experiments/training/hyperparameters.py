@@ -67,7 +67,7 @@ class Hyperparameters:
     """seeds         uint32 [R] of R > 1 replicas, or [] of one
     rates         learning rate after n updates, float32 [at least steps]
     b1, b2        decays of the moments
-    ssm_scale     rate of the group "ssm" over that of the others
+    ssm_scale     rate of the groups "ssm" and "ssm_decay" over that of the others
     average_step  1 - config.ema_decay; Decay for its complement
 
     The others are those of config.optimizer. Which of them are 0, and so do nothing, is part of a

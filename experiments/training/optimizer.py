@@ -17,9 +17,11 @@ from experiments.training.hyperparameters import Hyperparameters
 from experiments.training.refined_schedule import refined_schedule
 
 # "matrix": a linear map between hidden vectors, which decays, and is what Muon is for. "decay": all
-# else that decays. "frozen": keeps the value it starts with.
+# else that decays at the full rate. "ssm" and, with decay, "ssm_decay": parameters of state-space
+# models, which have a rate of their own. "frozen": keeps the value it starts with.
 FROZEN = "frozen"
-GROUPS = ("matrix", "decay", "no_decay", "ssm", FROZEN)
+GROUPS = ("matrix", "decay", "no_decay", "ssm", "ssm_decay", FROZEN)
+DECAYING = ("matrix", "decay", "ssm_decay")
 
 WSD_DECAY = 0.2  # the last fifth of the run
 
@@ -171,15 +173,16 @@ def make_optimizer(
     Inside a program `numbers` may be its arguments: of the numbers in `options` it is only asked
     whether they are 0, and the state has none of them.
 
-    Only the groups "matrix" and "decay" have weight decay. Muon trains the group "matrix", leading
-    axes (layers, experts) being batches of matrices, and AdamW everything else beside it. The
-    learning rate of the group "ssm" follows the same schedule, scaled to the peak ssm_lr (0: lr).
+    Only the groups of DECAYING have weight decay. Muon trains the group "matrix", leading axes
+    (layers, experts) being batches of matrices, and AdamW everything else beside it. The learning
+    rate of the groups "ssm" and "ssm_decay" follows the same schedule, scaled to the peak ssm_lr
+    (0: lr).
     clip_norm bounds the global norm of all gradients together (0: off). The group "frozen" is never
     updated and has no moments. Parameters of fewer bits than float32 have master weights and
     moments in float32. A step with a non-finite
     gradient changes nothing and is counted in the state (ApplyIfFiniteState). Raises ValueError for
     an unknown name."""
-    decaying = jax.tree.map(lambda group: group in ("matrix", "decay"), groups)
+    decaying = jax.tree.map(lambda group: group in DECAYING, groups)
     moments: Any = {"b1": numbers.b1, "b2": numbers.b2}
     common = {"weight_decay": numbers.weight_decay, "mask": decaying}
     if options["name"] == "adamw":
@@ -210,7 +213,7 @@ def make_optimizer(
     )
     chain = [clip, core]
     if options["ssm_lr"]:
-        in_ssm = jax.tree.map(lambda group: group == "ssm", groups)
+        in_ssm = jax.tree.map(lambda group: group.startswith("ssm"), groups)
         chain.append(optax.masked(optax.scale(numbers.ssm_scale), in_ssm))
     update: Any = optax.chain(*chain)
     if jnp.dtype(param_dtype) != jnp.float32:

@@ -1,14 +1,17 @@
-"""Monarch Mixer (M2), causal. Fu, Arora, Grogan, Johnson, Eyuboglu, Thomas, Spector, Poli, Rudra,
+"""Monarch Mixer (M2). Fu, Arora, Grogan, Johnson, Eyuboglu, Thomas, Spector, Poli, Rudra,
 Ré, "Monarch Mixer: A Simple Sub-Quadratic GEMM-Based Architecture", NeurIPS 2023, arXiv 2310.12109.
 
     [x1, x2, v] = conv3(u W_in + b_in),    z = v x1                     short convolution, width 3
     s = (K z + beta z) x2 + (K' u + beta' u),    h = s W_out + b_out    along the sequence
     y = h + W_2 (gelu(g) a),    [g, a] = W_1 h                          along the channels
 
+    (K z)_t = sum_{s <= t} k_{t-s} z_s;   + sum_{s > t} kr_{s-t-1} z_s with causal=False, where kr
+                                          are filters of their own; the short convolution is causal
+
     K, K'       kernels_EL      convolutions with filters as long as the context: Toeplitz matrices,
                                 applied by Monarch products
     k_c(l)      filters         MLP(t_l) exp(-t_l delta_c), t_l = l / (L - 1); three layers of 128
-                                sin(omega x)
+                                sin(omega x); of kr backward_filter, backward_residual_filter
     W_1, W_2    BlockDiagonal   D -> 2 r D and r D -> D with `blocks` blocks, no bias: each is one
                                 factor of a Monarch matrix
     L           context_length  a token sees that many, itself included
@@ -17,15 +20,15 @@ A convolution is F^-1 (F k . F z); transform="monarch" computes F as the Monarch
 in matrix products of size sqrt(2T), transform="fft" by the backend's fast Fourier transform. Cost
 per token: O(D T^1/2) or O(D log T), and O(D^2) for W_in and W_out.
 
-State: no fixed one; the last L - 1 numbers of z and u, float32, O(L D) per token of decoding,
-beside the filters, which are computed in every call. Packed documents cost log T convolutions
-(ops/long_convolution/documents.py).
+State: none with causal=False; else no fixed one: the last L - 1 numbers of z and u, float32, O(L D)
+per token of decoding, beside the filters, which are computed in every call. Packed documents cost
+log T convolutions (ops/long_convolution/documents.py).
 
-Departures: causal, where the paper's released models are bidirectional and its causal models learn
-the Monarch factors of K under a degree constraint; here K has the filter of the released models.
-RMSNorm and residual of the backbone around the whole, for the LayerNorm after it: use it with
-mlp="none". Positional features are not trained. Biases start at 0, other weights as N(0, 0.02^2),
-those of filters and blocks as U(-fan_in^-1/2, fan_in^-1/2); beta ~ N(0, 1).
+Departures: with causal=True, where the paper's causal models learn the Monarch factors of K under a
+degree constraint, K has the filter of the released bidirectional models. The backbone puts a
+residual and a norm around the whole, where those have the norm behind the channels alone: use it
+with mlp="none". Positional features are not trained. Biases start at 0, other weights as N(0,
+0.02^2), those of filters and blocks as U(-fan_in^-1/2, fan_in^-1/2); beta ~ N(0, 1).
 
 Authors' code: https://github.com/HazyResearch/m2
 """
@@ -41,6 +44,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.monarch_mixer.monarch import monarch_convolution
+from models.parts.bidirectional import following, no_state, reversed_tokens, without_padding
 from models.parts.options import Reach, Size, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, projection
 from models.parts.short_convolution import ConvWidth, ShortConvolution
@@ -120,9 +124,7 @@ class Filter(nnx.Module):
 
 class MonarchMixer(nnx.Module):
     """x_BTD -> y_BTD; the state is {"conv" [B,2,3D], "past" [B,L-1,2D]: the last z and u},
-    float32."""
-
-    causal = True
+    float32, and None with causal=False."""
 
     def __init__(
         self,
@@ -138,6 +140,7 @@ class MonarchMixer(nnx.Module):
         conv_width: ConvWidth = 3,
         blocks: Size = 4,
         expand: Size = 4,
+        causal: bool = True,
     ):
         check_choice("transform", transform, tuple(TRANSFORMS))
         if context_length < 1:
@@ -147,7 +150,7 @@ class MonarchMixer(nnx.Module):
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, bias=True, rngs=rngs, **dtypes)
         self.width, self.context_length = width, context_length
-        self.transform, self.compute_dtype = transform, compute_dtype
+        self.transform, self.compute_dtype, self.causal = transform, compute_dtype, causal
         self.input = dense(width, 3 * width, ("embed", "heads"))
         self.conv = ShortConvolution(3 * width, conv_width, bias=True, rngs=rngs, **dtypes)
         of_lags = functools.partial(
@@ -160,6 +163,8 @@ class MonarchMixer(nnx.Module):
         block_diagonal = functools.partial(BlockDiagonal, blocks, rngs=rngs, **dtypes)
         self.channels_in = block_diagonal(width, 2 * expand * width, ("embed", "mlp"))
         self.channels_out = block_diagonal(expand * width, width, ("mlp", "embed"))
+        self.backward_filter = None if causal else of_lags()
+        self.backward_residual_filter = None if causal else of_lags()
 
     def __call__(
         self,
@@ -168,19 +173,33 @@ class MonarchMixer(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, Any]]:
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any] | None]:
         state = state or {}
-        parts, conv = self.conv(self.input(x_BTD), state.get("conv"), segment_ids)
+        inner_BTE = without_padding(self.input(x_BTD), mask)
+        parts, conv = self.conv(inner_BTE, state.get("conv"), segment_ids)
         x1_BTD, x2_BTD, v_BTD = jnp.split(parts.astype(jnp.float32), 3, axis=-1)
         both_BTE = jnp.concatenate([v_BTD * x1_BTD, x_BTD.astype(jnp.float32)], axis=-1)
+        both_BTE = without_padding(both_BTE, mask)
         y_BTE, past = self.long_memory(both_BTE, state.get("past"), segment_ids)
+        if not self.causal:
+            y_BTE = y_BTE + self.long_future(both_BTE, segment_ids)
         y_BTE = y_BTE + self.beta_2D[...].reshape(1, 1, -1) * both_BTE
         y_BTD, residual_BTD = jnp.split(y_BTE, 2, axis=-1)
         s_BTD = y_BTD * x2_BTD + residual_BTD
         h_BTD = self.output(s_BTD.astype(self.compute_dtype))
         g_BTI, a_BTI = jnp.split(self.channels_in(h_BTD), 2, axis=-1)
         y_BTD = h_BTD + self.channels_out(jax.nn.gelu(g_BTI) * a_BTI)
-        return y_BTD, {"conv": conv, "past": past}
+        return y_BTD, {"conv": conv, "past": past} if self.causal else None
+
+    def long_future(self, x_BTE: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        """Both convolutions [B, T, 2D] with the tokens that follow, float32."""
+        filters = (self.backward_filter, self.backward_residual_filter)
+        kernels_ET = jnp.concatenate([f(x_BTE.shape[1]) for f in filters if f is not None])
+        y_BTE = TRANSFORMS[self.transform](
+            reversed_tokens(x_BTE), kernels_ET, segment_ids=reversed_tokens(segment_ids)
+        )
+        return following(reversed_tokens(y_BTE), segment_ids)
 
     def long_memory(
         self, x_BTE: jax.Array, past_BLE: jax.Array | None, segment_ids: jax.Array | None
@@ -213,7 +232,9 @@ class MonarchMixer(nnx.Module):
         return y_BTE[:, -length:], past_BLE
 
     def init_state(self, batch: int) -> dict[str, Any]:
-        """The state before the first token: zeros."""
+        """The state before the first token: zeros. ValueError with causal=False."""
+        if not self.causal:
+            raise no_state("monarch_mixer")
         shape = (batch, self.context_length - 1, 2 * self.width)
         return {"conv": self.conv.init_state(batch), "past": jnp.zeros(shape, jnp.float32)}
 

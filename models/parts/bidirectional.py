@@ -1,4 +1,11 @@
-"""An encoder's mixer made of a causal one: every token reads the tokens before and after it.
+"""Every token reads the tokens before and after it: what mixers with causal=False share, and an
+encoder's mixer made of any causal one.
+
+    y_t = sum_{s <= t} k_{t-s} x_s + sum_{s > t} k'_{s-t-1} x_s
+
+is how S4 (Gu et al., 2022), and what came of it, reads in two directions: one long kernel made of
+two, that of the past k and that of the future k', whose first lag is the next token (`following`).
+Others read the token itself in both. `Bidirectional` is for mixers without such a form:
 
     y = f(x) + reversed(g(reversed(x)))                         combine="sum"
     y = [f(x), reversed(g(reversed(x)))] W                      combine="concatenation"
@@ -20,11 +27,35 @@ from jax.typing import DTypeLike
 
 from models.parts.options import check_choice
 from models.parts.projections import projection, residual_normal
+from ops.framework import segments
 
 
-def reverse(x_BT: jax.Array | None) -> Any:
+def reversed_tokens(x_BT: jax.Array | None) -> Any:
     """The tokens of [B, T, ...] in the opposite order."""
     return None if x_BT is None else jnp.flip(x_BT, axis=1)
+
+
+def following(
+    y_BTD: jax.Array, segment_ids: jax.Array | None, *, reverse: bool = False
+) -> jax.Array:
+    """y of the next token, [B, T, D]; zeros at the last of a segment. In reverse of the one
+    before."""
+    if reverse:
+        return following(y_BTD[:, ::-1], reversed_tokens(segment_ids))[:, ::-1]
+    next_BTD = jnp.pad(y_BTD[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    if segment_ids is None:
+        return next_BTD
+    return jnp.where(segments.starts(segment_ids, reverse=True)[..., None], 0.0, next_BTD)
+
+
+def without_padding(x_BTD: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
+    """x with zeros for padding: what a convolution reads of tokens that are not there."""
+    return x_BTD if mask_BT is None else jnp.where(mask_BT[..., None], x_BTD, 0.0)
+
+
+def no_state(mixer: str) -> ValueError:
+    """Why a mixer whose option `causal` is False cannot decode."""
+    return ValueError(f"{mixer} with causal=False has no state: a token reads later ones")
 
 
 class Bidirectional(nnx.Module):
@@ -75,9 +106,11 @@ class Bidirectional(nnx.Module):
             )
         else:
             backward_BTD, _ = self.backward(
-                reverse(x_BTD), positions=reverse(positions), segment_ids=reverse(segment_ids)
+                reversed_tokens(x_BTD),
+                positions=reversed_tokens(positions),
+                segment_ids=reversed_tokens(segment_ids),
             )
-            backward_BTD = reverse(backward_BTD)
+            backward_BTD = reversed_tokens(backward_BTD)
         if self.output is None:
             return forward_BTD + backward_BTD, None
         return self.output(jnp.concatenate((forward_BTD, backward_BTD), axis=-1)), None

@@ -43,25 +43,32 @@ def projection(
     init: jax.nn.initializers.Initializer = NORMAL,
     bias: bool = False,
     bias_init: jax.nn.initializers.Initializer = ZEROS,
+    group: str | None = None,
     rngs: nnx.Rngs,
     param_dtype: DTypeLike,
     compute_dtype: DTypeLike,
 ) -> nnx.Linear:
     """x W (+ b), W [inputs, outputs] with logical axis names `axes`.
 
-    Computed in `compute_dtype`."""
+    Computed in `compute_dtype`. group: of W, where it is not what its axes say."""
     return nnx.Linear(
         inputs,
         outputs,
         use_bias=bias,
         kernel_init=init,
-        kernel_metadata={"out_sharding": axes},
+        kernel_metadata={"out_sharding": axes, **({"group": group} if group else {})},
         bias_init=bias_init,
         bias_metadata={"out_sharding": axes[1:]},
         dtype=compute_dtype,
         param_dtype=param_dtype,
         rngs=rngs,
     )
+
+
+def tied_dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout | None:
+    """Dropout of [B, T, D] that draws once for all tokens of a sequence, off under `model.eval()`;
+    None for the rate 0, so that a layer without it carries no random state."""
+    return nnx.Dropout(rate, broadcast_dims=(1,), rngs=rngs) if rate else None
 
 
 def head_size(width: int, heads: int, expand: float = 1.0) -> int:

@@ -9,24 +9,29 @@ arXiv 2111.00396.
                                                                 at the L roots of unity z (Algorithm
                                                                 1, Lemma C.3; models/s4/cauchy.py)
     K = F^-1 Khat,   y = K * x + D x
-    out = (g W_1 + b_1) sigmoid(g W_2 + b_2),    g = gelu(y)
+    y_t = sum_{s<=t} K_{t-s} x_s + sum_{s>t} K'_{s-t-1} x_s + D x_t     with causal=False: a second
+                                                                C, in K', for the tokens that follow
+    out = (g W_1 + b_1) sigmoid(g W_2 + b_2),    g = dropout(gelu(y))
 
     x           x_BTD                           model width D: D systems, one input and output each
     Lambda      -exp(decay_log_DM) + i angle_DM float32; M = state_size / 2 modes; the conjugate of
                                                 each is implied
     p           low_rank_real_DRM, _imaginary_DRM   float32; A is stable whatever p is
     B           write_real_DM, _imaginary_DM    float32
-    Ctil        read_real_DM, _imaginary_DM     float32; the parameter instead of C, as in the paper
+    Ctil        read_real_DM, _imaginary_DM     float32; the parameter instead of C, as in the
+                                                paper; of K' backward_read_real_DM, _imaginary_DM
     Delta       exp(step_log_D)                 float32
     D           skip_D
     h           "memory" [B, D, N]              float32; N = state_size: the real parts, then the
                                                 imaginary parts
 
-State: D N floats. Cost per token: O(D N + D^2) in a convolution, which has O(D N L) for the kernel
-besides. One homogeneous block: use it with mlp="none".
+State: D N floats; none with causal=False. Cost per token: O(D N + D^2) in a convolution, which has
+O(D N L) for the kernel besides. One homogeneous block: use it with mlp="none". Dropout draws once
+for all tokens of a sequence, as in the authors' code.
 
 Two forms; what a call is given chooses between them, so that each is static. Without state and
-segments, and up to kernel_length = L tokens, it is the convolution. Otherwise it is the recurrence
+segments, and up to kernel_length = L tokens, it is the convolution, also of sequences with padding
+at their ends, of which a mask tells. Otherwise it is the recurrence
 with dense real Abar (`ops.dense_scan`), for which C is recovered from Ctil by solving with
 I - Abar^L, O(N^3 log L) per channel and call: exact for packed documents, carried states and
 decoding, but not fast. Both forms hold h in the real coordinates (Re h, Im h), where A consists of
@@ -39,8 +44,7 @@ which alternates from channel to channel (the last two: Gu, Johnson, Timalsina, 
 2023, arXiv 2206.12037). Re Lambda is 0 for all but "legs"; it then starts at -1e-4, as in the
 authors' code. Delta log-uniform; both parts of C ~ N(0, 1/2); D ~ N(0, 1).
 
-Departures: causal only, RMSNorm of the backbone, no dropout. Im B is not clipped (models/s4d.py
-says why).
+Departure: Im B is not clipped (models/s4d.py says why).
 
 Authors' code: https://github.com/state-spaces/s4"""
 
@@ -54,10 +58,11 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.parts.bidirectional import following, no_state, without_padding
 from models.parts.discretisation import step_range_log
 from models.parts.hippo import HippoSize, diagonal_plus_low_rank
-from models.parts.options import Factor, Reach, check_choice
-from models.parts.projections import projection
+from models.parts.options import Factor, Probability, Reach, check_choice
+from models.parts.projections import projection, tied_dropout
 from models.s4.cauchy import transfer, transfer_at_zero
 from ops.dense_scan.api import dense_scan
 from ops.dense_scan.powers import einsum, power_less_one
@@ -74,9 +79,7 @@ SLOWEST = 1e-4  # the least initial -Re Lambda, whose logarithm is the parameter
 
 
 class S4(nnx.Module):
-    """x_BTD -> y_BTD; the state is {"memory" [B, D, N]}, float32."""
-
-    causal = True
+    """x_BTD -> y_BTD; the state is {"memory" [B, D, N]}, float32, and None with causal=False."""
 
     def __init__(
         self,
@@ -91,6 +94,8 @@ class S4(nnx.Module):
         kernel_length: Reach = 1024,
         dt_min: Factor = 1e-3,
         dt_max: Factor = 1e-1,
+        causal: bool = True,
+        dropout: Probability = 0.0,
     ):
         check_choice("init", init, tuple(INITS))
         if kernel_length < 1:
@@ -107,7 +112,7 @@ class S4(nnx.Module):
             compute_dtype=compute_dtype,
         )
         self.width, self.state_size, self.compute_dtype = (width, state_size, compute_dtype)
-        self.kernel_length = kernel_length
+        self.kernel_length, self.causal = kernel_length, causal
 
         # float32 whatever param_dtype is: they enter quotients, and products with the float32
         # state.
@@ -137,12 +142,29 @@ class S4(nnx.Module):
         self.skip_D = nnx.Param(skip_D, group="no_decay", out_sharding=("embed",))
         self.output, self.output_gate = dense(), dense()
 
-        # y = 2 Re(C h), as a row on (Re h, Im h).
-        c_DN = math.sqrt(2) * jax.random.normal(rngs.params(), (width, state_size), jnp.float32)
-        c_DN = einsum("dn,dnk->dk", c_DN, self.truncation(self.increment()[0]))
-        read_real_DM, read_imaginary_DM = jnp.split(c_DN / 2, 2, axis=1)
-        self.read_real_DM = nnx.Param(read_real_DM, out_sharding=("embed", None))
-        self.read_imaginary_DM = nnx.Param(-read_imaginary_DM, out_sharding=("embed", None))
+        def read() -> tuple[nnx.Param, nnx.Param]:
+            # y = 2 Re(C h), as a row on (Re h, Im h).
+            c_DN = math.sqrt(2) * jax.random.normal(rngs.params(), (width, state_size), jnp.float32)
+            c_DN = einsum("dn,dnk->dk", c_DN, self.truncation(self.increment()[0]))
+            real_DM, imaginary_DM = jnp.split(c_DN / 2, 2, axis=1)
+            axes = ("embed", None)
+            return (
+                nnx.Param(real_DM, out_sharding=axes),
+                nnx.Param(-imaginary_DM, out_sharding=axes),
+            )
+
+        self.read_real_DM, self.read_imaginary_DM = read()
+        none = (None, None)
+        self.backward_read_real_DM, self.backward_read_imaginary_DM = none if causal else read()
+        self.dropout = tied_dropout(dropout, rngs)
+
+    def reads(self) -> list[tuple[jax.Array, jax.Array]]:
+        """The parts of Ctil [D, M], with causal=False those of the future, too."""
+        pairs = (
+            (self.read_real_DM, self.read_imaginary_DM),
+            (self.backward_read_real_DM, self.backward_read_imaginary_DM),
+        )
+        return [(r[...], i[...]) for r, i in pairs if r is not None and i is not None]
 
     def modes(self) -> tuple[jax.Array, ...]:
         """The system in units of half a step, complex64.
@@ -201,15 +223,16 @@ class S4(nnx.Module):
         """I - Abar^L [D, N, N], given E = Abar - I; Ctil = C (I - Abar^L) (Section 3.2)."""
         return -power_less_one(E_DNN, self.kernel_length)
 
-    def kernel(self) -> jax.Array:
+    def kernel(self, read: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
         """K [D, L], float32, by the Cauchy sums of Algorithm 1.
 
-        At the L / 2 + 1 roots of unity of the upper half circle."""
+        At the L / 2 + 1 roots of unity of the upper half circle. read: the parts of Ctil; None:
+        those of the past."""
         # z = exp(-2 i angle): with 1 - z = 2 i sin(angle) e^(-i angle) and 1 + z = 2 cos(angle)
         # e^(-i angle), all that remains of g(z) - Lambda Delta / 2 is i sin - cos Lambda Delta / 2.
         angle_F = np.pi * np.arange(self.kernel_length // 2 + 1) / self.kernel_length
         sine_F, cosine_F = jnp.float32(np.sin(angle_F)), jnp.float32(np.cos(angle_F))
-        read_DM = jax.lax.complex(self.read_real_DM[...], self.read_imaginary_DM[...])
+        read_DM = jax.lax.complex(*(read or self.reads()[0]))
         half_DM, p_DRM, write_DM = self.modes()
         # The unit of half a step is in p and B; c and B have half of it each, hence the factor 1/2.
         system = half_DM, p_DRM, write_DM / 2, read_DM
@@ -227,37 +250,57 @@ class S4(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        mask: jax.Array | None = None,
         reverse: bool = False,
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        x_float_BTD, length = x_BTD.astype(jnp.float32), x_BTD.shape[1]
+    ) -> tuple[jax.Array, dict[str, Any] | None]:
+        x_float_BTD = without_padding(x_BTD.astype(jnp.float32), mask)
         E_DNN, b_DN = self.increment()
 
-        def kernel(length: int) -> jax.Array:
-            return self.kernel()[:, None, :length]
+        def response(
+            read: tuple[jax.Array, jax.Array], state: Any, reverse: bool
+        ) -> tuple[jax.Array, jax.Array]:
+            def kernel(length: int) -> jax.Array:
+                return self.kernel(read)[:, None, :length]
 
-        y_BTD1, memory_BDN = dense_scan(
-            x_float_BTD,
-            E_DNN + jnp.eye(self.state_size)[None],
-            b_DN,
-            self.untruncated_read(E_DNN)[:, None],
-            kernel=kernel if length <= self.kernel_length else None,
-            initial_state=None if state is None else state["memory"],
-            segment_ids=segment_ids,
-            reverse=reverse,
-        )
-        y_BTD = y_BTD1[..., 0] + self.skip_D[...][None, None, :] * x_float_BTD
+            y_BTD1, memory_BDN = dense_scan(
+                x_float_BTD,
+                E_DNN + jnp.eye(self.state_size)[None],
+                b_DN,
+                self.untruncated_read(E_DNN, read)[:, None],
+                kernel=kernel if x_BTD.shape[1] <= self.kernel_length else None,
+                initial_state=None if state is None else state["memory"],
+                segment_ids=segment_ids,
+                reverse=reverse,
+            )
+            return y_BTD1[..., 0], memory_BDN
+
+        reads = self.reads()
+        y_BTD, memory_BDN = response(reads[0], state, reverse)
+        if not self.causal:
+            future_BTD, _ = response(reads[1], None, not reverse)
+            y_BTD = y_BTD + following(future_BTD, segment_ids, reverse=reverse)
+        y_BTD = y_BTD + self.skip_D[...][None, None, :] * x_float_BTD
         g_BTD = jax.nn.gelu(y_BTD).astype(self.compute_dtype)
-        return self.output(g_BTD) * jax.nn.sigmoid(self.output_gate(g_BTD)), {"memory": memory_BDN}
+        if self.dropout is not None:
+            g_BTD = self.dropout(g_BTD)
+        return self.output(g_BTD) * jax.nn.sigmoid(self.output_gate(g_BTD)), (
+            {"memory": memory_BDN} if self.causal else None
+        )
 
-    def untruncated_read(self, E_DNN: jax.Array) -> jax.Array:
-        """C [D, N] of y = C (Re h, Im h): Ctil (I - Abar^L)^-1."""
-        c_DN = 2 * jnp.concatenate([self.read_real_DM[...], -self.read_imaginary_DM[...]], axis=1)
+    def untruncated_read(
+        self, E_DNN: jax.Array, read: tuple[jax.Array, jax.Array] | None = None
+    ) -> jax.Array:
+        """C [D, N] of y = C (Re h, Im h): Ctil (I - Abar^L)^-1; None: of the past's Ctil."""
+        read = read or self.reads()[0]
+        c_DN = 2 * jnp.concatenate([read[0], -read[1]], axis=1)
         with jax.default_matmul_precision("highest"):
             transposed_DNN = jnp.swapaxes(self.truncation(E_DNN), 1, 2)
             return jnp.linalg.solve(transposed_DNN, c_DN[..., None])[..., 0]
 
     def init_state(self, batch: int) -> dict[str, Any]:
-        """The state before the first token: zeros."""
+        """The state before the first token: zeros. ValueError with causal=False."""
+        if not self.causal:
+            raise no_state("s4")
         shape = (batch, self.width, self.state_size)
         return {"memory": jnp.zeros(shape, jnp.float32)}
 

@@ -182,16 +182,41 @@ ENCODERS = {  # not causal
     ),
     "s_mamba": Row(("s_mamba",), {"s_mamba": {"state_size": 4}}),
     "itransformer": Row(("itransformer",), {"itransformer": {"heads": 2, "dropout": 0.0}}),
+    "s4d_encoder": Row(("s4d",), {"s4d": {"state_size": 4, "causal": False}}),
     "flowformer_encoder": Row(("flowformer",), {"flowformer": {"heads": 2, "causal": False}}),
 }
-ALL = {**ROWS, **LONGER, **OTHERS, **ENCODERS}
+OTHER_ENCODERS = {  # the same of other mixers
+    "s4_encoder": Row(("s4",), {"s4": {"state_size": 4, "kernel_length": 16, "causal": False}}),
+    "s5_encoder": Row(("s5",), {"s5": {"state_size": 8, "blocks": 2, "causal": False}}),
+    "lru_encoder": Row(("lru",), {"lru": {"state_size": 4, "causal": False}}),
+    "lssl_encoder": Row(
+        ("lssl",), {"lssl": {"state_size": 4, "transition": "fixed", "causal": False}}
+    ),
+    "seqboat_encoder": Row(
+        ("seqboat",), {"seqboat": {"window": 3, "key_size": 8, "state_size": 3, "causal": False}}
+    ),
+    "monarch_mixer_encoder": Row(
+        ("monarch_mixer",),
+        {"monarch_mixer": {"context_length": LENGTH, "filter_hidden": 6, "causal": False}},
+    ),
+    "transnormer_encoder": Row(
+        ("diag_attention", "transnormer"),
+        {
+            "diag_attention": {"heads": 2, "block": 4, "attention": "relu", "causal": False},
+            "transnormer": {"heads": 2, "feature_map": "elu", "causal": False},
+        },
+    ),
+}
+ALL = {**ROWS, **LONGER, **OTHERS, **ENCODERS, **OTHER_ENCODERS}
 CAUSAL = [
     *ROWS,
     *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER),
     *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS),
 ]
 causal_row = pytest.mark.parametrize("name", CAUSAL)
-every_row = pytest.mark.parametrize("name", [*CAUSAL, *ENCODERS])
+NOT_CAUSAL = [*ENCODERS, *(pytest.param(name, marks=pytest.mark.full) for name in OTHER_ENCODERS)]
+every_row = pytest.mark.parametrize("name", [*CAUSAL, *NOT_CAUSAL])
+encoder_row = pytest.mark.parametrize("name", NOT_CAUSAL)
 
 
 @pytest.fixture(autouse=True)
@@ -316,7 +341,7 @@ def test_a_padded_prompt_is_read_as_if_unpadded(name):
     assert_close(logits[1], run(name, tokens)[0][1], "its neighbour")
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@encoder_row
 def test_every_token_of_an_encoder_depends_on_every_other(name):
     tokens = tokens_of()
     for place in (0, PIECE, LENGTH - 1):
@@ -325,7 +350,7 @@ def test_every_token_of_an_encoder_depends_on_every_other(name):
         assert difference.min() > 1e-4
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@encoder_row
 def test_an_encoder_has_no_state_and_says_so(name):
     lm = model_of(name)
     assert state_bytes(lm) is None and not jax.tree.leaves(run(name, tokens_of())[1])

@@ -43,16 +43,21 @@ def affine(x, linear):
     return x @ weight(linear) + array(linear.bias)
 
 
-def features(mixer, x_TD):
-    ema = mixer.ema
+def average(ema, x_TD):
     p = sigmoid(array(ema.damping_DN))
     a = 1 - p * sigmoid(array(ema.decay_DN))
-    h, m_TD = np.zeros_like(a), np.zeros_like(x_TD)
+    h, y_TD = np.zeros_like(a), np.zeros_like(x_TD)
     for t, x in enumerate(x_TD):
         h = a * h + p * array(ema.write_DN) * x[:, None]
-        y = (array(ema.read_DN) * h).sum(-1) / np.sqrt(h.shape[1])
-        m_TD[t] = silu(y + array(ema.skip_D) * x)
-    return m_TD
+        y_TD[t] = (array(ema.read_DN) * h).sum(-1) / np.sqrt(h.shape[1])
+    return y_TD
+
+
+def features(mixer, x_TD):
+    y_TD = average(mixer.ema, x_TD) + array(mixer.ema.skip_D) * x_TD
+    if mixer.backward_ema is not None:
+        y_TD = y_TD + average(mixer.backward_ema, x_TD[::-1])[::-1]
+    return silu(y_TD)
 
 
 def gates(mixer, m_TD):
@@ -66,7 +71,7 @@ def transcription(mixer, x_TD):
     g_T = gates(mixer, m_TD)
     frequency = 10000.0 ** (-np.arange(KEY // 2) / (KEY // 2))
     h_TD = affine(m_TD, mixer.linear) + x_TD
-    active = []  # keys and values of the activated tokens so far
+    active = []
     for t in np.flatnonzero(g_T):
         z, rho, v = (
             silu(affine(m_TD[t], linear)) for linear in (mixer.shared, mixer.gate, mixer.value)
@@ -75,15 +80,16 @@ def transcription(mixer, x_TD):
             rotated(z * scale + shift, t * frequency)
             for scale, shift in zip(array(mixer.scale_2Z), array(mixer.shift_2Z), strict=True)
         )
-        active.append((k, v))
-        seen = active[-WINDOW - 1 :]
-        products = np.array([q @ k for k, _ in seen])
+        active.append((t, q, k, v, rho))
+    for i, (t, q, _, _, rho) in enumerate(active):
+        seen = active[max(0, i - WINDOW) : i + 1 + (0 if mixer.causal else WINDOW)]
+        products = np.array([q @ k for _, _, k, _, _ in seen])
         if mixer.attention == "squared_relu":
-            attention = np.maximum(products / WINDOW, 0) ** 2
+            attention = np.maximum(products / (WINDOW if mixer.causal else 2 * WINDOW), 0) ** 2
         else:
             logits = products / np.sqrt(KEY)
             attention = np.exp(logits) / np.exp(logits).sum()
-        o = sum(w * v for w, (_, v) in zip(attention, seen, strict=True))
+        o = sum(w * v for w, (_, _, _, v, _) in zip(attention, seen, strict=True))
         h_TD[t] += g_T[t] * ((o * rho) @ weight(mixer.output))
     return silu(h_TD)
 
@@ -92,9 +98,10 @@ def density(mixer):
     return np.mean([(gates(mixer, features(mixer, x)) > 0).mean() for x in inputs()])
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("attention", ["softmax", "squared_relu"])
-def test_seqboat_computes_its_average_router_and_attention(attention):
-    mixer = build(attention=attention)
+def test_seqboat_computes_its_average_router_and_attention(attention, causal):
+    mixer = build(attention=attention, causal=causal)
     assert density(mixer) == 0.5
     check_layer(mixer, functools.partial(transcription, mixer))
 

@@ -1,6 +1,7 @@
 """NormAttention against a slow transcription of its paper."""
 
 import numpy as np
+import pytest
 
 from models import transnormer
 from tests.support.layers import (
@@ -17,13 +18,16 @@ from tests.support.layers import (
 )
 
 
-def test_norm_attention_computes_its_layer_and_ignores_the_size_of_values():
-    mixer = build_mixer(transnormer, heads=2)
+@pytest.mark.parametrize(("causal", "feature_map"), [(True, "elu_plus_one"), (False, "elu")])
+def test_norm_attention_computes_its_layer_and_ignores_the_size_of_values(causal, feature_map):
+    mixer = build_mixer(transnormer, heads=2, causal=causal, feature_map=feature_map)
+    shift = 1 if feature_map == "elu_plus_one" else 0
 
     def transcription(x_TD):
         q, k, v = (project(x_TD, m, 2) for m in (mixer.query, mixer.key, mixer.value))
-        q, k = (turned(mixer, np.where(x > 0, x + 1, np.exp(x))) for x in (q, k))
-        o = np.einsum("hts,shv->thv", np.tril(np.einsum("thk,shk->hts", q, k)), v)
+        q, k = (turned(mixer, np.where(x > 0, x, np.exp(x) - 1) + shift) for x in (q, k))
+        scores = np.einsum("thk,shk->hts", q, k)
+        o = np.einsum("hts,shv->thv", np.tril(scores) if causal else scores, v)
         return rms(merge(o), eps=1e-6) @ weight(mixer.output)
 
     check_layer(mixer, transcription)

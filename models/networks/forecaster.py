@@ -26,7 +26,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.networks.backbone import Backbone, build_network
-from models.parts.norms import NORMS
+from models.networks.block import BlockOptions
 from models.parts.options import Epsilon, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, fan_in_bias, projection
 
@@ -103,9 +103,8 @@ class Forecaster(Backbone):
             **backbone,
         )
         # Also behind blocks that end with a norm: so have both papers.
-        self.norm = NORMS[norm](
-            width, eps=norm_eps, axis="embed", rngs=rngs, param_dtype=param_dtype
-        )
+        last = BlockOptions(norm=norm, norm_eps=norm_eps)
+        self.norm = last.make_norm(width, rngs=rngs, param_dtype=param_dtype)
         start = fan_in_bias(width)
         self.head = projection(width, outputs, ("embed", None), bias_init=start, **dense)
 

@@ -54,6 +54,9 @@ class SoftmaxAttention(WindowAttention):
         rope_scaling: tuple[Any, ...] = (),
         qkv_bias: bool = False,
         output_bias: bool = False,
+        rotary_size: Count = 0,
+        output_gate: bool = False,
+        zero_centred_norm: bool = False,
     ):
         super().__init__(
             width,
@@ -72,6 +75,9 @@ class SoftmaxAttention(WindowAttention):
             rope_scaling=rope_scaling,
             qkv_bias=qkv_bias,
             output_bias=output_bias,
+            rotary_size=rotary_size,
+            output_gate=output_gate,
+            zero_centred_norm=zero_centred_norm,
         )
 
 

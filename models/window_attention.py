@@ -18,7 +18,9 @@ Departures: causal and without dilation or global tokens, as language models use
 positions and grouped key/value heads are later additions (arXiv 2104.09864, 2305.13245), and so is
 qk_norm (arXiv 2010.04245; here RMSNorm with a learned scale). Public checkpoints need more:
 `size_per_head` is K where it is not d / heads, `rope_scaling` turns more slowly in long contexts
-(models/parts/rotary.py), `qkv_bias` and `output_bias` add b to x W. Initialisation: N(0, 0.02^2);
+(models/parts/rotary.py), `rotary_size` turns the first channels of a head alone, `qkv_bias` and
+`output_bias` add b to x W, `output_gate` multiplies o by sigmoid(x W_g), and `zero_centred_norm`
+has 1 + w for the scales of qk_norm. Initialisation: N(0, 0.02^2);
 W_o divided by sqrt(2 depth).
 
 Authors' code: https://github.com/allenai/longformer
@@ -32,7 +34,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.norms import rms_norm
+from models.parts.norms import ZeroCentredRMSNorm, rms_norm
 from models.parts.options import Count, Epsilon, Reach, Size
 from models.parts.positions import next_position, token_positions
 from models.parts.projections import (
@@ -73,6 +75,9 @@ class WindowAttention(nnx.Module):
         rope_scaling: tuple[Any, ...] = (),
         qkv_bias: bool = False,
         output_bias: bool = False,
+        rotary_size: Count = 0,
+        output_gate: bool = False,
+        zero_centred_norm: bool = False,
     ):
         check_scaling(tuple(rope_scaling))
         if window < 1:
@@ -83,10 +88,12 @@ class WindowAttention(nnx.Module):
             raise ValueError(f"key_value_heads must divide heads={heads}; got {key_value_heads}")
         # 0: the heads share the model's width.
         self.head_size = size_per_head or head_size(width, heads)
-        if rope and self.head_size % 2:
+        self.rotary_size = rotary_size or self.head_size  # 0: all channels
+        if rope and (self.rotary_size % 2 or self.rotary_size > self.head_size):
             raise ValueError(
-                "rope=True rotates pairs and needs an even head size; got"
-                f" {self.head_size}: change heads, size_per_head or rope"
+                "rope=True rotates pairs and needs an even head size, or an even rotary_size up to"
+                f" it; got {self.rotary_size} of {self.head_size}: change heads, size_per_head,"
+                " rotary_size or rope"
             )
         dense = functools.partial(
             projection, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
@@ -103,11 +110,18 @@ class WindowAttention(nnx.Module):
         self.query = dense(width, query_width, ("embed", "heads"), bias=qkv_bias)
         self.key = dense(width, key_width, ("embed", "heads"), bias=qkv_bias)
         self.value = dense(width, key_width, ("embed", "heads"), bias=qkv_bias)
-        norm = functools.partial(
-            rms_norm, self.head_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype
+        norm: Any = functools.partial(
+            ZeroCentredRMSNorm if zero_centred_norm else rms_norm,
+            self.head_size,
+            eps=norm_eps,
+            rngs=rngs,
+            param_dtype=param_dtype,
         )
         self.query_norm = norm() if qk_norm else None
         self.key_norm = norm() if qk_norm else None
+        self.output_gate = (
+            dense(width, query_width, ("embed", "heads"), bias=qkv_bias) if output_gate else None
+        )
         self.output = dense(
             query_width, width, ("heads", "embed"), init=residual_normal(depth), bias=output_bias
         )
@@ -128,15 +142,9 @@ class WindowAttention(nnx.Module):
         )
         positions_BT = token_positions(positions, start_B, length, segment_ids)
 
-        q_BTHK = split_heads(self.query(x_BTD), self.heads)
-        k_BTHK = split_heads(self.key(x_BTD), self.key_value_heads)
-        v_BTHV = split_heads(self.value(x_BTD), self.key_value_heads)
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BTHK, k_BTHK = self.query_norm(q_BTHK), self.key_norm(k_BTHK)
-        if self.rope:
-            angles: Any = {"base": self.rope_base, "scaling": self.rope_scaling}
-            q_BTHK = rotate(q_BTHK, positions_BT, **angles)
-            k_BTHK = rotate(k_BTHK, positions_BT, **angles)
+        q_BTHK, k_BTHK, v_BTHV = self.projected(x_BTD)
+        q_BTHK = self.rotated(q_BTHK, positions_BT)
+        k_BTHK = self.rotated(k_BTHK, positions_BT)
         o_BTHV, window = window_attention(
             q_BTHK.astype(self.compute_dtype),
             k_BTHK.astype(self.compute_dtype),
@@ -145,9 +153,30 @@ class WindowAttention(nnx.Module):
             initial_state=window,
             segment_ids=segment_ids,
         )
-        y_BTD = self.output(merge_heads(o_BTHV))
+        o_BTD = merge_heads(o_BTHV)
+        if self.output_gate is not None:
+            o_BTD = o_BTD * jax.nn.sigmoid(self.output_gate(x_BTD))
+        y_BTD = self.output(o_BTD)
         window = pad_window_state(window, self.window)
         return y_BTD, {"window": window, "position": next_position(positions_BT)}
+
+    def projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q, k and v, before any rotation."""
+        q_BTHK = split_heads(self.query(x_BTD), self.heads)
+        k_BTHK = split_heads(self.key(x_BTD), self.key_value_heads)
+        v_BTHV = split_heads(self.value(x_BTD), self.key_value_heads)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTHK, k_BTHK = self.query_norm(q_BTHK), self.key_norm(k_BTHK)
+        return q_BTHK, k_BTHK, v_BTHV
+
+    def rotated(self, x_BTHK: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Queries or keys with their first `rotary_size` channels turned; as they are without
+        rope."""
+        if not self.rope:
+            return x_BTHK
+        turned, rest = jnp.split(x_BTHK, [self.rotary_size], axis=-1)
+        turned = rotate(turned, positions_BT, base=self.rope_base, scaling=self.rope_scaling)
+        return jnp.concatenate((turned, rest), axis=-1) if rest.shape[-1] else turned
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: an empty window at position 0."""

@@ -179,7 +179,7 @@ def test_what_is_directly_in_experiments_is_a_command_and_nothing_else_is() -> N
 
 
 # What networks are made of; the other files of their folder are networks.
-SHARED_BY_NETWORKS = {"backbone", "batch_norm", "block", "mlp", "patches", "stack"}
+SHARED_BY_NETWORKS = {"backbone", "batch_norm", "block", "experts", "mlp", "patches", "stack"}
 
 
 def test_what_is_directly_in_models_is_a_paper() -> None:

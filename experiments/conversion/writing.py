@@ -63,12 +63,21 @@ def write_checkpoint(
 
 def _complete(model: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """The section `model` with every option that a format asks for."""
-    widths = [leaf.shape[-1] for path, leaf in ours.items() if path.endswith("mlp/up/kernel")]
+    ends = "mlp/up/kernel", "mlp/up_EDM"
+    widths = [leaf.shape[-1] for path, leaf in ours.items() if path.endswith(ends)]
     mixers = {
         name: mixer_options(name, **model["mixers"].get(name, {}))
         for name in dict.fromkeys(model["pattern"])
     }
-    defaults = {"mlp": "swiglu", "norm": "rms", "norm_eps": 1e-5, "mlp_bias": False}
+    defaults: dict[str, Any] = {
+        "mlp": "swiglu",
+        "norm": "rms",
+        "norm_eps": 1e-5,
+        "mlp_bias": False,
+        "expert_weights": "normalised",
+        "shared_width": 0,
+        "balance_weight": 0.01,
+    }
     return {
         **defaults,
         "tie_embeddings": False,

@@ -114,6 +114,9 @@ ADDED = {
             "rope_scaling": (),
             "qkv_bias": False,
             "output_bias": False,
+            "rotary_size": 0,
+            "output_gate": False,
+            "zero_centred_norm": False,
         }.items()
     },
 }

@@ -16,7 +16,7 @@ does not even decay.
                                                 tokens of their memory, and activated by SiLU: 4
                                                 taps for "gated_delta_net", which has the SiLU
                                                 without a convolution, too; none of both for "gla"
-    I, w                memory_BTJ, weight_BTJ  J = k + shared; models/mom/router.py has the
+    I, w                memory_BTJ, weight_BTJ  J = k + shared; models/parts/router.py has the
                                                 load-balancing loss
     S                   "memory" [B,E,H,K,V]    float32
 
@@ -42,11 +42,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.mom.dispatch import Dispatch, dispatch
-from models.mom.router import Router
 from models.mom.rules import RULES, MemoryProjection
 from models.parts.norms import rms_norm
 from models.parts.options import Epsilon, Factor, Range, Size, Weight, check_choice
 from models.parts.projections import XAVIER_SMALL, head_size, merge_heads, projection, split_heads
+from models.parts.router import Router
 from models.parts.short_convolution import ConvWidth, ShortConvolution
 from ops.framework.sharding import parts_as_batch
 
@@ -102,7 +102,7 @@ class MixtureOfMemories(nnx.Module):
 
         self.router = Router(
             width,
-            memories=memories,
+            choices=memories,
             top_k=top_k,
             load_balancing=load_balancing,
             micro_batch_size=micro_batch_size,

@@ -23,8 +23,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.networks.batch_norm import BatchNorm, ProgressiveBatchNorm, RepBatchNorm, masked_norm
-from models.networks.mlp import INITS, MLPS
-from models.parts.norms import layer_norm, rms_norm
+from models.networks.experts import Experts
+from models.networks.mlp import INITS, MLPS, inner_width
+from models.parts.norms import ZeroCentredRMSNorm, layer_norm, rms_norm
 from models.parts.options import (
     Count,
     Epsilon,
@@ -37,22 +38,29 @@ from models.parts.options import (
 from models.parts.projections import projection
 from models.parts.variables import LayerConstant
 
-NORMS = ("rms", "layer", "batch", "rep_batch", "progressive_batch")
+NORMS = ("rms", "rms_zero", "layer", "batch", "rep_batch", "progressive_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockOptions:
     """What all blocks of a stack have in common.
 
-    mlp                "swiglu", "gelu" or "none"
+    mlp                "swiglu", "gelu", "experts" (models/networks/experts.py) or "none"
     mlp_ratio          inner width: ratio * width for "gelu", about 2/3 of that for "swiglu"
     mlp_width          inner width itself; 0: by mlp_ratio
     mlp_bias           biases in "swiglu"; "gelu" has them
     mlp_init           "normal": N(0, 0.02^2), the last map's divided by sqrt(2 depth), biases 0;
                        "fan_in": all U(+-fan_in^-1/2)
+    experts            of "experts", whose inner width is that of "swiglu"; each token passes
+                       `experts_per_token` of them
+    expert_weights     "normalised": their weights add up to 1; "softmax": they are as the softmax
+                       over all experts has them
+    shared_width       inner width of an expert that all tokens pass; 0: there is none
+    balance_weight     of the load-balancing loss
     mlp_dropout        of the MLP's inner activations and of what it returns, as `dropout`
-    norm, norm_eps     "rms", "layer", or of models/networks/batch_norm.py "batch" (BN), "rep_batch"
-                       (RepBN) or "progressive_batch" (PRepBN): the blocks' norms and the last one.
+    norm, norm_eps     "rms", "rms_zero" (whose scales are 1 + w), "layer", or of
+                       models/networks/batch_norm.py "batch" (BN), "rep_batch" (RepBN) or
+                       "progressive_batch" (PRepBN): the blocks' norms and the last one.
                        Padding, of which a mask tells, is in no statistics of a batch.
     norm_steps         of "progressive_batch": the steps in which lam falls from 1 to 0
     norm_warmup_steps  of the same: the steps with LN alone, before
@@ -73,6 +81,11 @@ class BlockOptions:
     mlp_bias: bool = False
     mlp_init: str = "normal"
     mlp_dropout: Probability = 0.0
+    experts: Count = 0
+    experts_per_token: Count = 0
+    expert_weights: str = "normalised"
+    shared_width: Count = 0
+    balance_weight: Weight = 0.01
     norm: str = "rms"
     norm_eps: Epsilon = 1e-5
     norm_steps: Count = 60_000
@@ -85,21 +98,38 @@ class BlockOptions:
     condition_width: Count = 0
 
     def __post_init__(self):
-        check_choice("mlp", self.mlp, (*MLPS, "none"))
+        check_choice("mlp", self.mlp, (*MLPS, "experts", "none"))
+        check_choice("expert_weights", self.expert_weights, ("normalised", "softmax"))
         check_choice("mlp_init", self.mlp_init, INITS)
         check_choice("norm", self.norm, NORMS)
         for field in fields(self):
             check_value(field.name, field.type, getattr(self, field.name))
         if self.mlp_bias and self.mlp != "swiglu":
             raise ValueError(f"mlp_bias is for mlp='swiglu'; got mlp={self.mlp!r}")
+        self._check_experts()
         if self.condition_width and not self.pre_norm:
             raise ValueError("pre_norm must be True with a condition, which modulates the norm")
+
+    def _check_experts(self) -> None:
+        has = self.mlp == "experts"
+        for name in ("experts", "experts_per_token", "shared_width"):
+            if getattr(self, name) and not has:
+                raise ValueError(f"{name} is for mlp='experts'; got mlp={self.mlp!r}")
+        if has and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"experts_per_token must be in 1..experts={self.experts}; got"
+                f" {self.experts_per_token}"
+            )
+        if has and (self.mlp_init != "normal" or self.mlp_dropout):
+            raise ValueError("mlp='experts' has mlp_init='normal' and mlp_dropout=0")
 
     def make_norm(self, width: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> Any:
         """A new norm of the stream: x_BTD -> float32."""
         common: dict[str, Any] = {"eps": self.norm_eps, "axis": "embed", "param_dtype": param_dtype}
         if self.norm == "rms":
             return rms_norm(width, rngs=rngs, **common)
+        if self.norm == "rms_zero":
+            return ZeroCentredRMSNorm(width, rngs=rngs, **common)
         if self.norm == "layer":
             return layer_norm(width, rngs=rngs, **common)
         if self.norm == "batch":
@@ -153,6 +183,30 @@ class DropPath(nnx.Module):
             self.deterministic = deterministic
 
 
+def _mlp(width: int, options: BlockOptions, common: Mapping[str, Any]) -> Any:
+    if options.mlp == "experts":
+        return Experts(
+            width,
+            experts=options.experts,
+            experts_per_token=options.experts_per_token,
+            normalised=options.expert_weights == "normalised",
+            inner=options.mlp_width or inner_width(width, options.mlp_ratio),
+            shared=options.shared_width,
+            balance_weight=options.balance_weight,
+            **common,
+        )
+    biases = {"bias": True} if options.mlp_bias else {}
+    return MLPS[options.mlp](
+        width,
+        ratio=options.mlp_ratio,
+        inner=options.mlp_width,
+        init=options.mlp_init,
+        dropout=options.mlp_dropout,
+        **biases,
+        **common,
+    )
+
+
 class Block(nnx.Module):
     """One residual block: a mixer and, unless mlp is "none", an MLP, each behind its norm.
 
@@ -184,16 +238,9 @@ class Block(nnx.Module):
         self.compute_dtype, self.pre_norm = compute_dtype, options.pre_norm
         self.mixer_norm = norm()
         self.mixer = mixer(width, **common, **place, **mixer_options)
-        mlp = MLPS.get(options.mlp)
+        mlp = options.mlp != "none"
         self.mlp_norm = norm() if mlp else None
-        sizes: dict[str, Any] = {
-            "ratio": options.mlp_ratio,
-            "inner": options.mlp_width,
-            "init": options.mlp_init,
-            "dropout": options.mlp_dropout,
-        }
-        biases = {"bias": True} if options.mlp_bias else {}
-        self.mlp = mlp(width, **sizes, **biases, **common) if mlp else None
+        self.mlp = _mlp(width, options, common) if mlp else None
 
         # None unless asked for: they are parameters and random states that a checkpoint would hold.
         tied = (1,) if options.tied_dropout else ()

@@ -37,6 +37,28 @@ def layer_norm(
     )
 
 
+class ZeroCentredRMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * (1 + scale) over the last dimension; returns float32."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        eps: float,
+        axis: str | None = None,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+    ):
+        del rngs
+        self.eps = eps
+        self.scale = nnx.Param(jnp.zeros((features,), param_dtype), out_sharding=(axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = simple_rms_norm(x, self.eps)
+        scale = 1 + self.scale[...].astype(jnp.float32)
+        return y * scale.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
 def simple_rms_norm(x: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) over the last dimension, without a learned scale; float32."""
     x = x.astype(jnp.float32)

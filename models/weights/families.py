@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from models.weights import fla, llama, mamba
+from models.weights import fla, llama, mamba, mixtral, qwen3_next
 from models.weights.keys import Keys
 
-# A format has CLASSES {model_type: class}, MIXERS, the names EMBEDDING and HEAD, TIED {model_type:
+# A format has CLASSES {model_type: class}, MIXERS, if they differ from SwiGLU and RMSNorm MLPS and
+# NORMS, the names EMBEDDING and HEAD, TIED {model_type:
 # whether an absent tie_word_embeddings is true}, FLOAT32 (ends of names of tensors that are float32
 # whatever the others are), `ignored`, `network_entries`, `layer_entries`,
 # `read` and `write`.
-FORMATS: tuple[ModuleType, ...] = (llama, mamba, fla)
+FORMATS: tuple[ModuleType, ...] = (llama, mixtral, qwen3_next, mamba, fla)
 FAMILIES: dict[str, ModuleType] = {
     family: format for format in FORMATS for family in format.CLASSES
 }
@@ -68,7 +69,7 @@ def _check_backbone(model: Mapping[str, Any], format: ModuleType) -> None:
     others = sorted(set(model["pattern"]) - format.MIXERS)
     if others:
         raise ValueError(f"it has no {' and no '.join(others)}")
-    mlps = getattr(format, "MLPS", ("swiglu",))
-    for name, possible in (("norm", ("rms",)), ("mlp", mlps)):
+    mlps, norms = getattr(format, "MLPS", ("swiglu",)), getattr(format, "NORMS", ("rms",))
+    for name, possible in (("norm", norms), ("mlp", mlps)):
         if model[name] not in possible:
             raise ValueError(f"it has {name} {' or '.join(possible)}; got {model[name]!r}")

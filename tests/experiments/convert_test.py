@@ -39,6 +39,8 @@ FAMILIES = {
     "hgrn2": "hgrn2",
     "lightnet": "lightnet",
     "mom": "mom",
+    "qwen3_next_dense": "qwen3_next",
+    "qwen3_next_moe": "qwen3_next",
 }
 
 

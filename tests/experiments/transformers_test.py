@@ -93,6 +93,36 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2, groups": ("mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 4}),
 }
 
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LINEAR: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "head_dim": 8,
+}
+CASES |= {
+    "qwen3_moe": ("qwen3_moe", {**HEADS, **EXPERTS, "head_dim": 8}),
+    "qwen3_moe, normalised": ("qwen3_moe", {**HEADS, **EXPERTS, "norm_topk_prob": True}),
+    "mixtral": ("mixtral", {**HEADS, "num_local_experts": 3, "sliding_window": 7}),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **HEADS,
+            **LINEAR,
+            **EXPERTS,
+            "num_hidden_layers": 4,
+            "shared_expert_intermediate_size": 8,
+        },
+    ),
+    "qwen3_next, dense": (
+        "qwen3_next",
+        {**HEADS, **LINEAR, "num_hidden_layers": 4, "mlp_only_layers": [0, 1, 2, 3]}
+        | scaled(partial_rotary_factor=0.5),
+    ),
+}
+
 
 def made(family: str, options: dict[str, Any]) -> Any:
     """A model with weights at which every part of it counts."""

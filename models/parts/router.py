@@ -1,7 +1,7 @@
-"""A router with a load-balancing loss: top-k of a softmax over memories.
+"""A router with a load-balancing loss: top-k of a softmax over memories or experts.
 
     p_t = softmax(x_t W_r),   I_t = the k largest
-    w_t^m = p_t^m / sum_{j in I_t} p_t^j   for m in I_t
+    w_t^m = p_t^m / sum_{j in I_t} p_t^j   for m in I_t;   w_t^m = p_t^m without `normalised`
 
     f_m = (selections of m) / tokens,   P_m = mean_t p_t^m,   loss = M sum_m f_m P_m
 
@@ -21,40 +21,41 @@ from models.parts.variables import report
 
 
 class Router(nnx.Module):
-    """x_BTD -> the selected memories [B, T, k], int32, and their weights, float32, which sum to 1.
+    """x_BTD -> the selected ones [B, T, k], int32, and their weights, float32.
 
     Reports `auxiliary_loss`, the load-balancing loss times `balance_weight`, and `routing_entropy`,
-    the entropy in nats of how often each memory is selected in the batch: log M where all are used
+    the entropy in nats of how often each is selected in the batch: log M where all are used
     alike, 0 where k = 1 is used alone."""
 
     def __init__(
         self,
         width: int,
         *,
-        memories: int,
+        choices: int,
         top_k: int,
         load_balancing: str,
         micro_batch_size: int,
         balance_weight: float,
+        normalised: bool = True,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
     ):
         check_choice("load_balancing", load_balancing, ("micro_batch", "global_batch"))
-        if not 1 <= top_k <= memories:
-            raise ValueError(f"top_k must be in 1..memories={memories}; got top_k={top_k}")
+        if not 1 <= top_k <= choices:
+            raise ValueError(f"top_k must be in 1..{choices}; got top_k={top_k}")
         if micro_batch_size < 1 or balance_weight < 0:
             raise ValueError(
                 "micro_batch_size must be at least 1 and balance_weight at least 0; got"
                 f" {micro_batch_size} and {balance_weight}"
             )
-        self.memories, self.top_k = memories, top_k
+        self.choices, self.top_k, self.normalised = choices, top_k, normalised
         self.load_balancing, self.micro_batch_size = load_balancing, micro_batch_size
         self.balance_weight = balance_weight
-        # Probabilities that are rounded to eight bits tie, and ties go to the first memory: float32
+        # Probabilities that are rounded to eight bits tie, and ties go to the first: float32
         # throughout.
         self.logits = projection(
             width,
-            memories,
+            choices,
             ("embed", None),
             init=XAVIER_SMALL,
             rngs=rngs,
@@ -66,17 +67,19 @@ class Router(nnx.Module):
         p_BTM = jax.nn.softmax(self.logits(x_BTD), axis=-1)
         # Not lax.top_k: the compiler gathers its operand from all devices, also where the axis it
         # sorts is not cut.
-        memory_BTJ = jnp.argsort(-p_BTM, axis=-1, stable=True)[..., : self.top_k]
-        p_BTJ = jnp.take_along_axis(p_BTM, memory_BTJ, axis=-1)
-        weight_BTJ = p_BTJ / jnp.sum(p_BTJ, axis=-1, keepdims=True)
-        selected_BTM = jax.nn.one_hot(memory_BTJ, self.memories).sum(axis=2)
+        chosen_BTJ = jnp.argsort(-p_BTM, axis=-1, stable=True)[..., : self.top_k]
+        p_BTJ = jnp.take_along_axis(p_BTM, chosen_BTJ, axis=-1)
+        weight_BTJ = p_BTJ
+        if self.normalised:
+            weight_BTJ = p_BTJ / jnp.sum(p_BTJ, axis=-1, keepdims=True)
+        selected_BTM = jax.nn.one_hot(chosen_BTJ, self.choices).sum(axis=2)
         usage_M = jnp.mean(selected_BTM, axis=(0, 1)) / self.top_k
         report(
             self,
             auxiliary_loss=self.balance_weight * self.balance(selected_BTM, p_BTM),
             routing_entropy=jnp.sum(jax.scipy.special.entr(usage_M)),
         )
-        return memory_BTJ, weight_BTJ
+        return chosen_BTJ, weight_BTJ
 
     def balance(self, selected_BTM: jax.Array, p_BTM: jax.Array) -> jax.Array:
         """M sum_m f_m P_m, averaged over the groups."""
@@ -90,6 +93,6 @@ class Router(nnx.Module):
                 f" {self.micro_batch_size}"
             )
         f_GM, P_GM = (
-            x.reshape(batch // size, -1, self.memories).mean(axis=1) for x in (selected_BTM, p_BTM)
+            x.reshape(batch // size, -1, self.choices).mean(axis=1) for x in (selected_BTM, p_BTM)
         )
-        return self.memories * jnp.mean(jnp.sum(f_GM * P_GM, axis=-1))
+        return self.choices * jnp.mean(jnp.sum(f_GM * P_GM, axis=-1))

@@ -64,7 +64,7 @@ MAY_IMPORT = {
     " models/parts ops",
     "experiments/tasks": "experiments/training experiments/objectives models/parts",
     "experiments/reporting": "experiments/training",
-    "experiments/tables/computations": "experiments/training models/parts ops",
+    "experiments/tables/computations": "experiments/training models/networks models/parts ops",
     "experiments/tables": "experiments/reporting experiments/tables/computations",
     "experiments/sweeps": "experiments/tables experiments/reporting",
     "experiments/benchmarks": "experiments/training experiments/compiled ops ops/framework",

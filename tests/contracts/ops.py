@@ -257,6 +257,8 @@ class OpContract:
         np.testing.assert_array_equal(o[:, :cut], o_changed[:, :cut])
         assert not np.array_equal(o[:, cut:], o_changed[:, cut:])
 
+    @pytest.mark.slow
+    @pytest.mark.one_variant
     def test_walking_in_reverse_is_walking_along_flipped_tokens(self, variant, implementation):
         inputs, state, ids = self.data(variant, LENGTH, seed=9)
         expected = _values_and_gradients(
@@ -269,6 +271,7 @@ class OpContract:
                 assert_close(f"{tensor} of {name}", got[tensor], expected[tensor])
 
     @pytest.mark.slow
+    @pytest.mark.one_variant
     def test_derivatives_of_any_order_equal_those_of_the_reference(self, variant, implementation):
         inputs, state, ids = self.data(variant, 9, seed=10)
 
@@ -296,6 +299,8 @@ class OpContract:
             assert got[name].dtype == like.dtype, name
             assert not got[name].any(), name
 
+    @pytest.mark.slow
+    @pytest.mark.one_variant
     def test_a_bfloat16_initial_state_is_that_state_in_float32(self, variant, implementation):
         inputs, state, ids = self.data(variant, DOCUMENT)
         state = jax.tree.map(lambda x: x.astype("bfloat16"), state)
@@ -446,11 +451,18 @@ def _values_and_gradients(
 
 def pytest_generate_tests(metafunc):
     """Runs every inherited test for each variant and implementation of the class; imported by
-    conftest.py."""
+    conftest.py. Those marked `one_variant` run for the last variant that is not marked itself, and
+    for the others in `make test-all`."""
     contract = metafunc.cls
     if not (hasattr(contract, "variants") and hasattr(contract, "implementations")):
         return
     given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    for name in ("variant", "implementation"):
+    values = {"variant": contract.variants, "implementation": contract.implementations}
+    if metafunc.definition.get_closest_marker("one_variant"):
+        *others, _hardest = (x for x in contract.variants if not hasattr(x, "marks"))
+        values["variant"] = tuple(
+            pytest.param(x, marks=pytest.mark.full) if x in others else x for x in contract.variants
+        )
+    for name in values:
         if name in metafunc.fixturenames and name not in given:
-            metafunc.parametrize(name, getattr(contract, name + "s"))
+            metafunc.parametrize(name, values[name])

@@ -95,8 +95,6 @@ def test_values_states_and_gradients_of_ops(op, variant, method, shape, packed):
 REVERSED_IN_MAKE_TEST = {
     ("gated_linear_attention", "vector", "ring", (1, 1, 4, 1)),
     ("selective_scan", "positive", "all_gather", (2, 1, 2, 2)),
-    ("diagonal_scan", "complex, per token", "all_gather", (1, 1, 4, 1)),
-    ("short_convolution", "4 taps", "all_gather", (2, 1, 2, 2)),
 }
 
 
@@ -190,7 +188,7 @@ def test_state_passing(method, shape, packed, reverse):
         assert_close(jax.tree_util.keystr(path), value, wanted)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_dense_scan_in_parts_is_one_scan(reverse):
     contract = dense_scan_test.TestDenseScan()
     inputs, state, ids = contract.data("dense", LENGTH)
@@ -232,7 +230,7 @@ def values_and_gradients(contract, inputs, state, ids, implementation="xla", **o
         pytest.param("gated_linear_attention", "constant", "ring", marks=pytest.mark.full),
     ],
 )
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_state_per_segment_goes_on_from_device_to_device(op, variant, method, reverse):
     """Each device has its tokens sorted by segment; on one device, all of a segment follow each
     other."""
@@ -361,8 +359,15 @@ def arguments(mesh: Mesh, length: int, packed: bool) -> list[Any]:
     return [matrix, matrix, matrix, array(1, length, 2), ids]
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("op", ["gated_linear_attention", "delta_rule"])
+@pytest.mark.parametrize(
+    ("op", "reverse"),
+    [
+        ("gated_linear_attention", True),
+        ("delta_rule", False),
+        pytest.param("gated_linear_attention", False, marks=pytest.mark.full),
+        pytest.param("delta_rule", True, marks=pytest.mark.full),
+    ],
+)
 def test_one_gather_forward_and_one_backward_whose_size_is_not_that_of_time(op, reverse):
     mesh, programs = mesh_of(1, 1, 8, 1), []
     with jax.set_mesh(mesh):
@@ -394,7 +399,7 @@ def test_rematerialisation_that_keeps_what_came_in_gathers_it_once():
     assert 1 <= len(found["collective-permute"]) <= 2
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.full), True])
 def test_ring_sends_a_state_from_device_to_device(reverse):
     mesh = mesh_of(1, 1, 8, 1)
     with jax.set_mesh(mesh), ops.sequence_method("ring"):

@@ -116,7 +116,8 @@ def one_group(variant, length):
     [
         pytest.param("none", 40, marks=pytest.mark.full),
         pytest.param("constant", 40, marks=pytest.mark.full),
-        pytest.param("scalar", LENGTH, marks=pytest.mark.slow),
+        pytest.param("scalar", 70, marks=pytest.mark.slow),
+        pytest.param("scalar", LENGTH, marks=pytest.mark.full),
         pytest.param("vector", 40, marks=pytest.mark.slow),
     ],
 )

@@ -115,7 +115,7 @@ def test_tpu_kernels_equal_the_reference(variant):
 @pytest.mark.parametrize(
     ("variant", "reverse", "length"),
     [
-        pytest.param("real, per token", False, 33, marks=pytest.mark.slow),
+        pytest.param("real, per token", False, 33, marks=pytest.mark.full),
         pytest.param("real, constant", False, 33, marks=pytest.mark.full),
         pytest.param("complex, per token", False, 33, marks=pytest.mark.full),
         pytest.param("real, per token", True, 33, marks=pytest.mark.slow),

@@ -404,7 +404,7 @@ def test_kernels_leave_the_state_alone_after_the_last_token(kernels):
         pytest.param("none", False, marks=pytest.mark.full),
         pytest.param("constant", False, marks=pytest.mark.full),
         pytest.param("constant", True, marks=pytest.mark.full),
-        pytest.param("scalar", False, marks=pytest.mark.slow),
+        pytest.param("scalar", False, marks=pytest.mark.full),
         pytest.param("scalar", True, marks=pytest.mark.slow),
         pytest.param("vector", False, marks=pytest.mark.full),
     ],
@@ -426,7 +426,7 @@ def test_gpu_kernels_cut_a_long_sequence_into_parts(variant, reverse):
     ("length", "reverse"),
     [
         pytest.param(128, False, marks=pytest.mark.full),
-        pytest.param(150, False, marks=pytest.mark.slow),
+        pytest.param(150, False, marks=pytest.mark.full),
         pytest.param(150, True, marks=pytest.mark.slow),
     ],
 )

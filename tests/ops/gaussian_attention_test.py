@@ -11,6 +11,7 @@ from ops.gaussian_attention import xla
 from tests.contracts.ops import TOLERANCE, assert_close
 
 BATCH, HEADS, KEY, VALUE = 2, 2, 8, 5
+attend = jax.jit(gaussian_attention, static_argnames=("iterations", "implementation", "normalise"))
 
 
 def normal(seed, *shape, dtype="float32"):
@@ -52,7 +53,12 @@ def check(arrays, **options):
     return got
 
 
-@pytest.mark.parametrize("normalise", [False, True])
+NORMALISE = pytest.mark.parametrize(
+    "normalise", [pytest.param(False, marks=pytest.mark.full), True]
+)
+
+
+@NORMALISE
 @pytest.mark.parametrize(
     ("length", "landmarks", "dtype"), [(50, 9, "float32"), (1, 1, "float32"), (50, 9, "bfloat16")]
 )
@@ -64,7 +70,7 @@ IDS = jnp.asarray([[7] * 23 + [3] * 27, [7] * 40 + [3] * 10])
 LANDMARK_IDS = jnp.asarray([[7] * 4 + [3] * 4 + [-1], [7] * 8 + [3]])  # one is not there
 
 
-@pytest.mark.parametrize("normalise", [False, True])
+@NORMALISE
 def test_masked_and_packed_ones_too(normalise):
     mask = jnp.asarray(np.random.default_rng(3).random((BATCH, 50)) < 0.7)
     check(data(), normalise=normalise, key_mask=mask)
@@ -77,13 +83,12 @@ def test_masked_and_packed_ones_too(normalise):
 def test_packed_documents_equal_separate_ones(iterations, implementation):
     q, landmarks, v = data()
     options = {"iterations": iterations, "implementation": implementation}
-    o, residual = gaussian_attention(
-        q, landmarks, v, documents=IDS, landmark_documents=LANDMARK_IDS, **options
-    )
-    first, of_first = gaussian_attention(q[:1, :23], landmarks[:1, :4], v[:1, :23], **options)
-    second, of_second = gaussian_attention(q[:1, 23:], landmarks[:1, 4:8], v[:1, 23:], **options)
+    packed = {"documents": IDS, "landmark_documents": LANDMARK_IDS}
+    o, residual = attend(q, landmarks, v, **packed, **options)
+    first, of_first = attend(q[:1, :23], landmarks[:1, :4], v[:1, :23], **options)
+    second, of_second = attend(q[:1, 23:], landmarks[:1, 4:8], v[:1, 23:], **options)
     assert_close("o", o[:1], jnp.concatenate([first, second], axis=1))
-    alone = gaussian_attention(q[:1, :1], landmarks[:1, 8:], v[:1, :1], **options)[1]
+    alone = attend(q[:1, :1], landmarks[:1, 8:], v[:1, :1], **options)[1]
     largest = jnp.maximum(jnp.maximum(of_first, of_second), alone)
     np.testing.assert_allclose(residual[:1], largest, atol=1e-6)
 
@@ -146,16 +151,16 @@ def test_landmarks_that_agree_are_reported_and_never_nan(iterations):
 
 
 def test_an_inverse_that_has_not_converged_says_so():
-    _, residual = gaussian_attention(*data(width=0.5), iterations=2)
+    _, residual = attend(*data(width=0.5), iterations=2)
     assert (residual > 0.1).all()
-    _, residual = gaussian_attention(*data(width=0.5), iterations=20)
+    _, residual = attend(*data(width=0.5), iterations=20)
     assert (residual < 1e-5).all()
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_tokens_as_landmarks_give_the_kernel_itself(implementation):
     q, _, v = data(length=16)
-    o, _ = gaussian_attention(q, q, v, iterations=30, implementation=implementation)
+    o, _ = attend(q, q, v, iterations=30, implementation=implementation)
     x = np.asarray(q, np.float64)
     S = np.exp(-0.5 * KEY**-0.5 * ((x[:, :, None] - x[:, None]) ** 2).sum(-1))
     assert_close("o", o, np.einsum("btsh,bshv->bthv", S, np.asarray(v, np.float64)), 2e-5)
@@ -164,7 +169,7 @@ def test_tokens_as_landmarks_give_the_kernel_itself(implementation):
 def test_one_landmark_is_an_outer_product():
     q, landmarks, v = data(landmarks=1)
     p = jnp.exp(-0.5 * KEY**-0.5 * ((q - landmarks) ** 2).sum(-1))[..., None]
-    o, _ = gaussian_attention(q, landmarks, v)
+    o, _ = attend(q, landmarks, v)
     assert_close("o", o, p * (p * v).sum(1, keepdims=True))
 
 
@@ -172,19 +177,19 @@ def test_equal_tokens_sum_values_and_normalised_do_not_grow_with_their_number():
     q = jnp.broadcast_to(normal(0, BATCH, 1, HEADS, KEY), (BATCH, 50, HEADS, KEY))
     v = normal(1, BATCH, 50, HEADS, VALUE)
     total = jnp.broadcast_to(v.sum(1, keepdims=True), v.shape)
-    o, _ = gaussian_attention(q, q[:, :4], v)
+    o, _ = attend(q, q[:, :4], v)
     assert_close("o", o, total, 2e-5)
-    o, _ = gaussian_attention(q, q[:, :4], v, normalise=True)
+    o, _ = attend(q, q[:, :4], v, normalise=True)
     assert_close("normalised o", o, total / 4, 2e-5)
 
 
 def test_a_common_shift_changes_nothing():
     q, landmarks, v = data()
-    o, _ = gaussian_attention(q, landmarks, v)
+    o, _ = attend(q, landmarks, v)
     # Exact in float32: multiples of 2^-10 and a power of two.
     q, landmarks = (jnp.round(x * 1024) / 1024 for x in (q, landmarks))
-    o, _ = gaussian_attention(q, landmarks, v)
-    moved, _ = gaussian_attention(q + 64.0, landmarks + 64.0, v)
+    o, _ = attend(q, landmarks, v)
+    moved, _ = attend(q + 64.0, landmarks + 64.0, v)
     assert_close("o", moved, o)
 
 

@@ -126,7 +126,7 @@ def test_tpu_kernels_equal_the_reference(variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("made_by", ["bias", "softplus"])
+@pytest.mark.parametrize("made_by", ["bias", pytest.param("softplus", marks=pytest.mark.full)])
 def test_tpu_kernels_make_step_sizes_of_a_bias_or_a_softplus_alone(made_by):
     contract = TestSelectiveScan()
     inputs, state, ids = contract.data("positive", 17)  # of a chunk of 32
@@ -189,7 +189,7 @@ def test_a_tpu_kernel_carries_its_state_over_chunks_without_segments():
 @pytest.mark.parametrize(
     ("variant", "reverse"),
     [
-        pytest.param("positive", False, marks=pytest.mark.slow),
+        pytest.param("positive", False, marks=pytest.mark.full),
         pytest.param("positive", True, marks=pytest.mark.slow),
         pytest.param("negative", False, marks=pytest.mark.full),
     ],

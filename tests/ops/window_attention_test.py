@@ -137,7 +137,7 @@ def test_values_states_and_gradients_equal_the_reference(length, window, dtype):
     [pytest.param(*WIDE[0], marks=pytest.mark.slow)]
     + [pytest.param(*size, marks=pytest.mark.full) for size in WIDE[1:]],
 )
-@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("state", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_wide_windows_equal_the_reference(length, window, state):
     inputs = attention_inputs(0, length)
     first = random_state(0, window) if state else None
@@ -243,9 +243,8 @@ def test_no_initial_state_is_an_empty_one(length, window):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_a_window_that_holds_all_tokens_costs_no_more_than_they_do(implementation):
     inputs, parts = attention_inputs(1, 12), (slice(0, 5), slice(5, 6), slice(6, 12))
-    call = functools.partial(window_attention, implementation=implementation)
-    o, final = call(**inputs, window=13)
-    endless = functools.partial(call, window=np.int64(10**9))
+    o, final = attend(**inputs, window=13, implementation=implementation)
+    endless = functools.partial(attend, window=np.int64(10**9), implementation=implementation)
     got, state = endless(**inputs)
     assert_close("o", got, o)
     assert_states_close(state, final)

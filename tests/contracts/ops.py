@@ -459,9 +459,12 @@ def pytest_generate_tests(metafunc):
     given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     values = {"variant": contract.variants, "implementation": contract.implementations}
     if metafunc.definition.get_closest_marker("one_variant"):
-        *others, _hardest = (x for x in contract.variants if not hasattr(x, "marks"))
+        hardest = [x for x in contract.variants if not hasattr(x, "marks")][-1:]
         values["variant"] = tuple(
-            pytest.param(x, marks=pytest.mark.full) if x in others else x for x in contract.variants
+            x
+            if x in hardest
+            else pytest.param(getattr(x, "values", [x])[0], marks=pytest.mark.full)
+            for x in contract.variants
         )
     for name in values:
         if name in metafunc.fixturenames and name not in given:

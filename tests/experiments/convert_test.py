@@ -107,6 +107,7 @@ def test_what_goes_out_is_what_came_in(name: str, tmp_path: Path) -> None:
     assert again.config.to_dict() == checkpoint.config.to_dict() and not again.warnings
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_a_run_that_generates_and_goes_out_again(tmp_path: Path) -> None:
     data = np.load(DATA / "llama_gqa_tied/io.npz")
     source, workdir = tmp_path / "source", tmp_path / "run"

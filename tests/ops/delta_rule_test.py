@@ -110,18 +110,24 @@ def one_group(variant, length):
     return inputs, state[:, :group], ids
 
 
-# A ragged part of one chunk, or one chunk and a token.
+BOTH = ("pallas_gpu", "pallas_tpu")
+
+
+# A ragged part of one chunk, or a chunk and more.
 @pytest.mark.parametrize(
-    "variant, length",
+    "variant, length, kernels",
     [
-        pytest.param("none", 40, marks=pytest.mark.full),
-        pytest.param("constant", 40, marks=pytest.mark.full),
-        pytest.param("scalar", 70, marks=pytest.mark.slow),
-        pytest.param("scalar", LENGTH, marks=pytest.mark.full),
-        pytest.param("vector", 40, marks=pytest.mark.slow),
+        *(
+            pytest.param(v, 40, k, marks=pytest.mark.full)
+            for v in ("none", "constant")
+            for k in BOTH
+        ),
+        *(pytest.param("scalar", 70, k, marks=pytest.mark.slow) for k in BOTH),
+        *(pytest.param("scalar", LENGTH, k, marks=pytest.mark.full) for k in BOTH),
+        pytest.param("vector", 40, "pallas_tpu", marks=pytest.mark.slow),
+        pytest.param("vector", 40, "pallas_gpu", marks=pytest.mark.full),
     ],
 )
-@KERNELS
 def test_kernels_equal_the_reference(variant, length, kernels):
     contract = TestDeltaRule()
     inputs, state, ids = one_group(variant, length)

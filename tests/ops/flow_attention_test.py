@@ -64,6 +64,7 @@ def test_it_is_rows_and_columns_normalised(implementation):
     assert np.abs(o).max() <= c.max() * np.abs(v).max()
 
 
+@pytest.mark.slow
 def test_equal_queries_and_equal_keys_give_a_share_of_the_mean():
     q, k = (jnp.broadcast_to(normal(seed, 1, 1, 2, 6), (1, 30, 2, 6)) for seed in (0, 1))
     v = normal(2, 1, 30, 2, 5)

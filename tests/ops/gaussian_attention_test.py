@@ -70,6 +70,7 @@ IDS = jnp.asarray([[7] * 23 + [3] * 27, [7] * 40 + [3] * 10])
 LANDMARK_IDS = jnp.asarray([[7] * 4 + [3] * 4 + [-1], [7] * 8 + [3]])  # one is not there
 
 
+@pytest.mark.slow
 @NORMALISE
 def test_masked_and_packed_ones_too(normalise):
     mask = jnp.asarray(np.random.default_rng(3).random((BATCH, 50)) < 0.7)
@@ -78,6 +79,7 @@ def test_masked_and_packed_ones_too(normalise):
     check(data(), normalise=normalise, key_mask=mask, jitter=0.01, **ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("iterations", [3, 20])
 def test_packed_documents_equal_separate_ones(iterations, implementation):
@@ -132,6 +134,7 @@ def test_the_iterate_is_the_closed_form_and_its_residual_falls(iterations):
     assert (error <= before).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", [20, 200])
 def test_landmarks_that_agree_are_reported_and_never_nan(iterations):
     """Of rank one, or nearly; Newton's iteration alone doubles what rounding leaves in the null

@@ -152,6 +152,7 @@ def test_wide_windows_equal_the_reference(length, window, state):
         assert_close(name, got[name], expected[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "window"),
     [(70, 5), *(pytest.param(*size, marks=pytest.mark.full) for size in SIZES + WIDE[:1])],

@@ -53,6 +53,7 @@ def test_rows_of_several_processes_become_medians_with_the_spread_of_the_ratio()
     assert theirs["implementation"] == "theirs"
 
 
+@pytest.mark.slow
 def test_every_process_measures_what_the_command_line_names(tmp_path):
     file = tmp_path / "benchmark.json"
     options = ["--ops=short_convolution", "--implementations=xla", "--rounds=1"]

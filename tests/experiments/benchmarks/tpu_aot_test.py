@@ -41,7 +41,6 @@ REPRESENTATIVE = {
     "gla_backward_none_float32_16h_153x129_v5e",
     "delta_forward_vector_bfloat16_bfloat16_4h_128x128_v6e",
     "delta_backward_scalar_bfloat16_4h_128x128_v6e",
-    "delta_backward_scalar_bfloat16_4h_128x128_reverse_v6e",
     "diagonal_scan_forward_complex_per_token_float32_1024_v6e",
     "diagonal_scan_backward_complex_per_token_float32_1024_v5e",
     "selective_scan_forward_bfloat16_2048x16_gated_training_v6e",

@@ -193,6 +193,7 @@ def test_a_network_is_refused_a_task_without_its_sizes(monkeypatch, tmp_path):
         train.run(config_of(), tmp_path / "run", quiet=True)
 
 
+@pytest.mark.slow
 def test_the_average_follows_the_parameters_is_saved_and_evaluated(tmp_path):
     decay = 0.75
     averaging = {"ema_decay": decay, "checkpoint.every_steps": 1, "eval.averaged": True}

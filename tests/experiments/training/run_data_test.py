@@ -85,6 +85,7 @@ def age(folder: Path) -> None:
     (folder / "run/tokenizer.json").unlink()
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_tokenizer_and_records_its_data(source):
     folder, summary = source
     record = json.loads((folder / "run/run.json").read_text())
@@ -143,6 +144,7 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
     assert train.run(made, tmp_path / "run", quiet=True)["step"] == 6
 
 
+@pytest.mark.slow
 def test_weights_are_not_taken_from_a_run_with_another_tokenizer(folder, tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     for number in range(60):
@@ -193,6 +195,7 @@ def test_an_older_run_works_with_a_warning_and_not_with_another_tokenizer(source
             load_run(folder / "run", **options)
 
 
+@pytest.mark.slow
 def test_a_given_tokenizer_may_change_and_the_run_keeps_to_its_own(folder, tmp_path, capsys):
     given = tmp_path / "given.json"
     shutil.copy(folder / "run/tokenizer.json", given)

@@ -13,6 +13,7 @@ from tests.ops.framework.arguments_test import CALLS
 STATIC = ("window", "segment_ids")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "implementation"),
     [
@@ -51,6 +52,7 @@ def loss(x, w):
     return jnp.sum(jnp.sin(short_convolution(x, w)[0]))
 
 
+@pytest.mark.slow
 def test_all_ways_to_a_derivative_agree():
     gradient = jax.grad(loss, 1)(X, W)
     forward = jax.jacfwd(loss, 1)(X, W)

@@ -204,8 +204,7 @@ def test_each_hgrn2_layer_of_a_network_is_given_the_bounds_of_its_place(pattern)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "pattern",
-    [*list(PATTERNS)[:1], *(pytest.param(x, marks=pytest.mark.full) for x in list(PATTERNS)[1:])],
+    "pattern", [pytest.param(x, marks=() if len(x) == 2 else pytest.mark.full) for x in PATTERNS]
 )
 def test_a_network_with_hgrn2_equals_its_blocks_called_one_by_one(pattern):
     depth = PATTERNS[pattern]

@@ -9,6 +9,9 @@ token is the memory's own. Nothing is ever dropped, and every shape is static:
     padded         R = E, N = W - 1 + T: a stream per memory; entries behind its last token are
                    padding, which neither writes nor decays
 
+The recurrence reads no remembered inputs. Where they begin every stream it leaves them out (padded:
+T entries); elsewhere they are entries that neither write nor decay.
+
 Where a mesh cuts time, the parts of a sequence are sorted where they are, each by itself
 (ops/framework/time_parts.py): B counts parts, T their tokens, and what passes from part to part is
 what would pass from call to call.
@@ -33,7 +36,8 @@ class Order(NamedTuple):
     memory: jax.Array  # [B, R, N]: its memory
     position: jax.Array  # [B, R, N]: its place in L; token t has position W - 1 + t
     is_token: jax.Array  # [B, R, N]: false for remembered inputs and for padding
-    place: jax.Array  # [B, T, J]: where the copies of a token stand in the flat [R, N]
+    # [B, T, J]: where the copies of a token stand in the flat [R, N'], N' entries of the recurrence
+    place: jax.Array
 
 
 class Segments(NamedTuple):
@@ -64,8 +68,8 @@ def sort_to_memories(
         memory b    rb  .  1  .  .  4             its sources are 6 .. 11
 
         one stream  ra  0  2  3 rb  1  4          source 0 1 3 4 6 8 11      place 1 5 2 3 6
-        padded      ra  0  2  3  -  -             place 1 2 3 of tokens 0 2 3
-                    rb  1  4  -  -  -             place 7 8 of tokens 1 4
+        padded      ra  0  2  3  -  -             place 0 1 2 of tokens 0 2 3
+                    rb  1  4  -  -  -             place 5 6 of tokens 1 4
     """
     batch, memories, length = routed_BET.shape
     live_BEL = jnp.pad(routed_BET, ((0, 0), (0, 0), (history, 0)), constant_values=True)
@@ -86,7 +90,7 @@ def sort_to_memories(
 
     place_BEL = count_BRN.reshape(batch, memories, -1) - 1
     if not one_stream:
-        place_BEL = place_BEL + (number_R1 * entries)[None]
+        place_BEL = place_BEL + (number_R1 * length - history)[None]
     place_BTE = jnp.moveaxis(place_BEL[..., history:], 1, 2)
     return Order(
         source=source_BRN.reshape(batch, -1),
@@ -167,6 +171,7 @@ class Dispatch:
     """The entries of a call, and how arrays go there and come back."""
 
     memories: int
+    one_stream: bool
     parts: int  # of each sequence; the rows of the batch are parts
     order: Order
     segments: Segments
@@ -208,10 +213,10 @@ class Dispatch:
         return self._entries(x_BTEX, before), last
 
     def streams(self, x_RNX: jax.Array) -> jax.Array:
-        """Streams of whole sequences, of streams [B R, N, ...] of parts.
-
-        The recurrence takes them so: a stream goes on in the next part."""
-        return to_whole(x_RNX, self.parts)
+        """Streams of whole sequences as the recurrence takes them, of streams [B R, N, ...] of
+        parts: a stream goes on in the next part."""
+        tokens = self.order.place.shape[1]
+        return to_whole(x_RNX if self.one_stream else x_RNX[:, -tokens:], self.parts)
 
     def copies(self, y_RNX: jax.Array) -> jax.Array:
         """The entries of each token [B, T, J, X], given the streams of whole sequences."""
@@ -281,6 +286,7 @@ def dispatch(
     order = sort_to_memories(routed_BET, memory_BTJ, history=history, one_stream=one_stream)
     return Dispatch(
         memories=memories,
+        one_stream=one_stream,
         parts=parts,
         order=order,
         segments=separate_documents(order, document_BT, before, history=history),

@@ -138,7 +138,7 @@ def test_the_pictures_of_the_dispatch_are_true():
         ["ra", "0", "2", "3"],
         ["rb", "1", "4", "4"],  # from here on padding
     ]
-    assert plan.order.place.ravel().tolist() == [1, 7, 2, 3, 8]
+    assert plan.order.place.ravel().tolist() == [0, 5, 1, 2, 6]
     assert plan.order.is_token.sum(axis=-1).tolist() == [[3, 2]]
 
     last_alone = EXAMPLE | {"segment_ids": jnp.array([[7, 7, 7, 7, 3]])}

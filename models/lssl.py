@@ -44,6 +44,7 @@ draws once for all tokens of a sequence.
 Authors' code: https://github.com/state-spaces/s4"""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -53,6 +54,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.bidirectional import following, no_state, without_padding
+from models.parts.dense_systems import where_used
 from models.parts.discretisation import step_range_log
 from models.parts.hippo import HippoSize
 from models.parts.options import Factor, Probability, Size, check_choice
@@ -150,30 +152,7 @@ class LSSL(nnx.Module):
 
     def system(self) -> tuple[jax.Array, jax.Array]:
         """Abar [D, N, N] and Bbar [D, N], float32."""
-        step_D, v = self.factors()
-        step_D1 = step_D[:, None]
-        half_D1 = step_D1 / 2
-        # I + Delta/2 P (Diag(d) + T^-1) Q = P T^-1 W Q with the tridiagonal W = T Diag(e) + Delta/2
-        # I.
-        e_DN = 1 / (v["left"] * v["right"])[None] + half_D1 * v["middle"][None]
-        below_DN = jnp.pad(v["below"][None] * e_DN[:, :-1], ((0, 0), (1, 0)))
-        above_DN = jnp.pad(v["above"][None] * e_DN[:, 1:], ((0, 0), (0, 1)))
-        tridiagonal_NN = (
-            jnp.diag(v["diagonal"]) + jnp.diag(v["below"], -1) + jnp.diag(v["above"], 1)
-        ) / v["left"][None]
-        inverse_DNN = (
-            jax.lax.linalg.tridiagonal_solve(
-                below_DN,
-                v["diagonal"][None] * e_DN + half_D1,
-                above_DN,
-                jnp.broadcast_to(tridiagonal_NN[None], (*e_DN.shape, self.state_size)),
-            )
-            / v["right"][None, :, None]
-        )
-        # Eq. 3: (I - Delta/2 A)^-1 (I + Delta/2 A) = 2 (I - Delta/2 A)^-1 - I
-        A_DNN = 2 * inverse_DNN - jnp.eye(self.state_size)[None]
-        B_N = v["left"] * v["write"]
-        return A_DNN, step_D1 * (inverse_DNN * B_N[None, None]).sum(-1)
+        return system(*self.factors())
 
     def __call__(
         self,
@@ -187,21 +166,18 @@ class LSSL(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any] | None]:
         x_float_BTD, (batch, length, _) = x_BTD.astype(jnp.float32), x_BTD.shape
         x_float_BTD = without_padding(x_float_BTD, mask)
-        A_DNN, b_DN = self.system()
+        step_D, vectors = self.factors()
 
-        def response(read_DMN: jax.Array, state: Any, reverse: bool) -> tuple[jax.Array, jax.Array]:
-            return dense_scan(
-                x_float_BTD,
-                A_DNN,
-                b_DN,
-                read_DMN,
-                kernel=functools.partial(krylov_kernel, A_DNN, b_DN, read_DMN),
-                initial_state=None if state is None else state["memory"],
-                segment_ids=segment_ids,
-                reverse=reverse,
+        def response(
+            read_DMN: jax.Array, memory_BDN: Any, reverse: bool
+        ) -> tuple[jax.Array, jax.Array]:
+            scan = where_used(
+                "lssl", functools.partial(scanned, reverse=reverse), ("C", "N", "CMN")
             )
+            return scan(x_float_BTD, memory_BDN, segment_ids, step_D, vectors, read_DMN)
 
-        y_BTDM, memory_BDN = response(self.read_DMN[...], state, reverse)
+        memory_BDN = None if state is None else state["memory"]
+        y_BTDM, memory_BDN = response(self.read_DMN[...], memory_BDN, reverse)
         if self.backward_read_DMN is not None:
             future_BTDM, _ = response(self.backward_read_DMN[...], None, not reverse)
             future_BTE = following(
@@ -220,6 +196,56 @@ class LSSL(nnx.Module):
             raise no_state("lssl")
         shape = (batch, self.width, self.state_size)
         return {"memory": jnp.zeros(shape, jnp.float32)}
+
+
+def system(step_D: jax.Array, v: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Abar [D, N, N] and Bbar [D, N], float32, of Delta and the vectors of A and B."""
+    step_D1, size = step_D[:, None], len(v["left"])
+    half_D1 = step_D1 / 2
+    # I + Delta/2 P (Diag(d) + T^-1) Q = P T^-1 W Q with the tridiagonal W = T Diag(e) + Delta/2 I.
+    e_DN = 1 / (v["left"] * v["right"])[None] + half_D1 * v["middle"][None]
+    below_DN = jnp.pad(v["below"][None] * e_DN[:, :-1], ((0, 0), (1, 0)))
+    above_DN = jnp.pad(v["above"][None] * e_DN[:, 1:], ((0, 0), (0, 1)))
+    tridiagonal_NN = (
+        jnp.diag(v["diagonal"]) + jnp.diag(v["below"], -1) + jnp.diag(v["above"], 1)
+    ) / v["left"][None]
+    inverse_DNN = (
+        jax.lax.linalg.tridiagonal_solve(
+            below_DN,
+            v["diagonal"][None] * e_DN + half_D1,
+            above_DN,
+            jnp.broadcast_to(tridiagonal_NN[None], (*e_DN.shape, size)),
+        )
+        / v["right"][None, :, None]
+    )
+    # Eq. 3: (I - Delta/2 A)^-1 (I + Delta/2 A) = 2 (I - Delta/2 A)^-1 - I
+    A_DNN = 2 * inverse_DNN - jnp.eye(size)[None]
+    B_N = v["left"] * v["write"]
+    return A_DNN, step_D1 * (inverse_DNN * B_N[None, None]).sum(-1)
+
+
+def scanned(
+    x_BTD: jax.Array,
+    memory_BDN: jax.Array | None,
+    segment_ids: jax.Array | None,
+    step_D: jax.Array,
+    vectors: Mapping[str, jax.Array],
+    read_DMN: jax.Array,
+    *,
+    reverse: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """y without D x [B, T, D, M] and the memory after it [B, D, N], of the channels at hand."""
+    A_DNN, b_DN = system(step_D, vectors)
+    return dense_scan(
+        x_BTD,
+        A_DNN,
+        b_DN,
+        read_DMN,
+        kernel=functools.partial(krylov_kernel, A_DNN, b_DN, read_DMN),
+        initial_state=memory_BDN,
+        segment_ids=segment_ids,
+        reverse=reverse,
+    )
 
 
 Mixer = LSSL

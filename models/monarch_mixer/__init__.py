@@ -36,6 +36,7 @@ Authors' code: https://github.com/HazyResearch/m2
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,6 +50,7 @@ from models.parts.options import Reach, Size, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, projection
 from models.parts.short_convolution import ConvWidth, ShortConvolution
 from ops.framework import segments
+from ops.framework.sharding import by_device
 from ops.long_convolution.api import long_convolution
 
 TRANSFORMS = {"fft": long_convolution, "monarch": monarch_convolution}
@@ -108,16 +110,19 @@ class Filter(nnx.Module):
         omega_F = jnp.full((hidden,), 10.0)
         self.omega_F = nnx.Param(omega_F, group="no_decay", out_sharding=(None,))
 
-    def __call__(self, lags: int) -> jax.Array:
+    def rates(self) -> jax.Array:
+        """Of the windows [D], float32."""
+        return jnp.linspace(math.log(100) / 1.5, math.log(100) / 0.3, self.channels)
+
+    def __call__(self, lags: int, rate_D: jax.Array) -> jax.Array:
         """[D, lags], float32; zero beyond L, so that what a token sees does not depend on how the
-        sequence is cut."""
+        sequence is cut. D: the channels at hand, whose `rates` are given."""
         lag_T = jnp.arange(min(lags, self.length), dtype=jnp.float32)
         t_T1 = (lag_T / max(self.length - 1, 1))[:, None]
         angle_T2 = (2 * math.pi / self.length) * lag_T[:, None] * jnp.array([[1e-4, 1]])
         x = jnp.concatenate([t_T1, jnp.cos(angle_T2), -jnp.sin(angle_T2)], axis=1)
         for layer in self.layers:
             x = jnp.sin(self.omega_F[...][None] * layer(x))
-        rate_D = jnp.linspace(math.log(100) / 1.5, math.log(100) / 0.3, self.channels)
         k_DT = (self.output(x) * jnp.exp(-t_T1 * rate_D[None])).T
         return jnp.pad(k_DT, ((0, 0), (0, lags - k_DT.shape[1])))
 
@@ -194,12 +199,12 @@ class MonarchMixer(nnx.Module):
 
     def long_future(self, x_BTE: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         """Both convolutions [B, T, 2D] with the tokens that follow, float32."""
-        filters = (self.backward_filter, self.backward_residual_filter)
-        kernels_ET = jnp.concatenate([f(x_BTE.shape[1]) for f in filters if f is not None])
-        y_BTE = TRANSFORMS[self.transform](
-            reversed_tokens(x_BTE), kernels_ET, segment_ids=reversed_tokens(segment_ids)
-        )
-        return following(reversed_tokens(y_BTE), segment_ids)
+        filters = [
+            f for f in (self.backward_filter, self.backward_residual_filter) if f is not None
+        ]
+        x_BTED = reversed_tokens(x_BTE).reshape(*x_BTE.shape[:2], 2, self.width)
+        y_BTED = self.convolved(x_BTED, filters, reversed_tokens(segment_ids))
+        return following(reversed_tokens(y_BTED.reshape(x_BTE.shape)), segment_ids)
 
     def long_memory(
         self, x_BTE: jax.Array, past_BLE: jax.Array | None, segment_ids: jax.Array | None
@@ -217,19 +222,56 @@ class MonarchMixer(nnx.Module):
             # What is remembered belongs to the first document.
             document_BT = jnp.pad(document_BT, ((0, 0), (kept, 0)))
         lags = seen_BTE.shape[1]
-        kernels_ET = jnp.concatenate([self.filter(lags), self.residual_filter(lags)])
-        convolve = TRANSFORMS[self.transform]
-        if past_BLE is not None and length == 1:
-            y_BTE = jnp.einsum("ble,el->be", seen_BTE[:, ::-1], kernels_ET, precision="highest")[
-                :, None
-            ]
-        else:
-            ids_BT = None if segment_ids is None else document_BT
-            y_BTE = convolve(seen_BTE, kernels_ET, segment_ids=ids_BT)
+        both_BTED = seen_BTE.reshape(batch, lags, 2, self.width)
+        ids_BT = None if segment_ids is None else document_BT
+        filters, last = [self.filter, self.residual_filter], past_BLE is not None and length == 1
+        y_BTED = self.convolved(both_BTED, filters, ids_BT, last=last)
+        y_BTE = y_BTED.reshape(*y_BTED.shape[:2], -1)
         of_last_BT1 = (document_BT == document_BT[:, -1:])[..., None]
         past_BLE = jnp.where(of_last_BT1, seen_BTE, 0.0)
         past_BLE = jnp.pad(past_BLE, ((0, 0), (kept, 0), (0, 0)))[:, lags:]
         return y_BTE[:, -length:], past_BLE
+
+    def convolved(
+        self,
+        x_BTED: jax.Array,
+        filters: Sequence[Filter],
+        document_BT: jax.Array | None,
+        *,
+        last: bool = False,
+    ) -> jax.Array:
+        """Each of the two signals convolved with its filters [B, T, 2, D], or with `last` the last
+        token of it alone [B, 1, 2, D]."""
+        leaves, tree = jax.tree.flatten(list(filters))
+        lags = x_BTED.shape[1]
+
+        def of_channels(
+            x_BTED: jax.Array, ids_BT: jax.Array | None, rate_D: jax.Array, *leaves: jax.Array
+        ) -> tuple[jax.Array]:
+            made = jax.tree.unflatten(tree, leaves)
+            kernel_EDT = jnp.stack([of_lags(lags, rate_D) for of_lags in made])
+            if last:
+                y_BED = jnp.einsum(
+                    "bled,edl->bed", x_BTED[:, ::-1], kernel_EDT, precision="highest"
+                )
+                return (y_BED[:, None],)
+            x_BTX = x_BTED.reshape(*x_BTED.shape[:2], -1)
+            y_BTX = TRANSFORMS[self.transform](
+                x_BTX, kernel_EDT.reshape(-1, lags), segment_ids=ids_BT
+            )
+            return (y_BTX.reshape(x_BTED.shape),)
+
+        # A filter has few parameters beside its values, which so stay where they are used.
+        by_channel = [of_lags.output.kernel.get_value() for of_lags in filters]
+        layouts = [
+            "FC" if any(leaf is kernel for kernel in by_channel) else "F" * leaf.ndim
+            for leaf in leaves
+        ]
+        over_devices = by_device(
+            "monarch_mixer", of_channels, ("BLEC", "BL", "C", *layouts), ("BLEC",)
+        )
+        (y_BTED,) = over_devices(x_BTED, document_BT, filters[0].rates(), *leaves)
+        return y_BTED
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros. ValueError with causal=False."""

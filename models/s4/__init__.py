@@ -50,6 +50,7 @@ Authors' code: https://github.com/state-spaces/s4"""
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -59,13 +60,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.bidirectional import following, no_state, without_padding
+from models.parts.dense_systems import where_used
 from models.parts.discretisation import step_range_log
 from models.parts.hippo import HippoSize, diagonal_plus_low_rank
 from models.parts.options import Factor, Probability, Reach, check_choice
 from models.parts.projections import projection, tied_dropout
-from models.s4.cauchy import transfer, transfer_at_zero
-from ops.dense_scan.api import dense_scan
-from ops.dense_scan.powers import einsum, power_less_one
+from models.s4.system import FIELDS, System, scanned, truncation
+from ops.dense_scan.powers import einsum
 
 # init -> the HiPPO matrices that channels have in turns
 INITS = {
@@ -145,7 +146,8 @@ class S4(nnx.Module):
         def read() -> tuple[nnx.Param, nnx.Param]:
             # y = 2 Re(C h), as a row on (Re h, Im h).
             c_DN = math.sqrt(2) * jax.random.normal(rngs.params(), (width, state_size), jnp.float32)
-            c_DN = einsum("dn,dnk->dk", c_DN, self.truncation(self.increment()[0]))
+            E_DNN, _ = self.system(jnp.split(c_DN, 2, axis=1)).increment()
+            c_DN = einsum("dn,dnk->dk", c_DN, truncation(E_DNN, kernel_length))
             real_DM, imaginary_DM = jnp.split(c_DN / 2, 2, axis=1)
             axes = ("embed", None)
             return (
@@ -166,82 +168,10 @@ class S4(nnx.Module):
         )
         return [(r[...], i[...]) for r, i in pairs if r is not None and i is not None]
 
-    def modes(self) -> tuple[jax.Array, ...]:
-        """The system in units of half a step, complex64.
-
-        Lambda Delta / 2 [D, M], p sqrt(Delta / 2) [D, R, M] and B Delta [D, M]."""
-        half_D1 = jnp.exp(self.step_log_D[...])[:, None] / 2
-        eigenvalue_DM = jax.lax.complex(-jnp.exp(self.decay_log_DM[...]), self.angle_DM[...])
-        low_rank_DRM = jax.lax.complex(
-            self.low_rank_real_DRM[...], self.low_rank_imaginary_DRM[...]
-        )
-        write_DM = jax.lax.complex(self.write_real_DM[...], self.write_imaginary_DM[...])
-        return (
-            half_D1 * eigenvalue_DM,
-            jnp.sqrt(half_D1)[..., None] * low_rank_DRM,
-            2 * half_D1 * write_DM,
-        )
-
-    def increment(self) -> tuple[jax.Array, jax.Array]:
-        """Abar - I [D, N, N] and Bbar [D, N] in the real coordinates (Re h, Im h), float32."""
-        half_DM, p_DRM, write_DM = self.modes()
-        half_DM1 = half_DM[..., None]
-        columns = [p_DM[..., None] for p_DM in jnp.unstack(p_DRM, axis=1)]
-
-        def onto(p_DM1: jax.Array, x_DMX: jax.Array) -> jax.Array:
-            """p* x [D, 1, X], conjugates included."""
-            return 2 * (p_DM1.conj() * x_DMX).sum(1, keepdims=True).real
-
-        # (I - Delta/2 A)^-1 v by Sherman and Morrison, one column of p after another.
-        inverse_DM1 = 1 / (1 - half_DM1)
-        corrections: list[tuple[jax.Array, ...]] = []
-
-        def solve(v_DMX: jax.Array) -> jax.Array:
-            x_DMX = inverse_DM1 * v_DMX
-            for p_DM1, solved_DM1, rho_D11 in corrections:
-                x_DMX = x_DMX - solved_DM1 * (rho_D11 * onto(p_DM1, x_DMX))
-            return x_DMX
-
-        for p_DM1 in columns:
-            solved_DM1 = solve(p_DM1)
-            rho_D11 = 1 / (1 + onto(p_DM1, solved_DM1))
-            corrections.append((p_DM1, solved_DM1, rho_D11))
-
-        # Eq. 3: Abar - I = (I - Delta/2 A)^-1 Delta A, Bbar = (I - Delta/2 A)^-1 Delta B
-        identity_MM = jnp.eye(self.state_size // 2)
-        unit_1MN = jnp.concatenate([identity_MM, 1j * identity_MM], axis=1)[None]
-        A_DMN = half_DM1 * unit_1MN
-        for p_DM1 in columns:
-            A_DMN = A_DMN - p_DM1 * onto(p_DM1, unit_1MN)
-        E_DMN, b_DM = solve(2 * A_DMN), solve(write_DM[..., None])[..., 0]
-        return (
-            jnp.concatenate([E_DMN.real, E_DMN.imag], axis=1),
-            jnp.concatenate([b_DM.real, b_DM.imag], axis=1),
-        )
-
-    def truncation(self, E_DNN: jax.Array) -> jax.Array:
-        """I - Abar^L [D, N, N], given E = Abar - I; Ctil = C (I - Abar^L) (Section 3.2)."""
-        return -power_less_one(E_DNN, self.kernel_length)
-
-    def kernel(self, read: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-        """K [D, L], float32, by the Cauchy sums of Algorithm 1.
-
-        At the L / 2 + 1 roots of unity of the upper half circle. read: the parts of Ctil; None:
-        those of the past."""
-        # z = exp(-2 i angle): with 1 - z = 2 i sin(angle) e^(-i angle) and 1 + z = 2 cos(angle)
-        # e^(-i angle), all that remains of g(z) - Lambda Delta / 2 is i sin - cos Lambda Delta / 2.
-        angle_F = np.pi * np.arange(self.kernel_length // 2 + 1) / self.kernel_length
-        sine_F, cosine_F = jnp.float32(np.sin(angle_F)), jnp.float32(np.cos(angle_F))
-        read_DM = jax.lax.complex(*(read or self.reads()[0]))
-        half_DM, p_DRM, write_DM = self.modes()
-        # The unit of half a step is in p and B; c and B have half of it each, hence the factor 1/2.
-        system = half_DM, p_DRM, write_DM / 2, read_DM
-        spectrum_DF = jnp.concatenate(
-            [transfer_at_zero(*system)[:, None], transfer(*system, sine_F[1:], cosine_F[1:])],
-            axis=1,
-        )
-        phase_1F = jnp.asarray(np.exp(1j * angle_F), jnp.complex64)[None]
-        return jnp.fft.irfft(phase_1F * spectrum_DF, self.kernel_length)  # K = F^-1 Khat
+    def system(self, read: Sequence[jax.Array] | None = None) -> System:
+        """The system that has these parts of Ctil; None: those of the past."""
+        parameters = (getattr(self, f"{name}_{axes}")[...] for name, axes in FIELDS.items())
+        return System(*parameters, *(read or self.reads()[0]))
 
     def __call__(
         self,
@@ -254,28 +184,21 @@ class S4(nnx.Module):
         reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any] | None]:
         x_float_BTD = without_padding(x_BTD.astype(jnp.float32), mask)
-        E_DNN, b_DN = self.increment()
 
         def response(
-            read: tuple[jax.Array, jax.Array], state: Any, reverse: bool
+            read: tuple[jax.Array, jax.Array], memory_BDN: Any, reverse: bool
         ) -> tuple[jax.Array, jax.Array]:
-            def kernel(length: int) -> jax.Array:
-                return self.kernel(read)[:, None, :length]
-
-            y_BTD1, memory_BDN = dense_scan(
-                x_float_BTD,
-                E_DNN + jnp.eye(self.state_size)[None],
-                b_DN,
-                self.untruncated_read(E_DNN, read)[:, None],
-                kernel=kernel if x_BTD.shape[1] <= self.kernel_length else None,
-                initial_state=None if state is None else state["memory"],
-                segment_ids=segment_ids,
-                reverse=reverse,
+            system = self.system(read)
+            scan = where_used(
+                "s4",
+                functools.partial(scanned, kernel_length=self.kernel_length, reverse=reverse),
+                tuple("CRM"[: array.ndim] for array in system),
             )
+            y_BTD1, memory_BDN = scan(x_float_BTD, memory_BDN, segment_ids, *system)
             return y_BTD1[..., 0], memory_BDN
 
         reads = self.reads()
-        y_BTD, memory_BDN = response(reads[0], state, reverse)
+        y_BTD, memory_BDN = response(reads[0], None if state is None else state["memory"], reverse)
         if not self.causal:
             future_BTD, _ = response(reads[1], None, not reverse)
             y_BTD = y_BTD + following(future_BTD, segment_ids, reverse=reverse)
@@ -286,16 +209,6 @@ class S4(nnx.Module):
         return self.output(g_BTD) * jax.nn.sigmoid(self.output_gate(g_BTD)), (
             {"memory": memory_BDN} if self.causal else None
         )
-
-    def untruncated_read(
-        self, E_DNN: jax.Array, read: tuple[jax.Array, jax.Array] | None = None
-    ) -> jax.Array:
-        """C [D, N] of y = C (Re h, Im h): Ctil (I - Abar^L)^-1; None: of the past's Ctil."""
-        read = read or self.reads()[0]
-        c_DN = 2 * jnp.concatenate([read[0], -read[1]], axis=1)
-        with jax.default_matmul_precision("highest"):
-            transposed_DNN = jnp.swapaxes(self.truncation(E_DNN), 1, 2)
-            return jnp.linalg.solve(transposed_DNN, c_DN[..., None])[..., 0]
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros. ValueError with causal=False."""

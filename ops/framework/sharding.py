@@ -20,7 +20,7 @@ Axes of other names are left alone: devices along them compute the same.
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -141,6 +141,34 @@ def specs(
         jax.tree.map(lambda array, layout=layout: spec(op, mesh, layout, array), value)
         for layout, value in zip(layouts, values, strict=True)
     )
+
+
+def by_device(
+    name: str, function: Callable[..., Any], layouts: Sequence[str], outputs: Sequence[str]
+) -> Callable[..., Any]:
+    """`function` of arrays, trees of arrays or None, as each device computes it of its parts;
+    without a mesh `function` itself.
+
+    For an op whose inputs are made of few numbers, such as the parameters of a kernel: they are
+    sent, and their gradients, which devices that share them add up, and nothing that is made of
+    them. Ops inside run on the device's arrays. `name` is for messages; the layouts are those of
+    arguments and results, a tuple, and must cut time nowhere."""
+    mesh = ambient_mesh()
+    if mesh is None:
+        return function
+
+    def on_devices(*values: Any) -> Any:
+        inside, outside = in_context(tuple(layouts)), in_context(tuple(outputs))
+        shapes = jax.eval_shape(function, *values)
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=specs(name, mesh, inside, values),
+            out_specs=specs(name, mesh, outside, shapes),
+            check_vma=False,
+        )(*values)
+
+    return on_devices
 
 
 def constrain(array: jax.Array, layout: str) -> jax.Array:

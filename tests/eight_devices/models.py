@@ -13,6 +13,8 @@ import pytest
 from flax import nnx
 from jax import P
 
+from experiments.compiled.collectives import find_collectives
+from experiments.compiled.program import CompiledProgram
 from experiments.training.mesh import named, parameter_specs
 from tests.contracts import mixers_test
 from tests.eight_devices.mesh import collectives, mesh_of
@@ -69,14 +71,13 @@ def last_bits_changed(params: Any, seed: int) -> Any:
 WIDTH = 4
 
 
-def layer_of(name: str, **options: Any) -> Any:
+def layer_of(name: str, width: int = WIDTH, **options: Any) -> Any:
     return importlib.import_module(f"models.{name}").Mixer(
-        WIDTH,
+        width,
         depth=1,
         rngs=nnx.Rngs(0),
         param_dtype=jnp.float32,
         compute_dtype=jnp.float32,
-        state_size=8,
         **options,
     )
 
@@ -85,6 +86,8 @@ def layer_of(name: str, **options: Any) -> Any:
     ("name", "options", "shape"),
     [
         ("s4d", {}, (1, 1, 4, 1)),
+        ("s4", {"kernel_length": 64}, (1, 2, 1, 2)),
+        pytest.param("lssl", {"channels": 2}, (1, 2, 1, 2), marks=pytest.mark.full),
         pytest.param("s4", {"kernel_length": 64}, (2, 1, 2, 2), marks=pytest.mark.full),
         pytest.param("s4d", {"init": "real"}, (1, 1, 4, 1), marks=pytest.mark.full),
         pytest.param("lssl", {"channels": 2}, (1, 1, 8, 1), marks=pytest.mark.full),
@@ -92,7 +95,7 @@ def layer_of(name: str, **options: Any) -> Any:
 )
 def test_convolutions_of_time_invariant_layers(name, options, shape):
     """What models are tested with below, documents and a state, takes the recurrence."""
-    graphdef, params = nnx.split(layer_of(name, **options))
+    graphdef, params = nnx.split(layer_of(name, state_size=8, **options))
     rng = np.random.default_rng(0)
     x, do = (jnp.asarray(rng.standard_normal((2, 64, WIDTH)), jnp.float32) for _ in "xo")
 
@@ -214,7 +217,8 @@ def test_three_steps_in_bfloat16_have_the_losses_of_one_device(name):
 )
 def test_time_invariant_layers_gather_states_alone(name):
     """As convolutions too, each device of its part."""
-    layer = layer_of(name, kernel_length=512) if name == "s4" else layer_of(name)
+    options = {"kernel_length": 512} if name == "s4" else {}
+    layer = layer_of(name, state_size=8, **options)
     graphdef, params = nnx.split(layer)
     mesh, programs = mesh_of(1, 1, 8, 1), []
 
@@ -232,6 +236,35 @@ def test_time_invariant_layers_gather_states_alone(name):
         assert len(forward["all-gather"]) == 1 and len(both["all-gather"]) == 2
         assert set(forward) == set(both) == {"all-gather", "all-reduce"}
     assert [found["all-gather"] for found in short] == [found["all-gather"] for found in long]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("s4", {"state_size": 16, "kernel_length": 512}),
+        ("lssl", {"state_size": 16}),
+        ("monarch_mixer", {"context_length": 512, "filter_hidden": 8}),
+    ],
+)
+def test_devices_send_parameters_and_not_what_is_made_of_them(name, options):
+    """At most what the CPU's compiler makes of parameters that are gathered twice and of gradients
+    that are added up everywhere, where others gather once and scatter: 2 + 2."""
+    graphdef, params = nnx.split(layer_of(name, width=32, **options))
+    mesh = mesh_of(1, 8, 1, 1)
+    size = sum(4 * param.size for param in jax.tree.leaves(params))
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)[0]))
+
+    shardings = named(mesh, parameter_specs(mesh, params, replicated_axis=False))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(nnx.to_pure_dict(params), shardings)
+        cut = jax.NamedSharding(mesh, P("fsdp"))
+        x = jax.ShapeDtypeStruct((8, 512, 32), jnp.float32, sharding=cut)
+        gradient = jax.jit(jax.grad(loss), out_shardings=shardings)
+        program = CompiledProgram(gradient.lower(placed, x).compile().as_text())
+    sent = sum(one.times * one.sent_bytes for one in find_collectives(program, 8))
+    assert 0 < sent <= 4 * size, sent / size
 
 
 def test_mixture_of_memories_sends_states_and_no_tokens():

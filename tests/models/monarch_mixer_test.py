@@ -167,7 +167,7 @@ def test_a_token_reaches_exactly_the_context_after_it():
 
 def test_filters_start_with_the_published_windows():
     of_lags = monarch_mixer.Filter(8, 64, 4, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
-    k = np.abs(np.asarray(of_lags(100)))
+    k = np.abs(np.asarray(of_lags(100, of_lags.rates())))
     assert k.shape == (8, 100) and not k[:, 64:].any()
     # At the last lag the slowest channel is down to 100^(-1/1.5), the fastest to 100^(-1/0.3).
     assert k[-1, -37] < 1e-6 < k[0, -37]

@@ -87,7 +87,7 @@ def test_s4_computes_the_recurrence_and_block_of_its_paper(init, kernel_length):
 def test_the_cauchy_kernel_of_a_fresh_layer_is_the_krylov_kernel_of_hippo(init, size, length):
     mixer = fresh(size, length, init=init)
     # Ctil (I - Abar^L)^-1 A^l B, in the basis in which the paper states A and B.
-    kernel, want = np.asarray(jax.jit(lambda m: m.kernel())(mixer)), []
+    kernel, want = np.asarray(jax.jit(lambda m: m.system().kernel(m.kernel_length))(mixer)), []
     read, matrices = both_halves(mixer, "read"), s4.INITS[init]
     for d, step in enumerate(np.exp(array(mixer.step_log_D))):
         name = matrices[d % len(matrices)]
@@ -120,13 +120,13 @@ def fresh(size, length, width=4, **others):
 @pytest.mark.slow
 def test_a_fresh_layer_truncates_a_kernel_whose_read_vector_has_unit_variance():
     mixer = fresh(16, 32, width=64)
-    E, b = jax.jit(lambda m: m.increment())(mixer)
-    c = jax.jit(lambda m, E: m.untruncated_read(E))(mixer, E)
+    E, b = jax.jit(lambda m: m.system().increment())(mixer)
+    c = jax.jit(lambda m, E: m.system().untruncated_read(E, m.kernel_length))(mixer, E)
     # 2 Re C and -2 Im C, both parts of variance 1/2.
     assert float(jnp.var(c)) == pytest.approx(2, rel=0.1)
     A = E + jnp.eye(16)[None]
     want = jax.jit(krylov_kernel, static_argnums=3)(A, b, c[:, None], 32)[:, 0]
-    kernel = jax.jit(lambda m: m.kernel())(mixer)
+    kernel = jax.jit(lambda m: m.system().kernel(m.kernel_length))(mixer)
     np.testing.assert_allclose(kernel, want, atol=1e-4 * float(jnp.abs(want).max()))
 
 
@@ -143,7 +143,7 @@ def test_the_low_rank_term_has_a_closed_form(size):
 
 def test_the_state_matrix_has_the_spectral_radius_of_hippo_and_is_a_contraction():
     mixer = fresh(16, 64)
-    A = np.asarray(jax.jit(lambda m: m.increment())(mixer)[0]) + np.eye(16)
+    A = np.asarray(jax.jit(lambda m: m.system().increment())(mixer)[0]) + np.eye(16)
     step = np.exp(array(mixer.step_log_D))[:, None] / 2 * np.arange(1, 17)
     want = np.abs((1 - step) / (1 + step)).max(axis=1)
     # As the eigenvalues of a float32 matrix whose eigenvectors are nearly dependent.
@@ -185,7 +185,7 @@ def test_a_mode_that_hardly_decays_leaves_the_recurrence_finite():
     """Of "fout", the sine of frequency 0: nothing drives it, and at this step float32 has no digit
     of its decay."""
     mixer = fresh(16, 64, init="fout", dt_min=1e-5, dt_max=2e-5)
-    E, _ = jax.jit(lambda m: m.increment())(mixer)
+    E, _ = jax.jit(lambda m: m.system().increment())(mixer)
     assert ((E + jnp.eye(16)[None])[:, 15, 15] == 1).all()
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 20, 4)), jnp.float32)
     call = jax.jit(lambda m, x, state=None: m(x, state)[0])

@@ -164,9 +164,10 @@ def krylov(A, b, C, length):
 
 
 def s4_layer(mixer, x_TD):
-    E, b = mixer.increment()
+    E, b = mixer.system().increment()
     A = np.asarray(E, np.float64) + np.eye(E.shape[1])
-    reads = (np.asarray(mixer.untruncated_read(E, read)) for read in mixer.reads())
+    systems = (mixer.system(read) for read in mixer.reads())
+    reads = (np.asarray(each.untruncated_read(E, mixer.kernel_length)) for each in systems)
     past, future = (krylov(A, np.asarray(b), C[:, None], LENGTH)[:, 0] for C in reads)
     return glu(mixer, two_sided(past, future, x_TD) + array(mixer.skip_D) * x_TD)
 

@@ -178,8 +178,17 @@ def test_what_is_directly_in_experiments_is_a_command_and_nothing_else_is() -> N
     assert {file for file, code in last.items() if code.startswith("if __name__ == ")} == commands
 
 
-# What networks are made of; the other files of their folder are networks.
-SHARED_BY_NETWORKS = {"backbone", "batch_norm", "block", "experts", "mlp", "patches", "stack"}
+# What networks are made of or change by; the other files of their folder are networks.
+SHARED_BY_NETWORKS = {
+    "backbone",
+    "batch_norm",
+    "block",
+    "folding",
+    "experts",
+    "mlp",
+    "patches",
+    "stack",
+}
 
 
 def test_what_is_directly_in_models_is_a_paper() -> None:

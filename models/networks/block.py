@@ -57,6 +57,8 @@ class BlockOptions:
                        over all experts has them
     shared_width       inner width of an expert that all tokens pass; 0: there is none
     balance_weight     of the load-balancing loss
+    mlp_scale          what a learned factor per channel of what the MLP adds starts from (CaiT:
+                       Touvron et al., ICCV 2021, arXiv 2103.17239); 0: there is none
     mlp_dropout        of the MLP's inner activations and of what it returns, as `dropout`
     norm, norm_eps     "rms", "rms_zero" (whose scales are 1 + w), "layer", or of
                        models/networks/batch_norm.py "batch" (BN), "rep_batch" (RepBN) or
@@ -80,6 +82,7 @@ class BlockOptions:
     mlp_width: Count = 0
     mlp_bias: bool = False
     mlp_init: str = "normal"
+    mlp_scale: Weight = 0.0
     mlp_dropout: Probability = 0.0
     experts: Count = 0
     experts_per_token: Count = 0
@@ -241,6 +244,10 @@ class Block(nnx.Module):
         mlp = options.mlp != "none"
         self.mlp_norm = norm() if mlp else None
         self.mlp = _mlp(width, options, common) if mlp else None
+        scale_D = jnp.full(width, options.mlp_scale, param_dtype)
+        self.mlp_scale = (
+            nnx.Param(scale_D, out_sharding=("embed",)) if mlp and options.mlp_scale else None
+        )
 
         # None unless asked for: they are parameters and random states that a checkpoint would hold.
         tied = (1,) if options.tied_dropout else ()
@@ -296,9 +303,14 @@ class Block(nnx.Module):
 
         x_BTD, state = half(mix, self.mixer_norm, x_BTD, modulations[0])
         if self.mlp is not None:
-            mlp = self.mlp
+            mlp = self.mlp if self.mlp_scale is None else self.scaled_mlp
             x_BTD, _ = half(lambda h: (mlp(h), None), self.mlp_norm, x_BTD, modulations[1])
         return x_BTD, state
+
+    def scaled_mlp(self, h_BTD: jax.Array) -> jax.Array:
+        """What the MLP returns times `mlp_scale`."""
+        assert self.mlp is not None and self.mlp_scale is not None
+        return self.mlp(h_BTD) * self.mlp_scale[...].astype(self.compute_dtype)[None, None]
 
     def modulations(self, condition_BC: jax.Array | None, width: int) -> list[Any]:
         """[shift, scale, gate], each [B, 1, D], of each half; None for both without a condition."""

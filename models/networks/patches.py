@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from models.networks.batch_norm import BatchNorm
 from models.parts.norms import layer_norm
 from models.parts.options import check_choice
+from models.parts.positions import resized_table
 from models.parts.projections import FAN_IN_UNIFORM
 
 TRUNCATED = nnx.initializers.truncated_normal(0.02)
@@ -152,19 +153,8 @@ class Tokens(nnx.Module):
         batch, *grid, width = map_BYXC.shape
         x_BTD = map_BYXC.astype(jnp.float32).reshape(batch, -1, width)
         if self.positions_PD is not None:
-            x_BTD += resized(self.positions_PD[...], self.grid, tuple(grid))[None]
+            x_BTD += resized_table(self.positions_PD[...], self.grid, tuple(grid))[None]
         if self.class_1D is not None:
             class_B1D = jnp.broadcast_to(self.class_1D[...][None], (batch, 1, width))
             x_BTD = jnp.concatenate((class_B1D.astype(jnp.float32), x_BTD), axis=1)
         return x_BTD
-
-
-def resized(table_PD: jax.Array, grid: tuple[int, int], to: tuple[int, ...]) -> jax.Array:
-    """A table [P, D] for the places of `grid` as float32 for those of another one, bicubic; itself
-    where they are the same."""
-    table_PD = table_PD.astype(jnp.float32)
-    if tuple(grid) == tuple(to):
-        return table_PD
-    width = table_PD.shape[-1]
-    table_YXD = table_PD.reshape(*grid, width)
-    return jax.image.resize(table_YXD, (*to, width), "cubic").reshape(-1, width)

@@ -1,4 +1,4 @@
-"""Where tokens stand in their documents."""
+"""Where tokens stand, in their documents and on grids."""
 
 import jax
 import jax.numpy as jnp
@@ -36,3 +36,14 @@ def next_position(positions_BT: jax.Array, *, reverse: bool = False) -> jax.Arra
     """Where the token after the last one stands, [B] int32; in reverse the last is the first of
     time."""
     return (positions_BT[:, 0 if reverse else -1] + 1).astype(jnp.int32)
+
+
+def resized_table(table_PD: jax.Array, grid: tuple[int, ...], to: tuple[int, ...]) -> jax.Array:
+    """A table [P, D] for the places of `grid` as float32 for those of another one, bicubic; itself
+    where they are the same."""
+    table_PD = table_PD.astype(jnp.float32)
+    if tuple(grid) == tuple(to):
+        return table_PD
+    width = table_PD.shape[-1]
+    table_YXD = table_PD.reshape(*grid, width)
+    return jax.image.resize(table_YXD, (*to, width), "cubic").reshape(-1, width)

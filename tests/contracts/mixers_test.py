@@ -184,6 +184,10 @@ ENCODERS = {  # not causal
     "itransformer": Row(("itransformer",), {"itransformer": {"heads": 2, "dropout": 0.0}}),
     "s4d_encoder": Row(("s4d",), {"s4d": {"state_size": 4, "causal": False}}),
     "flowformer_encoder": Row(("flowformer",), {"flowformer": {"heads": 2, "causal": False}}),
+    "vig": Row(("vig",), {"vig": {"size_per_head": 16}}),
+    "vit": Row(("vit",), {"vit": {"heads": 2}}),
+    "slab": Row(("slab",), {"slab": {"heads": 2}}),
+    "soft": Row(("soft",), {"soft": {"size_per_head": 16, "window": 1, "kernel_size": 3}}),
 }
 OTHER_ENCODERS = {  # the same of other mixers
     "s4_encoder": Row(("s4",), {"s4": {"state_size": 4, "kernel_length": 16, "causal": False}}),

@@ -17,6 +17,7 @@ from experiments.configs.recipes.defaults import mixer_options, task_options
 from experiments.training.checkout import CHECKOUT
 from experiments.training.config import flatten, validate
 from experiments.training.task import available_tasks, find_task
+from models.networks import image_classifier
 from models.networks.lm import build
 from models.networks.stack import available_mixers, find_mixer
 from tests.support.lra_files import prepare_reviews, write_listops, write_pairs, write_pathfinder
@@ -65,6 +66,8 @@ def test_a_recipe_names_a_task_its_options_and_a_metric_of_it(
         options |= {"path": str(tmp_path / "lines.txt"), "data_dir": str(tmp_path)}
     if name.startswith("lra_") and options.get("data_dir"):
         options |= little_data(options, tmp_path)
+    if options["name"] == "image_classification":
+        options |= {"dataset": "digits"}
     if options["name"] == "forecasting":
         options["dataset"] = "waves"
     task = find_task(options.pop("name"), options)
@@ -177,10 +180,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 ARENA = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
 WHOLE_MODELS = {"linear_self_attention", "linear_forecaster", "s_mamba", "itransformer"}
+OF_IMAGES = {"slab", "soft", "vig", "vit"}
 CONFIGS = sorted(
     path.stem
     for path in (CHECKOUT / "experiments/configs").glob("*.py")
-    if "def get_config(task" in path.read_text("utf-8") and path.stem not in WHOLE_MODELS
+    if "def get_config(task" in path.read_text("utf-8")
+    and path.stem not in WHOLE_MODELS | OF_IMAGES
 )
 
 
@@ -200,6 +205,34 @@ def test_the_long_range_arena_has_the_published_settings_and_its_smoke_size_has_
             assert len(config.model.pattern) in (1, config.model.depth)
             assert (smoke.model.width, smoke.model.depth) == (32, 2)
             assert smoke.steps <= 300
+
+
+@pytest.mark.parametrize("name", [*OF_IMAGES, "flowformer"])
+def test_models_of_images_read_digits_and_imagenet(name: str) -> None:
+    """Nothing is computed."""
+    get_config = importlib.import_module(f"experiments.configs.{name}").get_config
+    for task, side, channels in (("digits", 8, 1), ("digits,smoke", 8, 1), ("imagenet", 224, 3)):
+        config = get_config(task)
+        validate(config)
+        model = config.model.to_dict()
+        assert model.pop("name") == "image_classifier"
+        sizes = {"classes": 10, "channels": channels, "height": side, "width": side}
+
+        def logits(image: jax.Array, model: Any = model, sizes: Any = sizes) -> jax.Array:
+            rngs, dtypes = nnx.Rngs(0, dropout=1), ("float32", "float32")
+            built = image_classifier.build(
+                model, rngs=rngs, param_dtype=dtypes[0], compute_dtype=dtypes[1], **sizes
+            )
+            built.eval()
+            return built(image)
+
+        image = jax.ShapeDtypeStruct((2, side, side, channels), jnp.float32)
+        assert jax.eval_shape(logits, image).shape == (2, 10), task
+    if name in OF_IMAGES:
+        with pytest.raises(ValueError, match=f"{name} classifies images: use a task of"):
+            get_config("mqar")
+        with pytest.raises(ValueError, match="a config argument is <task> or <task>,smoke"):
+            get_config("imagenet,huge_hierarchical")
 
 
 # By set: what the scripts of S-Mamba's and iTransformer's authors set, for horizons of 96, 192, 336

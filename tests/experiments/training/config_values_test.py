@@ -16,7 +16,7 @@ from experiments.training import config as configs
 from experiments.training.config import flatten
 from experiments.training.mesh import make_mesh
 from models.networks.stack import available_mixers
-from tests.experiments.configs_test import little_data
+from tests.experiments.configs_test import OF_IMAGES, little_data
 
 NAN, INFINITE, HUGE, LARGEST_INT = math.nan, math.inf, 10**20, 2**31 - 1
 VALUES = (NAN, INFINITE, -INFINITE, -1, 0, HUGE, LARGEST_INT, True, "x", (), None)
@@ -30,6 +30,8 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("r_min", "noise", "delay", "levels", "length", "vocabulary_size", "train_examples"),
         *("train_max_length", "test_max_length", "size_per_head"),
         *("value_heads", "rotary_size"),
+        *("kernel_size", "size", "padding", "erasing", "mixup", "cutmix"),
+        *("label_smoothing", "drop_path", "mlp_width"),
     },
     -1: {"data", "train_examples"},
     HUGE: {"clip_norm"},
@@ -43,18 +45,22 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("kernels", "offload", "mask_query", "exponential_covariance", "test_reversed", "grey"),
         *("bias", "conv_bias", "qkv_bias", "output_bias", "norm_scale"),
         *("output_gate", "zero_centred_norm"),
+        *("flip", "blend", "normalise"),
         *("download", "random_non_queries", "targets_only", "multiplication", "validation"),
     },
     "x": {"data_dir"},
     (): {
         *("frozen", "covariance", "task_covariance", "test_lengths", "test_input_scales"),
         *("test_length_grid", "test", "rope_scaling"),
+        *("rand_augment", "enlarged", "stages", "position_grid"),
     },
 }
 
 # Parts of hybrids have no config of their own: recall.py and based.py have them.
+# Of the sets of images, digits and ImageNet stand for all.
+IMAGE_SETS = {"mnist_subset", "fashion_mnist", "cifar10", "cifar100"}
 CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attention"}) + [
-    f"task {name}" for name in available_recipes()
+    f"task {name}" for name in available_recipes() if name not in IMAGE_SETS
 ]
 
 
@@ -65,13 +71,17 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
     mixer, _, name = what.rpartition("task ") if what.startswith("task ") else (what, "", "")
     if not name:
         module = importlib.import_module(f"experiments.configs.{mixer}")
-        config = module.get_config("gla,smoke" if mixer == "recall" else "mqar,smoke")
+        tasks = {"recall": "gla,smoke", **dict.fromkeys(OF_IMAGES, "digits,smoke")}
+        config = module.get_config(tasks.get(mixer, "mqar,smoke"))
         parts: tuple[str, ...] = ("model.mixers.",)
     else:
         config = recipe(f"{name},smoke")
         parts = ("task.",) if config.model.name == "lm" else ("task.", "model.")
         if config.model.name == "lm":
             config = importlib.import_module("experiments.configs.gla").get_config(f"{name},smoke")
+        elif config.model.name == "image_classifier":
+            config = importlib.import_module("experiments.configs.vit").get_config(f"{name},smoke")
+            config.task.dataset = "digits"
     if name == "text":
         (directory / "lines.txt").write_text("a line of text\n" * 5000)
         config.task.update({"path": str(directory / "lines.txt"), "data_dir": str(directory)})

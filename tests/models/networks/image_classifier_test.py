@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from models.networks.image_classifier import build
-from models.networks.patches import Tokens, resized, stem_convolutions
+from models.networks.patches import Tokens, stem_convolutions
+from models.parts.positions import resized_table
 from tests.support.layers import FLOAT32, array, randomised, rms
 from tests.support.mixers import SegmentMean, add_mixers
 
@@ -87,9 +88,9 @@ def test_positions_are_resized_for_images_of_another_size():
     model = classifier()
     assert np.isfinite(model(np.concatenate((IMAGES, IMAGES), axis=1))).all()
     table = array(model.embedding.positions_PD)
-    np.testing.assert_array_equal(resized(jnp.asarray(table), (4, 8), (4, 8)), table)
+    np.testing.assert_array_equal(resized_table(jnp.asarray(table), (4, 8), (4, 8)), table)
     steps = np.repeat(np.linspace(0, 1, 4), 8)[:, None]  # rises along the rows, not the columns
-    got = np.asarray(resized(jnp.asarray(steps), (4, 8), (8, 16))).reshape(8, 16)
+    got = np.asarray(resized_table(jnp.asarray(steps), (4, 8), (8, 16))).reshape(8, 16)
     np.testing.assert_allclose(got - got[:, :1], 0, atol=1e-6)
     assert (np.diff(got[1:-1, 0]) > 0).all()
     # Of a checkpoint that was trained on images of 16 x 16.

@@ -20,6 +20,8 @@ def test_every_parameter_has_one_axis_name_per_dimension():
         "window_attention": {"window": 4, "qk_norm": True},
         "transformer": {"context_length": 4},
         "monarch_mixer": {"context_length": 4},
+        "vig": {"size_per_head": 8},
+        "soft": {"size_per_head": 8},
     }
     for mixer in available_mixers():
         model = nnx.eval_shape(

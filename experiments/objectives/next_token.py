@@ -6,12 +6,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments.objectives.objective import Batch, Sums, Work, array_of, weighted_mean
 
 # What a batch may tell the model besides its tokens.
 MODEL_INPUTS = ("positions", "segment_ids", "readout_positions")
+
+
+def asks_for_next_tokens(batch: Batch) -> bool:
+    """Whether every target of a batch of arrays, before the last token, is the token that follows:
+    an answer that a model reads unless it is causal."""
+    tokens, targets = batch["tokens"], batch["targets"]
+    if targets.shape != tokens.shape:  # answers at positions for reading out, which no token has
+        return False
+    asked = batch["weights"][..., :-1] > 0
+    return bool(np.any(asked) and np.all((targets[..., :-1] == tokens[..., 1:])[asked]))
 
 
 def token_metrics(sums: Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import numpy as np
 
+from experiments.tasks.sources.class_labels import answered_by
 from experiments.tasks.sources.image_sets import image_set, in_grey
 from experiments.training.task import Batch, Examples, Task
 from models.parts.options import Range
@@ -20,6 +21,7 @@ def make(
     grey: bool = False,
     data_dir: str = "~/tensorflow_datasets",
     download: bool = False,
+    answer: str = "token",
 ) -> Task:
     """Examples of an image data set; evaluations "validation" and "test".
 
@@ -32,6 +34,8 @@ def make(
     grey        one channel of colour images, their luma (ITU-R BT.601, rounded, as Pillow's mode L)
     data_dir    where TFDS data sets are
     download    lets TFDS download and prepare a data set that is not there yet
+    answer      "token": the label is a token of the vocabulary, for a language model; "class": a
+                label, for a network with a head of classes
 
     Splits: of every ten images on board the first two are test and the third is validation. In
     other data sets every tenth training image is validation. Metrics: token_metrics; accuracy is
@@ -60,7 +64,7 @@ def make(
 
         return Examples(fetch, len(numbers))
 
-    return Task(
+    task = Task(
         sizes={"vocabulary": levels + source.classes},
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
@@ -70,3 +74,4 @@ def make(
             "images_sha256": source.sha256,
         },
     )
+    return answered_by(answer, task, source.classes)

@@ -21,6 +21,7 @@ from typing import Annotated
 
 import numpy as np
 
+from experiments.tasks.sources.class_labels import answered_by
 from experiments.tasks.sources.lra_release import Table, open_table, released
 from experiments.training.task import Batch, Examples, Length, Task
 from models.parts.options import Count, Range, Size
@@ -48,6 +49,7 @@ def make(
     train_examples: Count = 96_000,
     test_examples: Size = 2_000,
     data_dir: str = "",
+    answer: str = "token",
 ) -> Task:
     """Evaluations "validation" and "test", each of `test_examples` examples.
 
@@ -58,11 +60,13 @@ def make(
     data_dir            a directory with basic_train.tsv, basic_val.tsv and basic_test.tsv of the
                         release (lra_release.py), of 96,000, 2,000 and 2,000 expressions: those, and
                         of the other options only `longest` counts
+    answer              "token": the value is a token of the vocabulary, for a language model;
+                        "class": a label, for a network with a head of classes
 
-    Metrics: token_metrics; guessing has accuracy 0.1. Raises ValueError for options that allow no
+    Guessing has accuracy 0.1. Raises ValueError for options that allow no
     expression, and for files that are missing or damaged."""
     if data_dir:
-        return _released(data_dir, longest)
+        return answered_by(answer, _released(data_dir, longest), DIGITS)
     fewest = 4  # the brackets and two digits
     if not fewest <= shortest <= longest:
         raise ValueError(
@@ -93,11 +97,12 @@ def make(
 
         return Examples(fetch, length)
 
-    return Task(
+    task = Task(
         sizes={"vocabulary": ANSWER + DIGITS},
         train=lambda seed: examples(f"train/{seed}", train_examples or None),
         evaluations={name: examples(name, test_examples) for name in ("validation", "test")},
     )
+    return answered_by(answer, task, DIGITS)
 
 
 def _batch(expressions: Sequence[tuple[list[int], int]], longest: int) -> Batch:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image
 
+from experiments.tasks.sources.class_labels import answered_by
 from experiments.tasks.sources.lra_release import released
 from experiments.tasks.sources.random_streams import uniforms
 from experiments.training.task import Batch, Examples, Task
@@ -28,6 +29,7 @@ HASHED_IMAGES = 64
 def make(
     data_dir: str = "~/lra_release/lra_release/pathfinder32",
     size: Annotated[int, Range(1, 4096)] = 32,
+    answer: str = "token",
 ) -> Task:
     """Evaluations "validation" and "test".
 
@@ -35,11 +37,13 @@ def make(
                 the folder curv_contour_length_14 of imgs/<n>/sample_<m>.png and metadata/<n>.npy,
                 which names them
     size        of the images: 32 or 128; T is its square
+    answer      "token": the answer is a token of the vocabulary, for a language model; "class": a
+                label, for a network with a head of classes
 
     Images are read one by one, when they are needed. The hash in the provenance is of the metadata,
-    which name all images and their classes, and of HASHED_IMAGES of the images. Metrics:
-    token_metrics; guessing has accuracy 0.5. Raises ValueError for files that are missing or
-    damaged and for images of another size."""
+    which name all images and their classes, and of HASHED_IMAGES of the images. Guessing has
+    accuracy 0.5. Raises ValueError for files that are missing or damaged and for images of another
+    size."""
     directory = released(
         data_dir, "pathfinder32 (128 for Path-X)", (f"{DIFFICULTY}/metadata", f"{DIFFICULTY}/imgs")
     )
@@ -74,7 +78,7 @@ def make(
 
         return Examples(fetch, len(numbers))
 
-    return Task(
+    task = Task(
         sizes={"vocabulary": LEVELS + 2},
         train=lambda seed: examples("train"),
         evaluations={split: examples(split) for split in ("validation", "test")},
@@ -84,6 +88,7 @@ def make(
             "images_sha256": digest.hexdigest(),
         },
     )
+    return answered_by(answer, task, 2)
 
 
 def _read_metadata(folder: Path) -> tuple[list[str], np.ndarray, Any]:

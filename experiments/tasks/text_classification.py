@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.tasks.sources.byte_documents import ANSWER, ask
+from experiments.tasks.sources.class_labels import answered_by
 from experiments.tasks.sources.tfds_source import prepared, prepared_sha256
 from experiments.training.task import Batch, Examples, Length, Task
 
@@ -22,6 +23,7 @@ def make(
     validation: bool = True,
     data_dir: str = "~/tensorflow_datasets",
     download: bool = False,
+    answer: str = "token",
 ) -> Task:
     """Examples of a text data set; evaluations "validation" and "test".
 
@@ -31,8 +33,10 @@ def make(
                 the only evaluation, by which the papers choose
     data_dir    where TFDS data sets are
     download    lets TFDS download and prepare a data set that is not there yet
+    answer      "token": the label is a token of the vocabulary, for a language model; "class": a
+                label, for a network with a head of classes
 
-    Metrics: token_metrics; accuracy is that of the label. Raises ValueError for a data set that is
+    Accuracy is that of the label. Raises ValueError for a data set that is
     not known, not there or without texts and labels."""
     if length < 2:
         raise ValueError(f"length must be at least 2, a byte and a mark; got {length}")
@@ -63,7 +67,7 @@ def make(
         held_out = train % 10 == 9
         evaluations = {"validation": examples("train", train[held_out]), **evaluations}
         train = train[~held_out]
-    return Task(
+    task = Task(
         sizes={"vocabulary": ANSWER + classes},
         train=lambda seed: examples("train", train),
         evaluations=evaluations,
@@ -73,3 +77,4 @@ def make(
             "texts_sha256": prepared_sha256(builder),
         },
     )
+    return answered_by(answer, task, classes)

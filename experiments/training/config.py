@@ -76,6 +76,10 @@ ADDED = {
     "heartbeat_timeout_seconds": 100,
     "kernels": True,
     "task.images.grey": False,
+    **{
+        f"task.{task}.answer": "token"
+        for task in ("images", "listops", "pathfinder", "retrieval", "text_classification")
+    },
     "task.listops.data_dir": "",
     "task.text.validation_path": "",
     "task.text.test_path": "",

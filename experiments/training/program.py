@@ -10,6 +10,7 @@ import numpy as np
 from jax import NamedSharding
 from jax.sharding import Mesh
 
+from experiments.objectives.next_token import NextToken, asks_for_next_tokens
 from experiments.objectives.objective import Work
 from experiments.training.config import Config
 from experiments.training.hyperparameters import Hyperparameters, hyperparameters
@@ -105,6 +106,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     check_batch_size(mesh, config.batch_size, config.accumulate)
     task, seeds = configured_task(config), tuple(config.seeds)
     blueprint = make_blueprint(config, task)
+    if blueprint.state_bytes is None:
+        check_answers_are_not_read(task, seeds[0])
     schedule = make_schedule(config.optimizer, config.steps)
     groups = parameter_groups(blueprint.params, config.optimizer.frozen)
     numbers = hyperparameters(
@@ -171,14 +174,29 @@ def shard_bytes(tree: Any, on_host: bool = False) -> int:
     )
 
 
-def _abstract_batch(task: Task, batch_size: int, seed: int) -> dict[str, Any]:
-    """Shapes [B, ...] of a training batch, of the part with the most work if there are several; one
-    example is made, not B."""
+def check_answers_are_not_read(task: Task, seed: int) -> None:
+    """Raises ValueError for a task of next tokens, which a model that is not causal has read."""
+    if isinstance(task.objective, NextToken) and any(
+        asks_for_next_tokens(batch) for batch in _one_of_each(task, seed)
+    ):
+        raise ValueError(
+            "config.task asks for the token that follows, which a model reads unless it is causal;"
+            " set causal=True for the mixers of config.model, or use causal ones"
+        )
+
+
+def _one_of_each(task: Task, seed: int) -> list[dict[str, Any]]:
+    """A batch of one example of each training part."""
     parts = task.train(seed)
     parts = (parts,) if isinstance(parts, Examples) else parts
     first = np.zeros(1, int)
-    ones = [part.seen(first, first) for part in parts]
-    one = max(ones, key=lambda batch: task.objective.work(batch).count)
+    return [part.seen(first, first) for part in parts]
+
+
+def _abstract_batch(task: Task, batch_size: int, seed: int) -> dict[str, Any]:
+    """Shapes [B, ...] of a training batch, of the part with the most work if there are several; one
+    example is made, not B."""
+    one = max(_one_of_each(task, seed), key=lambda batch: task.objective.work(batch).count)
     return _rows(
         {
             name: array.astype(jax.dtypes.canonicalize_dtype(array.dtype))

@@ -20,6 +20,7 @@ from jax import P
 from jax.sharding import Mesh
 
 import models.networks
+from experiments.objectives.classification import Classification
 from experiments.objectives.objective import Objective, minimised
 from experiments.training.config import Config
 from experiments.training.mesh import (
@@ -131,6 +132,11 @@ def _wanted_sizes(name: str, build: Any, task: Task) -> dict[str, int]:
                 f"config.model.name={name} needs a task with the size {parameter.name!r}; the"
                 f" sizes of config.task are: {has}"
             )
+    if isinstance(task.objective, Classification) and all(p.name != "classes" for p in wanted):
+        raise ValueError(
+            f"config.model.name={name} has no head of classes, which config.task.name asks for; use"
+            " sequence_classifier or image_classifier, or a task whose answer is a token"
+        )
     return {p.name: task.sizes[p.name] for p in wanted if p.name in task.sizes}
 
 

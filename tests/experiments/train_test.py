@@ -18,6 +18,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments import train
+from experiments.configs import flowformer
 from experiments.configs.linear_self_attention import get_config
 from experiments.evaluate import evaluate
 from experiments.objectives.squared_error import SquaredError
@@ -272,6 +273,23 @@ def test_weights_of_another_shape_are_refused_by_name(finished, tmp_path):
     ):
         train.run(config, tmp_path / "new", quiet=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_encoder_is_refused_where_the_next_token_is_asked_for(tmp_path):
+    (tmp_path / "lines.txt").write_text("a line of text\n" * 5000)
+    config: Any = flowformer.get_config("text,smoke")
+    config.task.path = str(tmp_path / "lines.txt")
+    config.model.mixers.flowformer.causal = False
+    with pytest.raises(ValueError, match=r"asks for the token that follows, .* set causal=True"):
+        train.run(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_language_model_is_refused_where_classes_are_asked_for(tmp_path):
+    config: Any = flowformer.get_config("images,smoke")
+    config.task.answer = "class"
+    with pytest.raises(ValueError, match=r"model\.name=lm has no head of classes"):
+        train.run(config, tmp_path / "run", quiet=True)
 
 
 def test_a_workdir_of_another_config_is_refused_with_what_differs(finished):

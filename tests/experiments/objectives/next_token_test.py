@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.objectives.next_token import NextToken, token_metrics
+from experiments.objectives.next_token import NextToken, asks_for_next_tokens, token_metrics
 from experiments.objectives.objective import Work
 
 KEY = jax.random.key(0)
@@ -95,3 +95,13 @@ def test_the_work_of_a_batch_is_its_tokens() -> None:
 def test_a_batch_without_tokens_is_refused_with_what_it_has() -> None:
     with pytest.raises(ValueError, match="NextToken must have 'tokens'; got examples, target"):
         NextToken().work({"examples": np.zeros((2, 3, 4)), "target": np.zeros(2)})
+
+
+def test_targets_that_are_all_the_following_tokens_are_known_as_such():
+    tokens = np.array([[3, 1, 2, 5]])
+    batch = {"tokens": tokens, "targets": np.array([[1, 9, 5, 0]])}
+    asked = {"weights": np.array([[1.0, 0.0, 1.0, 1.0]])}
+    assert asks_for_next_tokens(batch | asked)
+    assert not asks_for_next_tokens(batch | {"weights": np.ones((1, 4))})
+    assert not asks_for_next_tokens(batch | {"weights": np.array([[0.0, 0.0, 0.0, 1.0]])})
+    assert not asks_for_next_tokens({"tokens": tokens, "targets": np.array([[1]])})

@@ -313,6 +313,50 @@ def test_a_mistake_in_a_file_reaches_training(tmp_path: Path) -> None:
         next(batches)
 
 
+# Answers as classes
+
+
+@pytest.mark.parametrize("name", ["listops", "pathfinder", "text_classification"])
+def test_a_class_is_the_answer_and_the_mask_ends_where_it_was_asked(name, tmp_path):
+    options: dict[str, Any] = {}
+    if name == "listops":
+        write_listops(tmp_path)
+        options = {"longest": 12}
+    elif name == "pathfinder":
+        write_pathfinder(tmp_path, 5)
+        options = {"size": 5}
+    else:
+        prepare_reviews(tmp_path)
+        options = {"dataset": "tiny_reviews", "length": 20}
+    asked, classes = (make(name, tmp_path, answer=a, **options) for a in ("token", "class"))
+    number = classes.sizes["classes"]
+    assert classes.sizes["vocabulary"] == asked.sizes["vocabulary"] - number
+    assert classes.provenance == asked.provenance
+    for split, batch in everything(classes).items():
+        want = everything(asked)[split]
+        np.testing.assert_array_equal(batch["tokens"], want["tokens"])
+        labels = want["targets"][:, 0] - classes.sizes["vocabulary"]
+        np.testing.assert_array_equal(batch["labels"], labels)
+        np.testing.assert_array_equal(batch["mask"].sum(1) - 1, want["readout_positions"][:, 0])
+        assert batch["weights"].shape == batch["labels"].shape and batch["labels"].min() >= 0
+    with pytest.raises(ValueError, match="answer must be one of 'token', 'class'; got 'number'"):
+        make(name, tmp_path, answer="number", **options)
+
+
+def test_two_documents_are_the_halves_of_a_row(tmp_path: Path) -> None:
+    task = make("retrieval", write_pairs(tmp_path), length=9, answer="class")
+    assert task.sizes == {"vocabulary": 258, "classes": 2, "documents": 2}
+    for name, rows in zip(("train", "validation", "test"), PAIRS.values(), strict=True):
+        batch = everything(task)[name]
+        for row, (label, *documents) in enumerate(rows):
+            assert batch["labels"][row] == int(float(label))
+            tokens = batch["tokens"][row].reshape(2, 9)
+            mask = batch["mask"][row].reshape(2, 9)
+            for half, there, document in zip(tokens, mask, documents, strict=True):
+                assert bytes(half[there][:-1].tolist()) == document[:8]
+                assert half[there][-1] == MARK and np.all(half[~there] == PADDING)
+
+
 # Pathfinder
 
 

@@ -153,10 +153,7 @@ class WindowAttention(nnx.Module):
             initial_state=window,
             segment_ids=segment_ids,
         )
-        o_BTD = merge_heads(o_BTHV)
-        if self.output_gate is not None:
-            o_BTD = o_BTD * jax.nn.sigmoid(self.output_gate(x_BTD))
-        y_BTD = self.output(o_BTD)
+        y_BTD = self.projected_out(merge_heads(o_BTHV), x_BTD)
         window = pad_window_state(window, self.window)
         return y_BTD, {"window": window, "position": next_position(positions_BT)}
 
@@ -168,6 +165,16 @@ class WindowAttention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BTHK = self.query_norm(q_BTHK), self.key_norm(k_BTHK)
         return q_BTHK, k_BTHK, v_BTHV
+
+    def projected_out(self, o_BTD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """o W_o, behind the gate if there is one."""
+        if self.output_gate is not None:
+            o_BTD = o_BTD * jax.nn.sigmoid(self.output_gate(x_BTD))
+        return self.output(o_BTD)
+
+    def per_query_head(self, x_BTHK: jax.Array) -> jax.Array:
+        """Keys or values of grouped heads, one for each head of queries."""
+        return jnp.repeat(x_BTHK, self.heads // self.key_value_heads, axis=2)
 
     def rotated(self, x_BTHK: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Queries or keys with their first `rotary_size` channels turned; as they are without

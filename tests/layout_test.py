@@ -185,6 +185,7 @@ SHARED_BY_NETWORKS = {
     "block",
     "folding",
     "experts",
+    "low_rank",
     "mlp",
     "patches",
     "stack",

@@ -42,6 +42,7 @@ def write_checkpoint(
         raise ValueError(f"{folder} must be new or empty")
     if config.model.name != "lm":
         raise ValueError(f"only language models are written; got {config.model.name}")
+    ours = _merged(ours, config.model.to_dict())
     model = _complete(config.model.to_dict(), ours)
     narrow = dtype if dtype != "keep" else config.param_dtype
     rows = ours["embedding/embedding"].shape[0]
@@ -59,6 +60,20 @@ def write_checkpoint(
     write_tensors(folder, sizes, table.public(tensors, ours, dtypes), most_bytes=file_bytes)
     (folder / "config.json").write_text(json.dumps(public, indent=1) + "\n", encoding="utf-8")
     return public["model_type"]
+
+
+def _merged(ours: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with what LoRA adds in the kernels that it adds to."""
+    found = dict(ours)
+    for path in ours:
+        if path.endswith("/lora_a"):
+            where = path.removesuffix("lora_a")
+            added = (np.asarray(found.pop(where + end), np.float32) for end in ("lora_a", "lora_b"))
+            scale = model["lora_alpha"] / model["lora_rank"]
+            kernel = np.asarray(found[where + "kernel"])
+            added = scale * np.matmul(*added)
+            found[where + "kernel"] = (kernel.astype(np.float32) + added).astype(kernel.dtype)
+    return found
 
 
 def _complete(model: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 
 from models.networks.batch_norm import BatchNorm, ProgressiveBatchNorm, RepBatchNorm, masked_norm
 from models.networks.experts import Experts
+from models.networks.low_rank import adapt
 from models.networks.mlp import INITS, MLPS, inner_width
 from models.parts.norms import ZeroCentredRMSNorm, layer_norm, rms_norm
 from models.parts.options import (
@@ -60,6 +61,10 @@ class BlockOptions:
     mlp_scale          what a learned factor per channel of what the MLP adds starts from (CaiT:
                        Touvron et al., ICCV 2021, arXiv 2103.17239); 0: there is none
     mlp_dropout        of the MLP's inner activations and of what it returns, as `dropout`
+    lora_rank          rank of what is added to linear maps of the mixers
+                       (models/networks/low_rank.py); 0: nothing is
+    lora_alpha         added with the factor lora_alpha / lora_rank
+    lora_targets       the names of the maps
     norm, norm_eps     "rms", "rms_zero" (whose scales are 1 + w), "layer", or of
                        models/networks/batch_norm.py "batch" (BN), "rep_batch" (RepBN) or
                        "progressive_batch" (PRepBN): the blocks' norms and the last one.
@@ -89,6 +94,9 @@ class BlockOptions:
     expert_weights: str = "normalised"
     shared_width: Count = 0
     balance_weight: Weight = 0.01
+    lora_rank: Count = 0
+    lora_alpha: Factor = 8.0
+    lora_targets: tuple[str, ...] = ("query", "key", "value")
     norm: str = "rms"
     norm_eps: Epsilon = 1e-5
     norm_steps: Count = 60_000
@@ -241,6 +249,9 @@ class Block(nnx.Module):
         self.compute_dtype, self.pre_norm = compute_dtype, options.pre_norm
         self.mixer_norm = norm()
         self.mixer = mixer(width, **common, **place, **mixer_options)
+        if options.lora_rank:
+            sizes: Any = {"rank": options.lora_rank, "alpha": options.lora_alpha}
+            adapt(self.mixer, options.lora_targets, rngs=rngs, **sizes)
         mlp = options.mlp != "none"
         self.mlp_norm = norm() if mlp else None
         self.mlp = _mlp(width, options, common) if mlp else None

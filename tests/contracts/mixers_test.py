@@ -80,6 +80,15 @@ LONGER = {  # other options of the same mixers, and a hybrid
             }
         },
     ),
+    "liger": Row(
+        ("liger",),
+        {"liger": {"window": 3, "heads": 4, "key_value_heads": 2}},
+        model={"lora_rank": 2},
+    ),
+    "lolcats": Row(
+        ("lolcats",),
+        {"lolcats": {"window": 3, "heads": 4, "key_value_heads": 2, "feature_size": 3}},
+    ),
     "seqboat": Row(("seqboat",), {"seqboat": {"window": 3, "key_size": 8, "state_size": 3}}),
 }
 OTHERS = {  # mixers whose op has a row above, and further options

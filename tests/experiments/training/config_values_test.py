@@ -29,7 +29,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("conv_width", "dt_rank", "gate_rank", "heads", "key_value_heads", "balance_weight"),
         *("r_min", "noise", "delay", "levels", "length", "vocabulary_size", "train_examples"),
         *("train_max_length", "test_max_length", "size_per_head"),
-        *("value_heads", "rotary_size"),
+        *("value_heads", "rotary_size", "recurrence_share"),
         *("kernel_size", "size", "padding", "erasing", "mixup", "cutmix"),
         *("label_smoothing", "drop_path", "mlp_width"),
     },

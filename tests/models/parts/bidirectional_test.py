@@ -229,7 +229,7 @@ def monarch_mixer_layer(mixer, x_TD):
     parts = convolved(x_TD @ weight(mixer.input) + array(mixer.input.bias), mixer.conv)
     x1, x2, v = np.split(parts, 3, axis=1)
     kernels = [
-        np.asarray(f(LENGTH), np.float64).T
+        np.asarray(f(LENGTH, f.rates()), np.float64).T
         for f in (
             mixer.filter,
             mixer.backward_filter,

@@ -20,6 +20,8 @@ What the numbers are:
   the program are the compiler's numbers;
 - flops, bytes and collectives are read from the compiled program, as experiments/compiled/cost.py
   and experiments/compiled/collectives.py say, loops counted as often as they run;
+- a kernel computes for its compiled schedule at least, where that is recorded
+  (experiments/compiled/schedules.py), else for its matmuls; the plan names those without;
 - the time of a step lies between that of the slowest of compute, memory and collectives (all three
   at once, the roofline) and their sum (one after the other). Neither counts waiting, a matrix unit
   that is not full, or transfers between a device and its host's memory.
@@ -41,11 +43,12 @@ from ml_collections import config_flags
 
 from experiments.compiled.collective_time import collective_seconds
 from experiments.compiled.collectives import by_kind_and_axes, find_collectives
-from experiments.compiled.cost import hbm_bytes, matmul_flops
+from experiments.compiled.cost import hbm_bytes, kernel_runs, matmul_flops
 from experiments.compiled.hardware import Slice, parse_topology
 from experiments.compiled.kernels import kernel_flops
 from experiments.compiled.plan_report import advice, format_plan
 from experiments.compiled.program import CompiledProgram
+from experiments.compiled.schedules import kernel_seconds
 from experiments.compiled.step_cost import add_compiled_memory, refused_bytes, step_time
 from experiments.compiled.topology import tpu_devices
 from experiments.training import command_line
@@ -115,7 +118,9 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
     fits = memory["total"] <= where.chip.hbm_bytes
     plan["advice"] = "" if fits else advice(plan, config)
     program = CompiledProgram(compiled.as_text() or "")
-    computed = matmul_flops(program, kernel_flops(traced.jaxpr))
+    inside = kernel_flops(traced.jaxpr)
+    computed = matmul_flops(program, inside)
+    schedules = kernel_seconds(traced.jaxpr, where.chip.name)
     places = np.array([device.coords for device in mesh.devices.flat])
     rows = by_kind_and_axes(
         (
@@ -131,6 +136,11 @@ def make_plan(config: Config, where: Slice, devices: list[Any]) -> dict[str, Any
         "hbm_bytes": hbm_bytes(program),
         "model_flops": None if flops is None else len(config.seeds) * flops,
         "loops_counted_once": program.unknown_loops,
+        "kernels": [
+            {"name": name, "runs": runs, "passes": inside[name].passes, "seconds": schedules[name]}
+            for name, runs in kernel_runs(program).items()
+            if name in schedules
+        ],
     }
     plan["time"] = step_time(plan, where)
     return plan

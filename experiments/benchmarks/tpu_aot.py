@@ -45,6 +45,7 @@ from experiments.benchmarks.ahead_of_time import TOKENS, TpuProgram, tpu_program
 from experiments.benchmarks.peers import tpu as tpu_peers
 from experiments.compiled.hardware import TPU_CHIPS
 from experiments.compiled.kernels import kernel_calls
+from experiments.compiled.schedules import per_step
 from experiments.compiled.topology import one_device_mesh
 from experiments.training import command_line
 from experiments.training.checkout import CHECKOUT, RESULTS
@@ -107,7 +108,7 @@ def work(program: TpuProgram, folder: str) -> dict[str, Any]:
         "direction": program.direction,
     }
     lengths = list(program.lengths if program.analyse else program.lengths[:1])
-    cycles, glue, moved, minimum, text, kernels = [], [], [], [], "", []
+    cycles, glue, moved, minimum, text, kernels, runs = [], [], [], [], "", [], []
     for length in lengths:
         compiled, seconds = compile_for(program, length)
         text = compiled.as_text()
@@ -117,8 +118,8 @@ def work(program: TpuProgram, folder: str) -> dict[str, Any]:
         others = [line for line in lines if "tpu_custom_call" not in line]
         cycles.append([sum(_estimates(line)) for line in kernels])
         glue.append(sum(sum(_estimates(line)) for line in others))
-        calls = kernel_calls(jax.make_jaxpr(function)(*shapes))
-        moved.append(sum(moved_bytes(call) for call in calls))
+        runs.append(list(kernel_calls(jax.make_jaxpr(function)(*shapes))))
+        moved.append(sum(moved_bytes(call) for call in runs[-1]))
         minimum.append(minimum_bytes(program, length))
         row |= {"compile_s": round(seconds, 1), "kernels": len(kernels)}
     scoped = r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"\d+","size":"(\d+)"'
@@ -133,6 +134,9 @@ def work(program: TpuProgram, folder: str) -> dict[str, Any]:
         slopes = [(b - a) / units for a, b in zip(*cycles, strict=True)]
         row["cycles"] = round(sum(slopes), 1)
         row["cycles_by_kernel"] = [round(x, 1) for x in slopes]
+        row["cycles_per_step"] = per_step(
+            runs[0], runs[1], [b - a for a, b in zip(*cycles, strict=True)]
+        )
         row["xla_cycles"] = round((glue[1] - glue[0]) / units, 1)
         row["bytes"] = (moved[1] - moved[0]) / units
         row["minimum_bytes"] = (minimum[1] - minimum[0]) / units

@@ -63,6 +63,15 @@ def matmul_flops(program: CompiledProgram, kernels: dict[str, Flops]) -> Flops:
     return Flops(sum(x.flops for x in found), sum(x.passes for x in found))
 
 
+def kernel_runs(program: CompiledProgram) -> dict[str, int]:
+    """How often one call of the program runs each Pallas kernel, by name."""
+    runs: dict[str, int] = {}
+    for times, _, instruction in program.steps():
+        if name := kernel_name(instruction):
+            runs[name] = runs.get(name, 0) + times
+    return runs
+
+
 def kernel_name(instruction: Instruction) -> str | None:
     """The name of the Pallas kernel that an instruction runs."""
     if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:

@@ -78,6 +78,13 @@ def format_plan(plan: dict[str, Any]) -> str:
             "  without the turns of loops whose number could not be read:"
             f" {', '.join(work['loops_counted_once'])}"
         )
+    scheduled = [one for one in work["kernels"] if one["seconds"] is not None]
+    if scheduled:
+        total = sum(one["runs"] * one["seconds"] for one in scheduled)
+        names = ", ".join(one["name"] for one in scheduled)
+        lines.append(f"  kernels, by their compiled schedules{total * 1e3:>10.2f} ms: {names}")
+    if unknown := [one["name"] for one in work["kernels"] if one["seconds"] is None]:
+        lines.append(f"  kernels of which only matmuls are counted: {', '.join(unknown)}")
     lines += ["", "modelled time of a step"]
     for name, seconds in modelled["seconds"].items():
         mark = "  <- bound" if name == modelled["bound"] else ""

@@ -185,6 +185,8 @@ def cut(
 def _chosen(series: Series, variates: tuple[str, ...]) -> Series:
     if not variates:
         return series
+    if len(set(variates)) < len(variates):
+        raise ValueError(f"variates must be named once each; got {', '.join(variates)}")
     for name in variates:
         if name not in series.names:
             raise ValueError(

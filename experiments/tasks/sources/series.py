@@ -116,12 +116,14 @@ def read_series(
                 f"{path}, row {number} must name a column {date_column!r} (task.date_column); its"
                 f" columns are {', '.join(header)}"
             )
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise ValueError(f"{path}, row {number} must name each column once; got {twice[0]!r}")
         dated = header.index(date_column)
         names = tuple(name for place, name in enumerate(header) if place != dated)
         table = list(lines)
     if len(table) < 2 or not names:
         raise ValueError(f"{path} must have two rows of numbers or more; got {len(table)}")
-    values = np.array([_numbers(path, row, names, dated) for row in table])
+    values = np.stack([_numbers(path, row, names, dated) for row in table])
     if dated is None:
         dates = np.datetime64(start, "s") + np.arange(len(table)) * DAY
     else:
@@ -146,16 +148,22 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[int, list[str]]]:
 
 def _numbers(
     path: Path, row: tuple[int, list[str]], names: Sequence[str], dated: int | None
-) -> list[float]:
+) -> np.ndarray:
     number, cells = row
     columns = len(names) + (dated is not None)
     if len(cells) != columns:
         raise ValueError(f"{path}, row {number} must have {columns} cells; got {len(cells)}")
     cells = [cell for place, cell in enumerate(cells) if place != dated]
-    for name, cell in zip(names, cells, strict=True):
-        if not _is_number(cell):
-            raise ValueError(f"{path}, row {number}: {name} must be a finite number; got {cell!r}")
-    return list(map(float, cells))
+    try:
+        values = np.array(cells, np.float64)
+    except ValueError:
+        values = np.array([np.nan])
+    if not np.isfinite(values).all():
+        name, cell = next(
+            (name, cell) for name, cell in zip(names, cells, strict=True) if not _is_number(cell)
+        )
+        raise ValueError(f"{path}, row {number}: {name} must be a finite number; got {cell!r}")
+    return values
 
 
 def _is_number(cell: str) -> bool:

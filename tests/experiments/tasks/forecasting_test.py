@@ -140,6 +140,7 @@ def changed(place: int, line: str | None) -> list[str]:
         ),
         (changed(3, None), "row 4: the date .* comes 2:00:00 after row 3, where rows are 1:00:00"),
         (changed(0, "day,a,b"), "row 1 must name a column 'date' .*; its columns are day, a, b"),
+        (changed(0, "date,a,a"), "row 1 must name each column once; got 'a'"),
         (changed(0, None), "row 1 must name a column"),
         (lines_of(0), "must have two rows of numbers or more; got 0"),
         (lines_of(12), "too few for validation"),
@@ -167,6 +168,7 @@ def test_rows_with_gaps_are_taken_as_they_follow_each_other_when_asked(tmp_path)
             {"dataset": "waves", "rows": (10, 10)},
             r"task.rows must be three numbers .*got \(10, 10\)",
         ),
+        ({"dataset": "waves", "variates": ("wave_0", "wave_0")}, "must be named once each"),
         ({"dataset": "waves", "variates": ("x",)}, "must be columns of waves, .*; got 'x'"),
     ],
 )

@@ -36,7 +36,8 @@ def draw_losses(workdir: Path, seeds: Sequence[int]) -> Path:
     for place, seed in enumerate(seeds):
         losses = [mean([row["train/loss"][place]]) for row in train]
         axes.plot([row["step"] for row in train], losses, linewidth=1, label=f"train, seed {seed}")
-    names = {name for row in rows for name in row if name.endswith("/loss")} - {"train/loss"}
+    errors = ("/loss", "/mse")  # of tokens and of forecasts
+    names = {name for row in rows for name in row if name.endswith(errors)} - {"train/loss"}
     for name in sorted(names):
         evaluated = [row for row in rows if name in row]
         steps, losses = zip(*((row["step"], mean(row[name])) for row in evaluated), strict=True)

@@ -1,5 +1,6 @@
 """S-Mamba: two Mambas that read the tokens in both orders."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -10,12 +11,17 @@ from tests.support.layers import build_mixer, call, count_parameters, inputs
 OPTIONS = {"state_size": 3}
 
 
+def assert_close(got: jax.Array, want: jax.Array) -> None:
+    """Relative to the largest number, 240: the two walks sum in different orders."""
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * float(jnp.abs(want).max()))
+
+
 def test_it_is_a_mamba_forwards_and_another_on_the_flipped_tokens():
     mixer = build_mixer(s_mamba, **OPTIONS)
     x = inputs()
     forward = call(mixer.mamba.forward, x)
     backward = call(mixer.mamba.backward, jnp.flip(x, 1))
-    np.testing.assert_allclose(call(mixer, x), forward + jnp.flip(backward, 1), atol=2e-5)
+    assert_close(call(mixer, x), forward + jnp.flip(backward, 1))
 
 
 def test_flipped_tokens_and_swapped_mambas_flip_the_output():
@@ -23,7 +29,7 @@ def test_flipped_tokens_and_swapped_mambas_flip_the_output():
     x = inputs()
     want = jnp.flip(call(mixer, x), 1)
     mixer.mamba.forward, mixer.mamba.backward = mixer.mamba.backward, mixer.mamba.forward
-    np.testing.assert_allclose(call(mixer, jnp.flip(x, 1)), want, atol=2e-5)
+    assert_close(call(mixer, jnp.flip(x, 1)), want)
 
 
 def test_in_one_direction_a_token_reads_no_later_one():

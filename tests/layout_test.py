@@ -268,6 +268,7 @@ TESTED_BY = {
     "experiments/tasks/sources/byte_documents.py": "experiments/tasks/long_range_arena_test.py",
     "experiments/tasks/sources/image_sets.py": "experiments/tasks/images_test.py",
     "experiments/tasks/sources/lra_release.py": "experiments/tasks/long_range_arena_test.py",
+    "experiments/tasks/sources/path_drawings.py": "experiments/tasks/long_range_arena_test.py",
     "experiments/tasks/sources/series.py": "experiments/tasks/forecasting_test.py",
     "experiments/tasks/sources/text_builder.py": "experiments/tasks/text_test.py",
     "experiments/tasks/sources/text_corpus.py": "experiments/tasks/text_corpus_test.py",

@@ -5,10 +5,16 @@ arXiv 2011.04006: 32 x 32 pixels (Pathfinder) or 128 x 128 (Path-X), paths of le
 images each. Pixels in reading order are tokens 0 .. 255, their grey level; answer 256 is no, 257
 yes, asked after the last pixel.
 
+Without `data_dir` the images are our own drawings (sources/path_drawings.py), with two discs
+at ends of dashed paths, as there.
+
 Departure: the release has one set without splits, which papers cut at random, 80 % train, 10 %
 validation, 10 % test. So do we, always alike, but not into the same images."""
 
+import functools
 import hashlib
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +23,10 @@ from PIL import Image
 
 from experiments.tasks.sources.class_labels import answered_by
 from experiments.tasks.sources.lra_release import released
+from experiments.tasks.sources.path_drawings import draw
 from experiments.tasks.sources.random_streams import uniforms
 from experiments.training.task import Batch, Examples, Task
-from models.parts.options import Range
+from models.parts.options import Count, Range, Size
 
 DIFFICULTY = "curv_contour_length_14"
 LEVELS = 256
@@ -30,20 +37,42 @@ def make(
     data_dir: str = "~/lra_release/lra_release/pathfinder32",
     size: Annotated[int, Range(1, 4096)] = 32,
     answer: str = "token",
+    points: Annotated[int, Range(3, 1000)] = 7,
+    distractors: Annotated[int, Range(0, 100)] = 1,
+    train_examples: Count = 0,
+    test_examples: Size = 2_000,
 ) -> Task:
     """Evaluations "validation" and "test".
 
     data_dir    the directory pathfinder32 or pathfinder128 of the release (lra_release.py), with
                 the folder curv_contour_length_14 of imgs/<n>/sample_<m>.png and metadata/<n>.npy,
                 which names them
-    size        of the images: 32 or 128; T is its square
+    size        of the images: 32 or 128 as released; T is its square
     answer      "token": the answer is a token of the vocabulary, for a language model; "class": a
                 label, for a network with a head of classes
+
+    Of drawings, where data_dir is "":
+
+    points          of the paths that discs are at; there are two, one pixel drawn and one not
+                    between two points
+    distractors     further paths, of half that length
+    train_examples  a finite training set; 0: without end
+    test_examples   of each evaluation
 
     Images are read one by one, when they are needed. The hash in the provenance is of the metadata,
     which name all images and their classes, and of HASHED_IMAGES of the images. Guessing has
     accuracy 0.5. Raises ValueError for files that are missing or damaged and for images of another
     size."""
+    if not data_dir:
+        drawn = functools.partial(_drawn, size=size, points=points, distractors=distractors)
+        task = Task(
+            sizes={"vocabulary": LEVELS + 2},
+            train=lambda seed: Examples(drawn(f"train/{seed}"), train_examples or None),
+            evaluations={
+                name: Examples(drawn(name), test_examples) for name in ("validation", "test")
+            },
+        )
+        return answered_by(answer, task, 2)
     directory = released(
         data_dir, "pathfinder32 (128 for Path-X)", (f"{DIFFICULTY}/metadata", f"{DIFFICULTY}/imgs")
     )
@@ -67,14 +96,9 @@ def make(
         numbers = splits[split]
 
         def fetch(indices: np.ndarray) -> Batch:
-            chosen, n = numbers[indices], len(indices)
-            pixels = np.stack([_read_image(folder / names[number], size) for number in chosen])
-            return {
-                "tokens": pixels.reshape(n, size * size).astype(np.int32),
-                "targets": LEVELS + labels[chosen].reshape(n, 1),
-                "weights": np.ones((n, 1), np.float32),
-                "readout_positions": np.full((n, 1), size * size - 1, np.int32),
-            }
+            chosen = numbers[indices]
+            pixels = [_read_image(folder / names[number], size) for number in chosen]
+            return _asked(pixels, labels[chosen])
 
         return Examples(fetch, len(numbers))
 
@@ -89,6 +113,32 @@ def make(
         },
     )
     return answered_by(answer, task, 2)
+
+
+def _drawn(
+    stream: str, *, size: int, points: int, distractors: int
+) -> Callable[[np.ndarray], Batch]:
+    """`fetch` of the drawings of a stream."""
+
+    def fetch(indices: np.ndarray) -> Batch:
+        drawings = [
+            draw(random.Random(f"pathfinder/{stream}/{index}"), size, points, distractors)
+            for index in indices.tolist()
+        ]
+        return _asked([image for image, _ in drawings], np.array([label for _, label in drawings]))
+
+    return fetch
+
+
+def _asked(images: Sequence[np.ndarray], labels: np.ndarray) -> Batch:
+    """A batch that asks for the answer after the last pixel."""
+    n, places = len(images), images[0].size
+    return {
+        "tokens": np.stack(images).reshape(n, places).astype(np.int32),
+        "targets": (LEVELS + labels).reshape(n, 1).astype(np.int32),
+        "weights": np.ones((n, 1), np.float32),
+        "readout_positions": np.full((n, 1), places - 1, np.int32),
+    }
 
 
 def _read_metadata(folder: Path) -> tuple[list[str], np.ndarray, Any]:

@@ -81,6 +81,10 @@ ADDED = {
         for task in ("images", "listops", "pathfinder", "retrieval", "text_classification")
     },
     "task.listops.data_dir": "",
+    "task.pathfinder.points": 7,
+    "task.pathfinder.distractors": 1,
+    "task.pathfinder.train_examples": 0,
+    "task.pathfinder.test_examples": 2_000,
     "task.text.validation_path": "",
     "task.text.test_path": "",
     **{

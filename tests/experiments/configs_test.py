@@ -16,9 +16,9 @@ from experiments.configs.recipes.base import available_recipes, recipe
 from experiments.configs.recipes.defaults import mixer_options, task_options
 from experiments.training.checkout import CHECKOUT
 from experiments.training.config import flatten, validate
+from experiments.training.state import find_network
 from experiments.training.task import available_tasks, find_task
 from models.networks import image_classifier
-from models.networks.lm import build
 from models.networks.stack import available_mixers, find_mixer
 from tests.support.lra_files import prepare_reviews, write_listops, write_pairs, write_pathfinder
 
@@ -97,19 +97,53 @@ LAYERS_OF_S4 = {
     "dt_min": [1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-4],
     "dt_max": [0.1] * 6,
 }
+# Of their networks.
+CLASSIFIER: dict[str, Any] = {
+    "model.name": ["sequence_classifier"] * 6,
+    "model.encoder": ["embedding"] * 3 + ["linear"] * 3,
+    "model.input_mean": [0.0] * 3 + [122.6] + [127.5] * 2,
+    "model.pooling": ["mean"] * 6,
+    "model.norm": ["batch"] * 6,
+    "model.pre_norm": [True] * 6,
+    "model.tied_dropout": [True] * 6,
+    "task.answer": ["class"] * 6,
+}
+DROPOUT_OF_S4 = [0.0, 0.0, 0.0, 0.1, 0.0, 0.0]
+DROPOUT_OF_S5 = [0.0, 0.1, 0.0, 0.1, 0.05, 0.0]
+BLOCKS_OF_S4 = {
+    **CLASSIFIER,
+    "model.pre_norm": [False, True, True, False, True, True],
+    "model.dropout": DROPOUT_OF_S4,
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "s4": {
         **S4,
+        **BLOCKS_OF_S4,
+        "model.mixers.s4.causal": [False] * 6,
+        "model.mixers.s4.dropout": DROPOUT_OF_S4,
         "optimizer.ssm_lr": [0.001] * 6,
         **{f"model.mixers.s4.{key}": row for key, row in LAYERS_OF_S4.items()},
-        "model.mixers.s4.kernel_length": [2000, 4096, 8000, 1024, 1024, 16384],
+        "model.mixers.s4.kernel_length": [2000, 4096, 4000, 1024, 1024, 16384],
     },
     "s4d": {
         **S4,
+        **BLOCKS_OF_S4,
+        "model.mixers.s4d.causal": [False] * 6,
+        "model.mixers.s4d.dropout": DROPOUT_OF_S4,
         "optimizer.ssm_lr": [0.001] * 6,
         **{f"model.mixers.s4d.{key}": row for key, row in LAYERS_OF_S4.items()},
     },
     "s5": {
+        **CLASSIFIER,
+        "model.dropout": DROPOUT_OF_S5,
+        "model.mixers.s5.dropout": DROPOUT_OF_S5,
+        "model.mixers.s5.causal": [False] * 6,
+        "model.mixers.s5.read_init": [
+            *("lecun_normal", "lecun_normal", "trunc_standard_normal"),
+            *("lecun_normal", "trunc_standard_normal", "complex_normal"),
+        ],
+        "model.mixers.s5.write_rate": ["full", "ssm", "ssm", "full", "ssm", "ssm_decay"],
+        "model.mixers.s5.step_rate": ["ssm", "full", "full", "ssm", "ssm", "ssm"],
         "steps": [76_800, 17_500, 91_920, 225_000, 500_000, 375_000],
         "batch_size": [50, 50, 32, 50, 64, 32],
         "model.width": [128, 256, 128, 512, 192, 128],
@@ -126,11 +160,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "lru": {
         **S4,
+        **CLASSIFIER,
+        "model.mixers.lru.causal": [False] * 6,
         "model.mixers.lru.state_size": S4["model.width"],
         "model.mixers.lru.max_phase": [2 * math.pi] * 5 + [math.pi / 10],
         "optimizer.ssm_lr": [0.0025, 0.0025, 0.0025, 0.0025, 0.001, 0.00025],
     },
     "seqboat": {
+        **CLASSIFIER,
+        "model.norm": ["layer"] * 3 + ["batch"] * 3,
+        "model.mixers.seqboat.causal": [False] * 6,
         "steps": [90_000, *S4["steps"][1:]],
         "batch_size": [64, *S4["batch_size"][1:]],
         "model.width": [80, 128, 128, 160, 128, 128],
@@ -149,6 +188,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "optimizer.clip_norm": [1.0] * 6,
     },
     "transnormer": {
+        **CLASSIFIER,
+        "model.encoder": ["embedding"] * 6,
+        "model.mixers.transnormer.causal": [False] * 6,
+        "model.mixers.diag_attention.causal": [False] * 6,
         "steps": [30_000, 12_480, 45_960, 45_000, 250_000, 125_000],
         "batch_size": [128, 64, 64, 200, 128, 64],
         "model.width": [128, 128, 128, 128, 128, 64],
@@ -284,20 +327,22 @@ def test_forecasters_have_the_published_settings_and_read_no_tokens(name: str) -
 def check_reads(config: Any, length: int) -> None:
     """Nothing is computed."""
     model = config.model.to_dict()
-    assert model.pop("name") == "lm"
+    name = model.pop("name")
+    given: dict[str, Any] = {"vocabulary": 260, "param_dtype": "float32"}
+    if name == "sequence_classifier":
+        given |= {"classes": 7, "documents": 2 if config.task.name == "retrieval" else 1}
 
     def logits(tokens: jax.Array) -> jax.Array:
-        lm = build(
-            model,
-            vocabulary=260,
-            param_dtype=jnp.float32,
-            compute_dtype=jnp.float32,
-            rngs=nnx.Rngs(0),
+        network = find_network(name).build(
+            model, compute_dtype="float32", rngs=nnx.Rngs(0), **given
         )
-        return lm(tokens, readout_positions=jnp.zeros((2, 1), jnp.int32))[0]
+        if name == "lm":
+            return network(tokens, readout_positions=jnp.zeros((2, 1), jnp.int32))[0]
+        return network(tokens, mask=tokens > 0)
 
     tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
-    assert jax.eval_shape(logits, tokens).shape == (2, 1, 260)
+    shape = (2, 1, 260) if name == "lm" else (2, 7)
+    assert jax.eval_shape(logits, tokens).shape == shape
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -320,11 +365,26 @@ def test_the_arena_can_start_from_perturbed_matrices(
     check_reads(config, 16)
 
 
+@pytest.mark.parametrize("name", ["s4", "s4d", "s5", "lru", "lssl", "seqboat", "monarch_mixer"])
+def test_a_smoke_recipe_of_the_arena_trains_an_encoder(name: str, tmp_path: Path) -> None:
+    get_config = importlib.import_module(f"experiments.configs.{name}").get_config
+    config = get_config("lra_listops,smoke")
+    assert (config.model.name, config.model.mixers[name].causal) == ("sequence_classifier", False)
+    if name != "s5":
+        return
+    config.steps, config.optimizer.warmup_steps = 2, 0
+    config.eval.update({"every_steps": 2, "examples": 4})
+    config.task.update({"train_examples": 64, "test_examples": 4})
+    summary = train.run(config, tmp_path, quiet=True)
+    assert summary["state_bytes"] is None
+    assert {"loss", "accuracy"} <= set(summary["evaluations"]["test"])
+
+
 def test_kernels_of_s4_are_as_long_as_the_sequences_also_when_these_are_overridden() -> None:
     get_config = importlib.import_module("experiments.configs.s4").get_config
     config = get_config("lra_retrieval")
     config.task.length = 300
-    assert config.model.mixers.s4.kernel_length == 600
+    assert config.model.mixers.s4.kernel_length == 300
     assert get_config("lra_pathx,smoke").model.mixers.s4.kernel_length == 16384
 
 

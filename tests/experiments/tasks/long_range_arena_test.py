@@ -2,6 +2,9 @@
 
 import functools
 import hashlib
+import itertools
+import math
+import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,6 +17,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from experiments.tasks.sources.byte_documents import ANSWER, MARK, PADDING, ask
+from experiments.tasks.sources.path_drawings import GAP, draw, layout
 from experiments.training.batches import train_batches
 from experiments.training.task import Examples, find_task
 from tests.support.lra_files import (
@@ -445,6 +449,41 @@ def test_an_image_in_colour_is_read_as_grey(tmp_path: Path) -> None:
     Image.open(image(tmp_path)).convert("RGB").save(image(tmp_path))
     parts = everything(make("pathfinder", tmp_path, size=5)).values()
     assert 3 in np.concatenate([part["tokens"][:, 0] for part in parts])
+
+
+def test_drawings_have_discs_at_ends_of_paths_that_do_not_touch() -> None:
+    joined = []
+    for seed in range(20):
+        paths, discs, answer = layout(random.Random(seed), 16, 6, 1)
+        assert [len(path) for path in paths] == [6, 6, 3]
+        ends = [{path[0], path[-1]} for path in paths[:2]]
+        assert any(set(discs) == pair for pair in ends) == answer and len(set(discs)) == 2
+        assert set(discs) <= ends[0] | ends[1]
+        for one, other in itertools.combinations(paths, 2):
+            assert min(math.dist(a, b) for a in one for b in other) >= GAP
+        drawing, label = draw(random.Random(seed), 16, 6, 1)
+        assert label == answer and drawing.shape == (16, 16)
+        for y, x in np.ndindex(16, 16):
+            inked = [point for path in paths for point in path] + list(discs)
+            near = min(math.dist((y, x), point) for point in inked)
+            assert drawing[y, x] == 0 if near > 2.5 else drawing[y, x] >= 0
+        for y, x in discs:
+            assert drawing[round(y), round(x)] == 255
+        joined.append(answer)
+    assert 5 < sum(joined) < 15
+    with pytest.raises(ValueError, match="no drawing of size=8 had room for paths of points=40"):
+        draw(random.Random(0), 8, 40, 0)
+
+
+def test_drawings_are_a_task_without_files() -> None:
+    task = find_task("pathfinder", {"data_dir": "", "size": 16, "points": 6, "answer": "class"})
+    assert task.sizes == {"vocabulary": 256, "classes": 2}
+    batch, again = (splits(task)["train"].fetch(np.array([5, 3])) for _ in range(2))
+    assert batch["tokens"].shape == (2, 256) and batch["mask"].all()
+    for name, array in batch.items():
+        np.testing.assert_array_equal(array, again[name])
+    other = splits(task)["test"].fetch(np.array([5, 3]))
+    assert (other["tokens"] != batch["tokens"]).any()
 
 
 # Provenance

@@ -112,3 +112,26 @@ def test_numbers_are_scaled_and_mapped():
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         classifier(**options)
+
+
+def test_the_small_model_of_s4d_has_about_200_000_parameters_and_one_read_for_each_side():
+    """Sequential CIFAR in colour, with B of ones, which the authors leave out."""
+    config = {"width": 128, "depth": 4, "pattern": ("s4d",), "mlp": "none", "norm": "layer"}
+    config |= {"pre_norm": False, "encoder": "linear", "dropout": 0.1}
+
+    def count(*, causal, without=""):
+        mixers = {"s4d": {"state_size": 64, "causal": causal, "dropout": 0.1}}
+        model = nnx.eval_shape(
+            lambda: build(
+                config | {"mixers": mixers},
+                classes=10,
+                channels=3,
+                rngs=nnx.Rngs(0, dropout=1),
+                **FLOAT32,
+            )
+        )
+        leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        return sum(leaf.size for path, leaf in leaves if not without or without not in str(path))
+
+    assert count(causal=True, without="write") == 201_482
+    assert count(causal=False) - count(causal=True) == 4 * 128 * 64

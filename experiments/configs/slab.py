@@ -26,8 +26,6 @@ def get_config(task: str) -> ConfigDict:
             "norm": "progressive_batch",
             "norm_eps": 1e-5,
             "norm_steps": 60_000 if size else 2 * config.steps // 3,
-            "norm_warmup_steps": 0,
-            "norm_eta": 1.0,
         }
     )
     side = {"digits": 8, "cifar10": 32, "cifar100": 32, "imagenet2012": 224}

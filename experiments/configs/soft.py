@@ -35,8 +35,8 @@ def get_config(task: str) -> ConfigDict:
     if size:
         _set_pyramid(config, *SIZES[size])
     else:
-        # 16 landmarks of 64 tokens, or 49 of 49.
-        window = 2 if config.model.patch == 1 else 1
+        # 4 landmarks of 16 tokens, 16 of 64, or 49 of 49.
+        window = 1 if config.task.dataset in ("mnist_subset", "fashion_mnist") else 2
         options = {"window": window, "kernel_size": 5, "size_per_head": config.model.width // 2}
         config.model.mixers = {"soft": mixer_options("soft", **options)}
     return config

@@ -11,9 +11,9 @@ from experiments.configs.recipes.defaults import task_options
 
 
 def digits(smoke: bool) -> ConfigDict:
-    """1,257 digits of 8 x 8 pixels, each pixel a token. Sizes of our own."""
-    task = task_options("image_classification", crop="padded", padding=1)
-    config = _images(task, _model(width=64, depth=4, patch=1), epochs=60, batch_size=64)
+    """1,257 digits of 8 x 8 pixels, 16 tokens. Sizes of our own."""
+    task = task_options("image_classification")
+    config = _images(task, _model(width=64, depth=4, patch=2), epochs=60, batch_size=32)
     return _smoke(config) if smoke else config
 
 
@@ -98,6 +98,9 @@ def _model(*, width: int, depth: int, patch: int) -> dict[str, Any]:
         "mlp_width": 0,
         "norm": "layer",
         "norm_eps": 1e-6,
+        "norm_steps": 60_000,
+        "norm_warmup_steps": 0,
+        "norm_eta": 1.0,
         "drop_path": 0.0,
         "scan_layers": True,
         "remat": "none",
@@ -121,6 +124,6 @@ def _images(
 
 
 def _smoke(config: Any) -> Any:
-    shrink(config, steps=200, batch_size=32, width=32, lr=2e-3)
+    shrink(config, steps=1_000, batch_size=32, width=32, lr=3e-3)
     config.eval.examples = 512
     return config

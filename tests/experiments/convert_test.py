@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +235,41 @@ def test_a_model_that_a_family_is_not_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="llama has biases on all projections"):
         write_checkpoint(tmp_path / "out", checkpoint.config, checkpoint.params, family="llama")
     assert not (tmp_path / "out").exists()
+
+
+def generated(folder: Path, width: int, layers: int) -> int:
+    """Bytes of a Llama with random weights that it writes."""
+    folder.mkdir()
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
+    keys = {"model_type": "llama", "num_attention_heads": 4, "tie_word_embeddings": True, **sizes}
+    (folder / "config.json").write_text(json.dumps(keys))
+    shapes = {"model.embed_tokens.weight": (50, width), "model.norm.weight": (width,)}
+    for layer in (f"model.layers.{i}" for i in range(layers)):
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (width, width) for name in "qkvo"}
+        shapes |= {f"{layer}.mlp.{name}_proj.weight": (3 * width, width) for name in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj.weight"] = (width, 3 * width)
+        shapes |= {
+            f"{layer}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")
+        }
+    random = np.random.default_rng(0)
+    tensors = {n: random.standard_normal(shape, np.float32) for n, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return sum(array.nbytes for array in tensors.values())
+
+
+@pytest.mark.full
+def test_reading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, pathlib\n"
+        "from experiments.conversion.reading import read_checkpoint\n"
+        "read_checkpoint(pathlib.Path(sys.argv[1]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    size, peaks = 0, []
+    for name, width in (("small", 32), ("large", 1024)):
+        size = generated(tmp_path / name, width, layers=8)
+        command = [sys.executable, "-c", code, str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(1024 * int(done.stdout))
+    assert size > 400e6
+    assert peaks[1] - peaks[0] < 1.2 * size, (peaks, size)

@@ -3,16 +3,19 @@ discs at ends of paths, of the same path or not.
 
 A path starts anywhere and goes on in steps of STEP pixels, each turned by up to TURN against the
 one before; it stays GAP pixels from other paths. The first half of each step is drawn. Two paths
-are of the full length, whichever the answer, and others half as long. Discs that are joined are at
-most a path apart; nothing else but the way along a path tells that they are."""
+are of the full length, whichever the answer, and others half as long. Discs that are not joined are
+as far from each other as the two that could be, but for CLOSE, so that one has to follow a path to
+tell."""
 
+import itertools
 import math
 import random
 
 import numpy as np
 
 STEP, TURN, GAP, MARGIN, RADIUS = 2.0, 0.6, 3.0, 1.5, 1.5  # pixels; TURN in radians
-STARTS, TRIES = 30, 1_000
+CLOSE = 0.5  # pixels
+STARTS, TRIES = 30, 10_000
 Point = tuple[float, float]
 
 
@@ -35,13 +38,26 @@ def layout(
             if path is None:
                 break
             paths.append(path)
+            if len(paths) == 2 and not _alike(*paths):
+                break
         else:
-            joined = rng.random() < 0.5
-            return paths, (paths[0][0], paths[0][-1] if joined else paths[1][-1]), joined
+            joined, apart = (paths[0][0], paths[0][-1]), _alike(*paths[:2])
+            answer = rng.random() < 0.5
+            if apart is not None:
+                return paths, joined if answer else apart, answer
     raise ValueError(
         f"no drawing of size={size} had room for paths of points={points} with"
         f" distractors={distractors} in {TRIES} tries"
     )
+
+
+def _alike(one: list[Point], other: list[Point]) -> tuple[Point, Point] | None:
+    """Ends of the two paths that are as far from each other as those of the first, but for CLOSE;
+    None if there are none."""
+    wanted = math.dist(one[0], one[-1])
+    pairs = itertools.product((one[0], one[-1]), (other[0], other[-1]))
+    nearest = min(pairs, key=lambda pair: abs(math.dist(*pair) - wanted))
+    return nearest if abs(math.dist(*nearest) - wanted) <= CLOSE else None
 
 
 def _path(

@@ -16,6 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from experiments.tasks.sources import path_drawings
 from experiments.tasks.sources.byte_documents import ANSWER, MARK, PADDING, ask
 from experiments.tasks.sources.path_drawings import GAP, draw, layout
 from experiments.training.batches import train_batches
@@ -451,7 +452,7 @@ def test_an_image_in_colour_is_read_as_grey(tmp_path: Path) -> None:
     assert 3 in np.concatenate([part["tokens"][:, 0] for part in parts])
 
 
-def test_drawings_have_discs_at_ends_of_paths_that_do_not_touch() -> None:
+def test_drawings_have_discs_at_ends_of_paths_that_do_not_touch(monkeypatch: Any) -> None:
     joined = []
     for seed in range(20):
         paths, discs, answer = layout(random.Random(seed), 16, 6, 1)
@@ -459,6 +460,9 @@ def test_drawings_have_discs_at_ends_of_paths_that_do_not_touch() -> None:
         ends = [{path[0], path[-1]} for path in paths[:2]]
         assert any(set(discs) == pair for pair in ends) == answer and len(set(discs)) == 2
         assert set(discs) <= ends[0] | ends[1]
+        # How far they are from each other tells nothing.
+        far = math.dist(paths[0][0], paths[0][-1])
+        assert math.dist(*discs) == pytest.approx(far, abs=0.5 + 1e-9)
         for one, other in itertools.combinations(paths, 2):
             assert min(math.dist(a, b) for a in one for b in other) >= GAP
         drawing, label = draw(random.Random(seed), 16, 6, 1)
@@ -471,6 +475,7 @@ def test_drawings_have_discs_at_ends_of_paths_that_do_not_touch() -> None:
             assert drawing[round(y), round(x)] == 255
         joined.append(answer)
     assert 5 < sum(joined) < 15
+    monkeypatch.setattr(path_drawings, "TRIES", 10)
     with pytest.raises(ValueError, match="no drawing of size=8 had room for paths of points=40"):
         draw(random.Random(0), 8, 40, 0)
 

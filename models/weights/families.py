@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from models.weights import fla, llama, mamba, mixtral, qwen3_next
+from models.weights import bamba, fla, llama, mamba, mixtral, qwen3_next
 from models.weights.keys import Keys
 
 # A format has CLASSES {model_type: class}, MIXERS, if they differ from SwiGLU and RMSNorm MLPS and
@@ -12,7 +12,7 @@ from models.weights.keys import Keys
 # whether an absent tie_word_embeddings is true}, FLOAT32 (ends of names of tensors that are float32
 # whatever the others are), `ignored`, `network_entries`, `layer_entries`,
 # `read` and `write`.
-FORMATS: tuple[ModuleType, ...] = (llama, mixtral, qwen3_next, mamba, fla)
+FORMATS: tuple[ModuleType, ...] = (llama, mixtral, qwen3_next, mamba, bamba, fla)
 FAMILIES: dict[str, ModuleType] = {
     family: format for format in FORMATS for family in format.CLASSES
 }

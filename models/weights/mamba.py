@@ -42,29 +42,33 @@ def network_entries(model: Mapping[str, Any]) -> list[Entry]:
 
 def layer_entries(mixer: str, model: Mapping[str, Any]) -> list[Entry]:
     """The tensors of a layer with this mixer."""
+    norm = Entry("backbone.layers.{layer}.norm.weight", ("mixer_norm/scale",))
+    return [norm, *mixer_entries(mixer, model["mixers"][mixer], MIXER)]
+
+
+def mixer_entries(mixer: str, options: Mapping[str, Any], where: str) -> list[Entry]:
+    """The tensors of the mixer itself, whose names begin with `where`."""
 
     def linear(theirs: str, *ours: str) -> Entry:
-        return Entry(f"{MIXER}.{theirs}.weight", tuple(f"mixer/{o}/kernel" for o in ours), "linear")
+        return Entry(f"{where}.{theirs}.weight", tuple(f"mixer/{o}/kernel" for o in ours), "linear")
 
     convolutions = ("conv",) if mixer == "mamba" else ("conv_x", "conv_B", "conv_C")
     common = [
-        Entry("backbone.layers.{layer}.norm.weight", ("mixer_norm/scale",)),
         Entry(
-            f"{MIXER}.conv1d.weight",
+            f"{where}.conv1d.weight",
             tuple(f"mixer/{c}/weight_WD" for c in convolutions),
             "convolution",
         ),
         linear("out_proj", "output"),
     ]
-    options = model["mixers"][mixer]
     if options["conv_bias"]:
         common.append(
-            Entry(f"{MIXER}.conv1d.bias", tuple(f"mixer/{c}/bias_D" for c in convolutions))
+            Entry(f"{where}.conv1d.bias", tuple(f"mixer/{c}/bias_D" for c in convolutions))
         )
     inputs = ("input", "gate") if mixer == "mamba" else ("gate", "input", "write", "read", "dt")
     if options["bias"]:
         common += [
-            Entry(f"{MIXER}.{theirs}.bias", tuple(f"mixer/{name}/bias" for name in ours))
+            Entry(f"{where}.{theirs}.bias", tuple(f"mixer/{name}/bias" for name in ours))
             for theirs, ours in (("in_proj", inputs), ("out_proj", ("output",)))
         ]
     if mixer == "mamba":
@@ -73,17 +77,17 @@ def layer_entries(mixer: str, model: Mapping[str, Any]) -> list[Entry]:
             linear("in_proj", *inputs),
             linear("x_proj", "dt_in", "write", "read"),
             linear("dt_proj", "dt_out"),
-            Entry(f"{MIXER}.dt_proj.bias", ("mixer/dt_bias_E",)),
-            Entry(f"{MIXER}.A_log", ("mixer/a_log_EN",)),
-            Entry(f"{MIXER}.D", ("mixer/skip_E",)),
+            Entry(f"{where}.dt_proj.bias", ("mixer/dt_bias_E",)),
+            Entry(f"{where}.A_log", ("mixer/a_log_EN",)),
+            Entry(f"{where}.D", ("mixer/skip_E",)),
         ]
     return [
         *common,
         linear("in_proj", *inputs),
-        Entry(f"{MIXER}.dt_bias", ("mixer/dt_bias_H",)),
-        Entry(f"{MIXER}.A_log", ("mixer/a_log_H",)),
-        Entry(f"{MIXER}.D", ("mixer/skip_H",)),
-        Entry(f"{MIXER}.norm.weight", ("mixer/norm/scale",)),
+        Entry(f"{where}.dt_bias", ("mixer/dt_bias_H",)),
+        Entry(f"{where}.A_log", ("mixer/a_log_H",)),
+        Entry(f"{where}.D", ("mixer/skip_H",)),
+        Entry(f"{where}.norm.weight", ("mixer/norm/scale",)),
     ]
 
 
@@ -117,7 +121,7 @@ def read(keys: Keys, context_length: int) -> dict[str, Any]:
                 f"{keys.where}: num_heads * head_dim must be expand * hidden_size = {inner}; got"
                 f" {heads} * {size}"
             )
-        _check_time_steps(keys)
+        check_time_steps(keys)
         keys.ignore("time_step_rank")
         groups = keys.integer("n_groups", 8)
         options |= {
@@ -138,8 +142,8 @@ def read(keys: Keys, context_length: int) -> dict[str, Any]:
     }
 
 
-def _check_time_steps(keys: Keys) -> None:
-    """Newer files write infinity as an object."""
+def check_time_steps(keys: Keys) -> None:
+    """Raises ValueError unless time steps are free; newer files write infinity as an object."""
     limit = keys.get("time_step_limit", (0.0, math.inf))
     low, high = limit if isinstance(limit, list | tuple) and len(limit) == 2 else (None, None)
     if low != 0 or high not in (math.inf, "Infinity", {"__float__": "Infinity"}):

@@ -41,6 +41,7 @@ FAMILIES = {
     "hgrn2": "hgrn2",
     "lightnet": "lightnet",
     "mom": "mom",
+    "bamba": "bamba",
     "qwen3_next_dense": "qwen3_next",
     "qwen3_next_moe": "qwen3_next",
 }

@@ -106,6 +106,18 @@ CASES |= {
     "qwen3_moe": ("qwen3_moe", {**HEADS, **EXPERTS, "head_dim": 8}),
     "qwen3_moe, normalised": ("qwen3_moe", {**HEADS, **EXPERTS, "norm_topk_prob": True}),
     "mixtral": ("mixtral", {**HEADS, "num_local_experts": 3, "sliding_window": 7}),
+    "bamba": (
+        "bamba",
+        {
+            **HEADS,
+            "num_hidden_layers": 3,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 6,
+            "mamba_n_groups": 2,
+        },
+    ),
     "qwen3_next": (
         "qwen3_next",
         {

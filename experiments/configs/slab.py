@@ -5,8 +5,10 @@ from LayerNorm to BatchNorm while it trains.
         --workdir=runs/slab
 
 imagenet is its DeiT-T (74.3 % top-1; with the norm alone 73.6), imagenet,small its DeiT-S (80.0;
-80.2). On the others the norm goes over in the first two thirds of training. Departures: without a
-gradient clip theirs; the pyramids of PVT, Swin and CSWin are not here."""
+80.2). On the others the norm goes over in the first two thirds of training. The pyramids of PVT,
+Swin and CSWin are not here.
+
+digits,smoke: 30 s of one CPU core, accuracy 0.96 (one seed)."""
 
 from ml_collections import ConfigDict
 

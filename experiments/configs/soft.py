@@ -3,6 +3,8 @@
     python -m experiments.train --config=experiments/configs/soft.py:digits,smoke \
         --workdir=runs/soft
 
+digits,smoke: 40 s of one CPU core, accuracy 0.92 (one seed).
+
 imagenet and imagenet,tiny .. imagenet,huge are the published pyramids. Top-1 at 224 x 224: tiny
 79.3, small 82.2, medium 82.9, large 83.1, huge 83.3; with mixers.soft.normalise 79.4, 82.4, 83.1,
 83.3 and 83.4. Landmarks there are convolved, as in the released code; other tasks have one stage

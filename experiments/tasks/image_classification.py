@@ -12,7 +12,7 @@ from experiments.objectives.evaluation import Sums
 from experiments.tasks.sources import augmentations
 from experiments.tasks.sources.image_sets import Images, image_set, in_grey
 from experiments.training.task import Batch, Examples, Task
-from models.parts.options import Count, Probability, Range, Weight, check_choice
+from models.parts.options import Probability, Range, Weight, check_choice
 
 Side = Annotated[int, Range(1, 4096)]
 SideOrDefault = Annotated[int, Range(0, 4096)]
@@ -26,7 +26,7 @@ def make(
     size: SideOrDefault = 0,
     grey: bool = False,
     crop: str = "none",
-    padding: Count = 4,
+    padding: SideOrDefault = 4,
     flip: bool = False,
     rand_augment: tuple[float, ...] = (),
     erasing: Probability = 0.0,

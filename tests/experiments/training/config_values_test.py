@@ -31,7 +31,8 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("train_max_length", "test_max_length", "size_per_head"),
         *("value_heads", "rotary_size", "recurrence_share"),
         *("kernel_size", "size", "padding", "erasing", "mixup", "cutmix"),
-        *("label_smoothing", "drop_path", "mlp_width"),
+        *("label_smoothing", "drop_path", "mlp_width", "norm_eta", "norm_steps"),
+        *("norm_warmup_steps", "jitter"),
     },
     -1: {"data", "train_examples"},
     HUGE: {"clip_norm"},
@@ -39,6 +40,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("every_steps", "log_every_steps", "max_rejected_steps", "keep", "examples"),
         *("heartbeat_timeout_seconds", "clip_norm", "rope_base", "train_examples"),
         *("test_examples", "micro_batch_size", "gate_rank"),
+        *("norm_steps", "norm_warmup_steps"),
     },
     True: {
         *("scan_layers", "tie_embeddings", "rope", "qk_norm", "clip_eigenvalues", "shared_memory"),
@@ -48,7 +50,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("flip", "blend", "normalise"),
         *("download", "random_non_queries", "targets_only", "multiplication", "validation"),
     },
-    "x": {"data_dir"},
+    "x": {"data_dir", "test_split"},
     (): {
         *("frozen", "covariance", "task_covariance", "test_lengths", "test_input_scales"),
         *("test_length_grid", "test", "rope_scaling"),

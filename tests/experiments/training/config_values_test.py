@@ -59,8 +59,8 @@ MEANINGFUL: dict[Any, set[str]] = {
 }
 
 # Parts of hybrids have no config of their own: recall.py and based.py have them.
-# Of the sets of images, digits and ImageNet stand for all.
-IMAGE_SETS = {"mnist_subset", "fashion_mnist", "cifar10", "cifar100"}
+# Of the sets of images, digits stand for all.
+IMAGE_SETS = {"mnist_subset", "fashion_mnist", "cifar10", "cifar100", "imagenet"}
 CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attention"}) + [
     f"task {name}" for name in available_recipes() if name not in IMAGE_SETS
 ]

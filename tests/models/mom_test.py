@@ -388,7 +388,7 @@ def test_published_size():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 5}, r"top_k must be in 1..memories=3; got top_k=5"),
+        ({"top_k": 5}, r"top_k must be in 1\.\.3; got top_k=5"),
         ({"rule": "sum"}, "rule must be one of 'gated_delta_net', 'gla'; got 'sum'"),
         ({"execution": "sorted"}, "execution must be one of 'padded', 'gathered'; got 'sorted'"),
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),

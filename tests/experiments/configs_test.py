@@ -250,7 +250,7 @@ def test_the_long_range_arena_has_the_published_settings_and_its_smoke_size_has_
             assert smoke.steps <= 300
 
 
-@pytest.mark.parametrize("name", [*OF_IMAGES, "flowformer"])
+@pytest.mark.parametrize("name", [*sorted(OF_IMAGES), "flowformer"])
 def test_models_of_images_read_digits_and_imagenet(name: str) -> None:
     """Nothing is computed."""
     get_config = importlib.import_module(f"experiments.configs.{name}").get_config

@@ -12,9 +12,10 @@ Others read the token itself in both. `Bidirectional` is for mixers without such
 
 f and g are causal mixers with parameters of their own; reversed(x) has the tokens in the opposite
 order. Both read the token itself. Segments stay apart, whichever way they are read. A mixer that
-names `reverse` in its call's signature walks backwards itself. For others x is reversed: attention
-and `seqboat` (`window_attention` looks back only), `monarch_mixer` (so does `long_convolution`) and
-`mom` (its tokens are sorted by memory from the first to the last)."""
+names `reverse` in its call's signature walks backwards itself. For others x is reversed: attention,
+and what has a window of it (`liger`, `lolcats`, `seqboat`), because `window_attention` looks back
+only; `monarch_mixer` (so does `long_convolution`); and `mom` (its tokens are sorted by memory from
+the first to the last)."""
 
 import inspect
 from collections.abc import Callable

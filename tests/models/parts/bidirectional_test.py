@@ -90,7 +90,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lru": {"state_size": 4},
     "base_conv": {},
 }
-FLIPPED = {"diag_attention", "mom", "monarch_mixer", "seqboat", "transformer", "window_attention"}
+FLIPPED = {
+    *("diag_attention", "liger", "lolcats", "transformer", "window_attention"),
+    *("mom", "monarch_mixer", "seqboat"),
+}
 IN_MAKE_TEST = ("hedgehog", "lightnet", "s4d", "base_conv")
 
 

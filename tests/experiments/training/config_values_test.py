@@ -32,7 +32,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("value_heads", "rotary_size", "recurrence_share"),
         *("kernel_size", "size", "padding", "erasing", "mixup", "cutmix"),
         *("label_smoothing", "drop_path", "mlp_width", "norm_eta", "norm_steps"),
-        *("norm_warmup_steps", "jitter"),
+        *("norm_warmup_steps", "jitter", "dropout", "mlp_dropout", "distractors"),
     },
     -1: {"data", "train_examples"},
     HUGE: {"clip_norm"},
@@ -47,10 +47,10 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("kernels", "offload", "mask_query", "exponential_covariance", "test_reversed", "grey"),
         *("bias", "conv_bias", "qkv_bias", "output_bias", "norm_scale"),
         *("output_gate", "zero_centred_norm"),
-        *("flip", "blend", "normalise"),
+        *("flip", "blend", "normalise", "pre_norm", "gaps"),
         *("download", "random_non_queries", "targets_only", "multiplication", "validation"),
     },
-    "x": {"data_dir", "test_split"},
+    "x": {"data_dir", "test_split", "date_column"},
     (): {
         *("frozen", "covariance", "task_covariance", "test_lengths", "test_input_scales"),
         *("test_length_grid", "test", "rope_scaling"),
@@ -59,10 +59,14 @@ MEANINGFUL: dict[Any, set[str]] = {
 }
 
 # Parts of hybrids have no config of their own: recall.py and based.py have them.
-# Of the sets of images, digits stand for all.
+# Of the sets of images, digits stand for all, and of series waves.
 IMAGE_SETS = {"mnist_subset", "fashion_mnist", "cifar10", "cifar100", "imagenet"}
+SERIES = ("etth", "exchange")
+OF_SERIES = {"s_mamba", "itransformer"}
 CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attention"}) + [
-    f"task {name}" for name in available_recipes() if name not in IMAGE_SETS
+    f"task {name}"
+    for name in available_recipes()
+    if name not in IMAGE_SETS and not name.startswith(SERIES)
 ]
 
 
@@ -73,7 +77,11 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
     mixer, _, name = what.rpartition("task ") if what.startswith("task ") else (what, "", "")
     if not name:
         module = importlib.import_module(f"experiments.configs.{mixer}")
-        tasks = {"recall": "gla,smoke", **dict.fromkeys(OF_IMAGES, "digits,smoke")}
+        tasks = {
+            "recall": "gla,smoke",
+            **dict.fromkeys(OF_IMAGES, "digits,smoke"),
+            **dict.fromkeys(OF_SERIES, "forecasting,smoke"),
+        }
         config = module.get_config(tasks.get(mixer, "mqar,smoke"))
         parts: tuple[str, ...] = ("model.mixers.",)
     else:
@@ -84,6 +92,9 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
         elif config.model.name == "image_classifier":
             config = importlib.import_module("experiments.configs.vit").get_config(f"{name},smoke")
             config.task.dataset = "digits"
+        elif config.model.name == "forecaster":
+            module = importlib.import_module("experiments.configs.itransformer")
+            config = module.get_config(f"{name},smoke")
     if name == "text":
         (directory / "lines.txt").write_text("a line of text\n" * 5000)
         config.task.update({"path": str(directory / "lines.txt"), "data_dir": str(directory)})

@@ -67,6 +67,11 @@ class TestDeltaRule(OpContract):
     def initial_state(self, key, variant):
         return jax.random.normal(key, (BATCH, HEADS, KEY, VALUE))
 
+    # The slowest of all: the everyday tests have those of the other recurrences.
+    @pytest.mark.full
+    def test_derivatives_of_any_order_equal_those_of_the_reference(self, variant, implementation):
+        super().test_derivatives_of_any_order_equal_those_of_the_reference(variant, implementation)
+
 
 class TestSegmentStates(SegmentStatesContract):
     contract = TestDeltaRule()

@@ -202,10 +202,8 @@ def test_each_hgrn2_layer_of_a_network_is_given_the_bounds_of_its_place(pattern)
     assert layer == len(bounds[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "pattern", [pytest.param(x, marks=() if len(x) == 2 else pytest.mark.full) for x in PATTERNS]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_network_with_hgrn2_equals_its_blocks_called_one_by_one(pattern):
     depth = PATTERNS[pattern]
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 8)), jnp.float32)

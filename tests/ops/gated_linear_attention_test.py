@@ -62,6 +62,11 @@ class TestGatedLinearAttention(OpContract):
     def initial_state(self, key, variant):
         return jax.random.normal(key, (BATCH, HEADS, KEY, VALUE))
 
+    # Slow; the everyday tests have those of causal flow attention, which calls this op.
+    @pytest.mark.full
+    def test_derivatives_of_any_order_equal_those_of_the_reference(self, variant, implementation):
+        super().test_derivatives_of_any_order_equal_those_of_the_reference(variant, implementation)
+
 
 class TestSegmentStates(SegmentStatesContract):
     contract = TestGatedLinearAttention()

@@ -125,8 +125,8 @@ def test_tpu_kernels_equal_the_reference(variant):
         assert_close(name, got[name], expected[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("made_by", ["bias", pytest.param("softplus", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("made_by", ["bias", "softplus"])
 def test_tpu_kernels_make_step_sizes_of_a_bias_or_a_softplus_alone(made_by):
     contract = TestSelectiveScan()
     inputs, state, ids = contract.data("positive", 17)  # of a chunk of 32

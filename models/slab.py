@@ -1,7 +1,7 @@
 """SLAB. Guo, Chen, Tang, Wang, "SLAB: Efficient Transformers with Simplified Linear Attention and
 Progressive Re-parameterized Batch Normalization", ICML 2024, arXiv 2405.11582. The attention; the
 norm is `model.norm="progressive_batch"` (models/parts/batch_norm.py), which after training folds
-into the maps behind it (models/networks/folding.py).
+into the maps behind it (models/blocks/folding.py).
 
     q = relu(x W_q + b_q),   k = relu(x W_k + b_k + e),   v = x W_v + b_v
     o_i = q_i (sum_j k_j^T v_j) / (q_i sum_j k_j + 1e-6)

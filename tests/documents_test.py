@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.configs.recipes.base import available_recipes
-from models.networks.stack import available_mixers
+from models.blocks.stack import available_mixers
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(

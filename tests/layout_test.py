@@ -54,17 +54,19 @@ MAY_IMPORT = {
     "ops": "ops/framework ops/chunks ops/tpu ops/gpu",
     "models/parts": "ops ops/framework",
     "models": "models/parts ops ops/framework",
-    "models/networks": "models models/parts ops ops/framework",
+    "models/blocks": "models models/parts ops ops/framework",
+    "models/networks": "models/blocks models models/parts ops ops/framework",
     "models/weights": "",
     "experiments/configs": "",
     "experiments/objectives": "models/parts",
     "experiments/compiled": "ops/framework",
     "experiments/conversion": "experiments/training experiments/configs models/weights",
     "experiments/training": "experiments/objectives experiments/compiled models/networks"
-    " models/parts ops",
+    " models/blocks models/parts ops",
     "experiments/tasks": "experiments/training experiments/objectives models/parts",
     "experiments/reporting": "experiments/training",
-    "experiments/tables/computations": "experiments/training models/networks models/parts ops",
+    "experiments/tables/computations": "experiments/training models/networks models/blocks"
+    " models/parts ops",
     "experiments/tables": "experiments/reporting experiments/tables/computations",
     "experiments/sweeps": "experiments/tables experiments/reporting",
     "experiments/benchmarks": "experiments/training experiments/compiled ops ops/framework",
@@ -178,26 +180,12 @@ def test_what_is_directly_in_experiments_is_a_command_and_nothing_else_is() -> N
     assert {file for file, code in last.items() if code.startswith("if __name__ == ")} == commands
 
 
-# What networks are made of or change by; the other files of their folder are networks.
-SHARED_BY_NETWORKS = {
-    "backbone",
-    "batch_norm",
-    "block",
-    "folding",
-    "experts",
-    "low_rank",
-    "mlp",
-    "patches",
-    "stack",
-}
-
-
 def test_what_is_directly_in_models_is_a_paper() -> None:
-    for name in names("models") - {"networks", "parts", "weights"}:
+    for name in names("models") - {"blocks", "networks", "parts", "weights"}:
         file = Path("models", name, "__init__.py")
         file = file if file in TREES else Path("models", f"{name}.py")
         assert "Mixer" in definitions(file), file
-    for name in names("models/networks") - SHARED_BY_NETWORKS:
+    for name in names("models/networks"):
         assert "build" in definitions(Path("models/networks", f"{name}.py")), name
 
 
@@ -245,8 +233,8 @@ TESTED_BY = {
     "ops/gpu": "ops/gpu/lowering_test.py",
     "ops/tpu": "ops/tpu/interpreter_test.py",
     "models/parts": "contracts/mixers_test.py",
-    "models/networks/backbone.py": "models/networks/lm_test.py",
-    "models/networks/patches.py": "models/networks/image_classifier_test.py",
+    "models/blocks/backbone.py": "models/networks/lm_test.py",
+    "models/blocks/patches.py": "models/networks/image_classifier_test.py",
     "models/weights": "experiments/convert_test.py",
     "experiments/benchmarks/matrix_states.py": "experiments/benchmarks/tpu_aot_test.py",
     "experiments/benchmarks/peers": "experiments/benchmarks/gpu_test.py",

@@ -31,7 +31,7 @@ from experiments.training.mesh import (
     parameter_specs,
 )
 from experiments.training.task import Task
-from models.networks.stack import state_bytes
+from models.blocks.stack import state_bytes
 
 
 @functools.partial(
@@ -77,9 +77,8 @@ class Blueprint:
 
 
 def available_networks() -> tuple[str, ...]:
-    """Names of the files in models/networks that define `build`."""
-    names = (module.name for module in pkgutil.iter_modules(models.networks.__path__))
-    return tuple(sorted(name for name in names if hasattr(find_network(name), "build")))
+    """Names of the files in models/networks."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(models.networks.__path__)))
 
 
 def find_network(name: str) -> Any:

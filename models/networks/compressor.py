@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.networks.backbone import Backbone, build_network, token_embedding
+from models.blocks.backbone import Backbone, build_network, token_embedding
 from models.parts.options import Factor
 from models.parts.projections import projection
 
@@ -91,7 +91,7 @@ def build(
     compute_dtype: DTypeLike,
 ) -> Compressor:
     """The model of a config's `model` section (without its name), with the options of
-    models/networks/backbone.py and `embedding_std`, as in models/networks/lm.py.
+    models/blocks/backbone.py and `embedding_std`, as in models/networks/lm.py.
 
     `tie_embeddings`, which only a language model has, must be off. Raises ValueError for unknown,
     missing or impossible options, with what is possible."""

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.networks.backbone import Backbone, build_network
-from models.networks.block import BlockOptions
+from models.blocks.backbone import Backbone, build_network
+from models.blocks.block import BlockOptions
 from models.parts.options import Epsilon, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, fan_in_bias, projection
 
@@ -140,7 +140,7 @@ def build(
     compute_dtype: DTypeLike,
 ) -> Forecaster:
     """The model of a config's `model` section (without its name), with the options of
-    models/networks/backbone.py and
+    models/blocks/backbone.py and
 
     tokens           "variates": a token is the whole history of a variate; "time": a token is a row
     instance_norm    whether histories are standardised, each by its own mean and variance

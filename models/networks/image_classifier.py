@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.networks.backbone import Backbone, build_network, last_norm
-from models.networks.block import BlockOptions
-from models.networks.patches import Tokens, merging, stem_convolutions
-from models.networks.stack import Stack
+from models.blocks.backbone import Backbone, build_network, last_norm
+from models.blocks.block import BlockOptions
+from models.blocks.patches import Tokens, merging, stem_convolutions
+from models.blocks.stack import Stack
 from models.parts.options import Depth, Size, check_choice, check_options
 from models.parts.projections import projection
 
@@ -249,9 +249,9 @@ def build(
     compute_dtype: DTypeLike,
 ) -> ImageClassifier:
     """The model of a config's `model` section (without its name), for images of the given sizes,
-    with the options of models/networks/backbone.py and
+    with the options of models/blocks/backbone.py and
 
-    stem, patch      how patch x patch pixels become a token: models/networks/patches.py
+    stem, patch      how patch x patch pixels become a token: models/blocks/patches.py
     positions        "learned", a table that is added to the tokens of the first stage and resized
                      for images of another size; or "none"
     position_grid    (rows, columns) of that table: those of a checkpoint whose images had another

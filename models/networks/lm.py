@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.networks.backbone import Backbone, build_network, token_embedding
+from models.blocks.backbone import Backbone, build_network, token_embedding
 from models.parts.options import Count, Factor
 from models.parts.projections import NORMAL
 
@@ -104,7 +104,7 @@ def build(
     compute_dtype: DTypeLike,
 ) -> LM:
     """The model of a config's `model` section (without its name), with the options of
-    models/networks/backbone.py and
+    models/blocks/backbone.py and
 
     tie_embeddings    the head is the embedding
     embedding_std     standard deviation of the embedding's first values

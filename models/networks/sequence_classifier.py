@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.networks.backbone import Backbone, build_network, token_embedding
-from models.networks.batch_norm import masked_norm
+from models.blocks.backbone import Backbone, build_network, token_embedding
+from models.blocks.batch_norm import masked_norm
 from models.parts.options import FLOAT32_LARGEST, Count, Factor, Range, Size, check_choice
 from models.parts.projections import FAN_IN_UNIFORM, projection
 
@@ -191,7 +191,7 @@ def build(
     compute_dtype: DTypeLike,
 ) -> SequenceClassifier:
     """The model of a config's `model` section (without its name), with the options of
-    models/networks/backbone.py and
+    models/blocks/backbone.py and
 
     encoder                  "embedding" of tokens, or "linear" of numbers
     embedding_std            standard deviation of the table's first values

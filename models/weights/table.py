@@ -2,7 +2,7 @@
 
 A public tensor holds the numbers of one parameter of a layer, or of several, whose public forms
 then stand one after another along its first axis. Parameters of the layers lie in stacks
-(models/networks/stack.py), where layer i is one entry of an array."""
+(models/blocks/stack.py), where layer i is one entry of an array."""
 
 import math
 from collections import Counter

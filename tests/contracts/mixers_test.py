@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.blocks.stack import available_mixers, state_bytes
 from models.networks.lm import LM, build
-from models.networks.stack import available_mixers, state_bytes
 from tests.support.layers import parts
 from tests.support.mixers import TOYS, add_mixers
 

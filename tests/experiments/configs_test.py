@@ -18,8 +18,8 @@ from experiments.training.checkout import CHECKOUT
 from experiments.training.config import flatten, validate
 from experiments.training.state import find_network
 from experiments.training.task import available_tasks, find_task
+from models.blocks.stack import available_mixers, find_mixer
 from models.networks import image_classifier
-from models.networks.stack import available_mixers, find_mixer
 from tests.support.lra_files import prepare_reviews, write_listops, write_pairs, write_pathfinder
 
 SUMS = (

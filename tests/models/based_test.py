@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from models import based
-from models.networks.stack import state_bytes
+from models.blocks.stack import state_bytes
 from tests.support.layers import (
     FLOAT32,
     build_mixer,

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from models import hgrn2
+from models.blocks.block import Context
+from models.blocks.stack import Stack
 from models.networks import lm
-from models.networks.block import Context
-from models.networks.stack import Stack
 from models.parts.variables import Report
 from tests.support.layers import (
     array,

@@ -12,7 +12,7 @@ from scipy.linalg import expm
 from scipy.ndimage import gaussian_filter1d
 
 from models import s4d
-from models.networks.stack import state_bytes
+from models.blocks.stack import state_bytes
 from models.parts.hippo import diagonal_plus_low_rank, legs, normal_legs
 from tests.support.layers import FLOAT32, array, build_mixer, check_layer, sigmoid, weight
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from models import gla
-from models.networks import stack
+from models.blocks import stack
 from models.parts.bidirectional import Bidirectional
 from models.parts.projections import projection
 from ops.framework.segments import numbers

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.blocks.folding import fold_norms
 from models.networks import image_classifier
-from models.networks.folding import fold_norms
 
 ROUNDS = 5
 MIXERS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from experiments.configs.recipes.base import available_recipes, recipe
 from experiments.training import config as configs
 from experiments.training.config import flatten
 from experiments.training.mesh import make_mesh
-from models.networks.stack import available_mixers
+from models.blocks.stack import available_mixers
 from tests.experiments.configs_test import OF_IMAGES, little_data
 
 NAN, INFINITE, HUGE, LARGEST_INT = math.nan, math.inf, 10**20, 2**31 - 1

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.blocks.patches import Tokens, stem_convolutions
 from models.networks.image_classifier import build
-from models.networks.patches import Tokens, stem_convolutions
 from models.parts.positions import resized_table
 from tests.support.layers import FLOAT32, array, randomised, rms
 from tests.support.mixers import SegmentMean, add_mixers

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from models import delta_net, gla, mamba
-from models.networks.stack import available_mixers, find_mixer
+from models.blocks.stack import available_mixers, find_mixer
 from models.parts.bidirectional import Bidirectional
 from tests.contracts.ops import assert_close
 from tests.support.layers import (

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.networks.batch_norm import BatchNorm, ProgressiveBatchNorm, RepBatchNorm, masked_norm
-from models.networks.experts import Experts
-from models.networks.low_rank import adapt
-from models.networks.mlp import INITS, MLPS, inner_width
+from models.blocks.batch_norm import BatchNorm, ProgressiveBatchNorm, RepBatchNorm, masked_norm
+from models.blocks.experts import Experts
+from models.blocks.low_rank import adapt
+from models.blocks.mlp import INITS, MLPS, inner_width
 from models.parts.norms import ZeroCentredRMSNorm, layer_norm, rms_norm
 from models.parts.options import (
     Count,
@@ -46,7 +46,7 @@ NORMS = ("rms", "rms_zero", "layer", "batch", "rep_batch", "progressive_batch")
 class BlockOptions:
     """What all blocks of a stack have in common.
 
-    mlp                "swiglu", "gelu", "experts" (models/networks/experts.py) or "none"
+    mlp                "swiglu", "gelu", "experts" (models/blocks/experts.py) or "none"
     mlp_ratio          inner width: ratio * width for "gelu", about 2/3 of that for "swiglu"
     mlp_width          inner width itself; 0: by mlp_ratio
     mlp_bias           biases in "swiglu"; "gelu" has them
@@ -62,11 +62,11 @@ class BlockOptions:
                        Touvron et al., ICCV 2021, arXiv 2103.17239); 0: there is none
     mlp_dropout        of the MLP's inner activations and of what it returns, as `dropout`
     lora_rank          rank of what is added to linear maps of the mixers
-                       (models/networks/low_rank.py); 0: nothing is
+                       (models/blocks/low_rank.py); 0: nothing is
     lora_alpha         added with the factor lora_alpha / lora_rank
     lora_targets       the names of the maps
     norm, norm_eps     "rms", "rms_zero" (whose scales are 1 + w), "layer", or of
-                       models/networks/batch_norm.py "batch" (BN), "rep_batch" (RepBN) or
+                       models/blocks/batch_norm.py "batch" (BN), "rep_batch" (RepBN) or
                        "progressive_batch" (PRepBN): the blocks' norms and the last one.
                        Padding, of which a mask tells, is in no statistics of a batch.
     norm_steps         of "progressive_batch": the steps in which lam falls from 1 to 0

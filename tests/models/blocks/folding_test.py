@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.networks.backbone import Identity
-from models.networks.folding import fold_norms
+from models.blocks.backbone import Identity
+from models.blocks.folding import fold_norms
 from models.networks.image_classifier import build
 from tests.support.layers import FLOAT32
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.networks.stack import available_mixers, shortest_period, state_bytes
+from models.blocks.stack import available_mixers, shortest_period, state_bytes
 from tests.support.layers import array, randomised, tiny_lm
 from tests.support.mixers import SegmentMean, add_mixers
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.networks.batch_norm import BatchNorm, ProgressiveBatchNorm, RepBatchNorm
+from models.blocks.batch_norm import BatchNorm, ProgressiveBatchNorm, RepBatchNorm
 from models.parts.variables import StepsBefore, set_steps_before
 from tests.support.layers import array
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.networks.mlp import SwiGLU
+from models.blocks.mlp import SwiGLU
 from models.parts.projections import projection
 from models.parts.router import Router
 

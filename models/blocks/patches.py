@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.networks.batch_norm import BatchNorm
+from models.blocks.batch_norm import BatchNorm
 from models.parts.norms import layer_norm
 from models.parts.options import check_choice
 from models.parts.positions import resized_table

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from experiments.objectives.objective import Report
-from models.networks.block import BlockOptions
-from models.networks.experts import Experts
+from models.blocks.block import BlockOptions
+from models.blocks.experts import Experts
 from tests.support.layers import FLOAT32
 
 EXPERTS, WIDTH = 5, 6

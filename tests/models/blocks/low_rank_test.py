@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.blocks.low_rank import LowRank
 from models.networks.lm import LM
-from models.networks.low_rank import LowRank
 from models.parts.projections import projection
 from tests.support.layers import FLOAT32
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.networks.block import BlockOptions
-from models.networks.stack import Stack
+from models.blocks.block import BlockOptions
+from models.blocks.stack import Stack
 from models.parts.options import Depth, Probability, Size, check_options
 
 Network = TypeVar("Network", bound="Backbone")

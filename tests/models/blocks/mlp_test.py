@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.networks.mlp import MLPS, inner_width
+from models.blocks.mlp import MLPS, inner_width
 from tests.support.layers import FLOAT32
 
 

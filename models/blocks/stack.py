@@ -21,7 +21,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 import models
-from models.networks.block import Block, BlockOptions, Context
+from models.blocks.block import Block, BlockOptions, Context
 from models.parts.options import check_choice, check_options
 from ops.framework import segments
 from ops.framework.sequence_parallel import CARRIED
@@ -43,7 +43,7 @@ REMAT_POLICIES = {
 def available_mixers() -> tuple[str, ...]:
     """Names of the files and packages in models/ that define a `Mixer`: all papers."""
     names = (module.name for module in pkgutil.iter_modules(models.__path__))
-    return tuple(sorted(set(names) - {"networks", "parts", "weights"}))
+    return tuple(sorted(set(names) - {"blocks", "networks", "parts", "weights"}))
 
 
 def find_mixer(name: str) -> Any:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.networks.block import BlockOptions, DropPath
-from models.networks.stack import Stack
+from models.blocks.block import BlockOptions, DropPath
+from models.blocks.stack import Stack
 from models.parts.options import check_options
 from tests.support.layers import FLOAT32, array, randomised, rms, tiny_lm
 from tests.support.mixers import SegmentMean, add_mixers

@@ -11,6 +11,7 @@ from ..framework import examples
 from ..framework.examples import CHUNK, MEASURED, RAGGED_HEADS, Shape
 
 SHAPES = {
+    "test": {"batch": 2, "length": 129, "key_heads": 2, "heads": 4, "key": 20, "value": 24},
     "cpu": {"batch": 1, "length": 2048, "key_heads": 4, "heads": 4, "key": 64, "value": 64},
     "ragged": RAGGED_HEADS,
     "delta_net_1_3b": {

@@ -1,11 +1,12 @@
 """What every implementation of a recurrent op must satisfy, written once.
 
-A test file subclasses `OpContract`, says how to make inputs and how to call the op, and lists
-`variants` and `implementations`; a new kernel joins by adding its name to `implementations`. All
+A test file subclasses `OpContract`, names the op and its examples, and lists `variants` and
+`implementations`; a new kernel joins by adding its name to `implementations`. All
 tests of one variant share few compiled programs: the data vary, the shapes do not."""
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, ClassVar
 
 import jax
@@ -82,7 +83,9 @@ def derivatives(function: Callable[..., Any], *given: Any) -> dict[str, Any]:
 
 def hard_decay_log(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Log decays that break differences of cumulative sums: -20 beside -1e-3, -1e4 beside 0, and
-    ordinary ones."""
+    ordinary ones; of heads alone, [H], without the latter."""
+    if len(shape) == 1:
+        return jnp.resize(jnp.array([-1e4, -0.05, 0.0, -1e-3]), shape)
     kind, ordinary = jax.random.split(key)
     kind = jax.random.choice(kind, 6, shape, p=jnp.array([0.1, 0.2, 0.03, 0.2, 0.07, 0.4]))
     values = -jnp.exp(2 * jax.random.normal(ordinary, shape) - 2)
@@ -92,8 +95,11 @@ def hard_decay_log(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 class OpContract:
-    """Subclasses set these and define `inputs`, `initial_state` and `call`."""
+    """Subclasses set these and define `initial_state`.
 
+    examples: of the op, whose shape "test" the contract takes."""
+
+    examples: ClassVar[ModuleType]
     variants: ClassVar[tuple[Any, ...]]
     implementations: ClassVar[tuple[str, ...]]
     op: ClassVar[Callable[..., Any]]
@@ -102,8 +108,16 @@ class OpContract:
     isolates: ClassVar[str] = "segment"
 
     def inputs(self, key: jax.Array, variant: str, length: int, dtype: str) -> dict[str, jax.Array]:
-        """Arguments by name, of batch BATCH, in `dtype` where the op takes activations."""
-        raise NotImplementedError
+        """Arguments by name, of batch BATCH, in `dtype` where the op takes activations: the
+        examples of the op, but with hard decays."""
+        inputs = self.examples.inputs(self.shape(variant, length), variant, dtype, key)
+        if "decay_log" in inputs:
+            decays = inputs["decay_log"].shape
+            inputs["decay_log"] = hard_decay_log(jax.random.fold_in(key, 1), decays)
+        return inputs
+
+    def shape(self, variant: str, length: int) -> dict[str, int]:
+        return {**self.examples.SHAPES["test"], "batch": BATCH, "length": length}
 
     def initial_state(self, key: jax.Array, variant: str) -> jax.Array:
         raise NotImplementedError

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from ops import FlowState, causal_flow_attention, init_flow_state
-from tests.contracts.ops import BATCH, OpContract, assert_close
+from ops.causal_flow_attention import examples
+from tests.contracts.ops import OpContract, assert_close
 
-HEADS, KEY, VALUE = 2, 6, 5
+HEADS, KEY, VALUE = (examples.SHAPES["test"][name] for name in ("heads", "key", "value"))
 
 
 def normal(seed, *shape, dtype="float32"):
@@ -21,16 +22,10 @@ class TestCausalFlowAttention(OpContract):
     """The contract's state is one array: the parts of a `FlowState` one behind the other."""
 
     op = staticmethod(causal_flow_attention)
+    examples = examples
     variants = ("language", pytest.param("plain", marks=pytest.mark.full))
     implementations = ("xla",)
     isolates = "chunk"
-
-    def inputs(self, key, variant, length, dtype):
-        sizes = {"q": KEY, "k": KEY, "v": VALUE}
-        return {
-            name: jax.random.normal(key, (BATCH, length, HEADS, size)).astype(dtype)
-            for key, (name, size) in zip(jax.random.split(key, 3), sizes.items(), strict=True)
-        }
 
     def initial_state(self, key, variant):
         """What three tokens leave."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from experiments.compiled.kernels import kernel_calls
 from ops import delta_rule, gated_linear_attention
+from ops.delta_rule import examples
 from ops.delta_rule import pallas_gpu as gpu_kernels
 from ops.delta_rule.xla import unit_lower_inverse
 from ops.gpu import inverse as inverses_gpu
@@ -36,7 +37,6 @@ from tests.ops.gated_linear_attention_test import (
     SIZES,
     VALUE,
     assert_l2_close,
-    attention_inputs,
 )
 
 
@@ -44,25 +44,19 @@ def unit(x):
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def delta_inputs(key, variant, length, dtype):
-    inputs = attention_inputs(key, variant, length, dtype)
-    inputs["k"] = unit(inputs["k"].astype(jnp.float32)).astype(dtype)
-    choice, value = jax.random.split(jax.random.fold_in(key, 1))
-    kind = jax.random.randint(choice, (BATCH, length, HEADS), 0, 5)
-    beta = 2 * jax.random.uniform(value, kind.shape)
-    # 0, 1, 2 and between.
-    inputs["beta"] = jnp.where(kind < 3, kind.astype(jnp.float32), beta).astype(dtype)
-    return inputs
-
-
 class TestDeltaRule(OpContract):
     variants = ("none", pytest.param("constant", marks=pytest.mark.slow), "scalar", "vector")
     implementations = ("xla",)
     isolates = "chunk"
     op = delta_rule
+    examples = examples
 
     def inputs(self, key, variant, length, dtype):
-        return delta_inputs(key, variant, length, dtype)
+        """With a beta of 0, 1, 2 and between."""
+        inputs = super().inputs(key, variant, length, dtype)
+        kind = jax.random.randint(jax.random.fold_in(key, 2), inputs["beta"].shape, 0, 5)
+        beta = jnp.where(kind < 3, kind.astype(dtype), 2 * inputs["beta"])
+        return inputs | {"beta": beta}
 
     def initial_state(self, key, variant):
         return jax.random.normal(key, (BATCH, HEADS, KEY, VALUE))
@@ -285,7 +279,7 @@ def test_a_program_lowered_for_a_gpu_takes_the_kernels_where_they_can():
 
 
 def random_case(seed, variant="none", length=37):
-    inputs = delta_inputs(jax.random.key(seed), variant, length, "float32")
+    inputs, _, _ = TestDeltaRule().data(variant, length, seed=seed)
     return (inputs["q"], inputs["k"], inputs["v"], inputs["beta"], inputs.get("decay_log"))
 
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from ops import dense_scan
-from ops.dense_scan.examples import SHAPES
+from ops.dense_scan import examples
 from ops.dense_scan.powers import krylov, krylov_kernel, power_less_one
 from tests.contracts.ops import BATCH, LENGTH, OpContract, assert_close
 
-SYSTEMS, SIZE, OUTPUTS = (SHAPES["test"][name] for name in ("width", "state_size", "outputs"))
+SYSTEMS, SIZE, OUTPUTS = (
+    examples.SHAPES["test"][name] for name in ("width", "state_size", "outputs")
+)
 
 
 def contractions(rng):
@@ -28,15 +30,11 @@ class TestDenseScan(OpContract):
     implementations = ("xla",)
     isolates = "chunk"
     op = staticmethod(dense_scan)
+    examples = examples
 
     def inputs(self, key, variant, length, dtype):
-        rng = np.random.default_rng(int(jax.random.bits(key)))
-        return {
-            "u": jnp.asarray(rng.standard_normal((BATCH, length, SYSTEMS)), dtype),
-            "A": jnp.asarray(contractions(rng), jnp.float32),
-            "B": jnp.asarray(rng.standard_normal((SYSTEMS, SIZE)), jnp.float32),
-            "C": jnp.asarray(rng.standard_normal((SYSTEMS, OUTPUTS, SIZE)), jnp.float32),
-        }
+        A = contractions(np.random.default_rng(int(jax.random.bits(key))))
+        return super().inputs(key, variant, length, dtype) | {"A": jnp.asarray(A, jnp.float32)}
 
     def initial_state(self, key, variant):
         return jax.random.normal(key, (BATCH, SYSTEMS, SIZE))

@@ -10,12 +10,11 @@ from jax.experimental import checkify
 
 import ops
 from ops import diagonal_scan
-from ops.diagonal_scan import pallas_gpu, pallas_tpu
-from ops.diagonal_scan.examples import SHAPES
+from ops.diagonal_scan import examples, pallas_gpu, pallas_tpu
 from tests.contracts.ops import BATCH, DOCUMENT, LENGTH, TOLERANCE, OpContract, assert_close
 
 scan = jax.jit(diagonal_scan, static_argnames="implementation")
-CHANNELS = SHAPES["test"]["channels"]
+CHANNELS = examples.SHAPES["test"]["channels"]
 HARD_MODULI = (0.0, 1e-30, 0.5, 1 - 1e-3, 1.0)  # total decay to none, side by side
 
 
@@ -35,24 +34,22 @@ def factors(seed, *shape):
 
 class TestDiagonalScan(OpContract):
     # The other two are tied to these below.
-    variants = ("real, constant", "complex, per token")
+    variants = ("real", "complex, per token")
     implementations = ("xla",)
+    examples = examples
 
     def inputs(self, key, variant, length, dtype):
-        seed = int(jax.random.bits(key))
-        if variant.startswith("real"):
-            per_token = factors(seed, BATCH, length, CHANNELS)[0]
-            constant = jnp.asarray((*HARD_MODULI, -0.9), jnp.float32)
-            return {
-                "a": constant if variant == "real, constant" else per_token,
-                "b": normal(seed, BATCH, length, CHANNELS, dtype=dtype),
-            }
-        a_real, a_imaginary = factors(seed, BATCH, length, CHANNELS)
+        """With factors from total decay to none; a complex number is two inputs."""
+        inputs = super().inputs(key, variant, length, dtype)
+        if variant == "real":
+            return {"a": jnp.asarray((*HARD_MODULI, -0.9), jnp.float32), "b": inputs["b"]}
+        parts = factors(int(jax.random.bits(key)), BATCH, length, CHANNELS)
+        if variant == "real, per token":
+            return {"a": parts[0], "b": inputs["b"]}
         return {
-            "a_real": a_real,
-            "a_imaginary": a_imaginary,
-            "b_real": normal(seed + 1, BATCH, length, CHANNELS, dtype=dtype),
-            "b_imaginary": normal(seed + 2, BATCH, length, CHANNELS, dtype=dtype),
+            f"{name}_{part}": x
+            for name, pair in (("a", parts), ("b", inputs["b"]))
+            for part, x in zip(("real", "imaginary"), pair, strict=True)
         }
 
     def initial_state(self, key, variant):
@@ -100,7 +97,7 @@ class TestKernels(TestDiagonalScan):
 
 
 @pytest.mark.parametrize(
-    "variant", ["complex, per token", pytest.param("real, constant", marks=pytest.mark.slow)]
+    "variant", ["complex, per token", pytest.param("real", marks=pytest.mark.slow)]
 )
 def test_tpu_kernels_equal_the_reference(variant):
     contract = TestDiagonalScan()
@@ -116,10 +113,10 @@ def test_tpu_kernels_equal_the_reference(variant):
     ("variant", "reverse", "length"),
     [
         pytest.param("real, per token", False, 33, marks=pytest.mark.full),
-        pytest.param("real, constant", False, 33, marks=pytest.mark.full),
+        pytest.param("real", False, 33, marks=pytest.mark.full),
         pytest.param("complex, per token", False, 33, marks=pytest.mark.full),
         pytest.param("real, per token", True, 33, marks=pytest.mark.slow),
-        pytest.param("real, constant", True, 33, marks=pytest.mark.full),
+        pytest.param("real", True, 33, marks=pytest.mark.full),
         pytest.param("complex, per token", True, 32, marks=pytest.mark.full),
     ],
 )
@@ -141,7 +138,7 @@ def test_tpu_kernels_carry_states_and_gradients_over_chunks(variant, reverse, le
     [
         pytest.param("complex, per token", False, marks=pytest.mark.slow),
         pytest.param("complex, per token", True, marks=pytest.mark.slow),
-        pytest.param("real, constant", False, marks=pytest.mark.full),
+        pytest.param("real", False, marks=pytest.mark.full),
     ],
 )
 def test_gpu_kernels_equal_the_reference(variant, reverse, monkeypatch):
@@ -157,7 +154,7 @@ def test_gpu_kernels_equal_the_reference(variant, reverse, monkeypatch):
 # Three chunks in two parts; four in three, of which the last is empty.
 @pytest.mark.full
 @pytest.mark.parametrize(("length", "parts"), [(130, 2), (193, 3)])
-@pytest.mark.parametrize("variant", ["real, constant", "complex, per token"])
+@pytest.mark.parametrize("variant", ["real", "complex, per token"])
 def test_gpu_kernels_cut_time_into_parts(variant, length, parts, monkeypatch):
     monkeypatch.setattr(pallas_gpu, "part_count", lambda length, programs: parts)
     contract = TestDiagonalScan()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import ops
 from experiments.compiled.kernels import kernel_calls
 from ops import gated_linear_attention, kernels
+from ops.gated_linear_attention import examples
 from ops.gated_linear_attention import pallas_gpu as gpu_kernels
 from ops.gpu import pieces, tiles
 from tests.contracts.ops import (
@@ -25,29 +26,9 @@ from tests.contracts.ops import (
     hard_decay_log,
 )
 
-KEY_HEADS, HEADS, KEY, VALUE = 2, 4, 20, 24  # chunks of 32 tokens
-
-
-def decay_shape(variant, length):
-    return {
-        "constant": (HEADS,),
-        "scalar": (BATCH, length, HEADS),
-        "vector": (BATCH, length, HEADS, KEY),
-    }[variant]
-
-
-def attention_inputs(key, variant, length, dtype):
-    keys = jax.random.split(key, 4)
-    inputs = {
-        "q": jax.random.normal(keys[0], (BATCH, length, KEY_HEADS, KEY), dtype),
-        "k": jax.random.normal(keys[1], (BATCH, length, KEY_HEADS, KEY), dtype),
-        "v": jax.random.normal(keys[2], (BATCH, length, HEADS, VALUE), dtype),
-    }
-    if variant != "none":
-        inputs["decay_log"] = hard_decay_log(keys[3], decay_shape(variant, length))
-    if variant == "constant":
-        inputs["decay_log"] = jnp.array([-1e4, -0.05, 0.0, -1e-3])
-    return inputs
+KEY_HEADS, HEADS, KEY, VALUE = (
+    examples.SHAPES["test"][name] for name in ("key_heads", "heads", "key", "value")
+)  # chunks of 32 tokens
 
 
 class TestGatedLinearAttention(OpContract):
@@ -55,9 +36,7 @@ class TestGatedLinearAttention(OpContract):
     implementations = ("xla",)
     isolates = "chunk"
     op = gated_linear_attention
-
-    def inputs(self, key, variant, length, dtype):
-        return attention_inputs(key, variant, length, dtype)
+    examples = examples
 
     def initial_state(self, key, variant):
         return jax.random.normal(key, (BATCH, HEADS, KEY, VALUE))
@@ -227,7 +206,7 @@ def test_segment_states_lowered_for_a_tpu_take_the_chunked_form():
 
 
 def random_case(seed, variant, length=37) -> tuple[Any, ...]:
-    inputs = attention_inputs(jax.random.key(seed), variant, length, "float32")
+    inputs, _, _ = TestGatedLinearAttention().data(variant, length, seed=seed)
     return inputs.pop("q"), inputs.pop("k"), inputs.pop("v"), inputs.get("decay_log")
 
 

@@ -11,8 +11,7 @@ from jax.experimental import checkify
 
 import ops
 from ops import selective_scan
-from ops.selective_scan import gating, pallas_gpu, pallas_tpu, xla
-from ops.selective_scan.examples import SHAPES
+from ops.selective_scan import examples, gating, pallas_gpu, pallas_tpu, xla
 from ops.selective_scan.pallas_gpu import gradients, program, walks
 from tests.contracts.ops import BATCH, DOCUMENT, LENGTH, TOLERANCE, OpContract, assert_close
 
@@ -20,51 +19,36 @@ scan = jax.jit(
     selective_scan,
     static_argnames=("delta_softplus", "eigenvalue_range", "reverse", "implementation"),
 )
-WIDTH, STATE = SHAPES["test"]["width"], SHAPES["test"]["state"]
+WIDTH, STATE = examples.SHAPES["test"]["width"], examples.SHAPES["test"]["state"]
 # Per channel and state: steps of order one times these are decays from none to total, side by side.
 HARD_A = jnp.asarray(np.resize([0.0, -1e-3, -1.0, -20.0, -1e4], (WIDTH, STATE)), jnp.float32)
 
 
-def scan_inputs(seed, length, dtype="float32", width=WIDTH, state=STATE):
-    rng = np.random.default_rng(seed)
+def hardened(inputs, key):
+    """Some steps of zero, and at the sizes of the contract from no decay to all of it."""
+    there = jax.random.uniform(key, inputs["delta"].shape) > 0.1
+    zero = -1e4 if "delta_bias" in inputs else 0.0
+    inputs["delta"] = jnp.where(there, inputs["delta"], zero).astype(inputs["delta"].dtype)
+    if inputs["A"].shape == HARD_A.shape:
+        inputs["A"] = HARD_A
+    return inputs
 
-    def normal(*shape):
-        return rng.standard_normal(shape)
 
-    delta = np.logaddexp(normal(BATCH, length, width), 0.0) * (
-        rng.random((BATCH, length, width)) > 0.1
-    )
-    return {
-        "x": jnp.asarray(normal(BATCH, length, width), dtype),
-        "delta": jnp.asarray(delta, jnp.float32),
-        "A": HARD_A if (width, state) == HARD_A.shape else -jnp.ones((width, state)),
-        "B": jnp.asarray(normal(BATCH, length, state), dtype),
-        "C": jnp.asarray(normal(BATCH, length, state), dtype),
-        "D": jnp.asarray(normal(width), jnp.float32),
-    }
+def scan_inputs(seed, length, **sizes):
+    shape = {**examples.SHAPES["test"], "batch": BATCH, "length": length, **sizes}
+    key = jax.random.key(seed)
+    skip = jax.random.normal(jax.random.fold_in(key, 1), (shape["width"],))
+    return hardened(examples.inputs(shape, "", "float32", key), key) | {"D": skip}
 
 
 class TestSelectiveScan(OpContract):
-    # The range of eigenvalues; "positive" is all that Mamba has, "negative" the recurrence alone.
-    variants = ("positive", "negative")
+    # "gated" is all that Mamba has; the recurrence alone takes the wider range of eigenvalues.
+    variants = ("gated", pytest.param("", id="alone"))
     implementations = ("xla",)
+    examples = examples
 
     def inputs(self, key, variant, length, dtype):
-        inputs = scan_inputs(int(jax.random.bits(key)), length, dtype)
-        if variant == "negative":
-            del inputs["D"]
-            return inputs
-        z, bias, delta = (
-            jax.random.normal(k, shape)
-            for k, shape in zip(
-                jax.random.split(key, 3),
-                (inputs["x"].shape, (WIDTH,), inputs["x"].shape),
-                strict=True,
-            )
-        )
-        # Steps of zero, as before: softplus(-1e4).
-        raw = jnp.where(inputs["delta"] == 0, -1e4, delta)
-        return inputs | {"delta": raw.astype(dtype), "z": (3 * z).astype(dtype), "delta_bias": bias}
+        return hardened(super().inputs(key, variant, length, dtype), key)
 
     def initial_state(self, key, variant):
         return jax.random.normal(key, (BATCH, WIDTH, STATE))
@@ -74,7 +58,7 @@ class TestSelectiveScan(OpContract):
         return scan(
             **inputs,
             delta_softplus="delta_bias" in inputs,
-            eigenvalue_range=(0, 1) if "D" in inputs else (-1, 1),
+            eigenvalue_range=(0, 1) if "delta_bias" in inputs else (-1, 1),
             initial_state=state,
             segment_ids=segment_ids,
             implementation=implementation,
@@ -115,7 +99,7 @@ class TestKernels(TestSelectiveScan):
         monkeypatch.setattr(gradients, "TURN", 2)
 
 
-@pytest.mark.parametrize("variant", ["positive", pytest.param("negative", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", ["gated", pytest.param("", marks=pytest.mark.slow)])
 def test_tpu_kernels_equal_the_reference(variant):
     contract = TestSelectiveScan()
     inputs, state, ids = contract.data(variant, 40)  # 40 tokens of a chunk of 48
@@ -129,7 +113,7 @@ def test_tpu_kernels_equal_the_reference(variant):
 @pytest.mark.parametrize("made_by", ["bias", "softplus"])
 def test_tpu_kernels_make_step_sizes_of_a_bias_or_a_softplus_alone(made_by):
     contract = TestSelectiveScan()
-    inputs, state, ids = contract.data("positive", 17)  # of a chunk of 32
+    inputs, state, ids = contract.data("gated", 17)  # of a chunk of 32
     bias = inputs.pop("delta_bias")
     if made_by == "bias":
         steps = jax.nn.softplus(inputs["delta"])
@@ -164,7 +148,7 @@ def test_tpu_kernels_walk_backwards_over_chunks(monkeypatch):
     monkeypatch.setattr(gating, "CHUNK", 16)
     monkeypatch.setattr(pallas_tpu, "TUNING", pallas_tpu.Tuning(chunk=32))
     contract = TestSelectiveScan()
-    case = contract.data("positive", 33)
+    case = contract.data("gated", 33)
     expected = contract.values_and_gradients("reference", *case, reverse=True)
     got = contract.values_and_gradients("pallas_tpu", *case, reverse=True)
     for name in expected:
@@ -174,7 +158,7 @@ def test_tpu_kernels_walk_backwards_over_chunks(monkeypatch):
 @pytest.mark.slow
 def test_a_tpu_kernel_carries_its_state_over_chunks_without_segments():
     contract = TestSelectiveScan()
-    inputs, state, _ = contract.data("positive", LENGTH)
+    inputs, state, _ = contract.data("gated", LENGTH)
     for name, got, wanted in zip(
         ("y", "final state"),
         contract.forward("pallas_tpu", inputs, state),
@@ -189,9 +173,9 @@ def test_a_tpu_kernel_carries_its_state_over_chunks_without_segments():
 @pytest.mark.parametrize(
     ("variant", "reverse"),
     [
-        pytest.param("positive", False, marks=pytest.mark.full),
-        pytest.param("positive", True, marks=pytest.mark.slow),
-        pytest.param("negative", False, marks=pytest.mark.full),
+        pytest.param("gated", False, marks=pytest.mark.full),
+        pytest.param("gated", True, marks=pytest.mark.slow),
+        pytest.param("", False, marks=pytest.mark.full),
     ],
 )
 def test_gpu_kernels_equal_the_reference(variant, reverse, monkeypatch):
@@ -208,7 +192,7 @@ def test_gpu_kernels_equal_the_reference(variant, reverse, monkeypatch):
 # Three chunks in two parts; four in three, of which the last is empty.
 @pytest.mark.full
 @pytest.mark.parametrize(("length", "parts"), [(130, 2), (193, 3)])
-@pytest.mark.parametrize("variant", ["positive", "negative"])
+@pytest.mark.parametrize("variant", ["gated", ""])
 def test_gpu_kernels_cut_time_into_parts(variant, length, parts, monkeypatch):
     monkeypatch.setattr(program, "part_count", lambda length, programs: parts)
     contract = TestSelectiveScan()
@@ -243,7 +227,7 @@ IMPLEMENTATIONS = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gp
 )
 def test_forward_rules_keep_the_states_before_every_64_tokens(name, length, monkeypatch):
     monkeypatch.setattr(walks, "TURN", 2)
-    inputs, state, ids = TestSelectiveScan().data("positive", length)
+    inputs, state, ids = TestSelectiveScan().data("gated", length)
 
     @jax.jit
     def keep(inputs):

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from ops import short_convolution
-from ops.short_convolution import pallas_tpu
-from ops.short_convolution.examples import SHAPES
+from ops.short_convolution import examples, pallas_tpu
 from tests.contracts.ops import BATCH, LENGTH, TOLERANCE, OpContract, assert_close
 
 convolve = jax.jit(short_convolution, static_argnames="implementation")
-WIDTH, TAPS = SHAPES["test"]["width"], SHAPES["test"]["taps"]
+WIDTH, TAPS = examples.SHAPES["test"]["width"], examples.SHAPES["test"]["taps"]
 
 
 def normal(seed, *shape):
@@ -25,13 +24,10 @@ class TestShortConvolution(OpContract):
     variants = ("4 taps", "1 tap")
     implementations = ("xla",)
     op = short_convolution
+    examples = examples
 
-    def inputs(self, key, variant, length, dtype):
-        key_x, key_w = jax.random.split(key)
-        return {
-            "x": jax.random.normal(key_x, (BATCH, length, WIDTH), dtype),
-            "w": jax.random.normal(key_w, (int(variant[0]), WIDTH), dtype),
-        }
+    def shape(self, variant, length):
+        return super().shape(variant, length) | {"taps": int(variant[0])}
 
     def initial_state(self, key, variant):
         return jax.random.normal(key, (BATCH, int(variant[0]) - 1, WIDTH))

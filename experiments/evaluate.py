@@ -67,16 +67,8 @@ def evaluate(run: LoadedRun, examples: int | None = None) -> dict[str, Any]:
     documents read as one sequence; None for models that keep no state."""
     config, task = run.config, run.task
     check_examples(task, "--examples", examples or config.eval.examples)
-    devices = run.mesh.devices.size
-    part = config.batch_size // config.accumulate
     with jax.set_mesh(run.mesh):
-        apply = AppliedModel(
-            run.blueprint,
-            run.mesh,
-            len(run.seeds),
-            examples=examples or config.eval.examples,
-            batch_size=-(-part // devices) * devices,
-        )
+        apply = AppliedModel(run.blueprint, run.mesh, config, examples=examples)
         results = evaluate_task(task, apply, (run.params, run.variables))
     tokens_BT, difference = _decoded_tokens(task), None
     if run.blueprint.state_bytes is not None and tokens_BT is not None:

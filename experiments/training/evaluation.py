@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 from experiments.objectives.evaluation import Metrics, OfModel, Sums
 from experiments.objectives.objective import Batch, Work, all_metrics
 from experiments.training.batches import evaluation_batches
+from experiments.training.config import Config
 from experiments.training.mesh import place_batch, process_rows
+from experiments.training.program import filling_batch_size
 from experiments.training.state import Blueprint, over_replicas, replicas_in_turn
 from experiments.training.task import Examples, Task
 
@@ -40,12 +42,14 @@ class AppliedModel:
     called."""
 
     def __init__(
-        self, blueprint: Blueprint, mesh: Mesh, replicas: int, *, examples: int, batch_size: int
+        self, blueprint: Blueprint, mesh: Mesh, config: Config, *, examples: int | None = None
     ):
-        """examples: of each evaluation, at most; batch_size: sequences over all devices."""
-        self.replicas = replicas
+        """examples: of each evaluation, at most; config.eval.examples if None. A batch is the part
+        of a training batch that is computed at once, raised to fill the mesh."""
+        self.replicas = len(config.seeds)
         self._blueprint, self._mesh = blueprint, mesh
-        self._examples, self._batch_size = examples, batch_size
+        self._examples = examples or config.eval.examples
+        self._batch_size = filling_batch_size(config, mesh) // config.accumulate
         self._compiled: dict[OfModel, Any] = {}
 
     def __call__(self, function: OfModel, params: Any, batch: Any, key: jax.Array) -> Any:

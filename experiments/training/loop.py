@@ -45,13 +45,7 @@ class Training:
             workdir / "checkpoints", keep=config.checkpoint.keep, best=best
         )
         self.progress = progress
-        self.apply = AppliedModel(
-            program.blueprint,
-            program.mesh,
-            len(seeds),
-            examples=config.eval.examples,
-            batch_size=config.batch_size // config.accumulate,
-        )
+        self.apply = AppliedModel(program.blueprint, program.mesh, config)
         self._profiled = configs.profile_range(config.profile_steps, config.steps)
 
     def advance(self, state: TrainState, batches: Any, interruption: Interruption) -> TrainState:

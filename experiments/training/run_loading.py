@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from experiments.training import checkpoints, run_data, run_record
 from experiments.training.config import Config
-from experiments.training.mesh import make_mesh, named, parameter_name, parameter_specs
+from experiments.training.mesh import make_mesh, named, parameter_name
 from experiments.training.metrics_file import read_rows
 from experiments.training.program import Program
 from experiments.training.progress import warn
@@ -23,6 +23,7 @@ from experiments.training.state import (
     by_path,
     initial_model,
     make_blueprint,
+    model_specs,
     seed_array,
     vocabulary_tables,
     with_shardings,
@@ -87,8 +88,8 @@ def load_run(
     seeds = tuple(config.seeds)
     initial = functools.partial(initial_model, blueprint)
     params, variables = jax.eval_shape(initial, seed_array(seeds))
-    specs = parameter_specs(mesh, blueprint.params, len(seeds) > 1, config.mesh.zero)
-    places = named(mesh, specs), named(mesh, jax.tree.map(lambda _: jax.P(), variables))
+    specs = model_specs(mesh, blueprint, variables, len(seeds), config.mesh.zero)
+    places = named(mesh, specs)
     wanted = {
         "model": {
             "params": with_shardings(params, places[0]),

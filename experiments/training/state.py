@@ -259,6 +259,14 @@ def sum_names(blueprint: Blueprint, objective: Objective, batch: Any) -> tuple[s
     return names
 
 
+def model_specs(
+    mesh: Mesh, blueprint: Blueprint, variables: Any, replicas: int = 1, zero: int = 3
+) -> tuple[Any, Any]:
+    """PartitionSpecs of the parameters and of the variables; `zero` as config.mesh.zero."""
+    params = parameter_specs(mesh, blueprint.params, replicas > 1, zero)
+    return params, jax.tree.map(lambda _: P(), variables)
+
+
 def state_specs(
     mesh: Mesh,
     blueprint: Blueprint,
@@ -268,14 +276,13 @@ def state_specs(
     zero: int = 3,
 ) -> TrainState:
     """PartitionSpecs of an abstract state; `zero` as config.mesh.zero."""
-    several = replicas > 1
-    moments = parameter_specs(mesh, blueprint.params, several)
-    replicated = functools.partial(jax.tree.map, lambda _: P())
+    params, variables = model_specs(mesh, blueprint, state.variables, replicas, zero)
+    moments = parameter_specs(mesh, blueprint.params, replicas > 1)
     return TrainState(
-        parameter_specs(mesh, blueprint.params, several, zero),
-        replicated(state.variables),
+        params,
+        variables,
         optimizer_specs(tx, state.opt_state, moments),
-        replicated(state.window),
+        jax.tree.map(lambda _: P(), state.window),
         # Like the moments: no step but the last line of each reads it.
         None if state.average is None else moments,
     )

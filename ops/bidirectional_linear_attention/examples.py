@@ -12,6 +12,7 @@ import jax
 from ..framework.examples import MEASURED, RAGGED_HEADS, Shape, queries_keys_values
 
 SHAPES = {
+    "test": {"batch": 2, "length": 120, "heads": 2, "key_heads": 2, "key": 8, "value": 12},
     "cpu": {"batch": 2, "length": 1024, "heads": 4, "key_heads": 4, "key": 32, "value": 32},
     "short": {"batch": 4, "length": 16, "heads": 4, "key_heads": 4, "key": 32, "value": 32},
     "ragged": RAGGED_HEADS,

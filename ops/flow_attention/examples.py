@@ -10,6 +10,7 @@ import jax
 from ..framework.examples import MEASURED, RAGGED_HEADS, Shape, queries_keys_values
 
 SHAPES = {
+    "test": {"batch": 2, "length": 120, "key_heads": 2, "heads": 2, "key": 6, "value": 5},
     "cpu": {"batch": 2, "length": 512, "key_heads": 4, "heads": 4, "key": 32, "value": 32},
     "ragged": RAGGED_HEADS,
     "flowformer_image": {

@@ -3,8 +3,9 @@
 Benchmarks on a CPU or a GPU, programs that are compiled ahead of time, and tests take sizes and
 arguments of an op from its examples.py, which has
 
-    SHAPES          sizes by name, by name of the shape: "cpu", "ragged" (no multiple of a chunk, at
-                    the widths of models), sizes of published models, and others
+    SHAPES          sizes by name, by name of the shape: "test" (those of the op's contract), "cpu",
+                    "ragged" (no multiple of a chunk, at the widths of models), sizes of published
+                    models, and others
     GPU_SHAPES      the names that are measured on a GPU, the most important first
     VARIANTS        the kinds of arguments, such as the kinds of decay; ("",) if there is one
     inputs(shape, variant, dtype, key)

@@ -11,6 +11,7 @@ import jax
 from ..framework.examples import Shape
 
 SHAPES = {
+    "test": {"batch": 2, "length": 50, "heads": 2, "key": 8, "value": 5, "landmarks": 9},
     "cpu": {"batch": 2, "length": 512, "heads": 4, "key": 32, "value": 32, "landmarks": 16},
     "ragged": {"batch": 2, "length": 333, "heads": 4, "key": 32, "value": 64, "landmarks": 49},
     "soft_tiny_stage_1": {

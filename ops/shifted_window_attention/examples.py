@@ -13,6 +13,15 @@ import jax
 from ..framework.examples import RAGGED_HEADS, Shape, grid_of, queries_of_shared_keys
 
 SHAPES = {
+    "test": {
+        "batch": 2,
+        "length": 120,
+        "heads": 2,
+        "key_heads": 2,
+        "key": 6,
+        "value": 5,
+        "window": 6,
+    },
     "cpu": {
         "batch": 2,
         "length": 1024,

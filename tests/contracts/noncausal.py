@@ -1,11 +1,12 @@
 """What every op without a causal order must satisfy, written once.
 
-A test file subclasses `NonCausalContract` and says how to make inputs and how to call the op. All
+A test file subclasses `NonCausalContract` and names the op, its examples and its options. All
 outputs of an op have a row for each query; packed documents, masks and gradients are asked of all
 of them alike."""
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, ClassVar
 
 import jax
@@ -20,13 +21,14 @@ FEW = 5
 
 
 class NonCausalContract:
-    """Subclasses set these and define `inputs`.
+    """Subclasses set these.
 
-    options: keyword arguments of each variant. sizes: numbers of tokens that the contract asks
-    about. documents: numbers of tokens of packed documents. masked: the names of the masks of
-    tokens."""
+    examples: of the op, whose shape "test" the contract takes. options: keyword arguments of each
+    variant. sizes: numbers of tokens that the contract asks about. documents: numbers of tokens of
+    packed documents. masks: the names of the masks of tokens."""
 
     op: ClassVar[Callable[..., Any]]
+    examples: ClassVar[ModuleType]
     variants: ClassVar[tuple[Any, ...]]
     implementations: ClassVar[tuple[str, ...]] = ("xla",)
     sizes: ClassVar[tuple[int, ...]] = (1, 33, 130)
@@ -35,7 +37,12 @@ class NonCausalContract:
 
     def inputs(self, key: jax.Array, variant: str, length: int, dtype: str) -> dict[str, jax.Array]:
         """Arguments with gradients by name, of batch BATCH."""
-        raise NotImplementedError
+        return self.examples.inputs(
+            self.shape(variant, length), self.examples.VARIANTS[0], dtype, key
+        )
+
+    def shape(self, variant: str, length: int) -> dict[str, int]:
+        return {**self.examples.SHAPES["test"], "batch": BATCH, "length": length}
 
     def options(self, variant: str, length: int) -> dict[str, Any]:
         """The other arguments, static."""

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ops import bidirectional_linear_attention, gated_linear_attention
-from ops.bidirectional_linear_attention import xla
-from tests.contracts.noncausal import BATCH, NonCausalContract
+from ops.bidirectional_linear_attention import examples, xla
+from tests.contracts.noncausal import NonCausalContract
 from tests.contracts.ops import assert_close
 
 
@@ -22,18 +22,18 @@ def features(seed, *shape):
 
 class TestBidirectionalLinearAttention(NonCausalContract):
     op = staticmethod(bidirectional_linear_attention)
+    examples = examples
     # Query heads, key heads; positive features with a denominator, signed ones without.
     variants = ("normalised", "grouped", "signed")
 
+    def shape(self, variant, length):
+        return super().shape(variant, length) | ({"heads": 6} if variant == "grouped" else {})
+
     def inputs(self, key, variant, length, dtype):
-        heads, key_heads = {"grouped": (6, 2)}.get(variant, (2, 2))
-        keys = jax.random.split(key, 3)
-        q = jax.random.normal(keys[0], (BATCH, length, heads, 8))
-        k = jax.random.normal(keys[1], (BATCH, length, key_heads, 8))
-        v = jax.random.normal(keys[2], (BATCH, length, key_heads, 12))
-        if variant != "signed":
-            q, k = jax.nn.elu(q) + 1, jax.nn.elu(k) + 1
-        return {"q": q.astype(dtype), "k": k.astype(dtype), "v": v.astype(dtype)}
+        inputs = super().inputs(key, variant, length, dtype)
+        if variant == "signed":
+            inputs |= {name: inputs[name] - 1 for name in "qk"}
+        return inputs
 
     def options(self, variant, length):
         # Without an eps to speak of, the gradient of the only weight of a query is rounding alone.

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ops import bidirectional_linear_attention, flow_attention
-from tests.contracts.noncausal import BATCH, NonCausalContract
+from ops.flow_attention import examples
+from tests.contracts.noncausal import NonCausalContract
 from tests.contracts.ops import assert_close
 
 
@@ -16,17 +17,11 @@ def normal(seed, *shape, dtype="float32"):
 
 class TestFlowAttention(NonCausalContract):
     op = staticmethod(flow_attention)
+    examples = examples
     variants = ("published", "without clip", "relu, plain")
     sizes = (2, 50)
     documents = (23, 1, 30, 6)
     masks = ("query_mask", "key_mask")
-
-    def inputs(self, key, variant, length, dtype):
-        sizes = {"q": 6, "k": 6, "v": 5}
-        return {
-            name: jax.random.normal(key, (BATCH, length, 2, size)).astype(dtype)
-            for key, (name, size) in zip(jax.random.split(key, 3), sizes.items(), strict=True)
-        }
 
     def options(self, variant, length):
         return {

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from ops import gaussian_attention
-from ops.gaussian_attention import xla
+from ops.gaussian_attention import examples, xla
 from tests.contracts.ops import TOLERANCE, assert_close
 
-BATCH, HEADS, KEY, VALUE = 2, 2, 8, 5
+BATCH, HEADS, KEY, VALUE = (
+    examples.SHAPES["test"][name] for name in ("batch", "heads", "key", "value")
+)
 attend = jax.jit(gaussian_attention, static_argnames=("iterations", "implementation", "normalise"))
 
 
@@ -19,14 +21,11 @@ def normal(seed, *shape, dtype="float32"):
 
 
 def data(length=50, landmarks=9, dtype="float32", width=1.5):
-    """Landmarks are tokens."""
-    q = width * normal(0, BATCH, length, HEADS, KEY)
-    arrays = (
-        q,
-        q[:, :: length // landmarks][:, :landmarks],
-        normal(1, BATCH, length, HEADS, VALUE),
-    )
-    return tuple(x.astype(dtype) for x in arrays)
+    """q, landmarks (tokens of it) and v; the entries of q are of size `width`."""
+    shape = {**examples.SHAPES["test"], "length": length, "landmarks": landmarks}
+    arrays = examples.inputs(shape, "", "float32", jax.random.key(0))
+    sizes = {"q": 2 * width, "landmarks": 2 * width, "v": 1}
+    return tuple((size * arrays[name]).astype(dtype) for name, size in sizes.items())
 
 
 def values_and_gradients(implementation, arrays, **options):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ops import neighbourhood_attention
-from tests.contracts.noncausal import BATCH, NonCausalContract
+from ops.neighbourhood_attention import examples
+from tests.contracts.noncausal import NonCausalContract
 from tests.contracts.ops import assert_close
 
 
@@ -18,16 +19,10 @@ class TestNeighbourhoodAttention(NonCausalContract):
     """Grids of several tiles in each dimension but those of two; documents are whole rows."""
 
     op = staticmethod(neighbourhood_attention)
+    examples = examples
     variants = ("1", "2", "3")
     sizes = (1, 120)
     documents = (36, 12, 60, 12)
-
-    def inputs(self, key, variant, length, dtype):
-        sizes = {"q": (4, 6), "k": (2, 6), "v": (2, 5)}
-        return {
-            name: jax.random.normal(key, (BATCH, length, *size)).astype(dtype)
-            for key, (name, size) in zip(jax.random.split(key, 3), sizes.items(), strict=True)
-        }
 
     def options(self, variant, length):
         rows = {"1": (), "2": (12,), "3": (2, 6)}[variant]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ops import shifted_window_attention
+from ops.shifted_window_attention import examples
 from tests.contracts.noncausal import BATCH, NonCausalContract
 from tests.contracts.ops import assert_close
 
@@ -16,23 +17,21 @@ def normal(seed, *shape, dtype="float32"):
 
 class TestShiftedWindowAttention(NonCausalContract):
     op = staticmethod(shifted_window_attention)
+    examples = examples
     # Dimensions; of two with grouped heads, of three with a bias.
     variants = ("1", "2", "3")
     sizes = (1, 120)
     documents = (36, 12, 60, 12)
 
+    def shape(self, variant, length):
+        return super().shape(variant, length) | ({"heads": 4} if variant == "2" else {})
+
     def inputs(self, key, variant, length, dtype):
-        heads, key_heads = (4, 2) if variant == "2" else (2, 2)
-        keys = jax.random.split(key, 4)
-        sizes = {"q": (heads, 6), "k": (key_heads, 6), "v": (key_heads, 5)}
-        arrays = {
-            name: jax.random.normal(key, (BATCH, length, *size)).astype(dtype)
-            for key, (name, size) in zip(keys, sizes.items(), strict=False)
-        }
+        inputs = super().inputs(key, variant, length, dtype)
         if variant == "3":
             tokens = int(np.prod(self.options(variant, length)["window"]))
-            arrays["bias"] = jax.random.normal(keys[3], (heads, tokens, tokens))
-        return arrays
+            inputs["bias"] = jax.random.normal(jax.random.fold_in(key, 1), (2, tokens, tokens))
+        return inputs
 
     def options(self, variant, length):
         if length == 1:

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from ops import WindowState, init_window_state, window_attention
+from ops.window_attention import examples
 from ops.window_attention.api import pad_window_state
 from tests.contracts.ops import TOLERANCE, assert_close
 from tests.ops.gated_linear_attention_test import BFLOAT16_L2, assert_l2_close
 
-BATCH, HEADS, KEY_HEADS, KEY, VALUE = 2, 4, 2, 8, 12
+BATCH, HEADS, KEY_HEADS, KEY, VALUE = (
+    examples.SHAPES["test"][name] for name in ("batch", "heads", "key_heads", "key", "value")
+)
 attend = jax.jit(
     window_attention, static_argnames=("window", "scale", "activation", "implementation")
 )
@@ -24,11 +27,11 @@ def normal(seed, *shape, dtype="float32"):
 
 
 def attention_inputs(seed, length, dtype="float32"):
-    return {
-        "q": 2 * normal((seed, 0), BATCH, length, HEADS, KEY, dtype=dtype),
-        "k": normal((seed, 1), BATCH, length, KEY_HEADS, KEY, dtype=dtype),
-        "v": normal((seed, 2), BATCH, length, KEY_HEADS, VALUE, dtype=dtype),
-    }
+    """Weights of a window are as unequal as with q and k of twice and once the size one."""
+    shape = {**examples.SHAPES["test"], "length": length}
+    inputs = examples.inputs(shape, "", "float32", jax.random.key(seed))
+    inputs["q"] *= 2 * KEY**0.5  # keys have norm one
+    return {name: x.astype(dtype) for name, x in inputs.items()}
 
 
 def random_state(seed, window, dtype="float32"):

@@ -19,7 +19,7 @@ OPS.remove("framework")
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_takes_its_examples_at_every_shape_in_every_variant(op):
     examples = importlib.import_module(f"ops.{op}.examples")
-    assert {"cpu", "ragged"} <= set(examples.SHAPES)
+    assert {"test", "cpu", "ragged"} <= set(examples.SHAPES)
     assert examples.GPU_SHAPES and set(examples.GPU_SHAPES) <= set(examples.SHAPES)
     for shape in examples.SHAPES.values():
         for variant in examples.VARIANTS:

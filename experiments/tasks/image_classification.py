@@ -81,10 +81,13 @@ def make(
             "height": rows,
             "width": columns,
         },
-        train=lambda seed: _training(source, rows, columns, changes, seed),
+        train=lambda seed: training_images(source, rows, columns, changes, seed),
         evaluations={
-            **{split: _evaluation(source, split, rows, columns) for split in EVALUATED},
-            **{f"test_at_{side}": _evaluation(source, "test", side, side) for side in enlarged},
+            name: Sums(images_of(source, split, *shape), Classification())
+            for name, split, shape in (
+                *((split, split, (rows, columns)) for split in EVALUATED),
+                *((f"test_at_{side}", "test", (side, side)) for side in enlarged),
+            )
         },
         objective=Classification(label_smoothing),
         provenance={
@@ -99,13 +102,13 @@ def make(
 class Changes:
     """What training makes of images; the options of `make`."""
 
-    crop: str
-    padding: int
-    flip: bool
-    rand_augment: tuple[float, ...]
-    erasing: float
-    mixup: float
-    cutmix: float
+    crop: str = "none"
+    padding: int = 0
+    flip: bool = False
+    rand_augment: tuple[float, ...] = ()
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def seen(
         self, source: Images, image: np.ndarray, random: Random, rows: int, columns: int
@@ -128,7 +131,10 @@ class Changes:
         return augmentations.erased(_scaled(image), random, self.erasing)
 
 
-def _training(source: Images, rows: int, columns: int, changes: Changes, seed: int) -> Examples:
+def training_images(
+    source: Images, rows: int, columns: int, changes: Changes, seed: int
+) -> Examples:
+    """The images of the split "train", changed anew in every epoch."""
     numbers, read = source.splits["train"]
 
     def raw(indices: np.ndarray) -> Batch:
@@ -165,7 +171,7 @@ def _training(source: Images, rows: int, columns: int, changes: Changes, seed: i
     return Examples(raw, len(numbers), augment)
 
 
-def _evaluation(source: Images, split: str, rows: int, columns: int) -> Sums:
+def images_of(source: Images, split: str, rows: int, columns: int) -> Examples:
     """The images of a split as they are; their labels are not smoothed."""
     numbers, read = source.splits[split]
 
@@ -174,7 +180,7 @@ def _evaluation(source: Images, split: str, rows: int, columns: int) -> Sums:
         fitted = [_fitted(source, _bytes(source, image), rows, columns) for image in images]
         return _labelled(np.stack([_scaled(image) for image in fitted]), labels)
 
-    return Sums(Examples(fetch, len(numbers)), Classification())
+    return Examples(fetch, len(numbers))
 
 
 def _labelled(images: np.ndarray, labels: np.ndarray) -> Batch:

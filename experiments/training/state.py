@@ -136,6 +136,11 @@ def _wanted_sizes(name: str, build: Any, task: Task) -> dict[str, int]:
             f"config.model.name={name} has no head of classes, which config.task.name asks for; use"
             " sequence_classifier or image_classifier, or a task whose answer is a token"
         )
+    if "output_channels" in task.sizes and all(p.name != "output_channels" for p in wanted):
+        raise ValueError(
+            f"config.model.name={name} makes no images, which config.task.name asks for; use"
+            " diffusion_transformer"
+        )
     return {p.name: task.sizes[p.name] for p in wanted if p.name in task.sizes}
 
 

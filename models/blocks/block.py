@@ -26,7 +26,7 @@ from models.blocks.batch_norm import BatchNorm, ProgressiveBatchNorm, RepBatchNo
 from models.blocks.experts import Experts
 from models.blocks.low_rank import adapt
 from models.blocks.mlp import INITS, MLPS, inner_width
-from models.parts.norms import ZeroCentredRMSNorm, layer_norm, rms_norm
+from models.parts.norms import PlainLayerNorm, ZeroCentredRMSNorm, layer_norm, rms_norm
 from models.parts.options import (
     Count,
     Epsilon,
@@ -39,14 +39,15 @@ from models.parts.options import (
 from models.parts.projections import projection
 from models.parts.variables import LayerConstant
 
-NORMS = ("rms", "rms_zero", "layer", "batch", "rep_batch", "progressive_batch")
+NORMS = ("rms", "rms_zero", "layer", "layer_plain", "batch", "rep_batch", "progressive_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockOptions:
     """What all blocks of a stack have in common.
 
-    mlp                "swiglu", "gelu", "experts" (models/blocks/experts.py) or "none"
+    mlp                "swiglu", "gelu", "gelu_tanh" (the same by GELU's approximation), "experts"
+                       (models/blocks/experts.py) or "none"
     mlp_ratio          inner width: ratio * width for "gelu", about 2/3 of that for "swiglu"
     mlp_width          inner width itself; 0: by mlp_ratio
     mlp_bias           biases in "swiglu"; "gelu" has them
@@ -65,7 +66,8 @@ class BlockOptions:
                        (models/blocks/low_rank.py); 0: nothing is
     lora_alpha         added with the factor lora_alpha / lora_rank
     lora_targets       the names of the maps
-    norm, norm_eps     "rms", "rms_zero" (whose scales are 1 + w), "layer", or of
+    norm, norm_eps     "rms", "rms_zero" (whose scales are 1 + w), "layer", "layer_plain" (which
+                       learns nothing, for what a condition modulates), or of
                        models/blocks/batch_norm.py "batch" (BN), "rep_batch" (RepBN) or
                        "progressive_batch" (PRepBN): the blocks' norms and the last one.
                        Padding, of which a mask tells, is in no statistics of a batch.
@@ -143,6 +145,8 @@ class BlockOptions:
             return ZeroCentredRMSNorm(width, rngs=rngs, **common)
         if self.norm == "layer":
             return layer_norm(width, rngs=rngs, **common)
+        if self.norm == "layer_plain":
+            return PlainLayerNorm(self.norm_eps)
         if self.norm == "batch":
             return BatchNorm(width, **common)
         if self.norm == "rep_batch":

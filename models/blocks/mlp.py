@@ -84,6 +84,8 @@ class GELU(nnx.Module):
     """y = gelu(x W_up + b_up) W_down + b_down, ratio * width inside: the MLP of GPT-2 and of ViT
     (arXiv 2010.11929)."""
 
+    approximate = False
+
     def __init__(
         self,
         width: int,
@@ -107,10 +109,17 @@ class GELU(nnx.Module):
         self.dropout = _dropout(dropout, rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTM = jax.nn.gelu(self.up(x_BTD), approximate=False)
+        h_BTM = jax.nn.gelu(self.up(x_BTD), approximate=self.approximate)
         if self.dropout is None:
             return self.down(h_BTM)
         return self.dropout(self.down(self.dropout(h_BTM)))
 
 
-MLPS = {"swiglu": SwiGLU, "gelu": GELU}
+class TanhGELU(GELU):
+    """The same with GELU's approximation by tanh: the MLP of GPT-2's code and of DiT (arXiv
+    2212.09748)."""
+
+    approximate = True
+
+
+MLPS = {"swiglu": SwiGLU, "gelu": GELU, "gelu_tanh": TanhGELU}

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from models.blocks.batch_norm import BatchNorm
 from models.parts.norms import layer_norm
 from models.parts.options import check_choice
-from models.parts.positions import resized_table
+from models.parts.positions import grid_sinusoids, resized_table
 from models.parts.projections import FAN_IN_UNIFORM
 
 TRUNCATED = nnx.initializers.truncated_normal(0.02)
@@ -91,8 +91,9 @@ def merging(name: str, width: int) -> tuple[Convolution, ...]:
 class Tokens(nnx.Module):
     """Maps [B, Y, X, C], of any Y and X that divide, to tokens x_BTD, float32, in raster order.
 
-    positions: "learned", a table for `grid` that is resized (bicubic) to the grid at hand, or
-    "none". With `class_token` a learned token stands before the others."""
+    positions: "learned", a table for `grid` that is resized (bicubic) to the grid at hand;
+    "sinusoidal", of rows and of columns (`grid_sinusoids`); or "none". With `class_token` a learned
+    token stands before the others."""
 
     def __init__(
         self,
@@ -106,7 +107,8 @@ class Tokens(nnx.Module):
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
     ):
-        check_choice("positions", positions, ("learned", "none"))
+        check_choice("positions", positions, ("learned", "sinusoidal", "none"))
+        self.sinusoidal = positions == "sinusoidal"
         self.grid, self.convolutions = grid, tuple(convolutions)
         self.compute_dtype = compute_dtype
         inputs = (channels, *(c.channels for c in convolutions[:-1]))
@@ -135,6 +137,10 @@ class Tokens(nnx.Module):
             if made.norm != "none"
         )
         width = convolutions[-1].channels
+        if self.sinusoidal and width % 4:
+            raise ValueError(
+                f"width must be a multiple of 4 for positions='sinusoidal'; got {width}"
+            )
         table = {"out_sharding": (None, "embed"), "group": "no_decay"}
 
         def learned(rows: int) -> nnx.Param:
@@ -154,6 +160,8 @@ class Tokens(nnx.Module):
         x_BTD = map_BYXC.astype(jnp.float32).reshape(batch, -1, width)
         if self.positions_PD is not None:
             x_BTD += resized_table(self.positions_PD[...], self.grid, tuple(grid))[None]
+        if self.sinusoidal:
+            x_BTD += grid_sinusoids(grid[0], grid[1], width)[None]
         if self.class_1D is not None:
             class_B1D = jnp.broadcast_to(self.class_1D[...][None], (batch, 1, width))
             x_BTD = jnp.concatenate((class_B1D.astype(jnp.float32), x_BTD), axis=1)

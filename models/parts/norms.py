@@ -37,6 +37,18 @@ def layer_norm(
     )
 
 
+class PlainLayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) over the last dimension, in float32; it learns nothing."""
+
+    def __init__(self, eps: float):
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        return simple_rms_norm(x, self.eps)
+
+
 class ZeroCentredRMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * (1 + scale) over the last dimension; returns float32."""
 

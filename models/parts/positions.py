@@ -1,5 +1,7 @@
 """Where tokens stand, in their documents and on grids."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,3 +49,21 @@ def resized_table(table_PD: jax.Array, grid: tuple[int, ...], to: tuple[int, ...
     width = table_PD.shape[-1]
     table_YXD = table_PD.reshape(*grid, width)
     return jax.image.resize(table_YXD, (*to, width), "cubic").reshape(-1, width)
+
+
+def sinusoids(place: jax.Array, size: int, longest: float = 10_000.0) -> jax.Array:
+    """[..., size] float32 of places [...]: cosines, then sines, of place * longest^(-i / half) for
+    i = 0 .. half - 1, half = size / 2 (Vaswani et al., 2017, arXiv 1706.03762)."""
+    half = size // 2
+    frequency = jnp.exp(-math.log(longest) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = place.astype(jnp.float32)[..., None] * frequency.reshape((1,) * place.ndim + (-1,))
+    return jnp.concatenate((jnp.cos(angle), jnp.sin(angle)), axis=-1)
+
+
+def grid_sinusoids(rows: int, columns: int, width: int) -> jax.Array:
+    """[rows * columns, width] float32, a row for each place in raster order: half of it says the
+    column, the other half the row. `width` is a multiple of 4."""
+    row_YD = sinusoids(jnp.arange(rows), width // 2)
+    column_XD = sinusoids(jnp.arange(columns), width // 2)
+    both = (jnp.tile(column_XD, (rows, 1)), jnp.repeat(row_YD, columns, axis=0))
+    return jnp.concatenate(both, axis=-1)

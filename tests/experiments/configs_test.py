@@ -33,6 +33,8 @@ SUMS = (
     "absolute_sum",
     "last_square_sum",
     "last_absolute_sum",
+    "square_sum",
+    "bound_sum",
 )
 
 
@@ -66,7 +68,7 @@ def test_a_recipe_names_a_task_its_options_and_a_metric_of_it(
         options |= {"path": str(tmp_path / "lines.txt"), "data_dir": str(tmp_path)}
     if name.startswith("lra_") and options.get("data_dir"):
         options |= little_data(options, tmp_path)
-    if options["name"] == "image_classification":
+    if options["name"] in ("image_classification", "image_generation"):
         options |= {"dataset": "digits"}
     if options["name"] == "forecasting":
         options["dataset"] = "waves"
@@ -222,7 +224,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 ARENA = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
-WHOLE_MODELS = {"linear_self_attention", "linear_forecaster", "s_mamba", "itransformer"}
+WHOLE_MODELS = {"linear_self_attention", "linear_forecaster", "s_mamba", "itransformer", "dit"}
 OF_IMAGES = {"slab", "soft", "vig", "vit"}
 CONFIGS = sorted(
     path.stem

@@ -32,7 +32,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("value_heads", "rotary_size", "recurrence_share"),
         *("kernel_size", "size", "padding", "erasing", "mixup", "cutmix"),
         *("label_smoothing", "drop_path", "mlp_width", "norm_eta", "norm_steps"),
-        *("norm_warmup_steps", "jitter", "dropout", "mlp_dropout", "distractors"),
+        *("norm_warmup_steps", "jitter", "dropout", "mlp_dropout", "distractors", "class_dropout"),
     },
     -1: {"data", "train_examples"},
     HUGE: {"clip_norm"},
@@ -48,7 +48,14 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("bias", "conv_bias", "qkv_bias", "output_bias", "norm_scale"),
         *("output_gate", "zero_centred_norm"),
         *("flip", "blend", "normalise", "pre_norm", "gaps"),
-        *("download", "random_non_queries", "targets_only", "multiplication", "validation"),
+        *(
+            "learned_variance",
+            "download",
+            "random_non_queries",
+            "targets_only",
+            "multiplication",
+            "validation",
+        ),
     },
     "x": {"data_dir", "test_split", "date_column"},
     (): {
@@ -61,6 +68,7 @@ MEANINGFUL: dict[Any, set[str]] = {
 # Parts of hybrids have no config of their own: recall.py and based.py have them.
 # Of the sets of images, digits stand for all, and of series waves.
 IMAGE_SETS = {"mnist_subset", "fashion_mnist", "cifar10", "cifar100", "imagenet"}
+IMAGE_SETS |= {f"diffusion_{name}" for name in IMAGE_SETS}
 SERIES = ("etth", "exchange")
 OF_SERIES = {"s_mamba", "itransformer"}
 CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attention"}) + [
@@ -92,6 +100,8 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
         elif config.model.name == "image_classifier":
             config = importlib.import_module("experiments.configs.vit").get_config(f"{name},smoke")
             config.task.dataset = "digits"
+        elif config.model.name == "diffusion_transformer":
+            config = importlib.import_module("experiments.configs.dit").get_config(f"{name},smoke")
         elif config.model.name == "forecaster":
             module = importlib.import_module("experiments.configs.itransformer")
             config = module.get_config(f"{name},smoke")

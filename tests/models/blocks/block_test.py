@@ -240,7 +240,7 @@ def test_only_mixers_that_name_the_grid_are_given_it(stream, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "group"}, "norm must be one of 'rms', .*'layer', 'batch', .*; got 'group'"),
+        ({"norm": "group"}, "norm must be one of 'rms', .*'layer', .*'batch', .*; got 'group'"),
         ({"mlp": "relu"}, "mlp must be one of 'swiglu', 'gelu', .*'none'; got 'relu'"),
         ({"drop_path": 1.0}, r"drop_path must be a finite number in \[0, 1\); got 1.0"),
         ({"dropout": -0.1}, r"dropout must be a finite number in \[0, 1\); got -0.1"),

@@ -1,0 +1,100 @@
+"""Images of a class out of noise, as DiT learns them (Peebles and Xie, ICCV 2023, arXiv
+2212.09748): AdamW without decay, an average of the weights. Sizes and rates are of our own, but for
+ImageNet's. `--config.task.objective=flow` learns velocities instead."""
+
+from collections.abc import Collection
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.configs.recipes.base import base, recipe, shrink
+from experiments.configs.recipes.defaults import task_options
+
+
+def diffusion_digits(smoke: bool) -> ConfigDict:
+    """1,257 digits of 8 x 8 pixels, 16 tokens."""
+    config = _diffusion("digits", steps=8_000)
+    return _smoke(config) if smoke else config
+
+
+def diffusion_mnist_subset(smoke: bool) -> ConfigDict:
+    """3,500 images of MNIST, made 16 x 16, 64 tokens."""
+    config = _diffusion("mnist_subset", steps=8_000, size=16)
+    return _smoke(config) if smoke else config
+
+
+def diffusion_fashion_mnist(smoke: bool) -> ConfigDict:
+    """54,000 images of clothes, made 16 x 16, 64 tokens."""
+    config = _diffusion("fashion_mnist", steps=8_000, size=16, flip=True)
+    return _smoke(config) if smoke else config
+
+
+def diffusion_imagenet(smoke: bool) -> ConfigDict:
+    """ImageNet-1K, pixels of 64 x 64 in place of latents of 32 x 32: 256 tokens, too."""
+    size: dict[str, Any] = {"size": 64, "test_split": "validation", "flip": True}
+    config = _diffusion("imagenet2012", steps=400_000, patch=4, batch_size=256, **size)
+    config.optimizer.update({"lr": 1e-4, "schedule": "constant", "warmup_steps": 0})
+    config.ema_decay = 0.9999
+    config.eval.every_steps = config.checkpoint.every_steps = 10_000
+    return _smoke(config) if smoke else config
+
+
+def diffusion_recipe(model: str, argument: str, sizes: Collection[str]) -> tuple[Any, str]:
+    """(config, size) of "<task>", "<task>,smoke" or "diffusion_imagenet,<size>", sizes being those
+    that are published; "diffusion_imagenet" is the first of them, and "" the size of all else.
+
+    Raises ValueError for another task."""
+    name, _, variant = argument.partition(",")
+    size = variant if variant in sizes else ""
+    config: Any = recipe(name if size else argument)
+    if config.model.name != "diffusion_transformer":
+        raise ValueError(
+            f"{model} makes images: use a task of image_generation, such as diffusion_digits; got"
+            f" {argument!r}"
+        )
+    if size and name != "diffusion_imagenet":
+        raise ValueError(f"{model} has the size {size!r} for diffusion_imagenet; got {argument!r}")
+    if argument == "diffusion_imagenet":
+        size = next(iter(sizes))
+    return config, size
+
+
+def _diffusion(
+    dataset: str, *, steps: int, patch: int = 2, batch_size: int = 64, **task: Any
+) -> Any:
+    config = base(
+        task=task_options("image_generation", dataset=dataset, **task),
+        model={
+            "name": "diffusion_transformer",
+            "width": 96,
+            "depth": 4,
+            "patch": patch,
+            "mlp": "gelu_tanh",
+            "mlp_ratio": 4.0,
+            "mlp_width": 0,
+            "norm": "layer_plain",
+            "norm_eps": 1e-6,
+            "drop_path": 0.0,
+            "scan_layers": True,
+            "remat": "none",
+        },
+        steps=steps,
+        batch_size=batch_size,
+        optimizer={"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": steps // 20},
+        evaluation={
+            "examples": 1_000,
+            "averaged": True,
+            "best_metric": "validation/mse",
+            "best_mode": "min",
+        },
+    )
+    config.ema_decay = 0.999
+    config.eval.every_steps = config.checkpoint.every_steps = max(steps // 8, 1)
+    return config
+
+
+def _smoke(config: Any) -> Any:
+    shrink(config, steps=2_000, batch_size=64, width=64, lr=2e-3)
+    config.ema_decay = 0.99
+    config.eval.examples = 200
+    return config

@@ -1,0 +1,98 @@
+"""Images of a class, learned by taking noise away."""
+
+from typing import Annotated
+
+import numpy as np
+
+from experiments.objectives.denoising import DenoisingGrid
+from experiments.objectives.evaluation import Sums
+from experiments.objectives.flow_matching import TIMES, FlowMatching
+from experiments.objectives.noise_prediction import NoisePrediction
+from experiments.objectives.noise_schedules import SCHEDULES, Steps
+from experiments.tasks.image_classification import (
+    EVALUATED,
+    Changes,
+    SideOrDefault,
+    images_of,
+    training_images,
+)
+from experiments.tasks.sources.image_sets import image_set, in_grey
+from experiments.training.task import Batch, Examples, Task
+from models.parts.options import Probability, Range, check_choice
+
+# Times at which an evaluation sees each image.
+Times = Annotated[int, Range(1, 1000)]
+
+
+def make(
+    dataset: str = "digits",
+    size: SideOrDefault = 0,
+    grey: bool = False,
+    flip: bool = False,
+    objective: str = "noise",
+    schedule: str = "linear",
+    noise_steps: Steps = 1000,
+    learned_variance: bool = True,
+    flow_times: str = "uniform",
+    class_dropout: Probability = 0.1,
+    evaluated_times: Times = 10,
+    test_split: str = "test",
+    data_dir: str = "~/tensorflow_datasets",
+    download: bool = False,
+) -> Task:
+    """Examples of an image data set; evaluations "validation" and "test", the error on noise and at
+    times that are the same for all models.
+
+    dataset, size, grey, flip, test_split, data_dir, download
+                      as of image_classification
+    objective         "noise": NoisePrediction, with schedule, noise_steps and learned_variance;
+                      "flow": FlowMatching, with flow_times
+    class_dropout     the share of images whose class the model is not told
+    evaluated_times   at which an evaluation sees each image
+
+    Pixels are scaled to [-1, 1]. Metrics: mse.
+
+    Raises as image_classification does."""
+    check_choice("objective", objective, ("noise", "flow"))
+    check_choice("schedule", schedule, SCHEDULES)
+    check_choice("flow_times", flow_times, TIMES)
+    source = image_set(dataset, data_dir, download, test_split=test_split, of_any_size=size > 0)
+    if grey:
+        source = in_grey(source)
+    rows, columns = (size, size) if size else source.shape[:2]
+    channels = 1 if len(source.shape) == 2 else source.shape[2]
+    dropout = float(class_dropout)
+    flow = FlowMatching(source.classes, flow_times, dropout)
+    of_noise = NoisePrediction(source.classes, schedule, noise_steps, learned_variance, dropout)
+    minimised = flow if objective == "flow" else of_noise
+    grid = DenoisingGrid(minimised, evaluated_times)
+    changes = Changes(flip=flip)
+    return Task(
+        sizes={
+            "classes": source.classes,
+            "channels": channels,
+            "output_channels": channels * (2 if minimised is of_noise and learned_variance else 1),
+            "height": rows,
+            "width": columns,
+        },
+        train=lambda seed: training_images(source, rows, columns, changes, seed),
+        evaluations={
+            split: Sums(numbered(images_of(source, split, rows, columns)), grid)
+            for split in EVALUATED
+        },
+        objective=minimised,
+        provenance={
+            "images": source.origin,
+            "train_images": len(source.splits["train"][0]),
+            "images_sha256": source.sha256,
+        },
+    )
+
+
+def numbered(examples: Examples) -> Examples:
+    """The examples, each with its number: the noise of evaluations follows from it."""
+
+    def fetch(indices: np.ndarray) -> Batch:
+        return {**examples.fetch(indices), "number": indices.astype(np.int32)}
+
+    return Examples(fetch, examples.length)

@@ -1,0 +1,176 @@
+"""DiT: noisy images, a time and a class to what was added to them, over a pattern of mixers.
+Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, arXiv 2212.09748.
+
+    c = W_2 silu(W_1 waves(time) + b_1) + b_2 + table[class]
+    x = blocks(patches(image) + positions, c)            adaLN-Zero (models/blocks/block.py)
+    [shift, scale] = silu(c) W + b
+    y = patches^-1((norm(x) (1 + scale) + shift) W_o + b_o)
+
+    waves      cosines and sines of time at 128 frequencies each
+    table      a row for each class, and one more, of index `classes`, that stands for none: what
+               guidance without a classifier reads
+
+All that writes to the stream starts at 0: a fresh block is the identity, and y is 0. Positions are
+sinusoids of row and column, so that images of any size are read.
+
+Departures: first values of linear maps are N(0, 0.02^2), those of the patches U(+-fan_in^-1/2),
+where the authors have Xavier's; the pixels of a patch and their channels are ordered as [row,
+column, channel].
+
+Authors' code: https://github.com/facebookresearch/DiT
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from models.blocks.backbone import Backbone, build_network
+from models.blocks.patches import Tokens, stem_convolutions
+from models.parts.options import Depth, Size
+from models.parts.positions import sinusoids
+from models.parts.projections import NORMAL, ZEROS, projection
+
+WAVES = 256  # numbers that say a time
+
+
+class Condition(nnx.Module):
+    """Times [B] float and classes [B] int to c [B, D], float32."""
+
+    def __init__(self, classes: int, width: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike):
+        dense = functools.partial(
+            projection, bias=True, rngs=rngs, param_dtype=param_dtype, compute_dtype=jnp.float32
+        )
+        self.first = dense(WAVES, width, (None, "embed"))
+        self.second = dense(width, width, (None, "embed"))
+        table_CD = NORMAL(rngs.params(), (classes + 1, width), param_dtype)
+        self.table_CD = nnx.Param(table_CD, out_sharding=(None, "embed"))
+
+    def __call__(self, time_B: jax.Array, class_B: jax.Array) -> jax.Array:
+        time_BD = self.second(jax.nn.silu(self.first(sinusoids(time_B, WAVES))))
+        return time_BD + self.table_CD[...].astype(jnp.float32)[class_B]
+
+
+class DiffusionTransformer(Backbone):
+    """Images, times and classes to images; see `build` for the options."""
+
+    causal = False
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        channels: int,
+        output_channels: int,
+        image_height: int,
+        image_width: int,
+        width: Size,
+        depth: Depth,
+        pattern: Sequence[str],
+        mixers: Mapping[str, Mapping[str, Any]] | None = None,
+        patch: Size = 2,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
+        **backbone: Any,
+    ):
+        self.classes, self.channels, self.output_channels = classes, channels, output_channels
+        self.patch = patch
+        grid = self.grid_of(image_height, image_width)
+        common: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype}
+        super().__init__(
+            Tokens(
+                stem_convolutions("patches", patch, width),
+                channels,
+                grid,
+                positions="sinusoidal",
+                class_token=False,
+                compute_dtype=compute_dtype,
+                **common,
+            ),
+            width=width,
+            depth=depth,
+            pattern=pattern,
+            mixers=mixers,
+            condition_width=width,
+            compute_dtype=compute_dtype,
+            **common,
+            **backbone,
+        )
+        self.condition = Condition(classes, width, **common)
+        zeros = functools.partial(
+            projection, width, init=ZEROS, bias=True, compute_dtype=jnp.float32, **common
+        )
+        self.modulation = zeros(2 * width, (None, "embed"))
+        self.head = zeros(patch * patch * output_channels, ("embed", None))
+
+    def __call__(self, image_BYXC: jax.Array, time_B: jax.Array, class_B: jax.Array) -> jax.Array:
+        """float32 [B, height, width, output_channels] of noisy images [B, height, width, channels]
+        of any height and width that divide into patches; times float [B], 0 (no noise) to 1000 (all
+        noise); classes int [B], `classes` for none."""
+        if image_BYXC.ndim != 4 or image_BYXC.shape[3] != self.channels:
+            raise ValueError(
+                f"images must be [B, height, width, {self.channels}] as the model was made for; got"
+                f" {image_BYXC.shape}"
+            )
+        for name, array in (("times", time_B), ("classes", class_B)):
+            if array.shape != image_BYXC.shape[:1]:
+                raise ValueError(
+                    f"{name} must be [B] with B={len(image_BYXC)} of images; got {array.shape}"
+                )
+        batch, height, width, _ = image_BYXC.shape
+        rows, columns = self.grid_of(height, width)
+        condition_BD = self.condition(time_B, class_B)
+        x_BTD, _ = self.hidden(image_BYXC, condition=condition_BD, grid=(rows, columns))
+        modulation_B1M = self.modulation(jax.nn.silu(condition_BD))[:, None]
+        shift_B1D, scale_B1D = jnp.split(modulation_B1M, 2, axis=-1)
+        pixels_BTP = self.head(self.norm(x_BTD) * (1 + scale_B1D) + shift_B1D)
+        pixels = pixels_BTP.reshape(batch, rows, columns, self.patch, self.patch, -1)
+        return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens. Raises ValueError for an image that does not divide."""
+        if height % self.patch or width % self.patch or not height or not width:
+            raise ValueError(
+                f"height and width of images must be multiples of patch={self.patch}; got {height}"
+                f" x {width}"
+            )
+        return height // self.patch, width // self.patch
+
+
+def build(
+    model_config: Mapping[str, Any],
+    *,
+    classes: int,
+    channels: int,
+    output_channels: int,
+    height: int,
+    width: int,
+    rngs: nnx.Rngs,
+    param_dtype: DTypeLike,
+    compute_dtype: DTypeLike,
+) -> DiffusionTransformer:
+    """The model of a config's `model` section (without its name), for images of the given sizes,
+    with the options of models/blocks/backbone.py and
+
+    patch            patch x patch pixels become a token
+
+    Raises ValueError for unknown, missing or impossible options, with what is possible, and for
+    images that do not divide into patches."""
+    return build_network(
+        DiffusionTransformer,
+        "diffusion_transformer",
+        model_config,
+        classes=classes,
+        channels=channels,
+        output_channels=output_channels,
+        image_height=height,
+        image_width=width,
+        rngs=rngs,
+        param_dtype=param_dtype,
+        compute_dtype=compute_dtype,
+    )

@@ -30,15 +30,15 @@ def _inverse(A, same, iterations):
         ratio = of_document((R**2).sum(-1)) / jnp.where(size > 0, size, 1.0)
         return jnp.sqrt(ratio)
 
-    Y = first[..., None] * A
-    error = residual(Y)
-    for _ in range(iterations):
+    def step(_, current):
+        Y, error = current
         next_Y = 2 * Y - einsum("bhij,bhjk,bhkl->bhil", Y, A, Y)
         next_error = residual(next_Y)
         better = next_error < error
-        Y = jnp.where(better[..., None], next_Y, Y)
-        error = jnp.where(better, next_error, error)
-    return Y, error
+        return jnp.where(better[..., None], next_Y, Y), jnp.where(better, next_error, error)
+
+    Y = first[..., None] * A
+    return lax.fori_loop(0, iterations, step, (Y, residual(Y)))
 
 
 def gaussian_attention(

@@ -85,6 +85,7 @@ class NonCausalContract:
         for length in self.sizes:
             self.check(implementation, self.data(variant, length), self.options(variant, length))
 
+    @pytest.mark.one_variant
     def test_masked_ones_too(self, variant, implementation):
         length = self.sizes[-1]
         for name in self.masks:
@@ -106,6 +107,7 @@ class NonCausalContract:
             **arrays,
         )
 
+    @pytest.mark.one_variant
     def test_bfloat16_inputs_are_exact_in_float32(self, variant, implementation):
         length = self.sizes[-1]
         self.check(

@@ -32,13 +32,15 @@ def arguments(
     dtype: str,
     decay_dtype: str,
     segments: bool,
+    num_segments: int | None = None,
 ) -> list[Any]:
     """What a rule takes: the inputs, initial_state, segment_ids, and backward the cotangents of
     both outputs; decays per channel are of `decay_dtype`."""
     x = abstract_inputs(examples.inputs, sizes, decay, dtype)
     if decay == "vector":
         x["decay_log"] = array(*x["decay_log"].shape, dtype=decay_dtype)
-    state = array(sizes["batch"], sizes["heads"], sizes["key"], sizes["value"])
+    states = () if num_segments is None else (num_segments,)
+    state = array(sizes["batch"], *states, sizes["heads"], sizes["key"], sizes["value"])
     ids = array(sizes["batch"], sizes["length"], dtype="int32") if segments else None
     inputs = [x[name] for name in ("q", "k", "v", "beta") if name in x]
     cotangents = [] if direction == "forward" else [x["v"], state]
@@ -57,14 +59,18 @@ def tpu_program(
     decay_dtype: str = "bfloat16",
     heads: tuple[int, int, int, int] = USUAL_HEADS,
     segments: bool = False,
+    num_segments: int | None = None,
     reverse: bool = False,
     batch: int = 1,
     analyse: bool = False,
 ) -> TpuProgram:
-    """The program of one rule of `rules`; `op` as it stands in names. reverse: from the last token
-    to the first."""
+    """The program of one rule of `rules`; `op` as it stands in names. num_segments: with a state
+    for each. reverse: from the last token to the first."""
     HK, H, K, V = heads
     C = rules.TUNING.chunk
+    static: dict[str, Any] = {"scale": K**-0.5, "reverse": reverse}
+    if num_segments is not None:
+        static["num_segments"] = num_segments
     name = [
         op,
         direction,
@@ -73,6 +79,7 @@ def tpu_program(
         f"{H}h" if H == HK else f"{HK}of{H}h",
         f"{K}x{V}",
         *(["segments"] if segments else []),
+        *([] if num_segments is None else [f"{num_segments}states"]),
         *(["reverse"] if reverse else []),
         generation,
     ]
@@ -80,9 +87,16 @@ def tpu_program(
         name="_".join(name),
         generation=generation,
         direction=direction,
-        rule=functools.partial(getattr(rules, direction), scale=K**-0.5, reverse=reverse),
+        rule=functools.partial(getattr(rules, direction), **static),
         arguments=lambda T: arguments(
-            examples, shape(batch, T, *heads), direction, decay, dtype, decay_dtype, segments
+            examples,
+            shape(batch, T, *heads),
+            direction,
+            decay,
+            dtype,
+            decay_dtype,
+            segments or num_segments is not None,
+            num_segments,
         ),
         kernels=1 if direction == "forward" else 2,
         units=H,

@@ -119,8 +119,9 @@ def work(program: TpuProgram, folder: str) -> dict[str, Any]:
         cycles.append([sum(_estimates(line)) for line in kernels])
         glue.append(sum(sum(_estimates(line)) for line in others))
         runs.append(list(kernel_calls(jax.make_jaxpr(function)(*shapes))))
-        moved.append(sum(moved_bytes(call) for call in runs[-1]))
-        minimum.append(minimum_bytes(program, length))
+        if program.analyse:
+            moved.append(sum(moved_bytes(call) for call in runs[-1]))
+            minimum.append(minimum_bytes(program, length))
         row |= {"compile_s": round(seconds, 1), "kernels": len(kernels)}
     scoped = r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"\d+","size":"(\d+)"'
     row["vmem_bytes"] = max(map(int, re.findall(scoped, "\n".join(kernels))), default=None)

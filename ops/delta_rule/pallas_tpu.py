@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from ..tpu import fit, gradients, heads
 from ..tpu.chunk_products import Products
@@ -46,13 +45,14 @@ from ..tpu.heads import decayed
 from ..tpu.inverse import unit_triangular_inverse
 from ..tpu.kernel import Input, Output, call, interleave
 from ..tpu.matmul import Matmul, matmul_dtype
+from ..tpu.segments import by_segments
 
 TUNING = heads.Tuning(live_of_channels=80)
 WALKS_BACKWARDS = True  # the rules take `reverse`
 SUPPORTED = fit.SUPPORTED
 WARNS_UNSUPPORTED = True
-INPUTS = "BTGK BTGK BTHV BTH decay BHKV"
-OUTPUTS = "BTHV BHKV"
+INPUTS = "BTGK BTGK BTHV BTH decay state"
+OUTPUTS = "BTHV state"
 fits_forward = fit.fitted(f"{INPUTS} BT", OUTPUTS, TUNING)
 fits_backward = fit.fitted(f"{INPUTS} BT {OUTPUTS}", INPUTS, TUNING)
 
@@ -64,10 +64,22 @@ def supports(q, k, v, beta, decay_log, *others, **static):
 
 @fits_forward
 def forward(
-    q, k, v, beta, decay_log, initial_state, segment_ids, *, scale, reverse=False, interpret=False
+    q,
+    k,
+    v,
+    beta,
+    decay_log,
+    initial_state,
+    segment_ids,
+    *,
+    scale,
+    num_segments=None,
+    reverse=False,
+    interpret=False,
 ):
     """o in v's dtype and the final state in float32; shapes as in `api.py`."""
     grid = heads.cut(q, v, TUNING, reverse, interpret)
+    grid, segment_ids = by_segments(grid, segment_ids, num_segments)
     matmul = Matmul(matmul_dtype(q, k, v))
     kind, decay = kind_of_decay(matmul, grid, decay_log, segment_ids)
     refs = ForwardRefs(
@@ -80,9 +92,10 @@ def forward(
         o=Output(heads.flat_shape(v), grid.value_tile()),
         final_state=grid.state_output(),
         Z=grid.states(),
+        plan=grid.plan,
     )
     results = call(functools.partial(delta_forward, kind=kind, scale=scale), grid, refs)
-    return results.o.reshape(v.shape), results.final_state
+    return results.o.reshape(v.shape), results.final_state.reshape(initial_state.shape)
 
 
 @fits_backward
@@ -98,11 +111,13 @@ def backward(
     dfinal_state,
     *,
     scale,
+    num_segments=None,
     reverse=False,
     interpret=False,
 ):
     """Gradients of q, k, v, beta, decay_log and initial_state."""
     grid = heads.cut(q, v, TUNING, reverse, interpret)
+    grid, segment_ids = by_segments(grid, segment_ids, num_segments)
     matmul = Matmul(matmul_dtype(q, k, v))
     beta_BHT = beta.swapaxes(1, 2)
     kind, decay = kind_of_decay(matmul, grid, decay_log, segment_ids)
@@ -114,6 +129,7 @@ def backward(
         initial_state=grid.of_state(initial_state),
         starts=grid.chunk_states_output(),
         Z=grid.states(),
+        plan=grid.plan,
     )
     starts = call(functools.partial(delta_states, kind=kind), grid, refs).starts
 
@@ -126,14 +142,15 @@ def backward(
         beta=grid.of_rows(beta_BHT, backward=True),
         starts=Input(starts, grid.chunk_states_tile(backward=True)),
         decay=decay,
-        dfinal_state=grid.of_state(dfinal_state),
+        dfinal_state=grid.of_state(dfinal_state, backward=True),
         dq=gradients.key_head_output(q, grid),
         dk=gradients.key_head_output(k, grid),
         dv=gradients.value_output(v, grid),
         dbeta=gradients.token_output(grid),
-        dinitial_state=grid.state_output(),
+        dinitial_state=grid.state_output(backward=True),
         ddecay_log=gradients.decay_output(decay_log, grid),
         dZ=grid.states(),
+        plan=grid.plan,
     )
     # NOTE: see BackwardRefs of gated linear attention.
     first = ("decay",) if reverse else ()
@@ -142,9 +159,9 @@ def backward(
         gradients.sum_of_parts(results.dq, q, grid),
         gradients.sum_of_parts(results.dk, k, grid),
         results.dv.reshape(v.shape),
-        heads.from_chunk_rows(results.dbeta, grid.length).swapaxes(1, 2),
-        gradients.decay_gradient(results.ddecay_log, decay_log, grid.length),
-        results.dinitial_state,
+        grid.from_rows(results.dbeta).swapaxes(1, 2),
+        gradients.decay_gradient(results.ddecay_log, decay_log, grid),
+        results.dinitial_state.reshape(initial_state.shape),
     )
 
 
@@ -180,15 +197,16 @@ class ForwardRefs(NamedTuple):
     o: Any  # [1, C, heads * V]
     final_state: Any  # [1, heads, K, V]
     Z: Any  # carry [heads, V, K]
+    plan: Any  # of `SegmentSteps`, None for one state
 
 
 def delta_forward(refs: ForwardRefs, *, kind, scale):
-    grid, matmul, t = kind.grid, kind.matmul, pl.program_id(2)
+    grid, matmul = kind.grid, kind.matmul
     fine = matmul.finer
-    grid.load_states(refs.Z, refs.initial_state, t)
-    chunk_index = grid.chunk_index(t)
-    valid = grid.valid(chunk_index)
-    decay = kind.load(refs.decay, chunk_index)
+    step = grid.step(refs.plan)
+    step.load_states(refs.Z, refs.initial_state)
+    valid = step.valid()
+    decay = kind.load(refs.decay, step)
     betas = refs.beta[0, 0, 0].T  # [C, heads]
 
     def head(h):
@@ -205,10 +223,10 @@ def delta_forward(refs: ForwardRefs, *, kind, scale):
         written = fine.tn(N, chunk.k_end)  # [V, K]
         yield
         refs.Z[h] = decayed(Z, chunk.total) + written  # Eq. 4
-        heads.write(refs.o, h, scale * (o_state + o_chunk))  # Eq. 3
+        step.write(refs.o, h, scale * (o_state + o_chunk))  # Eq. 3
 
     interleave(head(h) for h in range(grid.heads))
-    grid.store_states(refs.final_state, refs.Z, t)
+    step.store_states(refs.final_state, refs.Z)
 
 
 class StatesRefs(NamedTuple):
@@ -219,14 +237,15 @@ class StatesRefs(NamedTuple):
     initial_state: Any  # [1, heads, K, V]
     starts: Any  # Z at the chunk's start [1, 1, heads, V, K]
     Z: Any  # carry [heads, V, K]
+    plan: Any  # of `SegmentSteps`, None for one state
 
 
 def delta_states(refs: StatesRefs, *, kind):
-    grid, fine, t = kind.grid, kind.matmul.finer, pl.program_id(2)
-    grid.load_states(refs.Z, refs.initial_state, t)
-    chunk_index = grid.chunk_index(t)
-    valid = grid.valid(chunk_index)
-    decay = kind.load(refs.decay, chunk_index)
+    grid, fine = kind.grid, kind.matmul.finer
+    step = grid.step(refs.plan)
+    step.load_states(refs.Z, refs.initial_state)
+    valid = step.valid()
+    decay = kind.load(refs.decay, step)
     betas = refs.beta[0, 0, 0].T  # [C, heads]
 
     def head(h):
@@ -260,18 +279,19 @@ class BackwardRefs(NamedTuple):
     dinitial_state: Any  # [1, heads, K, V]
     ddecay_log: Any  # [1, C, heads * K] or [1, 1, 1, heads, C], None without decay
     dZ: Any  # carry [heads, V, K]
+    plan: Any  # of `SegmentSteps`, None for one state
 
 
 def delta_backward(refs: BackwardRefs, *, kind, scale):
-    grid, matmul, t = kind.grid, kind.matmul, pl.program_id(2)
+    grid, matmul = kind.grid, kind.matmul
     fine = matmul.finer
-    grid.load_states(refs.dZ, refs.dfinal_state, t)
-    chunk_index = grid.chunk_index(t, backward=True)
-    valid = grid.valid(chunk_index)
-    decay = kind.load(refs.decay, chunk_index)
+    step = grid.step(refs.plan, backward=True)
+    step.load_states(refs.dZ, refs.dfinal_state)
+    valid = step.valid()
+    decay = kind.load(refs.decay, step)
     betas = refs.beta[0, 0, 0].T  # [C, heads]
     row, column = grid.places()
-    dq_sum, dk_sum = (gradients.KeyHeadSum(ref, grid) for ref in (refs.dq, refs.dk))
+    dq_sum, dk_sum = (gradients.KeyHeadSum(ref, step) for ref in (refs.dq, refs.dk))
 
     def head(h):
         q = grid.key(refs.q, h, valid)  # [C, K]
@@ -301,17 +321,17 @@ def delta_backward(refs: BackwardRefs, *, kind, scale):
         # As a row [1, C].
         dbeta = jnp.sum(jnp.where(row == column, dbeta, 0.0), 0, keepdims=True)
         refs.dbeta[0, 0, 0, h : h + 1] = dbeta
-        heads.write(refs.dv, h, dv)
+        step.write(refs.dv, h, dv)
         refs.dZ[h] = decayed(dZ, chunk.total) + read  # Eq. 12
         of_reads = yield from decay.adjoint(h, chunk, q, k, dscores, dq_start, dk_end, dtotal)
         # dk_end and dtotal are counted by the adjoint above.
         zeros = jnp.zeros_like(dk_end), jnp.zeros_like(dtotal)
         of_writes = yield from decay.adjoint(h, overlaps, k, k, beta * dA, dk_start, *zeros)
         if refs.ddecay_log is not None:
-            gradients.write_decay(refs.ddecay_log, h, of_reads.log + of_writes.log)
+            gradients.write_decay(refs.ddecay_log, h, of_reads.log + of_writes.log, step)
         dk = of_reads.k + of_writes.q + of_writes.k
         dq_sum.add(h, of_reads.q)
         dk_sum.add(h, dk)
 
     interleave(head(h) for h in range(grid.heads))
-    grid.store_states(refs.dinitial_state, refs.dZ, t)
+    step.store_states(refs.dinitial_state, refs.dZ)

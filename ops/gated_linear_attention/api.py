@@ -13,8 +13,12 @@ NAME = "gated_linear_attention"
 ONE_STATE = Op(
     NAME, {"xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}, sequence_parallel.RULES
 )
-# The kernels keep one state per sequence.
-SEGMENT_STATES = Op(f"{NAME} with num_segments", {"xla": xla}, sequence_parallel.SEGMENT_RULES)
+# The GPU's kernels keep one state per sequence.
+SEGMENT_STATES = Op(
+    f"{NAME} with num_segments",
+    {"xla": xla, "pallas_tpu": pallas_tpu},
+    sequence_parallel.SEGMENT_RULES,
+)
 
 
 def gated_linear_attention(
@@ -59,9 +63,9 @@ def gated_linear_attention(
         after the last token, the returned state the one before the first, and a segment starts with
         its last token.
       implementation: "reference" (a scan over tokens), "xla" (plain JAX), "pallas_tpu" and
-        "pallas_gpu" (kernels; interpreted when lowered for a CPU; without num_segments), or None
-        for the best of the platform that the program is lowered for: the kernels on TPU and GPU
-        where they can, else "xla". A named implementation runs or raises.
+        "pallas_gpu" (kernels; interpreted when lowered for a CPU; the GPU's without num_segments),
+        or None for the best of the platform that the program is lowered for: the kernels on TPU and
+        GPU where they can, else "xla". A named implementation runs or raises.
 
     Returns:
       o [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32, with

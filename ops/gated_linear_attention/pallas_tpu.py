@@ -23,20 +23,20 @@ import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from ..tpu import fit, gradients, heads
 from ..tpu.decay import kind_of_decay
 from ..tpu.heads import decayed
 from ..tpu.kernel import Input, Output, call, interleave
 from ..tpu.matmul import Matmul, matmul_dtype
+from ..tpu.segments import by_segments
 
 TUNING = heads.Tuning()
 WALKS_BACKWARDS = True  # the rules take `reverse`
 SUPPORTED = fit.SUPPORTED
 WARNS_UNSUPPORTED = True
-INPUTS = "BTGK BTGK BTHV decay BHKV"
-OUTPUTS = "BTHV BHKV"
+INPUTS = "BTGK BTGK BTHV decay state"
+OUTPUTS = "BTHV state"
 fits_forward = fit.fitted(f"{INPUTS} BT", OUTPUTS, TUNING)
 fits_backward = fit.fitted(f"{INPUTS} BT {OUTPUTS}", INPUTS, TUNING)
 
@@ -48,10 +48,21 @@ def supports(q, k, v, decay_log, *others, **static):
 
 @fits_forward
 def forward(
-    q, k, v, decay_log, initial_state, segment_ids, *, scale, reverse=False, interpret=False
+    q,
+    k,
+    v,
+    decay_log,
+    initial_state,
+    segment_ids,
+    *,
+    scale,
+    num_segments=None,
+    reverse=False,
+    interpret=False,
 ):
     """o in v's dtype and the final state in float32; shapes as in `api.py`."""
     grid = heads.cut(q, v, TUNING, reverse, interpret)
+    grid, segment_ids = by_segments(grid, segment_ids, num_segments)
     matmul = Matmul(matmul_dtype(q, k, v))
     kind, decay = kind_of_decay(matmul, grid, decay_log, segment_ids)
     refs = ForwardRefs(
@@ -63,9 +74,10 @@ def forward(
         o=Output(heads.flat_shape(v), grid.value_tile()),
         final_state=grid.state_output(),
         Z=grid.states(),
+        plan=grid.plan,
     )
     results = call(functools.partial(gla_forward, kind=kind, scale=scale), grid, refs)
-    return results.o.reshape(v.shape), results.final_state
+    return results.o.reshape(v.shape), results.final_state.reshape(initial_state.shape)
 
 
 @fits_backward
@@ -80,11 +92,13 @@ def backward(
     dfinal_state,
     *,
     scale,
+    num_segments=None,
     reverse=False,
     interpret=False,
 ):
     """Gradients of q, k, v, decay_log and initial_state."""
     grid = heads.cut(q, v, TUNING, reverse, interpret)
+    grid, segment_ids = by_segments(grid, segment_ids, num_segments)
     matmul = Matmul(matmul_dtype(q, k, v))
     kind, decay = kind_of_decay(matmul, grid, decay_log, segment_ids)
     refs = StatesRefs(
@@ -94,6 +108,7 @@ def backward(
         initial_state=grid.of_state(initial_state),
         starts=grid.chunk_states_output(),
         Z=grid.states(),
+        plan=grid.plan,
     )
     starts = call(functools.partial(gla_states, kind=kind), grid, refs).starts
 
@@ -105,13 +120,14 @@ def backward(
         k=grid.of_keys(k, backward=True),
         starts=Input(starts, grid.chunk_states_tile(backward=True)),
         decay=decay,
-        dfinal_state=grid.of_state(dfinal_state),
+        dfinal_state=grid.of_state(dfinal_state, backward=True),
         dq=gradients.key_head_output(q, grid),
         dk=gradients.key_head_output(k, grid),
         dv=gradients.value_output(v, grid),
-        dinitial_state=grid.state_output(),
+        dinitial_state=grid.state_output(backward=True),
         ddecay_log=gradients.decay_output(decay_log, grid),
         dZ=grid.states(),
+        plan=grid.plan,
     )
     # NOTE: see BackwardRefs. In reverse, the decays are what is best moved.
     first = ("decay",) if reverse else ()
@@ -120,8 +136,8 @@ def backward(
         gradients.sum_of_parts(results.dq, q, grid),
         gradients.sum_of_parts(results.dk, k, grid),
         results.dv.reshape(v.shape),
-        gradients.decay_gradient(results.ddecay_log, decay_log, grid.length),
-        results.dinitial_state,
+        gradients.decay_gradient(results.ddecay_log, decay_log, grid),
+        results.dinitial_state.reshape(initial_state.shape),
     )
 
 
@@ -134,14 +150,15 @@ class ForwardRefs(NamedTuple):
     o: Any  # [1, C, heads * V]
     final_state: Any  # [1, heads, K, V]
     Z: Any  # carry [heads, V, K]
+    plan: Any  # of `SegmentSteps`, None for one state
 
 
 def gla_forward(refs: ForwardRefs, *, kind, scale):
-    grid, matmul, t = kind.grid, kind.matmul, pl.program_id(2)
-    grid.load_states(refs.Z, refs.initial_state, t)
-    chunk_index = grid.chunk_index(t)
-    valid = grid.valid(chunk_index)
-    decay = kind.load(refs.decay, chunk_index)
+    grid, matmul = kind.grid, kind.matmul
+    step = grid.step(refs.plan)
+    step.load_states(refs.Z, refs.initial_state)
+    valid = step.valid()
+    decay = kind.load(refs.decay, step)
 
     def head(h):
         q = grid.key(refs.q, h, valid)  # [C, K]
@@ -155,10 +172,10 @@ def gla_forward(refs: ForwardRefs, *, kind, scale):
         o_chunk = matmul.nn(chunk.scores, v)  # [C, V]
         refs.Z[h] = decayed(Z, chunk.total) + written  # Eq. 2
         yield
-        heads.write(refs.o, h, scale * (o_state + o_chunk))  # Eq. 1
+        step.write(refs.o, h, scale * (o_state + o_chunk))  # Eq. 1
 
     interleave(head(h) for h in range(grid.heads))
-    grid.store_states(refs.final_state, refs.Z, t)
+    step.store_states(refs.final_state, refs.Z)
 
 
 class StatesRefs(NamedTuple):
@@ -168,14 +185,15 @@ class StatesRefs(NamedTuple):
     initial_state: Any  # [1, heads, K, V]
     starts: Any  # Z at the chunk's start [1, 1, heads, V, K]
     Z: Any  # carry [heads, V, K]
+    plan: Any  # of `SegmentSteps`, None for one state
 
 
 def gla_states(refs: StatesRefs, *, kind):
-    grid, t = kind.grid, pl.program_id(2)
-    grid.load_states(refs.Z, refs.initial_state, t)
-    chunk_index = grid.chunk_index(t)
-    valid = grid.valid(chunk_index)
-    decay = kind.load(refs.decay, chunk_index)
+    grid = kind.grid
+    step = grid.step(refs.plan)
+    step.load_states(refs.Z, refs.initial_state)
+    valid = step.valid()
+    decay = kind.load(refs.decay, step)
 
     def head(h):
         k = grid.key(refs.k, h, valid)  # [C, K]
@@ -207,15 +225,16 @@ class BackwardRefs(NamedTuple):
     dinitial_state: Any  # [1, heads, K, V]
     ddecay_log: Any  # [1, C, heads * K] or [1, 1, 1, heads, C], None without decay
     dZ: Any  # carry [heads, V, K]
+    plan: Any  # of `SegmentSteps`, None for one state
 
 
 def gla_backward(refs: BackwardRefs, *, kind, scale):
-    grid, matmul, t = kind.grid, kind.matmul, pl.program_id(2)
-    grid.load_states(refs.dZ, refs.dfinal_state, t)
-    chunk_index = grid.chunk_index(t, backward=True)
-    valid = grid.valid(chunk_index)
-    decay = kind.load(refs.decay, chunk_index)
-    dq, dk = (gradients.KeyHeadSum(ref, grid) for ref in (refs.dq, refs.dk))
+    grid, matmul = kind.grid, kind.matmul
+    step = grid.step(refs.plan, backward=True)
+    step.load_states(refs.dZ, refs.dfinal_state)
+    valid = step.valid()
+    decay = kind.load(refs.decay, step)
+    dq, dk = (gradients.KeyHeadSum(ref, step) for ref in (refs.dq, refs.dk))
 
     def head(h):
         q = grid.key(refs.q, h, valid)  # [C, K]
@@ -231,12 +250,12 @@ def gla_backward(refs: BackwardRefs, *, kind, scale):
         read = matmul.tn(do, chunk.q_start)  # [V, K]
         dtotal = jnp.sum(Z * dZ, 0, keepdims=True)  # [1, K], Eq. 5
         yield
-        heads.write(refs.dv, h, dv_state + dv_chunk)  # Eq. 4
+        step.write(refs.dv, h, dv_state + dv_chunk)  # Eq. 4
         refs.dZ[h] = decayed(dZ, chunk.total) + read  # Eq. 6
         of = yield from decay.adjoint(h, chunk, q, k, dscores, dq_start, dk_end, dtotal)
-        gradients.write_decay(refs.ddecay_log, h, of.log)
+        gradients.write_decay(refs.ddecay_log, h, of.log, step)
         dq.add(h, of.q)
         dk.add(h, of.k)
 
     interleave(head(h) for h in range(grid.heads))
-    grid.store_states(refs.dinitial_state, refs.dZ, t)
+    step.store_states(refs.dinitial_state, refs.dZ)

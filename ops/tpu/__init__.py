@@ -3,6 +3,7 @@
     kernel.py          one kernel over a grid: its tiles, its references, its chains of work
     matmul.py          products of matrices and their precision
     heads.py           the grid of ops with a matrix state: blocks of heads, chunks of tokens
+    segments.py        the same where every segment has a state of its own
     fit.py             heads of any size, padded or cut until they fit the fast memory
     channels.py        the grid of elementwise recurrences: chunks of tokens, blocks of channels
     chunk_products.py  what a kernel asks of the decays of a chunk

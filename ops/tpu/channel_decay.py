@@ -26,7 +26,7 @@ from jax import lax
 
 from ..framework import segments
 from .chunk_products import LOG_ZERO, DecayOfChunk, Gradients, Products, Steps
-from .heads import HeadGrid, flat, read
+from .heads import HeadGrid, Step, flat, read
 from .kernel import SUBLANES, Input
 from .matmul import Matmul
 
@@ -122,9 +122,9 @@ class VectorDecay:
         )
         return VectorDecay(matmul, grid, terms), refs
 
-    def load(self, refs: VectorDecayRefs, chunk_index: jax.Array) -> DecayOfChunk:
+    def load(self, refs: VectorDecayRefs, step: Step) -> DecayOfChunk:
         start = None if refs.starts is None else jnp.transpose(refs.starts[0, 0, 0])  # [C, 1]
-        valid = self.grid.valid(chunk_index)  # [C, 1]
+        valid = step.valid()  # [C, 1]
         return VectorDecayOfChunk(self.matmul, self.grid, self.terms, refs, valid, start)
 
 

@@ -17,7 +17,7 @@ from ..chunks.chunking import einsum
 from ..framework import segments
 from .channel_decay import VectorDecay
 from .chunk_products import LOG_ZERO, DecayOfChunk, Gradients, Products, Steps
-from .heads import HeadGrid, chunk_rows
+from .heads import HeadGrid, Step
 from .kernel import Input
 from .matmul import Matmul
 
@@ -50,7 +50,7 @@ def kind_of_decay(
     if segment_ids is not None:
         starts = segments.starts(segment_ids, reverse=grid.reverse)
         log_BHT = jnp.where(starts[:, None], LOG_ZERO, log_BHT)
-    return ScalarDecay.inputs(matmul, grid, chunk_rows(log_BHT, grid), backward)
+    return ScalarDecay.inputs(matmul, grid, grid.rows(log_BHT), backward)
 
 
 # --- No decay
@@ -63,7 +63,7 @@ class NoDecay:
     matmul: Matmul
     grid: HeadGrid
 
-    def load(self, refs: None, chunk_index: jax.Array) -> DecayOfChunk:
+    def load(self, refs: None, step: Step) -> DecayOfChunk:
         return self
 
     def ends(self, head: int, k: jax.Array) -> Steps[tuple[jax.Array, Any]]:
@@ -103,7 +103,7 @@ class ScalarDecay:
     def inputs(
         matmul: Matmul, grid: HeadGrid, log_rows: jax.Array, backward: bool
     ) -> tuple["ScalarDecay", ScalarDecayRefs]:
-        """log_rows: [B or 1, n, G, heads, C], 0 where no token is."""
+        """log_rows: [B or 1, n, G', heads, C], 0 where no token is."""
         chunk = grid.chunk
         until = np.tri(chunk, dtype=np.float32)
         until = until.T if grid.reverse else until
@@ -115,7 +115,7 @@ class ScalarDecay:
         refs = ScalarDecayRefs(Input(rows, grid.rows_tile(rows, backward)))
         return ScalarDecay(matmul, grid), refs
 
-    def load(self, refs: ScalarDecayRefs, chunk_index: jax.Array) -> DecayOfChunk:
+    def load(self, refs: ScalarDecayRefs, step: Step) -> DecayOfChunk:
         C = self.grid.chunk
         log, prefix, suffix = (refs.rows[0, 0, 0, :, at : at + C] for at in range(0, 3 * C, C))
         total = self.grid.last(prefix, axis=1)

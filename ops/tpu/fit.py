@@ -14,7 +14,8 @@ fits of
 
 A rule is written for heads that fit, and `fitted` makes it one for all by the layouts of its
 arguments and results, in the letters of `ops/framework/sharding.py`: B batch, T time, G key heads,
-H heads, K key, V value, "decay" for a log decay of any rank."""
+H heads, K key, V value, "decay" for a log decay of any rank, "state" for one state per sequence or,
+with `num_segments`, per segment."""
 
 import functools
 import math
@@ -140,12 +141,16 @@ def fitted(arguments: str, results: str, tuning: Tuning) -> Callable[[Any], Any]
             q, v, decay_log = (named[layout] for layout in ("BTGK", "BTHV", "decay"))
             fit = choose(q, v, decay_log, tuning)
             assert fit is not None, "`supports` was not asked"
+            segments = static.get("num_segments")
+            letters = {
+                "decay": _of_decay(decay_log),
+                "state": "BHKV" if segments is None else "BSHKV",
+            }
             layouts, outputs = (
-                [_of_decay(decay_log) if x == "decay" else x for x in text.split()]
-                for text in (arguments, results)
+                [letters.get(x, x) for x in text.split()] for text in (arguments, results)
             )
             sizes = dict(zip("BTGK", q.shape, strict=True)) | dict(
-                zip("BTHV", v.shape, strict=True)
+                zip("BTHV", v.shape, strict=True), S=segments
             )
             given = [fit.given(x, to) for x, to in zip(args, layouts, strict=True)]
             made = rule(*given, **static)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .heads import HeadGrid, flat_shape, from_chunk_rows, write
+from .heads import HeadGrid, Step, flat_shape
 from .kernel import Output, Ref
 
 
@@ -33,17 +33,18 @@ class KeyHeadSum:
     """The gradient of q or k inside a kernel: a sum over the value heads of each key head, written
     to `ref` with the last of them."""
 
-    def __init__(self, ref: Ref, grid: HeadGrid):
-        self.ref, self.grid = ref, grid
+    def __init__(self, ref: Ref, step: Step):
+        self.ref, self.step = ref, step
         self.sums: dict[int, jax.Array] = {}
 
     def add(self, head: int, gradient: jax.Array) -> None:
         """gradient: [C, K], of value head `head`."""
-        key_head, place = divmod(head, self.grid.group)
+        group = self.step.grid.group
+        key_head, place = divmod(head, group)
         sums = self.sums
         sums[key_head] = sums[key_head] + gradient if place > 0 else gradient
-        if place == self.grid.group - 1:
-            write(self.ref, key_head, sums[key_head])
+        if place == group - 1:
+            self.step.write(self.ref, key_head, sums[key_head])
 
 
 def value_output(v_BTHV: jax.Array, grid: HeadGrid) -> Output:
@@ -52,8 +53,8 @@ def value_output(v_BTHV: jax.Array, grid: HeadGrid) -> Output:
 
 
 def token_output(grid: HeadGrid) -> Output:
-    """Of one float32 per token and head, as rows [heads, C] of a chunk."""
-    sizes = grid.batch, grid.head_blocks, grid.chunks, grid.heads, grid.chunk
+    """Of one float32 per token and head, as rows [heads, C] of a step."""
+    sizes = grid.batch, grid.head_blocks, grid.steps, grid.heads, grid.chunk
     shape = jax.ShapeDtypeStruct(sizes, jnp.float32)
     return Output(shape, grid.rows_tile(shape, backward=True))
 
@@ -67,7 +68,7 @@ def decay_output(decay_log: jax.Array | None, grid: HeadGrid) -> Output | None:
     return Output(flat_shape(decay_log), grid.decay_tile(backward=True))
 
 
-def write_decay(ref: Ref | None, head: int, dlog: jax.Array | None) -> None:
+def write_decay(ref: Ref | None, head: int, dlog: jax.Array | None, step: Step) -> None:
     """Writes the gradient [C, K] or [1, C] of one head to the tile of `decay_output`, if it is
     asked for."""
     if ref is None:
@@ -76,14 +77,14 @@ def write_decay(ref: Ref | None, head: int, dlog: jax.Array | None) -> None:
     if dlog.shape[0] == 1:
         ref[0, 0, 0, head : head + 1] = dlog
     else:
-        write(ref, head, dlog)
+        step.write(ref, head, dlog)
 
 
-def decay_gradient(dlog: Any, decay_log: jax.Array | None, length: int) -> jax.Array | None:
+def decay_gradient(dlog: Any, decay_log: jax.Array | None, grid: HeadGrid) -> jax.Array | None:
     """The gradient of `decay_log` in its shape, from what `decay_output` holds."""
     if decay_log is None:
         return None
     if decay_log.ndim == 4:
         return dlog.reshape(decay_log.shape)
-    dlog_BHT = from_chunk_rows(dlog, length)
+    dlog_BHT = grid.from_rows(dlog)
     return dlog_BHT.sum((0, 2)) if decay_log.ndim == 1 else dlog_BHT.swapaxes(1, 2)

@@ -11,7 +11,10 @@ takes to the last.
 **Directions.** A grid walks through time in the direction of the recurrence, from the last token to
 the first for an op with `reverse=True`; a backward kernel walks against it (`backward` in the
 methods). No array is flipped: index maps count chunks from the other end, and what a kernel asks
-about the order of two tokens it asks of their places in the walk (`place`), not of their rows."""
+about the order of two tokens it asks of their places in the walk (`place`), not of their rows.
+
+Here a step takes a chunk. Where every segment has a state of its own it takes what a segment has in
+a chunk (`segments.py`): index maps, and a kernel by its `Step`, then read `SegmentSteps`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -71,9 +74,12 @@ class HeadGrid:
 
     dimensions = ("parallel", "parallel", "arbitrary")
 
+    # What index maps and steps read, prefetched; None where they need nothing.
+    plan = None
+
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.batch, self.head_blocks, self.chunks
+        return self.batch, self.head_blocks, self.steps
 
     @property
     def head_blocks(self) -> int:
@@ -82,6 +88,11 @@ class HeadGrid:
     @property
     def chunks(self) -> int:
         return pl.cdiv(self.length, self.chunk)
+
+    @property
+    def steps(self) -> int:
+        """G', the steps along time."""
+        return self.chunks
 
     @property
     def group(self) -> int:
@@ -116,67 +127,105 @@ class HeadGrid:
         """C tokens of the step's own part of [B, T, key heads * steps per key head * K], of a
         backward kernel."""
         tile = 1, self.chunk, self.key_heads * self.key_size
-        return pl.BlockSpec(tile, lambda b, h, t: (b, self.chunk_index(t, True), h))
+        return pl.BlockSpec(tile, lambda b, h, t, *plan: (b, self._chunk(b, t, True, *plan), h))
 
     def rows_tile(
         self, array: jax.Array | jax.ShapeDtypeStruct, backward: bool = False
     ) -> pl.BlockSpec:
-        """One chunk of [B or 1, blocks of heads or 1, G or 1, ...]."""
+        """One step of [B or 1, blocks of heads or 1, G' or 1, ...]."""
         # Factors of the indices: 0 along an axis of one element, which all steps share.
-        batch, blocks, chunks = (size > 1 for size in array.shape[:3])
+        batch, blocks, steps = (size > 1 for size in array.shape[:3])
         rest = array.shape[3:]
 
-        def index(b, h, t):
-            chunk_index = self.chunk_index(t, backward)
-            return b * batch, h * blocks, chunk_index * chunks, *(0 for _ in rest)
+        def index(b, h, t, *plan):
+            del plan
+            step_index = self.step_index(t, backward)
+            return b * batch, h * blocks, step_index * steps, *(0 for _ in rest)
 
         return pl.BlockSpec((1, 1, 1, *rest), index)
 
     def of_rows(self, x_BHT: jax.Array, backward: bool = False) -> Input:
-        """[1, 1, 1, heads, C]: one number per token and head, in rows (see `chunk_rows`)."""
-        rows = chunk_rows(x_BHT, self)
+        """[1, 1, 1, heads, C]: one number per token and head, in rows (see `rows`)."""
+        rows = self.rows(x_BHT)
         return Input(rows, self.rows_tile(rows, backward))
 
-    def of_state(self, state_BHKV: jax.Array) -> Input:
+    def of_state(self, state: jax.Array, backward: bool = False) -> Input:
         """The step's heads."""
-        return Input(state_BHKV, self.state_tile())
+        heads = self.all_heads, self.key_size, self.value_size
+        return Input(state.reshape(-1, *heads), self.state_tile(backward))
 
-    def state_output(self) -> Output:
+    def state_output(self, backward: bool = False) -> Output:
         """[B, H, K, V] in float32."""
-        shape = self.batch, self.all_heads, self.key_size, self.value_size
-        return Output(jax.ShapeDtypeStruct(shape, jnp.float32), self.state_tile())
+        shape = self.states_per_row * self.batch, self.all_heads, self.key_size, self.value_size
+        return Output(jax.ShapeDtypeStruct(shape, jnp.float32), self.state_tile(backward))
 
-    def state_tile(self) -> pl.BlockSpec:
+    @property
+    def states_per_row(self) -> int:
+        """States that a row of the batch has, which lie side by side along the batch."""
+        return 1
+
+    def state_tile(self, backward: bool = False) -> pl.BlockSpec:
         """The step's heads of [B, H, K, V]."""
         tile = 1, self.heads, self.key_size, self.value_size
-        return pl.BlockSpec(tile, lambda b, h, t: (b, h, 0, 0))
+        return pl.BlockSpec(
+            tile, lambda b, h, t, *plan: (self._state(b, t, backward, *plan), h, 0, 0)
+        )
 
     def chunk_states_output(self) -> Output:
-        """The transposed states at the starts of chunks, [B, G, H, V, K] in float32."""
-        shape = self.batch, self.chunks, self.all_heads, self.value_size, self.key_size
+        """The transposed states at the starts of steps, [B, G', H, V, K] in float32."""
+        shape = self.batch, self.steps, self.all_heads, self.value_size, self.key_size
         return Output(jax.ShapeDtypeStruct(shape, jnp.float32), self.chunk_states_tile())
 
     def chunk_states_tile(self, backward: bool = False) -> pl.BlockSpec:
-        """The step's heads of one chunk of [B, G, H, V, K]."""
+        """The step's heads of one step of [B, G', H, V, K]."""
         tile = 1, 1, self.heads, self.value_size, self.key_size
-        return pl.BlockSpec(tile, lambda b, h, t: (b, self.chunk_index(t, backward), h, 0, 0))
+        return pl.BlockSpec(tile, lambda b, h, t, *plan: (b, self.step_index(t, backward), h, 0, 0))
 
     def constant(self, array: jax.Array) -> Input:
         """All of an array, fetched once."""
-        return Input(array, pl.BlockSpec(array.shape, lambda b, h, t: (0,) * array.ndim))
+        return Input(array, pl.BlockSpec(array.shape, lambda b, h, t, *plan: (0,) * array.ndim))
 
     def _tokens(self, lanes: int, key_heads: bool, backward: bool) -> pl.BlockSpec:
         steps = self.steps_per_key_head if key_heads else 1
-        return pl.BlockSpec(
-            (1, self.chunk, lanes),
-            lambda b, h, t: (b, self.chunk_index(t, backward), lax.div(h, jnp.int32(steps))),
-        )
+
+        def index(b, h, t, *plan):
+            return b, self._chunk(b, t, backward, *plan), lax.div(h, jnp.int32(steps))
+
+        return pl.BlockSpec((1, self.chunk, lanes), index)
+
+    def _chunk(self, b: Any, t: Any, backward: bool, *plan: Ref) -> Any:
+        """Which chunk step t takes."""
+        del b, plan
+        return self.step_index(t, backward)
+
+    def _state(self, b: Any, t: Any, backward: bool, *plan: Ref) -> Any:
+        """Which state step t goes on with."""
+        del t, backward, plan
+        return b
+
+    # --- One number per token and head
+
+    def rows(self, x_BHT: jax.Array) -> jax.Array:
+        """[B, n heads, T] -> [B, n, G', heads, C] in float32, or [B, 1, G', 1, C] of one head for
+        all.
+
+        Padded with zeros. For small arrays only: it moves them."""
+        return chunk_rows(x_BHT, self)
+
+    def from_rows(self, x: jax.Array) -> jax.Array:
+        """[B, n, G', heads, C] -> [B, n heads, T]: inverse of `rows`."""
+        return from_chunk_rows(x, self.length)
 
     # --- Inside a kernel
 
-    def chunk_index(self, t: Any, backward: bool = False) -> Any:
-        """Which chunk step t along time takes."""
-        return self.chunks - 1 - t if backward != self.reverse else t
+    def step_index(self, t: Any, backward: bool = False) -> Any:
+        """The place of step t among all steps, in the order of tokens."""
+        return self.steps - 1 - t if backward != self.reverse else t
+
+    def step(self, plan: None, backward: bool = False) -> "Step":
+        """What the kernel is in now; plan: references of `self.plan`."""
+        del plan
+        return Step(self, pl.program_id(2), backward)
 
     def place(self, row: Any, count: int) -> Any:
         """The place in the recurrence's walk, from 0 on, of a row of `count`."""
@@ -210,13 +259,6 @@ class HeadGrid:
         start = self.place(size - 1, size)
         return lax.slice_in_dim(x, start, start + 1, axis=axis)
 
-    def valid(self, chunk_index: Any) -> jax.Array | None:
-        """[C, 1], which rows of the chunk are tokens; None where all chunks are full."""
-        if self.length % self.chunk == 0:
-            return None
-        row = lax.broadcasted_iota(jnp.int32, (self.chunk, 1), 0)
-        return chunk_index * self.chunk + row < self.length
-
     def key(self, ref: Ref, head: int, valid: jax.Array | None) -> jax.Array:
         """[C, K]: what value head `head` reads of a tile of key heads, zero where no token is."""
         return read(ref, head // self.group, self.key_size, valid)
@@ -229,20 +271,52 @@ class HeadGrid:
         """Scratch for the carry, [heads, V, K]."""
         return pltpu.VMEM((self.heads, self.value_size, self.key_size), jnp.float32)
 
-    def load_states(self, Z_ref: Ref, initial_ref: Ref, t: jax.Array) -> None:
-        """Writes the states [1, heads, K, V] to the carry before the first chunk."""
 
-        @pl.when(t == 0)
+@dataclass(frozen=True)
+class Step:
+    """A step of the grid, inside a kernel."""
+
+    grid: HeadGrid
+    t: Any  # its number along time
+    backward: bool
+
+    @property
+    def first(self) -> Any:
+        """Whether the state comes from outside."""
+        return self.t == 0
+
+    @property
+    def last(self) -> Any:
+        """Whether the state is wanted outside."""
+        return self.t == self.grid.steps - 1
+
+    def valid(self) -> jax.Array | None:
+        """[C, 1], which rows of the chunk the step takes; None where it always takes all."""
+        if self.grid.length % self.grid.chunk == 0:
+            return None
+        row = lax.broadcasted_iota(jnp.int32, (self.grid.chunk, 1), 0)
+        chunk_index = self.grid.step_index(self.t, self.backward)
+        return chunk_index * self.grid.chunk + row < self.grid.length
+
+    def write(self, ref: Ref, head: int, x: jax.Array) -> None:
+        """Writes x [C, size] as head `head` of a tile [1, C, heads * size], in its dtype; rows that
+        the step does not take may be anything."""
+        write(ref, head, x)
+
+    def load_states(self, Z_ref: Ref, initial_ref: Ref) -> None:
+        """Writes the states [1, heads, K, V] to the carry before their first step."""
+
+        @pl.when(self.first)
         def _():
-            for h in range(self.heads):
+            for h in range(self.grid.heads):
                 Z_ref[h] = initial_ref[0, h].astype(jnp.float32).T
 
-    def store_states(self, final_ref: Ref, Z_ref: Ref, t: jax.Array) -> None:
-        """Writes the carry to the states [1, heads, K, V] after the last chunk."""
+    def store_states(self, final_ref: Ref, Z_ref: Ref) -> None:
+        """Writes the carry to the states [1, heads, K, V] after their last step."""
 
-        @pl.when(t == self.chunks - 1)
+        @pl.when(self.last)
         def _():
-            for h in range(self.heads):
+            for h in range(self.grid.heads):
                 final_ref[0, h] = Z_ref[h].T
 
 
@@ -308,9 +382,7 @@ def write(ref: Ref, head: int, x: jax.Array) -> None:
 
 
 def chunk_rows(x_BHT: jax.Array, grid: HeadGrid) -> jax.Array:
-    """[B, n heads, T] -> [B, n, G, heads, C] in float32, or [B, 1, G, 1, C] of one head for all.
-
-    Padded with zeros. For small arrays only: it moves them."""
+    """`HeadGrid.rows`, of chunks."""
     batch, all_heads, length = x_BHT.shape
     heads = min(grid.heads, all_heads)
     past = grid.chunks * grid.chunk - length
@@ -320,7 +392,7 @@ def chunk_rows(x_BHT: jax.Array, grid: HeadGrid) -> jax.Array:
 
 
 def from_chunk_rows(x: jax.Array, length: int) -> jax.Array:
-    """[B, n, G, heads, C] -> [B, n heads, T]: inverse of `chunk_rows`."""
+    """`HeadGrid.from_rows`, of chunks."""
     batch, blocks, chunks, heads, chunk = x.shape
     x = x.transpose(0, 1, 3, 2, 4)
     return x.reshape(batch, blocks * heads, chunks * chunk)[:, :, :length]

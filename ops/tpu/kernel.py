@@ -32,6 +32,12 @@ class Output(NamedTuple):
     tile: pl.BlockSpec
 
 
+class Prefetched(NamedTuple):
+    """An array of integers that index maps and a kernel read whole, from the scalar memory."""
+
+    array: jax.Array
+
+
 class Grid(Protocol):
     """dimensions: of each grid axis "parallel", or "arbitrary" where steps run in order on one
     core."""
@@ -45,7 +51,7 @@ class Grid(Protocol):
 
 
 def _is_tile(x: Any) -> bool:
-    return isinstance(x, Input | Output)
+    return isinstance(x, Input | Output | Prefetched)
 
 
 def call(
@@ -53,9 +59,10 @@ def call(
 ) -> Refs:
     """The results of a kernel over a grid: `refs` with an array at each `Output`, None elsewhere.
 
-    refs: the kernel's NamedTuple, with an Input, an Output, scratch memory, None or a tuple of such
-    at each field. Inputs, outputs and scratch are each in the order of the fields, but for the
-    inputs of the fields named in `first`."""
+    refs: the kernel's NamedTuple, with an Input, an Output, scratch memory, Prefetched, None or a
+    tuple of such at each field. Each kind is in the order of the fields, but for the inputs of the
+    fields named in `first`. Index maps take the references of what is prefetched after the indices
+    of the grid."""
     fields, tree = jax.tree.flatten(refs, is_leaf=_is_tile)
     moved = {
         id(x) for x in jax.tree.leaves([getattr(refs, name) for name in first], is_leaf=_is_tile)
@@ -63,29 +70,35 @@ def call(
     inputs = [x for x in fields if isinstance(x, Input)]
     inputs = sorted(inputs, key=lambda x: id(x) not in moved)
     outputs = [x for x in fields if isinstance(x, Output)]
-    scratch = [x for x in fields if not isinstance(x, Input | Output)]
+    prefetched = [x for x in fields if isinstance(x, Prefetched)]
+    scratch = [x for x in fields if not _is_tile(x)]
 
     def on_refs(*refs: Ref) -> None:
+        prefetched_refs, refs = iter(refs[: len(prefetched)]), refs[len(prefetched) :]
         of_input = dict(zip(map(id, inputs), refs[: len(inputs)], strict=True))
         out_refs = iter(refs[len(inputs) : len(inputs) + len(outputs)])
         scratch_refs = iter(refs[len(inputs) + len(outputs) :])
         in_refs = iter(of_input[id(x)] for x in fields if isinstance(x, Input))
-        of_kind = {Input: in_refs, Output: out_refs}
+        of_kind = {Input: in_refs, Output: out_refs, Prefetched: prefetched_refs}
         kernel(tree.unflatten([next(of_kind.get(type(x), scratch_refs)) for x in fields]))
 
-    results = pl.pallas_call(
-        on_refs,
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=len(prefetched),
         grid=grid.shape,
         in_specs=[x.tile for x in inputs],
         out_specs=[x.tile for x in outputs],
-        out_shape=[x.shape for x in outputs],
         scratch_shapes=scratch,
+    )
+    results = pl.pallas_call(
+        on_refs,
+        grid_spec=spec,
+        out_shape=[x.shape for x in outputs],
         interpret=grid.interpret,
         name=getattr(kernel, "func", kernel).__name__,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=grid.dimensions, vmem_limit_bytes=VMEM_BYTES
         ),
-    )(*(x.array for x in inputs))
+    )(*(x.array for x in (*prefetched, *inputs)))
     arrays = iter(results)
     return tree.unflatten([next(arrays) if isinstance(x, Output) else None for x in fields])
 

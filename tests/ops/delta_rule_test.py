@@ -78,6 +78,13 @@ class TestSegmentStates(SegmentStatesContract):
 
 
 @pytest.mark.full
+class TestSegmentStatesOfKernels(TestSegmentStates):
+    """Interpreted; `make test` has those of gated linear attention."""
+
+    implementations = ("pallas_tpu",)
+
+
+@pytest.mark.full
 class TestKernels(TestDeltaRule):
     """The kernels, interpreted: the whole contract. What `make test` runs of it stands below."""
 

@@ -54,7 +54,7 @@ class TestSegmentStates(SegmentStatesContract):
         pytest.param("scalar", marks=pytest.mark.full),
         pytest.param("vector", marks=pytest.mark.slow),
     )
-    implementations = ("xla",)
+    implementations = ("xla", "pallas_tpu")
 
 
 # Relative L2 against the float32 reference fed the same rounded inputs. bfloat16 inputs: factors of
@@ -197,12 +197,13 @@ def test_a_program_lowered_for_a_gpu_takes_the_kernels_where_they_can():
     assert not kernels(300)
 
 
-def test_segment_states_lowered_for_a_tpu_take_the_chunked_form():
+def test_segment_states_take_the_kernels_of_a_tpu_and_on_a_gpu_the_chunked_form():
     x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     run = functools.partial(gated_linear_attention, num_segments=3)
-    traced = jax.jit(lambda x, ids: run(x, x, x, segment_ids=ids)).trace(x, ids)
-    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+    jaxpr = jax.make_jaxpr(lambda x, ids: run(x, x, x, segment_ids=ids))(x, ids)
+    assert len(list(kernel_calls(jaxpr, "tpu"))) == 1
+    assert not list(kernel_calls(jaxpr, "cuda"))
 
 
 def random_case(seed, variant, length=37) -> tuple[Any, ...]:
@@ -333,9 +334,9 @@ def arguments(**changes):
             {
                 "num_segments": 2,
                 "segment_ids": jnp.zeros((2, 5), int),
-                "implementation": "pallas_tpu",
+                "implementation": "pallas_gpu",
             },
-            "gated_linear_attention with num_segments must be .*got 'pallas_tpu'",
+            "gated_linear_attention with num_segments must be .*got 'pallas_gpu'",
         ),
         (
             {"implementation": "fast"},

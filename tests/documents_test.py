@@ -16,6 +16,7 @@ COMMANDS = sorted(
     for path in (*ROOT.glob("experiments/**/*.py"), *ROOT.glob("launch/*.py"))
     if "command_line.run(main" in path.read_text("utf-8")
 )
+# Papers that are whole models.
 NETWORKS = ("linear_self_attention", "linear_forecaster", "diffusion_transformer")
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "experiments/MESH.md"]
 

@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "experiments/conversion": "experiments/training experiments/configs models/weights",
     "experiments/training": "experiments/objectives experiments/compiled models/networks"
     " models/blocks models/parts ops",
+    "experiments/sampling": "experiments/training experiments/objectives models/parts",
     "experiments/tasks": "experiments/training experiments/objectives models/parts",
     "experiments/reporting": "experiments/training",
     "experiments/tables/computations": "experiments/training models/networks models/blocks"
@@ -70,9 +71,9 @@ MAY_IMPORT = {
     "experiments/tables": "experiments/reporting experiments/tables/computations",
     "experiments/sweeps": "experiments/tables experiments/reporting",
     "experiments/benchmarks": "experiments/training experiments/compiled ops ops/framework",
-    "experiments": "experiments/tasks experiments/training experiments/objectives"
-    " experiments/compiled experiments/reporting experiments/configs experiments/conversion"
-    " models/weights",
+    "experiments": "experiments/tasks experiments/sampling experiments/training"
+    " experiments/objectives experiments/compiled experiments/reporting experiments/configs"
+    " experiments/conversion models/weights",
     "launch": "experiments/reporting",
 }
 LEAVES = {
@@ -248,6 +249,7 @@ TESTED_BY = {
     "experiments/objectives/objective.py": "experiments/objectives/next_token_test.py",
     "experiments/reporting": "experiments/tables_test.py",
     "experiments/reproduce.py": "experiments/tables_test.py",
+    "experiments/sample.py": "experiments/sampling/pictures_test.py",
     "experiments/tasks/induction_heads.py": "experiments/tasks/mad_test.py",
     "experiments/tasks/pathfinder.py": "experiments/tasks/long_range_arena_test.py",
     "experiments/tasks/retrieval.py": "experiments/tasks/long_range_arena_test.py",

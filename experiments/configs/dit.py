@@ -3,6 +3,7 @@ attention, the teacher of those with linear attention.
 
     python -m experiments.train --config=experiments/configs/dit.py:diffusion_digits,smoke \
         --workdir=runs/dit
+    python -m experiments.sample --workdir=runs/dit --count=100 --guidance=2
 
 diffusion_digits,smoke: 1 minute of two CPU cores, error of the noise 0.104 (one seed).
 

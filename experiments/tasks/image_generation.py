@@ -1,6 +1,6 @@
 """Images of a class, learned by taking noise away."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -61,17 +61,23 @@ def make(
         source = in_grey(source)
     rows, columns = (size, size) if size else source.shape[:2]
     channels = 1 if len(source.shape) == 2 else source.shape[2]
-    dropout = float(class_dropout)
-    flow = FlowMatching(source.classes, flow_times, dropout)
-    of_noise = NoisePrediction(source.classes, schedule, noise_steps, learned_variance, dropout)
-    minimised = flow if objective == "flow" else of_noise
+    minimised = objective_of(
+        source.classes,
+        objective=objective,
+        schedule=schedule,
+        noise_steps=noise_steps,
+        learned_variance=learned_variance,
+        flow_times=flow_times,
+        class_dropout=class_dropout,
+    )
+    doubled = isinstance(minimised, NoisePrediction) and learned_variance
     grid = DenoisingGrid(minimised, evaluated_times)
     changes = Changes(flip=flip)
     return Task(
         sizes={
             "classes": source.classes,
             "channels": channels,
-            "output_channels": channels * (2 if minimised is of_noise and learned_variance else 1),
+            "output_channels": 2 * channels if doubled else channels,
             "height": rows,
             "width": columns,
         },
@@ -87,6 +93,25 @@ def make(
             "images_sha256": source.sha256,
         },
     )
+
+
+def objective_of(
+    classes: int,
+    *,
+    objective: str,
+    schedule: str,
+    noise_steps: int,
+    learned_variance: bool,
+    flow_times: str,
+    class_dropout: float,
+    **others: Any,
+) -> NoisePrediction | FlowMatching:
+    """The objective of a task with these options, of which the others do not matter."""
+    del others
+    dropout = float(class_dropout)
+    if objective == "flow":
+        return FlowMatching(classes, flow_times, dropout)
+    return NoisePrediction(classes, schedule, noise_steps, learned_variance, dropout)
 
 
 def numbered(examples: Examples) -> Examples:

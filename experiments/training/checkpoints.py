@@ -26,6 +26,7 @@ from experiments.training.mesh import parameter_name
 from experiments.training.progress import warn
 
 policies = v1.training.preservation_policies
+LARGE_BYTES = 2**24
 
 
 class DamagedCheckpointError(Exception):
@@ -40,8 +41,19 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
-@jax.jit
 def _checksums(tree: Any) -> Any:
+    """uint32 [] per array, as `_sums` makes them: of large arrays one after another, as a CPU needs
+    a buffer of the size of each."""
+    leaves, structure = jax.tree.flatten(tree)
+    large = [leaf.size * leaf.dtype.itemsize > LARGE_BYTES for leaf in leaves]
+    sums = iter(_sums([leaf for leaf, alone in zip(leaves, large, strict=True) if not alone]))
+    return structure.unflatten(
+        _sums([leaf])[0] if alone else next(sums) for leaf, alone in zip(leaves, large, strict=True)
+    )
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
     """uint32 [] per array: the sum of its words, each times an odd number of its place, so that
     order counts too.
 
@@ -49,7 +61,8 @@ def _checksums(tree: Any) -> Any:
     of the host."""
 
     def checksum(leaf: jax.Array) -> jax.Array:
-        leaf = jax.device_put(leaf, jax.memory.Space.Device)
+        if jax.typeof(leaf).memory_space != jax.memory.Space.Device:
+            leaf = jax.device_put(leaf, jax.memory.Space.Device)
         words = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
         words = jax.lax.bitcast_convert_type(
             words, jnp.dtype(f"uint{8 * words.dtype.itemsize}")
@@ -61,10 +74,9 @@ def _checksums(tree: Any) -> Any:
             )
         return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
-    return jax.tree.map(checksum, tree)
+    return [checksum(leaf) for leaf in leaves]
 
 
-@jax.jit
 def _storable(tree: Any) -> Any:
     """Random keys as the numbers behind them; everything else as it is (and not copied)."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)

@@ -115,8 +115,23 @@ class Mamba(nnx.Module):
         segment_ids: jax.Array | None = None,
         reverse: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
+        y_BTE, state = self.scan(
+            self.input(x_BTD), self.gate(x_BTD), state, segment_ids=segment_ids, reverse=reverse
+        )
+        return self.output(y_BTE), state
+
+    def scan(
+        self,
+        x_BTE: jax.Array,
+        z_BTE: jax.Array,
+        state: dict[str, Any] | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        reverse: bool = False,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """What lies between W_in and W_out: y silu(z) [B, T, E] of x before its convolution."""
         state = state or {}
-        x_BTE, conv = self.conv(self.input(x_BTD), state.get("conv"), segment_ids, reverse)
+        x_BTE, conv = self.conv(x_BTE, state.get("conv"), segment_ids, reverse)
         x_BTE = jax.nn.silu(x_BTE)
         # Eq. 2a and 2b; the gate silu(z) of Fig. 3
         y_BTE, memory = selective_scan(
@@ -126,7 +141,7 @@ class Mamba(nnx.Module):
             self.write(x_BTE),
             self.read(x_BTE),
             D=self.skip_E[...],
-            z=self.gate(x_BTD),
+            z=z_BTE,
             delta_bias=self.dt_bias_E[...],
             delta_softplus=True,
             eigenvalue_range=self.eigenvalue_range,
@@ -134,7 +149,7 @@ class Mamba(nnx.Module):
             segment_ids=segment_ids,
             reverse=reverse,
         )
-        return self.output(y_BTE), {"conv": conv, "memory": memory}
+        return y_BTE, {"conv": conv, "memory": memory}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The state before the first token: zeros."""

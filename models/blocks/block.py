@@ -2,6 +2,7 @@
 
     x <- x + mixer(norm(x));   x <- x + mlp(norm(x))       the second half only with an MLP
     x <- norm(x + mixer(x));   x <- norm(x + mlp(x))       with pre_norm=False
+    x <- x + norm(mixer(x));   x <- x + norm(mlp(x))       with branch_norm=True
 
 With a condition c, a vector per sequence, each half becomes (adaLN-Zero; Peebles and Xie, "Scalable
 Diffusion Models with Transformers", ICCV 2023, arXiv 2212.09748):
@@ -75,6 +76,7 @@ class BlockOptions:
     norm_warmup_steps  of the same: the steps with LN alone, before
     norm_eta           what eta of "rep_batch" and "progressive_batch" starts from
     pre_norm           the norm in front of a half, or behind its sum. There is then no last norm
+    branch_norm        the norm behind what a half adds, instead of in front of it
     dropout            of what each half adds to the stream; off under `model.eval()`
     tied_dropout       one draw for all tokens of a sequence
     drop_path          stochastic depth (Huang et al., arXiv 1603.09382): what a half adds is
@@ -105,6 +107,7 @@ class BlockOptions:
     norm_warmup_steps: Count = 0
     norm_eta: Weight = 1.0
     pre_norm: bool = True
+    branch_norm: bool = False
     dropout: Probability = 0.0
     tied_dropout: bool = False
     drop_path: Probability = 0.0
@@ -122,6 +125,8 @@ class BlockOptions:
         self._check_experts()
         if self.condition_width and not self.pre_norm:
             raise ValueError("pre_norm must be True with a condition, which modulates the norm")
+        if self.branch_norm and (self.condition_width or not self.pre_norm):
+            raise ValueError("branch_norm must be False with a condition or with pre_norm=False")
 
     def _check_experts(self) -> None:
         has = self.mlp == "experts"
@@ -251,6 +256,7 @@ class Block(nnx.Module):
         }
         place = {"layer": layer} if "layer" in inspect.signature(mixer.__init__).parameters else {}
         self.compute_dtype, self.pre_norm = compute_dtype, options.pre_norm
+        self.branch_norm = options.branch_norm
         self.mixer_norm = norm()
         self.mixer = mixer(width, **common, **place, **mixer_options)
         if options.lora_rank:
@@ -309,6 +315,9 @@ class Block(nnx.Module):
             x_BTD: jax.Array,
             modulation: Any,
         ) -> tuple[jax.Array, Any]:
+            if self.branch_norm:
+                y_BTD, after = f(x_BTD.astype(self.compute_dtype))
+                return x_BTD + self.added(masked_norm(norm, y_BTD, context.mask), None), after
             if self.pre_norm:
                 h_BTD, gate = self.normalised(norm, x_BTD, modulation, context.mask)
                 y_BTD, after = f(h_BTD)

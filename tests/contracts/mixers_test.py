@@ -117,6 +117,7 @@ OTHERS = {  # mixers whose op has a row above, and further options
     ),
     "kda": Row(("kda",), {"kda": {"heads": 2, "expand_v": 0.5}}, depth=3),
     "retnet": Row(("retnet",), {"retnet": {"heads": 2}}),
+    "lion": Row(("lion",), {"lion": {"heads": 2}}, model={"mlp": "none", "branch_norm": True}),
     "hgrn2": Row(("hgrn2",), {"hgrn2": {"heads": 2}}),
     "hgrn2_hybrid": Row(
         (
@@ -190,6 +191,7 @@ ENCODERS = {  # not causal
         depth=3,
     ),
     "s_mamba": Row(("s_mamba",), {"s_mamba": {"state_size": 4}}),
+    "lion_mamba": Row(("lion",), {"lion": {"operator": "mamba", "state_size": 4}}),
     "itransformer": Row(("itransformer",), {"itransformer": {"heads": 2, "dropout": 0.0}}),
     "s4d_encoder": Row(("s4d",), {"s4d": {"state_size": 4, "causal": False}}),
     "flowformer_encoder": Row(("flowformer",), {"flowformer": {"heads": 2, "causal": False}}),

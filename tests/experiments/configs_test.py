@@ -14,6 +14,7 @@ from flax import nnx
 from experiments import train
 from experiments.configs.recipes.base import available_recipes, recipe
 from experiments.configs.recipes.defaults import mixer_options, task_options
+from experiments.objectives.segmentation import REGIONS
 from experiments.training.checkout import CHECKOUT
 from experiments.training.config import flatten, validate
 from experiments.training.state import find_network
@@ -35,6 +36,7 @@ SUMS = (
     "last_absolute_sum",
     "square_sum",
     "bound_sum",
+    *(f"{region}_{number}" for region in REGIONS for number in range(9)),
 )
 
 
@@ -224,7 +226,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 ARENA = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
-WHOLE_MODELS = {"linear_self_attention", "linear_forecaster", "s_mamba", "itransformer", "dit"}
+WHOLE_MODELS = {
+    *("linear_self_attention", "linear_forecaster", "s_mamba", "itransformer", "dit", "lion")
+}
 OF_IMAGES = {"slab", "soft", "vig", "vit"}
 CONFIGS = sorted(
     path.stem

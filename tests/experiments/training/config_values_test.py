@@ -33,6 +33,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("kernel_size", "size", "padding", "erasing", "mixup", "cutmix"),
         *("label_smoothing", "drop_path", "mlp_width", "norm_eta", "norm_steps"),
         *("norm_warmup_steps", "jitter", "dropout", "mlp_dropout", "distractors", "class_dropout"),
+        *("occlusion", "clutter", "generated"),
     },
     -1: {"data", "train_examples"},
     HUGE: {"clip_norm"},
@@ -56,17 +57,19 @@ MEANINGFUL: dict[Any, set[str]] = {
             "multiplication",
             "validation",
         ),
+        *("rotated", "crop", "shifted_windows", "fill_groups", "descriptor", "branch_norm"),
     },
     "x": {"data_dir", "test_split", "date_column"},
     (): {
         *("frozen", "covariance", "task_covariance", "test_lengths", "test_input_scales"),
         *("test_length_grid", "test", "rope_scaling"),
+        *("origin", "ignored", "orders"),
         *("rand_augment", "enlarged", "stages", "position_grid"),
     },
 }
 
 # Parts of hybrids have no config of their own: recall.py and based.py have them.
-# Of the sets of images, digits stand for all, and of series waves.
+# Of the sets of images, digits stand for all, of series waves, of shapes voxels with classes.
 IMAGE_SETS = {"mnist_subset", "fashion_mnist", "cifar10", "cifar100", "imagenet"}
 IMAGE_SETS |= {f"diffusion_{name}" for name in IMAGE_SETS}
 SERIES = ("etth", "exchange")
@@ -74,7 +77,7 @@ OF_SERIES = {"s_mamba", "itransformer"}
 CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attention"}) + [
     f"task {name}"
     for name in available_recipes()
-    if name not in IMAGE_SETS and not name.startswith(SERIES)
+    if name not in {*IMAGE_SETS, "shape_classification"} and not name.startswith(SERIES)
 ]
 
 
@@ -89,6 +92,7 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
             "recall": "gla,smoke",
             **dict.fromkeys(OF_IMAGES, "digits,smoke"),
             **dict.fromkeys(OF_SERIES, "forecasting,smoke"),
+            "lion": "shape_classification,smoke",
         }
         config = module.get_config(tasks.get(mixer, "mqar,smoke"))
         parts: tuple[str, ...] = ("model.mixers.",)
@@ -102,6 +106,8 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
             config.task.dataset = "digits"
         elif config.model.name == "diffusion_transformer":
             config = importlib.import_module("experiments.configs.dit").get_config(f"{name},smoke")
+        elif config.model.name == "point_cloud":
+            config = importlib.import_module("experiments.configs.lion").get_config(f"{name},smoke")
         elif config.model.name == "forecaster":
             module = importlib.import_module("experiments.configs.itransformer")
             config = module.get_config(f"{name},smoke")

@@ -258,3 +258,12 @@ def test_a_config_cannot_set_the_width_of_a_condition():
         tiny_lm(condition_width=3)
     with pytest.raises(ValueError, match=r"blocks has no option 'norms'; .* dropout, .*mlp, "):
         check_options("blocks", "model", {"norms": 1}, BlockOptions)
+
+
+def test_a_branch_norm_is_behind_what_a_half_adds(stream) -> None:
+    stack = stack_of("segment_mean", depth=1, norm="layer", branch_norm=True)
+    block, x = block_of(stack, 0), stream
+    for f, norm in ((lambda h: block.mixer(h)[0], block.mixer_norm), (block.mlp, block.mlp_norm)):
+        x = x + norm(f(x))
+    np.testing.assert_allclose(stack(stream, None)[0], x, atol=1e-5)
+    assert float(jnp.abs(x - stream).min(axis=-1).max()) > 0

@@ -25,7 +25,7 @@ Sums = dict[str, jax.Array]
 class Work:
     """What a batch asks of a model.
 
-    unit      what is counted, as a plural noun: "tokens", "prompts", "images"
+    unit      what is counted, as a plural noun: "tokens", "images", "audio_seconds"
     count     how many of them the batch has
     places    how many places of sequences meet every weight of the model, or None where the
               objective does not know it: no utilisation is then reported
@@ -35,7 +35,7 @@ class Work:
     """
 
     unit: str
-    count: int
+    count: float
     places: int | None = None
     outputs: int = 0
     length: int | None = None

@@ -36,7 +36,7 @@ def train_batches(
     return iter(dataset.to_iter_dataset(READ_OPTIONS))
 
 
-def units_read(task: Task, *, seed: int, batch_size: int, steps: int) -> int:
+def units_read(task: Task, *, seed: int, batch_size: int, steps: int) -> float:
     """How many units of the objective's work (such as tokens, padding included) a run with `seed`
     has read after `steps` steps.
 

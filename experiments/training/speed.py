@@ -45,7 +45,7 @@ class Interval:
     devices and replicas."""
 
     steps: int = 0
-    units: int = 0
+    units: float = 0
     flops: float | None = 0.0
 
 

@@ -15,16 +15,10 @@ from jax.typing import DTypeLike
 
 from models.blocks.block import BlockOptions
 from models.blocks.stack import Stack
+from models.parts.norms import Identity
 from models.parts.options import Depth, Probability, Size, check_options
 
 Network = TypeVar("Network", bound="Backbone")
-
-
-class Identity(nnx.Module):
-    """x_BTD -> x_BTD, without parameters."""
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD
 
 
 class Backbone(nnx.Module):

@@ -27,7 +27,7 @@ from models.blocks.batch_norm import BatchNorm, ProgressiveBatchNorm, RepBatchNo
 from models.blocks.experts import Experts
 from models.blocks.low_rank import adapt
 from models.blocks.mlp import INITS, MLPS, inner_width
-from models.parts.norms import PlainLayerNorm, ZeroCentredRMSNorm, layer_norm, rms_norm
+from models.parts.norms import Identity, PlainLayerNorm, ZeroCentredRMSNorm, layer_norm, rms_norm
 from models.parts.options import (
     Count,
     Epsilon,
@@ -40,7 +40,10 @@ from models.parts.options import (
 from models.parts.projections import projection
 from models.parts.variables import LayerConstant
 
-NORMS = ("rms", "rms_zero", "layer", "layer_plain", "batch", "rep_batch", "progressive_batch")
+NORMS = (
+    *("rms", "rms_zero", "layer", "layer_plain", "batch", "rep_batch", "progressive_batch"),
+    "none",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,8 @@ class BlockOptions:
     norm, norm_eps     "rms", "rms_zero" (whose scales are 1 + w), "layer", "layer_plain" (which
                        learns nothing, for what a condition modulates), or of
                        models/blocks/batch_norm.py "batch" (BN), "rep_batch" (RepBN) or
-                       "progressive_batch" (PRepBN): the blocks' norms and the last one.
+                       "progressive_batch" (PRepBN): the blocks' norms and the last one. "none":
+                       mixers have their own.
                        Padding, of which a mask tells, is in no statistics of a batch.
     norm_steps         of "progressive_batch": the steps in which lam falls from 1 to 0
     norm_warmup_steps  of the same: the steps with LN alone, before
@@ -144,6 +148,8 @@ class BlockOptions:
     def make_norm(self, width: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> Any:
         """A new norm of the stream: x_BTD -> float32."""
         common: dict[str, Any] = {"eps": self.norm_eps, "axis": "embed", "param_dtype": param_dtype}
+        if self.norm == "none":
+            return Identity()
         if self.norm == "rms":
             return rms_norm(width, rngs=rngs, **common)
         if self.norm == "rms_zero":

@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from models.blocks.backbone import Identity
 from models.blocks.batch_norm import BatchNorm, ProgressiveBatchNorm, RepBatchNorm
 from models.blocks.block import Block
+from models.parts.norms import Identity
 
 FOLDING = (BatchNorm, ProgressiveBatchNorm, RepBatchNorm)
 

@@ -6,6 +6,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 
+class Identity(nnx.Module):
+    """x -> x, without parameters."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
 def rms_norm(
     features: int, *, eps: float, axis: str | None = None, rngs: nnx.Rngs, param_dtype: DTypeLike
 ) -> nnx.RMSNorm:

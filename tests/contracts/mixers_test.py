@@ -199,6 +199,21 @@ ENCODERS = {  # not causal
     "vit": Row(("vit",), {"vit": {"heads": 2}}),
     "slab": Row(("slab",), {"slab": {"heads": 2}}),
     "soft": Row(("soft",), {"soft": {"size_per_head": 16, "window": 1, "kernel_size": 3}}),
+    "mossformer2": Row(
+        ("mossformer2",),
+        {
+            "mossformer2": {
+                "group": 3,
+                "qk_size": 6,
+                "rotary_size": 4,
+                "conv_width": 3,
+                "recurrent_width": 8,
+                "order": 2,
+                "dropout": 0.0,
+            }
+        },
+        model={"mlp": "none", "norm": "none"},
+    ),
 }
 OTHER_ENCODERS = {  # the same of other mixers
     "s4_encoder": Row(("s4",), {"s4": {"state_size": 4, "kernel_length": 16, "causal": False}}),

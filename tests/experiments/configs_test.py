@@ -37,6 +37,7 @@ SUMS = (
     "square_sum",
     "bound_sum",
     *(f"{region}_{number}" for region in REGIONS for number in range(9)),
+    "improvement_sum",
 )
 
 
@@ -74,6 +75,8 @@ def test_a_recipe_names_a_task_its_options_and_a_metric_of_it(
         options |= {"dataset": "digits"}
     if options["name"] == "forecasting":
         options["dataset"] = "waves"
+    if options["name"] == "separation":
+        options["dataset"] = "voices"
     task = find_task(options.pop("name"), options)
     evaluation, metric = config.eval.best_metric.split("/")
     assert evaluation in task.evaluations
@@ -227,7 +230,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 ARENA = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
 WHOLE_MODELS = {
-    *("linear_self_attention", "linear_forecaster", "s_mamba", "itransformer", "dit", "lion")
+    *("linear_self_attention", "linear_forecaster", "s_mamba", "itransformer", "dit", "lion"),
+    "mossformer2",
 }
 OF_IMAGES = {"slab", "soft", "vig", "vit"}
 CONFIGS = sorted(
@@ -327,6 +331,19 @@ def test_forecasters_have_the_published_settings_and_read_no_tokens(name: str) -
             assert values["optimizer.schedule"] == f"halving:{values['eval.every_steps']}"
             assert (smoke.task.dataset, smoke.steps, smoke.model.width) == ("waves", 200, 64)
     with pytest.raises(ValueError, match=f"{name} reads series: use a task of forecasting"):
+        get_config("mqar")
+
+
+def test_a_separator_has_the_published_size_and_reads_no_tokens() -> None:
+    get_config = importlib.import_module("experiments.configs.mossformer2").get_config
+    large, small = get_config("separation_large"), get_config("separation,smoke")
+    for config in (large, small):
+        validate(config)
+    mixer = large.model.mixers.mossformer2
+    assert (large.model.width, large.model.depth, large.optimizer.lr) == (512, 24, 1.5e-4)
+    assert (mixer.group, mixer.qk_size, mixer.recurrent_width, mixer.order) == (256, 128, 256, 20)
+    assert (small.task.dataset, small.model.width, small.model.depth) == ("voices", 64, 2)
+    with pytest.raises(ValueError, match="mossformer2 separates sounds: use the task separation"):
         get_config("mqar")
 
 

@@ -37,7 +37,8 @@ def randomised(build: Callable[[], Any]) -> Any:
 
     def value(leaf):
         return jnp.asarray(
-            rng.standard_normal(leaf.shape) / math.sqrt(leaf.shape[0]) + 0.2, leaf.dtype
+            rng.standard_normal(leaf.shape) / math.sqrt(max(leaf.shape[:1], default=1)) + 0.2,
+            leaf.dtype,
         )
 
     graphdef, params, variables = parts(build)

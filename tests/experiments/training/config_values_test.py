@@ -47,7 +47,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("scan_layers", "tie_embeddings", "rope", "qk_norm", "clip_eigenvalues", "shared_memory"),
         *("kernels", "offload", "mask_query", "exponential_covariance", "test_reversed", "grey"),
         *("bias", "conv_bias", "qkv_bias", "output_bias", "norm_scale"),
-        *("output_gate", "zero_centred_norm"),
+        *("output_gate", "zero_centred_norm", "gated", "global_attention"),
         *("flip", "blend", "normalise", "pre_norm", "gaps"),
         *(
             "learned_variance",
@@ -73,11 +73,12 @@ MEANINGFUL: dict[Any, set[str]] = {
 IMAGE_SETS = {"mnist_subset", "fashion_mnist", "cifar10", "cifar100", "imagenet"}
 IMAGE_SETS |= {f"diffusion_{name}" for name in IMAGE_SETS}
 SERIES = ("etth", "exchange")
+SOUNDS = {"separation_speech", "separation_large"}  # likewise voices that are generated
 OF_SERIES = {"s_mamba", "itransformer"}
 CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attention"}) + [
     f"task {name}"
     for name in available_recipes()
-    if name not in {*IMAGE_SETS, "shape_classification"} and not name.startswith(SERIES)
+    if name not in {*IMAGE_SETS, *SOUNDS, "shape_classification"} and not name.startswith(SERIES)
 ]
 
 
@@ -93,6 +94,7 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
             **dict.fromkeys(OF_IMAGES, "digits,smoke"),
             **dict.fromkeys(OF_SERIES, "forecasting,smoke"),
             "lion": "shape_classification,smoke",
+            "mossformer2": "separation,smoke",
         }
         config = module.get_config(tasks.get(mixer, "mqar,smoke"))
         parts: tuple[str, ...] = ("model.mixers.",)
@@ -110,6 +112,9 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
             config = importlib.import_module("experiments.configs.lion").get_config(f"{name},smoke")
         elif config.model.name == "forecaster":
             module = importlib.import_module("experiments.configs.itransformer")
+            config = module.get_config(f"{name},smoke")
+        elif config.model.name == "separator":
+            module = importlib.import_module("experiments.configs.mossformer2")
             config = module.get_config(f"{name},smoke")
     if name == "text":
         (directory / "lines.txt").write_text("a line of text\n" * 5000)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from experiments.reporting import code_changes
+from experiments.reporting import code_changes, orderings
 from experiments.reporting.rows import commit, is_finite, machine, value_of
 from experiments.reporting.table import Cell
 from experiments.training.checkout import commit_here
@@ -89,6 +89,7 @@ def section(
 ) -> str:
     """The section of a table: title, what was measured, the cells, and where they were measured."""
     lines = [*_heading(table, name, scale, cells, "in brackets"), grid(cells, rows), ""]
+    lines += orderings.paragraph(table, cells, rows)
     return "\n".join([*lines, *_sizes(table, cells, rows), *_origin(cells, rows, "Measured")])
 
 
@@ -104,6 +105,7 @@ def printed(
     """The section of a table for one who runs it: his own numbers beside those recorded."""
     lines = [*_heading(table, name, scale, cells, "published")]
     lines += [comparison(cells, recorded, own), ""]
+    lines += orderings.paragraph(table, cells, own if any(own) else recorded)
     lines += _sizes(table, cells, own if any(own) else recorded)
     lines += _origin(cells, recorded, "Recorded: measured")
     return "\n".join([*lines, *_origin(cells, own, "Yours: measured")])

@@ -8,6 +8,9 @@ A file experiments/tables/<name>.py defines
     cells(scale)       the cells, each one training run of one or more seeds, or a computation
     draw(axes, results)   the figure, from (cell, row) pairs; without it there is none
     SIZES              optional: True for a second grid of parameters and bytes of state
+    RIVALS             optional: "column" if columns compete and not rows (reporting/orderings.py)
+    orderings(cells)   optional: pairs of cells, of which a paper has a larger number for the first,
+                       where that is not said by published numbers of the cells
 
 and imports no jax, so that a launcher can read it anywhere.
 """

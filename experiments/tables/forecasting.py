@@ -46,6 +46,9 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 
+RIVALS = "column"
+
+
 def cells(scale: str) -> list[Cell]:
     del scale
     return [

@@ -5,7 +5,7 @@ The models of Based (Arora et al., ICML 2024, arXiv 2402.18668), the task of Zoo
 ICLR 2024, arXiv 2312.04927). Both publish figures, no numbers: full attention recalls everything at
 every width; a recurrence recalls more, the larger its state is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.reporting.table import Cell
@@ -71,6 +71,26 @@ def _cell(scale: str, row: str, width: int) -> Cell:
         overrides=overrides,
         seeds=(0, 1) if scale == "cpu" else (0, 1, 2),
     )
+
+
+# Of the figures of arXiv 2312.04927: what is more accurate than what, at every width.
+FIGURES = (
+    ("Attention", "RetNet"),
+    ("Attention", "GLA"),
+    ("Attention", "Mamba"),
+    ("GLA", "RetNet"),
+    ("Mamba", "RetNet"),
+)
+
+
+def orderings(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+    """Those of the figures, and that a recurrence recalls more with the largest state than with the
+    smallest."""
+    of = {(cell.row, cell.column): cell for cell in cells}
+    columns = list(dict.fromkeys(cell.column for cell in cells))
+    found = [(of[one, column], of[other, column]) for column in columns for one, other in FIGURES]
+    recurrences = [row for row in MODELS if row != "Attention"]
+    return found + [(of[row, columns[-1]], of[row, columns[0]]) for row in recurrences]
 
 
 def draw(axes: Any, results: list[tuple[Cell, Mapping[str, Any]]]) -> None:

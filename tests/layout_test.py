@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "experiments/conversion": "experiments/training experiments/configs models/weights",
     "experiments/training": "experiments/objectives experiments/compiled models/networks"
     " models/blocks models/parts ops",
+    "experiments/separation": "",
     "experiments/sampling": "experiments/training experiments/objectives models/parts",
     "experiments/tasks": "experiments/training experiments/objectives models/parts",
     "experiments/reporting": "experiments/training",
@@ -71,9 +72,9 @@ MAY_IMPORT = {
     "experiments/tables": "experiments/reporting experiments/tables/computations",
     "experiments/sweeps": "experiments/tables experiments/reporting",
     "experiments/benchmarks": "experiments/training experiments/compiled ops ops/framework",
-    "experiments": "experiments/tasks experiments/sampling experiments/training"
-    " experiments/objectives experiments/compiled experiments/reporting experiments/configs"
-    " experiments/conversion models/weights",
+    "experiments": "experiments/tasks experiments/sampling experiments/separation"
+    " experiments/training experiments/objectives experiments/compiled experiments/reporting"
+    " experiments/configs experiments/conversion models/weights",
     "launch": "experiments/reporting",
 }
 LEAVES = {

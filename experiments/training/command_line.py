@@ -7,6 +7,7 @@ in a config file, which is run while the flags are read. --verbosity=1 shows whe
 Anything else is our own bug and keeps its traceback."""
 
 import difflib
+import functools
 import inspect
 import logging as stdlib_logging
 import os
@@ -40,13 +41,15 @@ flags.DEFINE_bool(
 )
 
 
-def run(main: Callable[[], Any], *, cache: bool = True) -> None:
+def run(main: Callable[..., Any], *, cache: bool = True, files: bool = False) -> None:
     """Parses the flags, calls `main()` and exits. Libraries' own log lines appear from
     --verbosity=0 on.
 
+    files: whether names of files may stand beside the flags; then it calls `main(names)`.
     cache: whether compiled programs may come from the cache; not where a command measures how they
     are compiled, or compiles for devices that are not there, whose programs cannot be read back."""
-    app.run(lambda _: _guarded(main, cache), flags_parser=parse)
+    parser = functools.partial(parse, files=files)
+    app.run(lambda rest: _guarded(main, cache, *[rest[1:]] * files), flags_parser=parser)
 
 
 def given_config() -> Config:
@@ -60,17 +63,20 @@ def given_config() -> Config:
     return config
 
 
-def _guarded(main: Callable[[], Any], cache: bool) -> None:
+def _guarded(main: Callable[..., Any], cache: bool, *arguments: Any) -> None:
     keep_freed_memory()
     keep_programs(cache and flags.FLAGS.cache)
     try:
-        main()
+        main(*arguments)
     except MISTAKES as error:
         _exit(str(error) or type(error).__name__, ASKED if isinstance(error, Misuse) else RUN)
 
 
-def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parses the flags into `values`; a mistake ends the process with one line and status 2."""
+def parse(
+    argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, *, files: bool = False
+) -> list[str]:
+    """Parses the flags into `values`, and returns the program's name and, if `files` may be named,
+    what is no flag; a mistake ends the process with one line and status 2."""
     config = _config(argv, values) if "config" in values else None
     try:
         rest = values(argv)
@@ -78,7 +84,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
         _exit(_unknown_key(argv, config, str(error)), ASKED)
     except (flags.Error, *MISTAKES, TypeError) as error:
         _exit(str(error).strip().splitlines()[-1], ASKED)
-    if len(rest) > 1:
+    if len(rest) > 1 and not files:
         _exit(f"unexpected argument {rest[1]!r}; flags are written --name=value", ASKED)
     if "verbosity" in values and values["verbosity"].using_default_value:
         # absl would raise its default to INFO after this; a run's own output would drown in its

@@ -23,19 +23,16 @@ Authors' code: https://github.com/xinghaochen/SLAB
 """
 
 import functools
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.grid_convolution import grid_convolution
-from models.parts.options import Range, Size
+from models.parts.grid_convolution import KernelSize, convolved_heads, head_filters
+from models.parts.options import Size
 from models.parts.positions import resized_table
 from models.parts.projections import (
-    FAN_IN_UNIFORM,
-    fan_in_bias,
     head_size,
     merge_heads,
     projection,
@@ -43,8 +40,6 @@ from models.parts.projections import (
     split_heads,
 )
 from ops.bidirectional_linear_attention.api import bidirectional_linear_attention
-
-KernelSize = Annotated[int, Range(0, 31)]
 
 
 class SimplifiedLinearAttention(nnx.Module):
@@ -65,8 +60,6 @@ class SimplifiedLinearAttention(nnx.Module):
         kernel_size: KernelSize = 5,
         position_grid: tuple[Size, ...] = (),
     ):
-        if kernel_size and kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, or 0 for none; got {kernel_size}")
         if len(position_grid) not in (0, 2):
             raise ValueError(f"position_grid must be () or (rows, columns); got {position_grid!r}")
         dense = functools.partial(
@@ -85,18 +78,9 @@ class SimplifiedLinearAttention(nnx.Module):
             table_PD = jnp.zeros((rows * columns, width), param_dtype)
             return nnx.Param(table_PD, out_sharding=(None, "heads"), group="no_decay")
 
-        def filters() -> nnx.Param:
-            shape = (kernel_size, kernel_size, 1, size)
-            weight = FAN_IN_UNIFORM(rngs.params(), shape, param_dtype)[:, :, 0]
-            return nnx.Param(weight, out_sharding=(None, None, None))
-
-        def bias() -> nnx.Param:
-            start = fan_in_bias(kernel_size**2)(rngs.params(), (size,), param_dtype)
-            return nnx.Param(start, out_sharding=(None,))
-
         self.position_PD = position() if position_grid else None
-        self.weight_YXK = filters() if kernel_size else None
-        self.bias_K = bias() if kernel_size else None
+        filters = head_filters(kernel_size, size, rngs=rngs, param_dtype=param_dtype)
+        self.weight_YXK, self.bias_K = filters
 
     def __call__(
         self,
@@ -123,10 +107,7 @@ class SimplifiedLinearAttention(nnx.Module):
         )
         o_BTD = merge_heads(o_BTHK)
         if self.weight_YXK is not None and self.bias_K is not None:
-            weight_YXD = jnp.tile(self.weight_YXK[...], (1, 1, self.heads))
-            bias_D = jnp.tile(self.bias_K[...], self.heads)
-            local_BTD = grid_convolution(v_BTD, weight_YXD, grid, segment_ids)
-            o_BTD = o_BTD + local_BTD.astype(jnp.float32) + bias_D[None, None].astype(jnp.float32)
+            o_BTD += convolved_heads(v_BTD, self.weight_YXK, self.bias_K, grid, segment_ids)
         return self.output(o_BTD.astype(self.compute_dtype)), None
 
 

@@ -10,7 +10,8 @@ Recognition at Scale", ICLR 2021, arXiv 2010.11929; with the biases of DeiT (Tou
 Not causal, so there is no state; cost per token: O(T H K). It sees no order: positions are added to
 the tokens before the first block.
 
-Departures: first values are N(0, 0.02^2), W_o's less by sqrt(2 depth).
+Departures: first values are N(0, 0.02^2), W_o's less by sqrt(2 depth); with init="xavier" they are
+Xavier-uniform, as DiT has them (Peebles and Xie, ICCV 2023, arXiv 2212.09748).
 
 Authors' code: https://github.com/google-research/vision_transformer
 """
@@ -22,8 +23,10 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.parts.options import Size
+from models.parts.options import Size, check_choice
 from models.parts.projections import (
+    NORMAL,
+    XAVIER,
     head_size,
     merge_heads,
     projection,
@@ -48,16 +51,24 @@ class SoftmaxAttention(nnx.Module):
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
         heads: Size = 4,
+        init: str = "normal",
     ):
+        check_choice("init", init, ("normal", "xavier"))
         head_size(width, heads)  # that they divide
+        first, last = (NORMAL, residual_normal(depth)) if init == "normal" else (XAVIER, XAVIER)
         dense = functools.partial(
-            projection, bias=True, rngs=rngs, param_dtype=param_dtype, compute_dtype=compute_dtype
+            projection,
+            bias=True,
+            init=first,
+            rngs=rngs,
+            param_dtype=param_dtype,
+            compute_dtype=compute_dtype,
         )
         self.heads = heads
         self.query = dense(width, width, ("embed", "heads"))
         self.key = dense(width, width, ("embed", "heads"))
         self.value = dense(width, width, ("embed", "heads"))
-        self.output = dense(width, width, ("heads", "embed"), init=residual_normal(depth))
+        self.output = dense(width, width, ("heads", "embed"), init=last)
 
     def __call__(
         self,

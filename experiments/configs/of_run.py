@@ -22,5 +22,5 @@ def get_config(workdir: str) -> ConfigDict:
         raise ValueError(f"{workdir} holds no run ({file} is missing)") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not the record of a run ({error!r})") from error
-    config.init_from = workdir
+    config.init_from, config.init_except = workdir, ()
     return config

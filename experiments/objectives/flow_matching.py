@@ -35,9 +35,17 @@ class FlowMatching:
 
     def __call__(self, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         image = array_of(batch, "image", "FlowMatching").astype(jnp.float32)
-        weights_B = batch["weights"].astype(jnp.float32)
         time_B, noise, class_B = self.drawn(batch, key)
-        square_B = self.error(model, image, noise, time_B, class_B)
+        output = model(*self.noisy(image, noise, time_B), class_B)
+        return self.scored(batch, noise, time_B, output)
+
+    def scored(
+        self, batch: Batch, noise: jax.Array, time_B: jax.Array, output: jax.Array
+    ) -> tuple[jax.Array, Sums]:
+        """The scalar and the sums of what a model says."""
+        del time_B
+        weights_B = batch["weights"].astype(jnp.float32)
+        square_B = self._square(batch["image"].astype(jnp.float32), noise, output)
         sums = {"loss_sum": of_counted(weights_B, square_B), "weight_sum": jnp.sum(weights_B)}
         return weighted_mean(sums["loss_sum"], sums["weight_sum"]), sums
 
@@ -64,8 +72,14 @@ class FlowMatching:
         self, model: Any, image: jax.Array, noise: jax.Array, place_B: jax.Array, class_B: jax.Array
     ) -> jax.Array:
         """As `Denoiser`; the place is t."""
-        velocity = model(*self.noisy(image, noise, place_B), class_B).astype(jnp.float32)
-        return mean_over_pixels(jnp.square(noise - image - velocity))
+        return self._square(image, noise, model(*self.noisy(image, noise, place_B), class_B))
+
+    def halves(self, output: jax.Array) -> tuple[jax.Array, None]:
+        """The velocity in what a model says, which says nothing else."""
+        return output.astype(jnp.float32), None
+
+    def _square(self, image: jax.Array, noise: jax.Array, output: jax.Array) -> jax.Array:
+        return mean_over_pixels(jnp.square(noise - image - self.halves(output)[0]))
 
     def work(self, batch: Batch) -> Work:
         return images_of(batch, "FlowMatching")

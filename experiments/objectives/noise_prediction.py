@@ -52,9 +52,16 @@ class NoisePrediction:
 
     def __call__(self, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         image = array_of(batch, "image", "NoisePrediction").astype(jnp.float32)
-        weights_B = batch["weights"].astype(jnp.float32)
         step_B, noise, class_B = self.drawn(batch, key)
         output = model(*self.noisy(image, noise, step_B), class_B)
+        return self.scored(batch, noise, step_B, output)
+
+    def scored(
+        self, batch: Batch, noise: jax.Array, step_B: jax.Array, output: jax.Array
+    ) -> tuple[jax.Array, Sums]:
+        """The scalar and the sums of what a model says."""
+        image = batch["image"].astype(jnp.float32)
+        weights_B = batch["weights"].astype(jnp.float32)
         predicted, v = self.halves(output)
         square_B = mean_over_pixels(jnp.square(predicted - noise))
         sums = {"weight_sum": jnp.sum(weights_B), "square_sum": of_counted(weights_B, square_B)}

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from experiments.objectives.denoising import DenoisingGrid
+from experiments.objectives.distillation import Distillation
 from experiments.objectives.evaluation import Sums
 from experiments.objectives.flow_matching import TIMES, FlowMatching
 from experiments.objectives.noise_prediction import NoisePrediction
@@ -18,7 +19,7 @@ from experiments.tasks.image_classification import (
 )
 from experiments.tasks.sources.image_sets import image_set, in_grey
 from experiments.training.task import Batch, Examples, Task
-from models.parts.options import Probability, Range, check_choice
+from models.parts.options import Probability, Range, Weight, check_choice
 
 # Times at which an evaluation sees each image.
 Times = Annotated[int, Range(1, 1000)]
@@ -35,6 +36,8 @@ def make(
     learned_variance: bool = True,
     flow_times: str = "uniform",
     class_dropout: Probability = 0.1,
+    distil_output: Weight = 0.0,
+    distil_variance: Weight = 0.0,
     evaluated_times: Times = 10,
     test_split: str = "test",
     data_dir: str = "~/tensorflow_datasets",
@@ -48,6 +51,9 @@ def make(
     objective         "noise": NoisePrediction, with schedule, noise_steps and learned_variance;
                       "flow": FlowMatching, with flow_times
     class_dropout     the share of images whose class the model is not told
+    distil_output, distil_variance
+                      weights of what a model with a teacher (model.teacher) learns from it:
+                      experiments/objectives/distillation.py
     evaluated_times   at which an evaluation sees each image
 
     Pixels are scaled to [-1, 1]. Metrics: mse.
@@ -71,6 +77,12 @@ def make(
         class_dropout=class_dropout,
     )
     doubled = isinstance(minimised, NoisePrediction) and learned_variance
+    if distil_variance and not doubled:
+        raise ValueError(
+            "distil_variance must be 0 without objective='noise' and learned_variance=True; got"
+            f" {distil_variance}"
+        )
+    distils = distil_output or distil_variance
     grid = DenoisingGrid(minimised, evaluated_times)
     changes = Changes(flip=flip)
     return Task(
@@ -86,7 +98,9 @@ def make(
             split: Sums(numbered(images_of(source, split, rows, columns)), grid)
             for split in EVALUATED
         },
-        objective=minimised,
+        objective=Distillation(minimised, float(distil_output), float(distil_variance))
+        if distils
+        else minimised,
         provenance={
             "images": source.origin,
             "train_images": len(source.splits["train"][0]),

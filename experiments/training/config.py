@@ -29,6 +29,7 @@ KEYS: dict[str, type] = {
     "param_dtype": str,
     "compute_dtype": str,
     "init_from": str,
+    "init_except": tuple,
     "profile_steps": str,
     "max_rejected_steps": int,
     "task.name": str,
@@ -67,6 +68,7 @@ ADDED = {
     "accumulate": 1,
     "z_loss": 0.0,
     "ema_decay": 0.0,
+    "init_except": (),
     "optimizer.frozen": (),
     "optimizer.offload": False,
     "eval.averaged": False,
@@ -107,6 +109,7 @@ ADDED = {
     "model.mixers.s5.gate": "half_glu1",
     "model.mixers.seqboat.attention": "softmax",
     "model.mixers.mamba2.norm_groups": 1,
+    "model.mixers.vit.init": "normal",
     "model.mixers.retnet.norm_scale": False,
     "model.mixers.gated_delta_net.value_heads": 0,
     **{
@@ -279,14 +282,7 @@ def validate(config: Config) -> None:
     ):
         expected = f"False without {what} (config.{needed})"
         _require(bool(values[needed]) or not values[key], key, expected, values[key])
-    for pattern in values["optimizer.frozen"]:
-        try:
-            re.compile(pattern)
-        except (TypeError, re.error) as error:
-            raise ValueError(
-                "config.optimizer.frozen must be a tuple of regular expressions; got"
-                f" {pattern!r}: {error}"
-            ) from error
+    _check_patterns(values)
     profile_range(values["profile_steps"], steps)
 
 
@@ -383,6 +379,24 @@ def differences(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> li
         for key in dict.fromkeys((*old, *new))
         if key not in FREE_ON_RESUME and old.get(key, absent) != new.get(key, absent)
     ]
+
+
+def _check_patterns(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for what is no regular expression, or leaves out of nothing."""
+    for key in ("optimizer.frozen", "init_except"):
+        for pattern in values[key]:
+            try:
+                re.compile(pattern)
+            except (TypeError, re.error) as error:
+                raise ValueError(
+                    f"config.{key} must be a tuple of regular expressions; got {pattern!r}: {error}"
+                ) from error
+    _require(
+        bool(values["init_from"]) or not values["init_except"],
+        "init_except",
+        "() without config.init_from",
+        values["init_except"],
+    )
 
 
 def _require(condition: bool, key: str, expected: str, value: Any) -> None:

@@ -3,10 +3,13 @@ is changed."""
 
 import dataclasses
 import functools
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import NamedSharding
 from jax.sharding import Mesh
@@ -29,6 +32,8 @@ from experiments.training.state import (
     with_shardings,
 )
 from experiments.training.task import Task, configured_task
+
+TEACHER = "teacher/"  # where a network has the one that it learns from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +141,9 @@ def load_parts(
 
 def matching_params(source: Path, program: Program) -> dict[str, jax.Array]:
     """The parameters of the newest whole checkpoint in `source` that a run has too, with the same
-    path and shape, by path; as the run's programs want them.
+    path and shape, by path; as the run's programs want them. Those that match an expression of
+    config.init_except are not taken. What lies in `teacher/` of the run is taken from where it lies
+    in the source: a network that has a teacher learns from that run.
 
     Warns of what is left out on either side, and of other data. Raises ValueError if there is no
     checkpoint, if nothing fits, or if tokens there are other ones."""
@@ -147,19 +154,19 @@ def matching_params(source: Path, program: Program) -> dict[str, jax.Array]:
         _available(source)
         stored = checkpoints.stored_shapes(directory, "model")
         there = by_path(stored["params"])
-        fits = {
-            path for path in there if path in wanted and there[path].shape == wanted[path].shape
-        }
-        if not fits:
+        takes = _taken(there, wanted, program.config.init_except)
+        if not takes:
             raise ValueError(_nothing_fits(source, there, wanted))
+        first_user = {own: path for path, own in reversed(takes.items())}
         tables = vocabulary_tables(program.blueprint.params)
-        run_data.check_source(source, program.config, program.task, tokens=bool(fits & tables))
+        tokens = bool(takes.keys() & tables)
+        run_data.check_source(source, program.config, program.task, tokens=tokens)
 
         def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             name = parameter_name(path[1:])
-            fitting = path[0].key == "params" and name in fits
+            fitting = path[0].key == "params" and name in first_user
             everywhere = NamedSharding(program.mesh, jax.P())
-            sharding = wanted[name].sharding if fitting else everywhere
+            sharding = wanted[first_user[name]].sharding if fitting else everywhere
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         restored = checkpoints.restore_latest(
@@ -172,13 +179,39 @@ def matching_params(source: Path, program: Program) -> dict[str, jax.Array]:
     for problem in damaged:
         warn(f"config.init_from: damaged checkpoint {problem}: using an older one")
     for what, names in (
-        ("not taken from the checkpoint", there.keys() - fits),
-        ("not in the checkpoint, starting from the seed", wanted.keys() - fits),
+        ("not taken from the checkpoint", there.keys() - first_user.keys()),
+        ("not in the checkpoint, starting from the seed", wanted.keys() - takes.keys()),
     ):
         if names:
             warn(f"config.init_from: {what}: {', '.join(sorted(names))}")
     loaded = by_path(parts["model"]["params"])
-    return {path: loaded[path].astype(wanted[path].dtype) for path in fits}
+    # A teacher's are a copy: the first step gives its arrays away, and none may be there twice.
+    return {
+        path: jnp.array(loaded[own], wanted[path].dtype, copy=path != own)
+        for path, own in takes.items()
+    }
+
+
+def _taken(there: Any, wanted: Any, left_out: Sequence[str]) -> dict[str, str]:
+    """Paths of wanted parameters and, for each, where it is found there. Raises ValueError for an
+    expression that leaves nothing out."""
+    found = {path: path.removeprefix(TEACHER) for path in wanted}
+    fits = {
+        path: own
+        for path, own in found.items()
+        if own in there and there[own].shape == wanted[path].shape
+    }
+    for pattern in left_out:
+        if not any(re.fullmatch(pattern, path) for path in fits):
+            raise ValueError(
+                "config.init_except must be regular expressions that match whole paths of"
+                f" parameters; {pattern!r} matches none of {', '.join(sorted(fits))}"
+            )
+    return {
+        path: own
+        for path, own in fits.items()
+        if not any(re.fullmatch(pattern, path) for pattern in left_out)
+    }
 
 
 def _nothing_fits(source: Path, there: Any, wanted: Any) -> str:

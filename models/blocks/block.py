@@ -56,7 +56,7 @@ class BlockOptions:
     mlp_width          inner width itself; 0: by mlp_ratio
     mlp_bias           biases in "swiglu"; "gelu" has them
     mlp_init           "normal": N(0, 0.02^2), the last map's divided by sqrt(2 depth), biases 0;
-                       "fan_in": all U(+-fan_in^-1/2)
+                       "fan_in": all U(+-fan_in^-1/2); "xavier": Xavier-uniform, biases 0
     experts            of "experts", whose inner width is that of "swiglu"; each token passes
                        `experts_per_token` of them
     expert_weights     "normalised": their weights add up to 1; "softmax": they are as the softmax

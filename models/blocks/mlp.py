@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from models.parts.projections import (
     FAN_IN_UNIFORM,
     NORMAL,
+    XAVIER,
     ZEROS,
     fan_in_bias,
     projection,
@@ -20,14 +21,17 @@ from models.parts.projections import (
 )
 
 # How the maps start, by name: "normal": N(0, 0.02^2), and less by sqrt(2 depth) for the one that
-# writes to the stream; "fan_in": weights and biases U(+-fan_in^-1/2).
-INITS = ("normal", "fan_in")
+# writes to the stream; "fan_in": weights and biases U(+-fan_in^-1/2); "xavier": weights
+# Xavier-uniform.
+INITS = ("normal", "fan_in", "xavier")
 
 
 def _starts(init: str, inputs: int, first: Any = NORMAL) -> dict[str, Any]:
     """The initialisers of a map of `inputs`, which starts as `first` under "normal"."""
     if init == "normal":
         return {"init": first, "bias_init": ZEROS}
+    if init == "xavier":
+        return {"init": XAVIER, "bias_init": ZEROS}
     return {"init": FAN_IN_UNIFORM, "bias_init": fan_in_bias(inputs)}
 
 

@@ -13,8 +13,8 @@ Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, arXiv
 All that writes to the stream starts at 0: a fresh block is the identity, and y is 0. Positions are
 sinusoids of row and column, so that images of any size are read.
 
-Departures: first values of linear maps are N(0, 0.02^2), those of the patches U(+-fan_in^-1/2),
-where the authors have Xavier's; the pixels of a patch and their channels are ordered as [row,
+Departures: first values of the patches' map are U(+-fan_in^-1/2), where the authors have Xavier's;
+the pixels of a patch and their channels are ordered as [row,
 column, channel].
 
 Authors' code: https://github.com/facebookresearch/DiT
@@ -73,6 +73,7 @@ class DiffusionTransformer(Backbone):
         pattern: Sequence[str],
         mixers: Mapping[str, Mapping[str, Any]] | None = None,
         patch: Size = 2,
+        teacher: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
@@ -107,6 +108,15 @@ class DiffusionTransformer(Backbone):
         )
         self.modulation = zeros(2 * width, (None, "embed"))
         self.head = zeros(patch * patch * output_channels, ("embed", None))
+        sizes: dict[str, Any] = {
+            "classes": classes,
+            "channels": channels,
+            "output_channels": output_channels,
+            "height": image_height,
+            "width": image_width,
+        }
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.teacher = build(teacher, rngs=rngs, **dtypes, **sizes) if teacher else None
 
     def __call__(self, image_BYXC: jax.Array, time_B: jax.Array, class_B: jax.Array) -> jax.Array:
         """float32 [B, height, width, output_channels] of noisy images [B, height, width, channels]
@@ -157,7 +167,11 @@ def build(
     """The model of a config's `model` section (without its name), for images of the given sizes,
     with the options of models/blocks/backbone.py and
 
-    patch            patch x patch pixels become a token
+    patch      patch x patch pixels become a token
+    teacher    a section like this one: a second network, which this one's objective may ask and
+               nothing else does. config.init_from gives it what its run has learned, and
+               config.optimizer.frozen=("teacher/.*",) lets it stay as it is. Its parameters count
+               among those of the run
 
     Raises ValueError for unknown, missing or impossible options, with what is possible, and for
     images that do not divide into patches."""

@@ -1,10 +1,51 @@
 """Depthwise convolution of tokens that lie on a grid."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
 
+from models.parts.options import Range
+from models.parts.projections import FAN_IN_UNIFORM, fan_in_bias
 from ops.framework import segments
 from ops.framework.grid import check_grid
+
+KernelSize = Annotated[int, Range(0, 31)]  # odd, or 0 for no convolution
+
+
+def head_filters(
+    kernel_size: int, size: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike
+) -> tuple[nnx.Param | None, nnx.Param | None]:
+    """weight_YXK and bias_K of a convolution whose filters all heads of this size share; None for
+    a kernel_size of 0. Raises ValueError for an even one."""
+    if not kernel_size:
+        return None, None
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, or 0 for none; got {kernel_size}")
+    shape = (kernel_size, kernel_size, 1, size)
+    weight_YXK = FAN_IN_UNIFORM(rngs.params(), shape, param_dtype)[:, :, 0]
+    bias_K = fan_in_bias(kernel_size**2)(rngs.params(), (size,), param_dtype)
+    return (
+        nnx.Param(weight_YXK, out_sharding=(None, None, None)),
+        nnx.Param(bias_K, out_sharding=(None,)),
+    )
+
+
+def convolved_heads(
+    v_BTD: jax.Array,
+    weight_YXK: nnx.Param,
+    bias_K: nnx.Param,
+    grid: tuple[int, ...] | None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """The convolution of each head of v by the same filters, and their bias: [B, T, D], float32."""
+    heads = v_BTD.shape[-1] // weight_YXK.shape[-1]
+    weight_YXD = jnp.tile(weight_YXK[...], (1, 1, heads))
+    bias_D = jnp.tile(bias_K[...], heads).astype(jnp.float32)
+    local_BTD = grid_convolution(v_BTD, weight_YXD, grid, segment_ids)
+    return local_BTD.astype(jnp.float32) + bias_D[None, None]
 
 
 def grid_convolution(

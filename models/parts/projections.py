@@ -16,6 +16,7 @@ NORMAL = nnx.initializers.normal(0.02)
 XAVIER_SMALL = nnx.initializers.variance_scaling((2**-2.5) ** 2, "fan_avg", "uniform")
 # The authors' code of TransNormer: Xavier-uniform with gain 2^-0.5.
 XAVIER_MEDIUM = nnx.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+XAVIER = nnx.initializers.xavier_uniform()
 # U(-fan_in^-1/2, fan_in^-1/2): the uniform distribution on +-b has variance b^2 / 3.
 FAN_IN_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 ZEROS = nnx.initializers.zeros_init()

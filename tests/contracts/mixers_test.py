@@ -198,6 +198,7 @@ ENCODERS = {  # not causal
     "vig": Row(("vig",), {"vig": {"size_per_head": 16}}),
     "vit": Row(("vit",), {"vit": {"heads": 2}}),
     "slab": Row(("slab",), {"slab": {"heads": 2}}),
+    "lit": Row(("lit",), {"lit": {"heads": 2}}),
     "soft": Row(("soft",), {"soft": {"size_per_head": 16, "window": 1, "kernel_size": 3}}),
     "mossformer2": Row(
         ("mossformer2",),

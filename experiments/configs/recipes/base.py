@@ -107,6 +107,7 @@ def base(
             "kernels": True,  # of ops, where the platform has them; False: plain JAX
             "heartbeat_timeout_seconds": 100,  # then a silent process counts as lost
             "init_from": "",
+            "init_except": (),  # regular expressions for paths that start from the seed
             "profile_steps": "",
             "max_rejected_steps": 20,
         }

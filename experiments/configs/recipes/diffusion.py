@@ -72,6 +72,7 @@ def _diffusion(
             "mlp": "gelu_tanh",
             "mlp_ratio": 4.0,
             "mlp_width": 0,
+            "mlp_init": "xavier",
             "norm": "layer_plain",
             "norm_eps": 1e-6,
             "drop_path": 0.0,

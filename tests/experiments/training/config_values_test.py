@@ -34,6 +34,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("label_smoothing", "drop_path", "mlp_width", "norm_eta", "norm_steps"),
         *("norm_warmup_steps", "jitter", "dropout", "mlp_dropout", "distractors", "class_dropout"),
         *("occlusion", "clutter", "generated"),
+        *("distil_output", "distil_variance"),
     },
     -1: {"data", "train_examples"},
     HUGE: {"clip_norm"},
@@ -61,7 +62,8 @@ MEANINGFUL: dict[Any, set[str]] = {
     },
     "x": {"data_dir", "test_split", "date_column"},
     (): {
-        *("frozen", "covariance", "task_covariance", "test_lengths", "test_input_scales"),
+        *("frozen", "init_except"),
+        *("covariance", "task_covariance", "test_lengths", "test_input_scales"),
         *("test_length_grid", "test", "rope_scaling"),
         *("origin", "ignored", "orders"),
         *("rand_augment", "enlarged", "stages", "position_grid"),
@@ -75,6 +77,7 @@ IMAGE_SETS |= {f"diffusion_{name}" for name in IMAGE_SETS}
 SERIES = ("etth", "exchange")
 SOUNDS = {"separation_speech", "separation_large"}  # likewise voices that are generated
 OF_SERIES = {"s_mamba", "itransformer"}
+OF_NOISE = {"lit"}
 CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attention"}) + [
     f"task {name}"
     for name in available_recipes()
@@ -95,6 +98,7 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
             **dict.fromkeys(OF_SERIES, "forecasting,smoke"),
             "lion": "shape_classification,smoke",
             "mossformer2": "separation,smoke",
+            **dict.fromkeys(OF_NOISE, "diffusion_digits,smoke"),
         }
         config = module.get_config(tasks.get(mixer, "mqar,smoke"))
         parts: tuple[str, ...] = ("model.mixers.",)

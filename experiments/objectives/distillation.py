@@ -1,0 +1,71 @@
+"""What a model of noisy images learns from a teacher that stays as it is.
+
+LiT (ICCV 2025): L + 0.5 |e_T - e_S|^2 + 0.05 |V_T - V_S|^2. CLEAR (Liu et al., NeurIPS 2025, arXiv
+2412.16112) has the first of the two with velocities, LinFusion (Liu et al., 2024, arXiv 2409.02097)
+with noise."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.objectives.denoising import images_of, mean_over_pixels, of_counted
+from experiments.objectives.flow_matching import FlowMatching
+from experiments.objectives.noise_prediction import NoisePrediction
+from experiments.objectives.objective import Batch, Sums, Work, array_of, weighted_mean
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The objective, plus the weighted squared differences to what `model.teacher` says of the same
+    noisy images, times and classes; means over pixels, and the teacher has no gradient.
+
+    objective         of noisy images
+    output_weight     of the difference of noise, or velocity
+    variance_weight   of the difference of v, by which NoisePrediction says a variance
+
+    Sums over images: those of the objective; output_sum and variance_sum, of the differences.
+    Metrics: those of the objective, loss being all of it; distil_output, distil_variance."""
+
+    objective: NoisePrediction | FlowMatching
+    output_weight: float
+    variance_weight: float = 0.0
+
+    def __call__(self, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        if model.teacher is None:
+            raise ValueError(
+                "config.model.teacher must be the section of a model for distil_output or"
+                " distil_variance; there is none"
+            )
+        image = array_of(batch, "image", "Distillation").astype(jnp.float32)
+        weights_B = batch["weights"].astype(jnp.float32)
+        place_B, noise, class_B = self.objective.drawn(batch, key)
+        noisy = self.objective.noisy(image, noise, place_B)
+        output, taught = model(*noisy, class_B), model.teacher(*noisy, class_B)
+        _, sums = self.objective.scored(batch, noise, place_B, output)
+        parts = zip(
+            ("output_sum", "variance_sum"),
+            (self.output_weight, self.variance_weight),
+            self.objective.halves(output),
+            self.objective.halves(jax.lax.stop_gradient(taught)),
+            strict=True,
+        )
+        for name, weight, own, of_teacher in parts:
+            if own is None or of_teacher is None:
+                continue
+            sums[name] = of_counted(weights_B, mean_over_pixels(jnp.square(own - of_teacher)))
+            sums["loss_sum"] = sums["loss_sum"] + weight * sums[name]
+        return weighted_mean(sums["loss_sum"], sums["weight_sum"]), sums
+
+    def work(self, batch: Batch) -> Work:
+        return images_of(batch, "Distillation")
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        names = {"output_sum": "distil_output", "variance_sum": "distil_variance"}
+        return self.objective.metrics(sums) | {
+            metric: float(sums[name] / sums["weight_sum"])
+            for name, metric in names.items()
+            if name in sums
+        }

@@ -8,11 +8,12 @@ name what is wrong. A task whose data are not on this machine cannot be asked: a
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from absl import flags
 
 from experiments.reporting.sweep_file import cells_of, find_sweep
-from experiments.reporting.table import Cell, Computation
+from experiments.reporting.table import Cell, Computation, runs_of
 from experiments.training import command_line
 from experiments.training import config as configs
 from experiments.training.command_line import Misuse
@@ -27,14 +28,16 @@ def check(cells: Sequence[Cell]) -> Iterator[str]:
     """Lines about what could not be checked. Raises Misuse for a config that cannot work and for a
     metric that its task does not report."""
     groups: dict[str, list[tuple[Cell, Config]]] = {}
-    for cell in cells:
+    # What chooses is a metric like the one that is shown.
+    choosing = [replace(v, metric=c.choice.metric) for c in cells if c.choice for v in c.variants()]
+    for cell in (*runs_of(cells), *choosing):
         if cell.gap or isinstance(cell, Computation):
             continue
         config: Config = cell.make_config()
         try:
             configs.validate(config)
         except ValueError as error:
-            raise Misuse(f"cell {cell.row} / {cell.column}: {error}") from error
+            raise Misuse(f"cell {cell.label}: {error}") from error
         key = json.dumps([config.task.to_dict(), config.z_loss], sort_keys=True, default=str)
         groups.setdefault(key, []).append((cell, config))
     for group in groups.values():
@@ -47,7 +50,7 @@ def check(cells: Sequence[Cell]) -> Iterator[str]:
         except Misuse:
             raise
         except (ValueError, OSError) as error:
-            yield f"not checked: {cell.row} / {cell.column}: {' '.join(str(error).split())}"
+            yield f"not checked: {cell.label}: {' '.join(str(error).split())}"
 
 
 def _check_reported(cell: Cell, config: Config) -> None:
@@ -59,8 +62,7 @@ def _check_reported(cell: Cell, config: Config) -> None:
     known = known_metrics(program.task, program.sums)
     if cell.metric not in known:
         raise Misuse(
-            f"cell {cell.row} / {cell.column}: metric must be one of {', '.join(known)}; got"
-            f" {cell.metric!r}"
+            f"cell {cell.label}: metric must be one of {', '.join(known)}; got {cell.metric!r}"
         )
 
 

@@ -35,6 +35,7 @@ from experiments.reporting.table import (
     find_cells,
     find_table,
     find_workdir,
+    runs_of,
 )
 from experiments.training import command_line, run_record
 from experiments.training.checkout import RESULTS
@@ -59,8 +60,9 @@ def reproduce(
     table = find_table(name)
     cells = find_cells(table, scale)
     directory, workdirs = rows.places(name, runs, results if record else None)
-    found = rows.matching(cells, rows.read(name, directory), scale)
-    todo = [] if collect else rows.missing(cells, found, renew=record)
+    each = runs_of(cells)
+    found = rows.matching(each, rows.read(name, directory), scale)
+    todo = [] if collect else rows.missing(each, found, renew=record)
     todo = [cell for cell in todo if re.search(only, f"{cell.row} / {cell.column}")]
     _run(todo, name, scale, directory, workdirs / name / scale)
     own = rows.matching(cells, rows.read(name, runs / name), scale)
@@ -75,7 +77,7 @@ def reproduce(
 def _run(todo: Sequence[Cell], name: str, scale: str, directory: Path, workdirs: Path) -> None:
     """Trains or computes cells, and appends their rows."""
     for number, cell in enumerate(todo, start=1):
-        print(f"[{number}/{len(todo)}] {cell.row} / {cell.column}", flush=True)
+        print(f"[{number}/{len(todo)}] {cell.label}", flush=True)
         began = time.monotonic()
         if isinstance(cell, Computation):
             summary = compute(cell)
@@ -102,8 +104,8 @@ def compute(cell: Computation) -> dict[str, Any]:
 def plan(name: str, scale: str, runs: Path = Path("runs")) -> str:
     """What a reproduction would train, as commands."""
     lines = []
-    for cell in find_cells(find_table(name), scale):
-        lines.append(f"# {cell.row} / {cell.column}: {cell.gap or cell.metric}")
+    for cell in runs_of(find_cells(find_table(name), scale)):
+        lines.append(f"# {cell.label}: {cell.gap or cell.metric}")
         if isinstance(cell, Computation):
             lines.append(f"#   computed by experiments.tables.computations.{cell.config}, no run")
         elif not cell.gap:

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 from experiments.reporting.rows import FACTS
 from experiments.reporting.sweep_file import cells_of
-from experiments.reporting.table import Cell, Computation, command, config_hash, find_workdir
+from experiments.reporting.table import (
+    Cell,
+    Computation,
+    command,
+    config_hash,
+    find_workdir,
+    runs_of,
+)
 
 # Mistakes that may be gone the next time: of the system, and of a process that still ends.
 PASSING = re.compile(r"error: (\[Errno|another process)")
@@ -108,7 +115,7 @@ def plan(sweep: ModuleType, name: str, scale: str, runs: Path) -> list[tuple[Run
     Raises ValueError for a scale that the sweep does not have, or a cell whose config does not
     exist."""
     readers: dict[str, list[Cell]] = {}
-    for cell in cells_of(sweep, scale):
+    for cell in runs_of(cells_of(sweep, scale)):
         if not cell.gap and not isinstance(cell, Computation):
             readers.setdefault(config_hash(cell.make_config()), []).append(cell)
     planned = []
@@ -116,9 +123,8 @@ def plan(sweep: ModuleType, name: str, scale: str, runs: Path) -> list[tuple[Run
     runs = runs.expanduser().absolute()
     for cells in readers.values():
         path = find_workdir(runs / name / scale, cells[0])
-        label = f"{cells[0].row} / {cells[0].column}"
         metrics = tuple(dict.fromkeys(cell.metric for cell in cells))
-        run = Run(path.name, label, path, tuple(command(cells[0], path)), metrics)
+        run = Run(path.name, cells[0].label, path, tuple(command(cells[0], path)), metrics)
         planned.append((run, cells))
     return planned
 
@@ -134,11 +140,13 @@ def with_failures(
         if run.last_error() or run.outcome().problem
     }
     return [
-        cell
-        if row or cell.gap or config_hash(cell.make_config()) not in failed
-        else replace(cell, gap="failed")
+        cell if row or cell.gap or failed.isdisjoint(_hashes(cell)) else replace(cell, gap="failed")
         for cell, row in zip(cells, found, strict=True)
     ]
+
+
+def _hashes(cell: Cell) -> set[str]:
+    return {config_hash(variant.make_config()) for variant in cell.variants()}
 
 
 def _metrics(evaluations: Any) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from experiments.reporting import rows
 from experiments.reporting.markdown import format_cell, format_value
-from experiments.reporting.table import Cell, Computation, find_cells, find_workdir
+from experiments.reporting.table import Cell, Computation, config_hash, find_cells, find_workdir
 from experiments.training.metrics_file import read_rows
 
 TEMPLATE = Path(__file__).parent / "page.html"
@@ -77,6 +77,10 @@ def _entry(
     failed: Collection[str],
 ) -> dict[str, Any]:
     """What the page says of a cell."""
+    if cell.choice:  # the one that is chosen; without rows, the first of them
+        chosen = row or recorded or {}
+        hashes = {config_hash(variant.make_config()): variant for variant in cell.variants()}
+        cell = hashes.get(chosen.get("config_hash", ""), cell.variants()[0])
     workdir = find_workdir(folder, cell)
     status, note = _status(cell, row, workdir, failed)
     if recorded and status == "not run":

@@ -1,7 +1,7 @@
 """Tables in Markdown, from recorded rows."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -90,7 +90,8 @@ def section(
     """The section of a table: title, what was measured, the cells, and where they were measured."""
     lines = [*_heading(table, name, scale, cells, "in brackets"), grid(cells, rows), ""]
     lines += orderings.paragraph(table, cells, rows)
-    return "\n".join([*lines, *_sizes(table, cells, rows), *_origin(cells, rows, "Measured")])
+    lines += [*_choices(cells, rows), *_sizes(table, cells, rows)]
+    return "\n".join([*lines, *_origin(cells, rows, "Measured")])
 
 
 def printed(
@@ -106,6 +107,7 @@ def printed(
     lines = [*_heading(table, name, scale, cells, "published")]
     lines += [comparison(cells, recorded, own), ""]
     lines += orderings.paragraph(table, cells, own if any(own) else recorded)
+    lines += _choices(cells, own if any(own) else recorded)
     lines += _sizes(table, cells, own if any(own) else recorded)
     lines += _origin(cells, recorded, "Recorded: measured")
     return "\n".join([*lines, *_origin(cells, own, "Yours: measured")])
@@ -127,10 +129,39 @@ def _heading(
     ]
 
 
+def _choices(cells: Sequence[Cell], rows: Sequence[Any]) -> list[str]:
+    """What was chosen, and how much the choice mattered, as lines."""
+    if not any(cell.choice and row for cell, row in zip(cells, rows, strict=True)):
+        return []
+    by = " and ".join(sorted({cell.choice.metric for cell in cells if cell.choice}))
+    heading = f"Chosen by the mean over seeds of {by}, and the means of all that was tried:"
+    return [heading, "", grid(cells, rows, format_choice), ""]
+
+
+def format_choice(cell: Cell, row: Mapping[str, Any] | None) -> str:
+    """ "lr 0.003 (0.512 to 0.981 of 4)"; what is not finite is left out of the span."""
+    if row is None or not cell.choice:
+        return ""
+    tried = row["choices"]
+    name = next(v for v, one in tried.items() if one["config_hash"] == row["config_hash"])
+    finite = [one for one in tried.values() if is_finite(cell, one)]
+    means = [statistics.fmean(value_of(cell, one)) for one in finite]
+    span = f"{_number(min(means))} to {_number(max(means))} of " if means else ""
+    return f"{name} ({span}{len(tried)})"
+
+
 def _sizes(table: ModuleType, cells: Sequence[Cell], rows: Sequence[Any]) -> list[str]:
     if not getattr(table, "SIZES", False) or not any(rows):
         return []
     return ["Parameters / bytes of state per sequence:", "", grid(cells, rows, format_sizes), ""]
+
+
+def _runs(
+    pairs: Iterable[tuple[Cell, Mapping[str, Any]]],
+) -> Iterator[tuple[Cell, Mapping[str, Any]]]:
+    """The pairs of all runs: of a cell that chooses, of what it chose from."""
+    for cell, row in pairs:
+        yield from ((cell, one) for one in row.get("choices", {"": row}).values())
 
 
 def _origin(cells: Sequence[Cell], rows: Sequence[Any], measured: str) -> list[str]:
@@ -139,7 +170,7 @@ def _origin(cells: Sequence[Cell], rows: Sequence[Any], measured: str) -> list[s
     if not pairs:
         return []
     # Cells may read different metrics of one run.
-    done = list({row["config_hash"]: row for _, row in pairs}.values())
+    done = list({row["config_hash"]: row for _, row in _runs(pairs)}.values())
     minutes = sum(row["seconds"] for row in done) / 60
     where = sorted({machine(row) for row in done})
     versions = sorted(
@@ -151,6 +182,6 @@ def _origin(cells: Sequence[Cell], rows: Sequence[Any], measured: str) -> list[s
         f"{measured} on {', '.join(where)}; {'; '.join(versions)}; commit {', '.join(commits)};"
         f" {len(pairs)} of {len(cells)} cells in {minutes:.0f} minutes of training.",
         "",
-        f"{SEEN} {seen}: {'; '.join(code_changes.describe(pairs))}.",
+        f"{SEEN} {seen}: {'; '.join(code_changes.describe(_runs(pairs)))}.",
         "",
     ]

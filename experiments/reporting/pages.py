@@ -47,7 +47,12 @@ def overview(directory: Path = RESULTS) -> str:
             found = rows.matching(cells, recorded, scale)
             if not any(found):
                 continue
-            runs = {row["config_hash"]: row["seconds"] for row in found if row}
+            runs = {
+                run["config_hash"]: run["seconds"]
+                for row in found
+                if row
+                for run in row.get("choices", {"": row}).values()
+            }
             run, all_cells = sum(map(bool, found)), sum(not cell.gap for cell in cells)
             of = len(orderings.claimed(table, cells))
             shown = orderings.summary(orderings.judged(table, cells, found), of) if of else "-"

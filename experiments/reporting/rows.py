@@ -4,13 +4,15 @@ Recorded rows are part of the checkout, and maintainers alone renew them. What a
 own: its rows lie with its workdirs."""
 
 import json
+import math
 import os
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.reporting.code_changes import changes
-from experiments.reporting.table import Cell, Computation, config_hash
+from experiments.reporting.table import Cell, Choice, Computation, config_hash
 from experiments.training.checkout import RESULTS, commit_here
 
 FACTS = (
@@ -89,7 +91,8 @@ def missing(
     cells: Sequence[Cell], found: Sequence[Mapping[str, Any] | None], *, renew: bool = False
 ) -> list[Cell]:
     """The cells to run: those without a row, and with `renew` those whose code has changed since,
-    or may have. Of cells that read different metrics of one run, the first."""
+    or may have. Of cells that read different metrics of one run, the first. None may choose
+    (`runs_of`)."""
     lacking = {}
     for cell, row in zip(cells, found, strict=True):
         if not cell.gap and (row is None or (renew and changes(cell, row) != {})):
@@ -122,12 +125,36 @@ def matching(
     cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]], scale: str
 ) -> list[Mapping[str, Any] | None]:
     """The newest row of every cell: one of this scale, and of the config that the cell has today.
+    Of a cell that chooses that of the best, with "choices": {variant: row}.
 
-    None for a gap and for a cell that has no row."""
+    None for a gap, for a cell that has no row, and for one that chooses and lacks one of them."""
     newest = {(row["scale"], row["config_hash"]): row for row in rows}
-    return [
-        None if cell.gap else newest.get((scale, config_hash(cell.make_config()))) for cell in cells
-    ]
+
+    def of(cell: Cell) -> Mapping[str, Any] | None:
+        if cell.gap:
+            return None
+        found = {
+            variant.variant: newest.get((scale, config_hash(variant.make_config())))
+            for variant in cell.variants()
+        }
+        choices = {name: row for name, row in found.items() if row is not None}
+        if len(choices) < len(found):
+            return None
+        return _chosen(cell, cell.choice, choices) if cell.choice else next(iter(choices.values()))
+
+    return [of(cell) for cell in cells]
+
+
+def _chosen(cell: Cell, choice: Choice, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The row whose mean over the seeds is the best; one with a seed that diverged is the worst,
+    and of equal ones the first counts."""
+    sign = 1 if choice.mode == "max" else -1
+
+    def score(row: Mapping[str, Any]) -> float:
+        values = _values(cell, row, choice.metric)
+        return -math.inf if None in values else sign * statistics.fmean(values)
+
+    return {**max(rows.values(), key=score), "choices": rows}
 
 
 def origins(rows: Iterable[Mapping[str, Any]]) -> set[str]:
@@ -147,13 +174,17 @@ def machine(row: Mapping[str, Any]) -> str:
 
 def value_of(cell: Cell, row: Mapping[str, Any]) -> list[float]:
     """The cell's metric per seed. Raises ValueError for a row that does not have it."""
-    evaluation, _, metric = cell.metric.partition("/")
+    return _values(cell, row, cell.metric)
+
+
+def _values(cell: Cell, row: Mapping[str, Any], name: str) -> list[float]:
+    evaluation, _, metric = name.partition("/")
     try:
         return row["evaluations"][evaluation][metric]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"the row {cell.row!r}, {cell.column!r} (config_hash {row['config_hash']}) has no"
-            f" metric {cell.metric!r}; remove it from the rows, and it is run anew"
+            f" metric {name!r}; remove it from the rows, and it is run anew"
         ) from error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from experiments.reporting.table import Cell, available_tables, find_cells, find_table
+from experiments.reporting.table import Cell, available_tables, find_cells, find_table, runs_of
 from experiments.training.command_line import Misuse
 
 REQUIRED = ("TITLE", "METRIC", "SCALES", "cells")
@@ -53,7 +53,7 @@ def cells_of(sweep: ModuleType, scale: str) -> list[Cell]:
     cells = _called(path, lambda: find_cells(sweep, scale))
     if not isinstance(cells, list | tuple) or not all(isinstance(cell, Cell) for cell in cells):
         raise Misuse(f"--sweep: {path}: cells({scale!r}) must be a list of Cell; got {cells!r:.99}")
-    for cell in cells:
+    for cell in runs_of(cells):
         try:
             cell.make_config()
         except ValueError as error:

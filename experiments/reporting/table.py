@@ -20,8 +20,8 @@ import importlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,21 @@ from ml_collections import ConfigDict
 
 from experiments.training.checkout import CHECKOUT
 from experiments.training.config import fit_warmup, to_json
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Values of the config of which a cell takes the best, as papers choose a learning rate: every
+    combination is a run of all seeds, and the mean over the seeds decides.
+
+    options     {dotted key of the config: values}
+    metric      "<evaluation>/<metric>" that decides, of another evaluation than the one shown
+    mode        whether "max" or "min" is best
+    """
+
+    options: Mapping[str, Sequence[Any]]
+    metric: str
+    mode: str = "max"
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,8 @@ class Cell:
     published       the number beside which ours is printed, or None
     gap             why the cell is not run at this scale; "" if it is
     missing         what is said of a number that is not finite
+    choice          what the best is taken of; None: nothing is chosen
+    variant         of one of the runs that a cell chooses from: which; else ""
     """
 
     row: str
@@ -53,12 +70,38 @@ class Cell:
     published: float | None = None
     gap: str = ""
     missing: str = "not finite"
+    choice: Choice | None = None
+    variant: str = ""
+
+    def __post_init__(self) -> None:
+        if self.choice and _evaluation(self.choice.metric) == _evaluation(self.metric):
+            raise ValueError(
+                f"cell {self.row} / {self.column}: its number must be of another evaluation than"
+                f" the one that chooses; got {self.metric} and {self.choice.metric}"
+            )
+
+    @property
+    def label(self) -> str:
+        return ", ".join(filter(None, (f"{self.row} / {self.column}", self.variant)))
+
+    def variants(self) -> "list[Cell]":
+        """The runs that the cell chooses from, as cells without a choice; the cell itself if it has
+        none."""
+        if self.choice is None:
+            return [self]
+        found = []
+        for values in itertools.product(*self.choice.options.values()):
+            chosen = dict(zip(self.choice.options, values, strict=True))
+            variant = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in chosen.items())
+            overrides = {**self.overrides, **chosen}
+            found.append(replace(self, overrides=overrides, choice=None, variant=variant))
+        return found
 
     def make_config(self) -> ConfigDict:
         """The full config. Raises ValueError for a config that does not exist, a key that it does
         not have and a value of another type."""
         name, _, argument = self.config.partition(":")
-        label = f"cell {self.row} / {self.column}"
+        label = f"cell {self.label}"
         if name not in available_configs():
             raise ValueError(
                 f"{label}: config must be <model>:<task>, with a model of"
@@ -110,6 +153,15 @@ class Computation(Cell):
         }
 
 
+def _evaluation(metric: str) -> str:
+    return metric.partition("/")[0]
+
+
+def runs_of(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells, and in the place of those that choose what they choose from."""
+    return [variant for cell in cells for variant in cell.variants()]
+
+
 def config_hash(config: ConfigDict) -> str:
     """Twelve hexadecimal digits of everything that a run computes from."""
     return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()[:12]
@@ -117,7 +169,8 @@ def config_hash(config: ConfigDict) -> str:
 
 def workdir_name(cell: Cell) -> str:
     """A name that a reader recognises; its end, the config's hash, is what the run is found by."""
-    slug = re.sub(r"[^a-z0-9]+", "_", f"{cell.row} {cell.column}".lower()).strip("_")
+    named = f"{cell.row} {cell.column} {cell.variant}".lower()
+    slug = re.sub(r"[^a-z0-9]+", "_", named).strip("_")
     return f"{slug[:100]}_{config_hash(cell.make_config())}"
 
 

@@ -20,7 +20,7 @@ The examples below have E = 2 memories a and b, T = 5 tokens, J = 1 and W = 2. T
 routed to a and tokens 1, 4 to b; "ra" is the input that a's convolution remembers."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class Order(NamedTuple):
     memory: jax.Array  # [B, R, N]: its memory
     position: jax.Array  # [B, R, N]: its place in L; token t has position W - 1 + t
     is_token: jax.Array  # [B, R, N]: false for remembered inputs and for padding
+    choice: jax.Array  # [B, R, N]: which of its token's copies an entry is
     # [B, T, J]: where the copies of a token stand in the flat [R, N'], N' entries of the recurrence
     place: jax.Array
 
@@ -51,17 +52,23 @@ class Latest(NamedTuple):
     """What the convolutions remember of a part."""
 
     tokens: jax.Array  # [B, E, W - 1]: the last tokens of each memory, oldest first
+    choice: jax.Array  # [B, E, W - 1]: which of the token's copies is the memory's
     valid_count: jax.Array  # [B, E]: how many of them there are, at the end of the W - 1
     starts_document: jax.Array  # [B]: a document starts in the part: what was remembered is gone
 
 
 def sort_to_memories(
-    routed_BET: jax.Array, memory_BTJ: jax.Array, *, history: int, one_stream: bool
+    routed_BET: jax.Array,
+    memory_BTJ: jax.Array,
+    choice_BET: jax.Array,
+    *,
+    history: int,
+    one_stream: bool,
 ) -> Order:
     """The order of the copies of tokens.
 
     The copies of token t go to the memories memory_BTJ[:, t], which are all different, where
-    routed_BET is true. history is W - 1.
+    routed_BET is true, and there they are copy choice_BET. history is W - 1.
 
         position     0  1  2  3  4  5             L = 6
         memory a    ra  0  .  2  3  .             a row of [E, L]: its sources are 0 .. 5
@@ -72,6 +79,7 @@ def sort_to_memories(
                     rb  1  4  -  -  -             place 5 6 of tokens 1 4
     """
     batch, memories, length = routed_BET.shape
+    choice_BEL = jnp.pad(choice_BET, ((0, 0), (0, 0), (history, 0)))
     live_BEL = jnp.pad(routed_BET, ((0, 0), (0, 0), (history, 0)), constant_values=True)
     if one_stream:
         live_BRN = live_BEL.reshape(batch, 1, -1)
@@ -97,6 +105,7 @@ def sort_to_memories(
         memory=memory_BRN,
         position=position_BRN,
         is_token=is_live_BRN & (position_BRN >= history),
+        choice=_of_row(choice_BEL.reshape(batch, -1), source_BRN),
         place=jnp.take_along_axis(place_BTE, memory_BTJ, axis=2),
     )
 
@@ -130,7 +139,9 @@ def separate_documents(
     )
 
 
-def latest_tokens(routed_BET: jax.Array, document_BT: jax.Array, *, history: int) -> Latest:
+def latest_tokens(
+    routed_BET: jax.Array, choice_BET: jax.Array, document_BT: jax.Array, *, history: int
+) -> Latest:
     """The last W - 1 tokens of each memory in the part's last document.
 
     Tokens 0, 1 | 2, 3, 4: token 3 of a and token 4 of b. Tokens 0, 1, 2, 3 | 4: token 4 of b, and
@@ -139,8 +150,10 @@ def latest_tokens(routed_BET: jax.Array, document_BT: jax.Array, *, history: int
     of_last_BET = routed_BET & (document_BT == last_B1)[:, None]
     count_BET = jnp.cumsum(of_last_BET, axis=-1)
     wanted_BEW = count_BET[..., -1:] - jnp.arange(history)[::-1][None, None]
+    tokens_BEW = _first_places(count_BET, wanted_BEW)
     return Latest(
-        tokens=_first_places(count_BET, wanted_BEW),
+        tokens=tokens_BEW,
+        choice=jnp.take_along_axis(choice_BET, tokens_BEW, axis=2),
         valid_count=jnp.minimum(of_last_BET.sum(axis=-1), history),
         starts_document=last_B1[:, 0] > 0,
     )
@@ -198,19 +211,20 @@ class Dispatch:
         """Whether a memory has to forget everything before this entry [B R, N]."""
         return _rows(self.segments.resets)
 
-    def sorted(self, x_BTEX: jax.Array) -> jax.Array:
+    def sorted(self, x_BTSX: jax.Array) -> jax.Array:
         """The entries [B R, N, X]; zeros for what is remembered.
 
-        x: the inputs [B, T, E, X] of every memory, or [B, T, 1, X] of all memories alike."""
-        return self._entries(self._in_parts(x_BTEX), None)
+        x: the inputs of each entry [B, T, S, X]: S = 1 for all memories of a token alike, E, one
+        of every memory, or J < E, one of every copy."""
+        return self._entries(to_parts(x_BTSX, self.parts), None)
 
-    def sorted_after(self, x_BTEX: jax.Array, tail_BEWX: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def sorted_after(self, x_BTSX: jax.Array, tail_BEWX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The entries [B R, N, X], and what each memory remembers next [B, E, W - 1, X], float32.
 
         x: as in `sorted`; tail [B, E, W - 1, X]: the inputs that each memory remembers."""
-        x_BTEX = self._in_parts(x_BTEX)
-        before, last = self._remembered(x_BTEX, tail_BEWX)
-        return self._entries(x_BTEX, before), last
+        x_BTSX = to_parts(x_BTSX, self.parts)
+        before, last = self._remembered(x_BTSX, tail_BEWX)
+        return self._entries(x_BTSX, before), last
 
     def streams(self, x_RNX: jax.Array) -> jax.Array:
         """Streams of whole sequences as the recurrence takes them, of streams [B R, N, ...] of
@@ -225,28 +239,35 @@ class Dispatch:
         y_BPX = jnp.take_along_axis(y_BNX, place_BTJ.reshape(len(place_BTJ), -1, 1), axis=1)
         return to_whole(y_BPX.reshape(*place_BTJ.shape, -1), self.parts)
 
-    def _in_parts(self, x_BTEX: jax.Array) -> jax.Array:
-        x_BTEX = to_parts(x_BTEX, self.parts)
-        return jnp.broadcast_to(x_BTEX, (*x_BTEX.shape[:2], self.memories, x_BTEX.shape[-1]))
+    def _entries(self, x_BTSX: jax.Array, tail_BEWX: jax.Array | None) -> jax.Array:
+        """Of parts."""
+        (batch, length, sources, size), history = x_BTSX.shape, self.latest.tokens.shape[-1]
+        memory, position = self.order.memory, self.order.position
+        if tail_BEWX is None:
+            tail_BEWX = jnp.zeros((batch, self.memories, history, size), x_BTSX.dtype)
+        rows = x_BTSX.reshape(batch, -1, size), tail_BEWX.reshape(batch, -1, size)
+        of_tail = length * sources + memory * history + position
+        index_BRN = self._row(sources, position - history, memory, self.order.choice)
+        index_BRN = jnp.where(position < history, of_tail, index_BRN)
+        x_BPX = jnp.concatenate([rows[0], rows[1].astype(x_BTSX.dtype)], axis=1)
+        x_BNX = jnp.take_along_axis(x_BPX, index_BRN.reshape(batch, -1, 1), axis=1)
+        return x_BNX.reshape(-1, memory.shape[-1], size)
 
-    def _entries(self, x_BTEX: jax.Array, tail_BEWX: jax.Array | None) -> jax.Array:
-        history = self.latest.tokens.shape[-1]
-        x_BELX = jnp.moveaxis(x_BTEX, 1, 2)
-        x_BELX = jnp.pad(x_BELX, ((0, 0), (0, 0), (history, 0), (0, 0)))
-        if tail_BEWX is not None:
-            x_BELX = x_BELX.at[:, :, :history].set(tail_BEWX.astype(x_BELX.dtype))
-        x_BLX = x_BELX.reshape(x_BELX.shape[0], -1, x_BELX.shape[-1])
-        x_BNX = jnp.take_along_axis(x_BLX, self.order.source[..., None], axis=1)
-        return x_BNX.reshape(-1, self.order.memory.shape[-1], x_BNX.shape[-1])
+    def _row(self, sources: int, token: jax.Array, memory: Any, choice: Any) -> jax.Array:
+        """Where a token's input for a memory stands in the flat [T, S]."""
+        if sources == 1:
+            return token
+        return token * sources + (memory if sources == self.memories else choice)
 
-    def _remembered(self, x_BTEX: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _remembered(self, x_BTSX: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The last W - 1 inputs of each memory [B, E, W - 1, X]: before each part, after the last.
 
         float32; zeros where the document had not begun. `first` is before the first part."""
         history = first.shape[2]
-        latest_BEWX = jnp.take_along_axis(
-            jnp.moveaxis(x_BTEX, 1, 2), self.latest.tokens[..., None], axis=2
-        )
+        memory = jnp.arange(self.memories)[None, :, None]
+        index_BEW = self._row(x_BTSX.shape[2], self.latest.tokens, memory, self.latest.choice)
+        rows_BPX = x_BTSX.reshape(len(x_BTSX), -1, x_BTSX.shape[-1])
+        latest_BEWX = jax.vmap(lambda rows, index: rows[index])(rows_BPX, index_BEW)
         place_W = jnp.arange(history)[None, None]
 
         def after(before: jax.Array, part: tuple[jax.Array, ...]) -> jax.Array:
@@ -281,16 +302,19 @@ def dispatch(
     document_BT = documents(segment_ids, batch, length, parts)
     memory_BTJ = to_parts(memory_BTJ, parts)
     number_1E11 = jnp.arange(memories)[None, :, None, None]
-    routed_BET = (memory_BTJ[:, None] == number_1E11).any(axis=-1)
+    is_copy_BETJ = memory_BTJ[:, None] == number_1E11
+    routed_BET, choice_BET = is_copy_BETJ.any(axis=-1), jnp.argmax(is_copy_BETJ, axis=-1)
     before, after = outdated_memories(routed_BET, document_BT, parts)
-    order = sort_to_memories(routed_BET, memory_BTJ, history=history, one_stream=one_stream)
+    order = sort_to_memories(
+        routed_BET, memory_BTJ, choice_BET, history=history, one_stream=one_stream
+    )
     return Dispatch(
         memories=memories,
         one_stream=one_stream,
         parts=parts,
         order=order,
         segments=separate_documents(order, document_BT, before, history=history),
-        latest=latest_tokens(routed_BET, document_BT, history=history),
+        latest=latest_tokens(routed_BET, choice_BET, document_BT, history=history),
         outdated=after,
     )
 

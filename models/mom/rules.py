@@ -1,11 +1,12 @@
 """The rules by which a memory of MoM changes: gates made by a matrix per memory, and a recurrence.
 
-A rule has a method `gates(x_BTD)`, which returns arrays [B, T, E, X] by name; one of them is
-"decay_log". `conv_width` is that of the published layer, and `activated` says whether its q, k and
-v pass a SiLU without a convolution, too. The rule is called with sorted entries: q, k [R, N, H, K],
-v [R, N, H, V], the gates [R, N, X] and `writes` [R, N]. An entry with writes=False must have
-decay_log = 0; it then leaves the memory as it is. All other arguments are those of the op. Letters:
-E memories, R streams of N entries."""
+A rule has a method `gates(projected, x_BTD)`, which returns arrays [B, T, E, X] by name, or
+[B, T, J, X] of the copies of tokens alone, as `projected` makes them (models/mom/projections.py);
+one of them is "decay_log". `conv_width` is that of the published layer, and `activated` says
+whether its q, k and v pass a SiLU without a convolution, too. The rule is called with sorted
+entries: q, k [R, N, H, K], v [R, N, H, V], the gates [R, N, X] and `writes` [R, N]. An entry with
+writes=False must have decay_log = 0; it then leaves the memory as it is. All other arguments are
+those of the op. Letters: E memories, J copies of a token, R streams of N entries."""
 
 import functools
 from collections.abc import Mapping
@@ -14,42 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
+from models.mom.projections import Memories, MemoryProjection
 from models.parts.discretisation import dt_bias
 from models.parts.norms import l2_normalise
 from models.parts.projections import split_heads
 from ops.delta_rule.api import delta_rule
 from ops.gated_linear_attention.api import gated_linear_attention
-
-# Each memory's matrix by itself: the fans of a stack are those of its matrices.
-STACKED_XAVIER_SMALL = nnx.initializers.variance_scaling(
-    (2**-2.5) ** 2, "fan_avg", "uniform", batch_axis=(0,)
-)
-
-
-class MemoryProjection(nnx.Module):
-    """[B, T, E, X] by a matrix per memory, of [B, T, D] for all alike or [B, T, E, D]."""
-
-    def __init__(
-        self,
-        memories: int,
-        inputs: int,
-        outputs: int,
-        axes: tuple[str | None, str | None] = ("embed", "heads"),
-        *,
-        rngs: nnx.Rngs,
-        param_dtype: DTypeLike,
-        compute_dtype: DTypeLike,
-    ):
-        shape, self.compute_dtype = (memories, inputs, outputs), compute_dtype
-        kernel_EDX = STACKED_XAVIER_SMALL(rngs.params(), shape, param_dtype)
-        self.kernel_EDX = nnx.Param(kernel_EDX, out_sharding=(None, *axes))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel_EDX = self.kernel_EDX[...].astype(self.compute_dtype)
-        layout = "btd" if x.ndim == 3 else "bted"
-        return jnp.einsum(f"{layout},edx->btex", x, kernel_EDX)
 
 
 class GatedDeltaRule(nnx.Module):
@@ -81,14 +53,13 @@ class GatedDeltaRule(nnx.Module):
         dt_bias_H = dt_bias(rngs.params(), heads, options["dt_min"], options["dt_max"])
         self.dt_bias_H = nnx.Param(dt_bias_H, group="no_decay", out_sharding=("heads",))
 
-    def gates(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
-        """The log decay and beta of each token, memory and head [B, T, E, H], float32."""
-        dt_BTEH = jax.nn.softplus(
-            self.dt(x_BTD).astype(jnp.float32) + self.dt_bias_H[...][None, None, None]
-        )
+    def gates(self, projected: Memories, x_BTD: jax.Array) -> dict[str, jax.Array]:
+        """The log decay and beta of each token, memory and head [B, T, E or J, H], float32."""
+        dt, beta = (y.astype(jnp.float32) for y in projected(x_BTD, self.dt, self.beta))
+        dt = jax.nn.softplus(dt + self.dt_bias_H[...][None, None, None])
         return {
-            "decay_log": -jnp.exp(self.a_log_H[...])[None, None, None] * dt_BTEH,
-            "beta": jax.nn.sigmoid(self.beta(x_BTD).astype(jnp.float32)),
+            "decay_log": -jnp.exp(self.a_log_H[...])[None, None, None] * dt,
+            "beta": jax.nn.sigmoid(beta),
         }
 
     def __call__(
@@ -130,11 +101,13 @@ class GatedSum(nnx.Module):
         bias_EX = jnp.zeros((memories, heads * key_size), dtypes["param_dtype"])
         self.bias_EX = nnx.Param(bias_EX, group="no_decay", out_sharding=(None, "heads"))
 
-    def gates(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
-        """The log decay of each token, memory and key channel [B, T, E, H K], float32."""
-        logit_BTEX = self.gate_out(self.gate_in(x_BTD)).astype(jnp.float32)
-        logit_BTEX += self.bias_EX[...].astype(jnp.float32)[None, None]
-        return {"decay_log": jax.nn.log_sigmoid(logit_BTEX) / self.temperature}
+    def gates(self, projected: Memories, x_BTD: jax.Array) -> dict[str, jax.Array]:
+        """The log decay of each token, memory and key channel [B, T, E or J, H K], float32."""
+        (low,) = projected(x_BTD, self.gate_in)
+        (logit,) = projected(low, self.gate_out)
+        bias = projected.of_each(self.bias_EX[...].astype(jnp.float32), logit)
+        logit = logit.astype(jnp.float32) + bias
+        return {"decay_log": jax.nn.log_sigmoid(logit) / self.temperature}
 
     def __call__(
         self,

@@ -143,7 +143,9 @@ OTHERS = {  # mixers whose op has a row above, and further options
     "monarch_mixer": Row(
         ("monarch_mixer",), {"monarch_mixer": {"context_length": LENGTH, "filter_hidden": 6}}
     ),
-    "mom_gated_delta_net": Row(("mom",), {"mom": {"heads": 2, "memories": 3, "conv_width": 2}}),
+    "mom_padded": Row(
+        ("mom",), {"mom": {"heads": 2, "memories": 3, "conv_width": 2, "execution": "padded"}}
+    ),
     "seqboat_squared_relu": Row(
         ("seqboat",),
         {

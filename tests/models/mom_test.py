@@ -11,7 +11,9 @@ from flax import nnx
 
 from experiments.objectives.objective import minimised, report_metrics
 from models import gated_delta_net, gla, mom
+from models.mom import projections
 from models.mom.dispatch import dispatch
+from models.mom.projections import in_blocks, routed_products
 from models.networks.lm import build
 from models.parts.variables import Report, mean_over_layers, report
 from tests.support.layers import (
@@ -164,7 +166,8 @@ def loss_and_gradients(mixer, x, segment_ids):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["gated_delta_net", pytest.param("gla", marks=pytest.mark.full)])
-def test_a_stream_of_copies_equals_a_padded_sequence_per_memory(rule):
+def test_a_stream_of_copies_equals_a_padded_sequence_per_memory(rule, monkeypatch):
+    monkeypatch.setattr(projections, "LEAST_FLOPS", 0)
     ids = jnp.array([[0, 0, 0, 1, 1, 2, 2], [4, 4, 4, 4, 4, 4, 4]])
     results = [
         loss_and_gradients(build_mom(rule=rule, execution=execution, conv_width=3), inputs(), ids)
@@ -176,6 +179,42 @@ def test_a_stream_of_copies_equals_a_padded_sequence_per_memory(rule):
         assert np.abs(want).max() > 0, name
         scale = max(1.0, float(np.abs(want).max()))
         np.testing.assert_allclose(got, want, atol=2e-5 * scale, err_msg=name)
+
+
+def test_products_of_routed_copies_are_those_of_their_memories_and_so_are_gradients():
+    keys = jax.random.split(jax.random.key(0), 4)
+    # Memory 2 has no copy; memory 1 has 22, more than a block.
+    memory = jnp.array([[0, 1]] * 3 + [[1, 3]] * 19).reshape(2, 11, 2)
+    kernels = [
+        jax.random.normal(key, (4, 5, size)) for key, size in zip(keys, (3, 6), strict=False)
+    ]
+    x = jax.random.normal(keys[2], (2, 11, 5))
+    of_copies = jax.random.normal(keys[3], (2, 11, 2, 5))
+
+    def routed(x, of_copies, kernels):
+        return routed_products(x, memory, kernels), routed_products(of_copies, memory, kernels)
+
+    def of_all(x, of_copies, kernels):
+        own = [kernel[memory] for kernel in kernels]
+        return (
+            tuple(jnp.einsum("btd,btjdx->btjx", x, one) for one in own),
+            tuple(jnp.einsum("btjd,btjdx->btjx", of_copies, one) for one in own),
+        )
+
+    def both(function):
+        made, pullback = jax.vjp(function, x, of_copies, tuple(kernels))
+        return made, pullback(jax.tree.map(jnp.cos, made))
+
+    got, wanted = (jax.tree.leaves(jax.jit(both, static_argnums=0)(f)) for f in (routed, of_all))
+    for value, want in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(value, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("copies", [64, 1000, 4096, 100_000])
+def test_at_most_an_eighth_of_the_rows_of_blocks_is_in_vain(copies):
+    memory = jax.ShapeDtypeStruct((1, copies // 2, 2), jnp.int32)
+    rows = jax.eval_shape(functools.partial(in_blocks, memories=5), memory).copy_NR.shape
+    assert copies <= rows[0] * rows[1] <= max(9 * copies / 8, copies + 5 * 15)
 
 
 def copy_inner(inner, mixer):

@@ -16,6 +16,9 @@ from experiments.configs.recipes.point_clouds import require_points
 def get_config(task: str) -> ConfigDict:
     config: Any = recipe(task)
     require_points(config, "lion", task)
-    config.model.pattern = ("lion",)
-    config.model.mixers = {"lion": mixer_options("lion")}
+    smoke = config.model.width < 64
+    options = mixer_options("lion", operator="mamba", state_size=4 if smoke else 16)
+    config.model.pattern, config.model.mixers = ("lion",), {"lion": options}
+    # Around the paper's Mamba: x + norm(f(x)), and no MLP.
+    config.model.update({"mlp": "none", "branch_norm": True, "drop_path": 0.0 if smoke else 0.2})
     return config

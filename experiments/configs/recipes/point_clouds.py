@@ -58,7 +58,7 @@ def _recipe(labels: str, best: str, smoke: bool) -> ConfigDict:
             "mlp": "gelu",
             "mlp_ratio": 4.0,
             "norm": "layer",
-            "norm_eps": 1e-6,
+            "norm_eps": 1e-5,
             "branch_norm": False,
             "drop_path": 0.0,
         },
@@ -68,11 +68,12 @@ def _recipe(labels: str, best: str, smoke: bool) -> ConfigDict:
         evaluation={"examples": 64, "best_metric": best},
     )
     if smoke:
-        config.task.update({"grid": (32, 32, 16), "voxels": 2_048, "clouds": 4 if of_voxels else 8})
-        config.task.update({"shapes": 3, "radius": (4.0, 7.0), "test_examples": 32})
-        config.model.update({"width": 32, "windows": ((7, 7, 16), (7, 7, 8)), "groups": (256, 128)})
+        config.task.update({"grid": (16, 16, 16), "radius": (4.0, 6.0), "voxels": 1_024})
+        config.task.update({"clouds": 4, "shapes": 2, "noise": 0.1, "clutter": 0.05})
+        config.task.test_examples = 64
+        config.model.update({"width": 32, "windows": ((5, 5, 16), (5, 5, 8)), "groups": (128, 64)})
         config.steps, config.batch_size, config.log_every_steps = 150, 4, 25
         config.optimizer.warmup_steps = 15
-        config.eval.update({"every_steps": 75, "examples": 32})
+        config.eval.update({"every_steps": 75, "examples": 64})
         config.checkpoint.every_steps = 75
     return config

@@ -2,7 +2,7 @@
 
 LiT (ICCV 2025): L + 0.5 |e_T - e_S|^2 + 0.05 |V_T - V_S|^2. CLEAR (Liu et al., NeurIPS 2025, arXiv
 2412.16112) has the first of the two with velocities, LinFusion (Liu et al., 2024, arXiv 2409.02097)
-with noise."""
+with noise, and of what the attention of each layer returns (0.5)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,37 +25,47 @@ class Distillation:
     objective         of noisy images
     output_weight     of the difference of noise, or velocity
     variance_weight   of the difference of v, by which NoisePrediction says a variance
+    feature_weight    of the difference of what the mixer of each layer returns, a mean over tokens,
+                      channels and layers; the student's own activations feed its later layers
 
-    Sums over images: those of the objective; output_sum and variance_sum, of the differences.
-    Metrics: those of the objective, loss being all of it; distil_output, distil_variance."""
+    Sums over images: those of the objective; output_sum, variance_sum and feature_sum, of the
+    differences.
+    Metrics: those of the objective, loss being all of it; distil_output, distil_variance,
+    distil_features."""
 
     objective: NoisePrediction | FlowMatching
     output_weight: float
     variance_weight: float = 0.0
+    feature_weight: float = 0.0
 
     def __call__(self, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         if model.teacher is None:
             raise ValueError(
-                "config.model.teacher must be the section of a model for distil_output or"
-                " distil_variance; there is none"
+                "config.model.teacher must be the section of a model for distil_output,"
+                " distil_variance or distil_features; there is none"
             )
         image = array_of(batch, "image", "Distillation").astype(jnp.float32)
         weights_B = batch["weights"].astype(jnp.float32)
         place_B, noise, class_B = self.objective.drawn(batch, key)
         noisy = self.objective.noisy(image, noise, place_B)
-        output, taught = model(*noisy, class_B), model.teacher(*noisy, class_B)
+        output, features = model.with_outputs(*noisy, class_B)
+        taught, features_there = jax.lax.stop_gradient(model.teacher.with_outputs(*noisy, class_B))
+        if self.feature_weight and features.shape != features_there.shape:
+            raise ValueError(
+                "config.model.teacher must have the depth, width and patch of the model for"
+                f" distil_features; mixers return {features_there.shape} there, {features.shape}"
+                " here"
+            )
         _, sums = self.objective.scored(batch, noise, place_B, output)
-        parts = zip(
-            ("output_sum", "variance_sum"),
-            (self.output_weight, self.variance_weight),
-            self.objective.halves(output),
-            self.objective.halves(jax.lax.stop_gradient(taught)),
-            strict=True,
-        )
-        for name, weight, own, of_teacher in parts:
-            if own is None or of_teacher is None:
-                continue
-            sums[name] = of_counted(weights_B, mean_over_pixels(jnp.square(own - of_teacher)))
+        (own, v), (there, v_there) = (self.objective.halves(said) for said in (output, taught))
+        differences = {"output_sum": (self.output_weight, own - there)}
+        if v is not None and v_there is not None:
+            differences["variance_sum"] = (self.variance_weight, v - v_there)
+        if self.feature_weight:
+            apart = features.astype(jnp.float32) - features_there.astype(jnp.float32)
+            differences["feature_sum"] = (self.feature_weight, jnp.moveaxis(apart, 1, 0))
+        for name, (weight, apart) in differences.items():
+            sums[name] = of_counted(weights_B, mean_over_pixels(jnp.square(apart)))
             sums["loss_sum"] = sums["loss_sum"] + weight * sums[name]
         return weighted_mean(sums["loss_sum"], sums["weight_sum"]), sums
 
@@ -63,7 +73,11 @@ class Distillation:
         return images_of(batch, "Distillation")
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        names = {"output_sum": "distil_output", "variance_sum": "distil_variance"}
+        names = {
+            "output_sum": "distil_output",
+            "variance_sum": "distil_variance",
+            "feature_sum": "distil_features",
+        }
         return self.objective.metrics(sums) | {
             metric: float(sums[name] / sums["weight_sum"])
             for name, metric in names.items()

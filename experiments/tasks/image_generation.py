@@ -38,6 +38,7 @@ def make(
     class_dropout: Probability = 0.1,
     distil_output: Weight = 0.0,
     distil_variance: Weight = 0.0,
+    distil_features: Weight = 0.0,
     evaluated_times: Times = 10,
     test_split: str = "test",
     data_dir: str = "~/tensorflow_datasets",
@@ -51,7 +52,7 @@ def make(
     objective         "noise": NoisePrediction, with schedule, noise_steps and learned_variance;
                       "flow": FlowMatching, with flow_times
     class_dropout     the share of images whose class the model is not told
-    distil_output, distil_variance
+    distil_output, distil_variance, distil_features
                       weights of what a model with a teacher (model.teacher) learns from it:
                       experiments/objectives/distillation.py
     evaluated_times   at which an evaluation sees each image
@@ -82,7 +83,7 @@ def make(
             "distil_variance must be 0 without objective='noise' and learned_variance=True; got"
             f" {distil_variance}"
         )
-    distils = distil_output or distil_variance
+    weights = [float(weight) for weight in (distil_output, distil_variance, distil_features)]
     grid = DenoisingGrid(minimised, evaluated_times)
     changes = Changes(flip=flip)
     return Task(
@@ -98,9 +99,7 @@ def make(
             split: Sums(numbered(images_of(source, split, rows, columns)), grid)
             for split in EVALUATED
         },
-        objective=Distillation(minimised, float(distil_output), float(distil_variance))
-        if distils
-        else minimised,
+        objective=Distillation(minimised, *weights) if any(weights) else minimised,
         provenance={
             "images": source.origin,
             "train_images": len(source.splits["train"][0]),

@@ -178,7 +178,8 @@ class Context(NamedTuple):
     positions [B, T] and segment_ids [B, T] int; condition [B, C] float; grid: the static extents of
     the grid whose places the tokens are, in row-major order: (height, width) for an image; mask
     [B, T] bool: the tokens that there are, the others being padding; separate_ids [B, T] int:
-    segment_ids in which padding is a segment of its own, for mixers that take no mask."""
+    segment_ids in which padding is a segment of its own, for mixers that take no mask;
+    keeps_outputs: whether what a mixer returns is kept beside its state, as `Kept`."""
 
     positions: jax.Array | None = None
     segment_ids: jax.Array | None = None
@@ -186,6 +187,14 @@ class Context(NamedTuple):
     grid: tuple[int, ...] | None = None
     mask: jax.Array | None = None
     separate_ids: jax.Array | None = None
+    keeps_outputs: bool = False
+
+
+class Kept(NamedTuple):
+    """What stands in the place of a mixer's state where outputs are kept."""
+
+    state: Any
+    output: jax.Array
 
 
 class DropPath(nnx.Module):
@@ -307,13 +316,14 @@ class Block(nnx.Module):
             named = inspect.signature(type(self.mixer).__call__).parameters
             offered = {"grid": context.grid, "shared": shared, "mask": context.mask}
             apart = context.segment_ids if "mask" in named else context.separate_ids
-            return self.mixer(
+            y_BTD, after = self.mixer(
                 h_BTD,
                 state,
                 positions=context.positions,
                 segment_ids=apart,
                 **{name: value for name, value in offered.items() if name in named},
             )
+            return y_BTD, Kept(after, y_BTD) if context.keeps_outputs else after
 
         def half(
             f: Callable[[jax.Array], tuple[jax.Array, Any]],

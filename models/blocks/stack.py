@@ -147,8 +147,10 @@ class Stack(nnx.Module):
         condition: jax.Array | None = None,
         grid: tuple[int, ...] | None = None,
         mask: jax.Array | None = None,
+        keeps_outputs: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """The stream after the last block and the state after the last token.
+        """The stream after the last block and the state after the last token, with keeps_outputs
+        a `Kept` for each block.
 
         `state` None is the state before the first token; `Context` explains the other arguments.
         Raises ValueError for a missing or superfluous condition."""
@@ -159,7 +161,7 @@ class Stack(nnx.Module):
                 f" {'with' if self.conditioned else 'without'} a condition"
             )
         apart = segment_ids if mask is None else padding_apart(segment_ids, mask)
-        context = Context(positions, segment_ids, condition, grid, mask, apart)
+        context = Context(positions, segment_ids, condition, grid, mask, apart, keeps_outputs)
 
         def run(
             x_BTD: jax.Array, blocks: nnx.List[Block], states: Any, shared: Any

@@ -122,6 +122,13 @@ class DiffusionTransformer(Backbone):
         """float32 [B, height, width, output_channels] of noisy images [B, height, width, channels]
         of any height and width that divide into patches; times float [B], 0 (no noise) to 1000 (all
         noise); classes int [B], `classes` for none."""
+        return self.with_outputs(image_BYXC, time_B, class_B)[0]
+
+    def with_outputs(
+        self, image_BYXC: jax.Array, time_B: jax.Array, class_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same, and what the mixers returned: [L, B, T, D], a layer after the other, those of
+        the scanned period first by their place in it."""
         if image_BYXC.ndim != 4 or image_BYXC.shape[3] != self.channels:
             raise ValueError(
                 f"images must be [B, height, width, {self.channels}] as the model was made for; got"
@@ -135,12 +142,17 @@ class DiffusionTransformer(Backbone):
         batch, height, width, _ = image_BYXC.shape
         rows, columns = self.grid_of(height, width)
         condition_BD = self.condition(time_B, class_B)
-        x_BTD, _ = self.hidden(image_BYXC, condition=condition_BD, grid=(rows, columns))
+        x_BTD, kept = self.hidden(
+            image_BYXC, condition=condition_BD, grid=(rows, columns), keeps_outputs=True
+        )
+        outputs = [block.output for block in kept["period"]]
+        outputs += [block.output[None] for block in kept["remainder"]]
         modulation_B1M = self.modulation(jax.nn.silu(condition_BD))[:, None]
         shift_B1D, scale_B1D = jnp.split(modulation_B1M, 2, axis=-1)
         pixels_BTP = self.head(self.norm(x_BTD) * (1 + scale_B1D) + shift_B1D)
         pixels = pixels_BTP.reshape(batch, rows, columns, self.patch, self.patch, -1)
-        return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
+        image_BYXC = pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
+        return image_BYXC, jnp.concatenate(outputs)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens. Raises ValueError for an image that does not divide."""

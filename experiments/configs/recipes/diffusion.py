@@ -54,7 +54,7 @@ def diffusion_recipe(model: str, argument: str, sizes: Collection[str]) -> tuple
         )
     if size and name != "diffusion_imagenet":
         raise ValueError(f"{model} has the size {size!r} for diffusion_imagenet; got {argument!r}")
-    if argument == "diffusion_imagenet":
+    if argument == "diffusion_imagenet" and sizes:
         size = next(iter(sizes))
     return config, size
 

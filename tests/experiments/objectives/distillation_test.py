@@ -27,17 +27,23 @@ class Scaled:
         self.factor, self.channels, self.teacher = factor, channels, teacher
 
     def __call__(self, image, time_B, class_B):
-        return jnp.concatenate([self.factor * image] * self.channels, axis=-1)
+        return self.with_outputs(image, time_B, class_B)[0]
+
+    def with_outputs(self, image, time_B, class_B):
+        said = jnp.concatenate([self.factor * image] * self.channels, axis=-1)
+        features = self.factor * image.reshape(1, len(image), 4, 1)
+        return said, jnp.concatenate((features, 2 * features))
 
 
 @pytest.mark.parametrize(("objective", "channels"), [(NOISE, 2), (FLOW, 1)])
 def test_a_teacher_that_is_the_student_adds_exactly_nothing(objective, channels):
     student = Scaled(0.7, channels, Scaled(0.7, channels))
     key = jax.random.key(0)
-    loss, sums = Distillation(objective, 0.5, 0.05)(student, BATCH, key)
+    loss, sums = Distillation(objective, 0.5, 0.05, 0.5)(student, BATCH, key)
     plain, _ = objective(student, BATCH, key)
     assert float(loss) == float(plain)
     assert float(sums["output_sum"]) == float(sums.get("variance_sum", 0.0)) == 0.0
+    assert float(sums["feature_sum"]) == 0.0
 
 
 def test_the_terms_are_weighted_means_of_squared_differences():
@@ -54,6 +60,10 @@ def test_the_terms_are_weighted_means_of_squared_differences():
     assert metrics["distil_variance"] == pytest.approx(mean, rel=1e-5)
     assert float(loss) == pytest.approx(float(plain) + 0.55 * mean, rel=1e-5)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-6)
+    # Of two layers, one of which differs twice as much.
+    more, sums = Distillation(NOISE, 0.5, 0.05, 0.4)(student, BATCH, key)
+    assert float(more - loss) == pytest.approx(0.4 * 2.5 * mean, rel=1e-4)
+    assert distillation.metrics(sums)["distil_features"] == pytest.approx(2.5 * mean, rel=1e-5)
     off, _ = Distillation(NOISE, 0.0, 0.0)(student, BATCH, key)
     assert float(off) == float(plain)
 

@@ -34,7 +34,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("label_smoothing", "drop_path", "mlp_width", "norm_eta", "norm_steps"),
         *("norm_warmup_steps", "jitter", "dropout", "mlp_dropout", "distractors", "class_dropout"),
         *("occlusion", "clutter", "generated"),
-        *("distil_output", "distil_variance"),
+        *("distil_output", "distil_variance", "distil_features"),
     },
     -1: {"data", "train_examples"},
     HUGE: {"clip_norm"},
@@ -77,7 +77,7 @@ IMAGE_SETS |= {f"diffusion_{name}" for name in IMAGE_SETS}
 SERIES = ("etth", "exchange")
 SOUNDS = {"separation_speech", "separation_large"}  # likewise voices that are generated
 OF_SERIES = {"s_mamba", "itransformer"}
-OF_NOISE = {"lit"}
+OF_NOISE = {"lit", "linfusion"}
 CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attention"}) + [
     f"task {name}"
     for name in available_recipes()

@@ -65,10 +65,28 @@ def test_the_network_computes_its_equations():
 def test_fresh_blocks_are_the_identity_and_predict_nothing():
     model = denoiser()
     x = jnp.asarray(RNG.standard_normal((2, 6, 8)), jnp.float32)
-    c = model.condition(TIMES, CLASSES)
+
+    @jax.jit
+    def seen(model):
+        c = model.condition(TIMES, CLASSES)
+        return c, model.stack(x, None, condition=c)[0], model(IMAGES, TIMES, CLASSES)
+
+    c, after, said = seen(model)
     assert float(jnp.abs(c[0] - c[1]).max()) > 1e-3
-    np.testing.assert_array_equal(model.stack(x, None, condition=c)[0], x)
-    np.testing.assert_array_equal(model(IMAGES, TIMES, CLASSES), np.zeros((2, 4, 6, 6)))
+    np.testing.assert_array_equal(after, x)
+    np.testing.assert_array_equal(said, np.zeros((2, 4, 6, 6)))
+
+
+def test_what_mixers_return_is_kept_in_the_order_of_layers():
+    model = randomised(lambda: denoiser(depth=3, pattern=("segment_mean", "vit")))
+    outputs = jax.jit(lambda m: m.with_outputs(IMAGES, TIMES, CLASSES)[1])(model)
+    assert outputs.shape == (3, 2, 6, 8)
+    condition = model.condition(jnp.asarray(TIMES), jnp.asarray(CLASSES))
+    x, (first, _) = model.embedding(jnp.asarray(IMAGES)), model.stack.period
+    block = jax.tree.map(lambda leaf: leaf[0], first)
+    (shift, scale, _), _ = block.modulations(condition, 8)
+    want, _ = block.mixer(block.mixer_norm(x) * (1 + scale) + shift)
+    np.testing.assert_allclose(outputs[0], want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
 # Table 1 and Table 4 of the paper, patches of 2 x 2 on latents of 32 x 32 x 4.

@@ -1,10 +1,13 @@
 """Brings a public checkpoint into a workdir, and a run out into a public checkpoint.
 
     python -m experiments.convert --from=SmolLM2-135M --workdir=runs/smollm2
+    python -m experiments.convert --from=SmolLM2-135M.gguf --workdir=runs/smollm2
     python -m experiments.convert --workdir=runs/smollm2 --to=exported
 
 A public checkpoint is a folder in the format of Hugging Face: config.json, safetensors, in one file
-or in several with an index, and tokenizer.json. The workdir is like that of a run at step 0:
+or in several with an index, and tokenizer.json. Of the families Llama, Qwen2 and Qwen3 it may also
+be one file of llama.cpp, with its tokenizer where that is a byte-level one that splits as GPT-2's
+does; a tokenizer.json beside the file comes first. The workdir is like that of a run at step 0:
 `experiments.generate` and `experiments.evaluate` take it, and experiments/configs/of_run.py is the
 config that trains it further. Nothing is guessed: tensors that are missing, superfluous or of
 another shape are named, and so are keys of config.json that are not understood."""
@@ -51,7 +54,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run, made or read.", required=True)
-    flags.DEFINE_string("from", "", "Folder of a public checkpoint to bring in.")
+    flags.DEFINE_string("from", "", "Folder of a public checkpoint to bring in, or a file *.gguf.")
     flags.DEFINE_string("to", "", "New folder for the run as a public checkpoint.")
     flags.DEFINE_string("dtype", "keep", "Of the weights: keep, float32 or bfloat16.")
     flags.DEFINE_integer(

@@ -1,5 +1,5 @@
-"""Public checkpoints read: a folder in the format of Hugging Face becomes a config, the sizes of a
-task and parameters."""
+"""Public checkpoints read: a folder in the format of Hugging Face, or a GGUF file, becomes a
+config, the sizes of a task and parameters."""
 
 import functools
 import hashlib
@@ -20,7 +20,8 @@ from experiments.training.state import Blueprint, by_path, initial_model, make_b
 from experiments.training.task import Examples, Task
 from models.weights import table
 from models.weights.families import find_format, read_model
-from models.weights.folder import TensorFolder, read_config
+from models.weights.folder import Source, TensorFolder, read_config
+from models.weights.gguf_file import SUFFIX, GgufFile
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TOKENIZER = "tokenizer.json"
@@ -30,11 +31,11 @@ TOKENIZER = "tokenizer.json"
 class Checkpoint:
     """A public checkpoint as a run would have it.
 
-    public      config.json
+    public      config.json, or what it would be
     config      of the run
     task        sizes and origin of its tokens, without examples
     params      arrays by path, float32 or bfloat16
-    warnings    keys of config.json that were not understood
+    warnings    what was not understood or is not as it was
     """
 
     public: Mapping[str, Any]
@@ -48,29 +49,33 @@ class Checkpoint:
 def read_checkpoint(
     folder: Path, *, dtype: str = "keep", context_length: int = 0, tokenizer: Path | None = None
 ) -> Checkpoint:
-    """The checkpoint in `folder`.
+    """The checkpoint in `folder`, or in a file *.gguf.
 
     dtype             of the parameters: "keep" (bfloat16 if that is all there is in the file, else
                       float32), "float32" or "bfloat16"
     context_length    tokens that full attention sees at most; 0: as config.json says
-    tokenizer         where the run will have its tokenizer.json; None: in `folder`
+    tokenizer         where the run will have its tokenizer.json; None: where the checkpoint has it
 
     Raises ValueError for one that cannot be read, with the key or tensor."""
     check_dtype(dtype)
     if context_length < 0:
         raise ValueError(f"--context_length must be 0 or positive; got {context_length}")
-    public = read_config(folder)
+    gguf_file = GgufFile(folder) if folder.suffix == SUFFIX else None
+    public = gguf_file.config if gguf_file else read_config(folder)
     model, keys = read_model(public, context_length)
     format = find_format(public["model_type"])
-    source = TensorFolder(folder)
+    source = gguf_file or TensorFolder(folder)
     if format.EMBEDDING not in source.shapes:
         raise ValueError(f"the checkpoint lacks the tensors {format.EMBEDDING}")
     rows = source.shapes[format.EMBEDDING][0]
-    file = folder / TOKENIZER
-    config = _config(model, rows, (tokenizer or file) if file.is_file() else None)
+    file = (folder.parent if gguf_file else folder) / TOKENIZER
+    content = file.read_bytes() if file.is_file() else None
+    if content is None and gguf_file and gguf_file.tokenizer is not None:
+        content = gguf_file.tokenizer.encode("utf-8")
+    config = _config(model, rows, (tokenizer or file) if content else None)
     config.param_dtype = _dtype(source, format) if dtype == "keep" else dtype
     validate(config)
-    task = _task(config, file)
+    task = _task(config, content)
     blueprint = make_blueprint(config, task)
     ours = by_path(parameter_shapes(blueprint, config))
     tensors = tensors_of(format, config.model.to_dict(), ours)
@@ -81,10 +86,16 @@ def read_checkpoint(
         same = np.array_equal(source.read(format.HEAD), source.read(format.EMBEDDING))
         if not same:
             raise ValueError(f"tie_word_embeddings is true, but {format.HEAD} differs")
-    names = ", ".join(keys.left)
-    warnings = (f"keys of config.json taken to change no logits: {names}",) if names else ()
+    warnings = []
+    if keys.left:
+        names = ", ".join(keys.left)
+        warnings.append(f"keys of config.json taken to change no logits: {names}")
+    if gguf_file and gguf_file.quantised:
+        warnings.append(f"weights of fewer bits as float32: {', '.join(gguf_file.quantised)}")
+    if gguf_file and content is None:
+        warnings.append(f"the tokenizer is not read, put {TOKENIZER} beside the file to have it")
     params = table.load(source, tensors, ours)
-    return Checkpoint(public, config, task, blueprint, params, warnings)
+    return Checkpoint(public, config, task, blueprint, params, tuple(warnings))
 
 
 def check_dtype(dtype: str) -> None:
@@ -93,7 +104,7 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"--dtype must be keep, {' or '.join(DTYPES)}; got {dtype!r}")
 
 
-def _dtype(source: TensorFolder, format: ModuleType) -> str:
+def _dtype(source: Source, format: ModuleType) -> str:
     """The narrowest type of parameters that holds every number of the file."""
     free = {t for name, t in source.dtypes.items() if not name.endswith(format.FLOAT32)}
     return "bfloat16" if free == {DTYPES["bfloat16"]} else "float32"
@@ -123,15 +134,15 @@ def _config(model: Mapping[str, Any], rows: int, tokenizer: Path | None) -> Conf
     )
 
 
-def _task(config: Config, tokenizer: Path) -> Task:
-    """Sizes and origin of the tokens; the task itself would read its data."""
+def _task(config: Config, tokenizer: bytes | None) -> Task:
+    """Sizes and origin of the tokens, of which tokenizer.json has this content; the task itself
+    would read its data."""
     nothing = Examples(lambda indices: {})
     provenance, kept = {}, {}
-    if tokenizer.is_file():
-        content = tokenizer.read_bytes()
-        sha256 = hashlib.sha256(content).hexdigest()
+    if tokenizer is not None:
+        sha256 = hashlib.sha256(tokenizer).hexdigest()
         provenance = {"tokenizer": f"tokenizer-{sha256[:16]}", "tokenizer_sha256": sha256}
-        kept = {"tokenizer": content}
+        kept = {"tokenizer": tokenizer}
     sizes = {"vocabulary": config.model.vocabulary_rows}
     return Task(sizes, lambda seed: nothing, {}, provenance=provenance, kept=kept)
 

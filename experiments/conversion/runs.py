@@ -33,8 +33,8 @@ class _Start:
 def bring_in(
     folder: Path, workdir: Path, *, dtype: str = "keep", context_length: int = 0
 ) -> tuple[str, ...]:
-    """Makes `workdir` a run at step 0 of the checkpoint in `folder`, as `read_checkpoint` reads it;
-    returns warnings.
+    """Makes `workdir` a run at step 0 of the checkpoint in `folder`, which may be a file *.gguf, as
+    `read_checkpoint` reads it; returns warnings.
 
     Raises ValueError, before anything is written, also for a workdir that has something in it."""
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):

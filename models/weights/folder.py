@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -44,6 +44,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json, which says what the tensors are")
     return read_object(file)
+
+
+class Source(Protocol):
+    """Tensors that are read when they are asked for."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+
+    def read(self, name: str) -> np.ndarray: ...
 
 
 class TensorFolder:

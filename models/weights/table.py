@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from models.weights.folder import TensorFolder
+from models.weights.folder import Source
 
 Array = Any  # numpy's or jax's
 ALIGNMENT = 64  # bytes
@@ -113,10 +113,7 @@ def placed(
 
 
 def check_fits(
-    source: TensorFolder,
-    tensors: Sequence[Tensor],
-    ours: Mapping[str, Any],
-    ignored: Collection[str],
+    source: Source, tensors: Sequence[Tensor], ours: Mapping[str, Any], ignored: Collection[str]
 ) -> None:
     """Raises ValueError, and names tensors, unless `source` has exactly these, in their shapes;
     those in `ignored` may be there."""
@@ -142,7 +139,7 @@ def check_fits(
 
 
 def load(
-    source: TensorFolder, tensors: Sequence[Tensor], ours: Mapping[str, Any]
+    source: Source, tensors: Sequence[Tensor], ours: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """The parameters by path, in the shapes and types of `ours`; one tensor at a time is in memory
     beside them."""

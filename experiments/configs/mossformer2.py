@@ -4,8 +4,8 @@
         --workdir=runs/voices
     python -m experiments.separate --workdir=runs/voices mixture.wav
 
-A minute and a half on 2 CPU cores; the improvement of the SI-SDR is then 6 to 7 dB on the test.
-With separation, ten minutes. The published model is separation_large, for speech of your own.
+The first takes about a minute and a half on 2 CPU cores and then improves the SI-SDR of the test by
+6 to 7 dB. The published size is separation_large, for speech of your own.
 
 Without the recurrent module, --config.model.mixers.mossformer2.recurrent=none, it is MossFormer."""
 

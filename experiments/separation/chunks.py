@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+ALIKE = 0.05  # smallest over largest singular value, of estimates of length 1: a cosine of 0.995
 # (chunks [B, C], lengths [B]) -> estimates [B, Q, C] of the first lengths[b] samples of each.
 Separate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -55,10 +56,13 @@ def separated(
 
 
 def scaled(estimate_QC: np.ndarray, mixture_C: np.ndarray) -> np.ndarray:
-    """The estimates, each times the number for which their sum is nearest to the mixture."""
+    """The estimates, each times the number for which their sum is nearest to the mixture; of those
+    that are hardly anything but multiples of each other equal shares, not large differences."""
     estimate_QC = np.asarray(estimate_QC, np.float64)
-    gain_Q, *_ = np.linalg.lstsq(estimate_QC.T, np.asarray(mixture_C, np.float64))
-    return gain_Q[:, None] * estimate_QC
+    size_Q1 = np.linalg.norm(estimate_QC, axis=1, keepdims=True)
+    unit_QC = estimate_QC / np.where(size_Q1 > 0, size_Q1, 1.0)
+    gain_Q, *_ = np.linalg.lstsq(unit_QC.T, np.asarray(mixture_C, np.float64), rcond=ALIKE)
+    return gain_Q[:, None] * unit_QC
 
 
 def same_order(before_QO: np.ndarray, now_QO: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ def separation_large(smoke: bool) -> ConfigDict:
         config.task.seconds = 2.0
         config.batch_size, config.accumulate, config.steps = 4, 4, 200_000
         config.model.update({"width": 512, "depth": 24})
-        config.optimizer.update({"lr": 1.5e-4, "clip_norm": 10.0})
+        config.optimizer.update({"lr": 1.5e-4, "clip_norm": 10.0, "warmup_steps": 0})
         config.eval.every_steps = config.checkpoint.every_steps = 5_000
     return config
 

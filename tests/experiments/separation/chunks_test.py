@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments.separation.chunks import chunks_of, separated
+from experiments.separation.chunks import chunks_of, scaled, separated
 
 SOURCES = np.random.default_rng(0).standard_normal((3, 103)).astype(np.float32)
 
@@ -47,6 +47,17 @@ def test_chunks_cover_a_sound_and_none_is_within_the_one_before(length):
         assert spans[0][0] == 0 and spans[-1][1] == length
         for (begin, end), (following, last) in itertools.pairwise(spans):
             assert end - begin == 20 and following == end - overlap and last > end
+
+
+def test_estimates_that_are_alike_share_the_mixture():
+    """Least squares alone would take 100 times their difference."""
+    one = SOURCES[0, :20].astype(np.float64)
+    other, mixture = one + 0.01 * SOURCES[1, :20], one + SOURCES[1, :20]
+    got = scaled(np.stack((one, other)), mixture)
+    share = np.linalg.norm(got, axis=1) / np.linalg.norm(mixture)
+    assert np.all(share < 0.6)
+    lone = scaled(np.stack((one, 0 * one)), 3 * one)
+    np.testing.assert_allclose(lone, [3 * one, 0 * one], atol=1e-12)
 
 
 def test_silence_is_silence_and_an_overlap_as_long_as_a_chunk_is_refused():

@@ -7,17 +7,21 @@
 In <workdir>/samples, or --out: grid.png, all pictures, and their pixels in batches, which are kept
 as they are done: the same command goes on where it was interrupted, and with a larger --count draws
 the others. A picture depends on --seed and its own number. The samplers are those of
-experiments/sampling/samplers.py."""
+experiments/sampling/samplers.py. With --classifier=runs/vit it says what that run takes the
+pictures for, and how far its features are from those of real ones
+(experiments/sampling/scores.py)."""
 
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from experiments.objectives.flow_matching import FlowMatching
 from experiments.sampling.pictures import GRID, Drawing, draw_pictures
 from experiments.sampling.samplers import Sampler
+from experiments.sampling.scores import scores
 from experiments.tasks.image_generation import objective_of
 from experiments.training import command_line, run_record
 from experiments.training.progress import ProgressReport
@@ -75,8 +79,13 @@ def main() -> None:
     run = load_run(workdir, options.step, averaged=options.averaged, reads_data=False)
     folder = Path(options.out).expanduser() if options.out else workdir / "samples"
     drawing = drawing_of(run, options)
+    classifier = load_run(Path(options.classifier), "best") if options.classifier else None
     with ProgressReport(-(-options.count // max(1, options.batch_size))) as progress:
-        draw_pictures(drawing, folder, options.count, progress)
+        pictures = draw_pictures(drawing, folder, options.count, progress)
+    if classifier is not None:
+        classes = np.resize(drawing.classes, len(pictures))
+        for name, value in scores(classifier, pictures, classes)._asdict().items():
+            print(f"{name}  {value:.4g}")
     print(f"{folder / GRID}: {options.count} pictures, {time.monotonic() - began:.1f} s")
 
 
@@ -98,5 +107,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Of the noise.")
     flags.DEFINE_integer("batch_size", 64, "Pictures that are drawn together.")
     flags.DEFINE_integer("replica", 0, "Which of config.seeds, counted from 0.")
+    flags.DEFINE_string(
+        "classifier", "", "Workdir of a run of image_classification that scores the pictures."
+    )
     flags.DEFINE_string("out", "", "Folder of what is written; <workdir>/samples if left out.")
     command_line.run(main)

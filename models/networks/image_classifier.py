@@ -184,6 +184,10 @@ class ImageClassifier(Backbone):
         """Logits [B, classes] float32 of images [B, height, width, channels], as the task scales
         pixels; of any height and width that divide into patches and mergings, positions being
         resized."""
+        return self.head(self.features(image_BYXC))
+
+    def features(self, image_BYXC: jax.Array) -> jax.Array:
+        """What the head reads, [B, D] float32."""
         if image_BYXC.ndim != 4 or image_BYXC.shape[3] != self.channels:
             raise ValueError(
                 f"images must be [B, height, width, {self.channels}] as the model was made for; got"
@@ -200,8 +204,8 @@ class ImageClassifier(Backbone):
             map_BYXD = x_BTD.reshape(len(x_BTD), rows >> number, columns >> number, -1)
             x_BTD = stage(map_BYXD, grid(number + 1))
         if self.class_token:
-            return self.head(self.norm(x_BTD[:, 0]))
-        return self.head(jnp.mean(self.norm(x_BTD), axis=1))
+            return self.norm(x_BTD[:, 0])
+        return jnp.mean(self.norm(x_BTD), axis=1)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the first stage's tokens. Raises ValueError for an image that does

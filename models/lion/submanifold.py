@@ -38,7 +38,7 @@ def neighbours(voxels: Voxels) -> jax.Array:
 
 
 class SubmanifoldConvolution(nnx.Module):
-    """x_BTD -> y_BTD, without bias; zeros where there is no voxel."""
+    """x_BTD -> y_BTD float32, without bias; zeros where there is no voxel."""
 
     def __init__(
         self, width: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike, compute_dtype: DTypeLike
@@ -56,9 +56,15 @@ class SubmanifoldConvolution(nnx.Module):
         def add(y_BTE: jax.Array, column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             places_B3T, kernel_3DE = column
             read = jax.vmap(lambda x_TD, at_3T: x_TD.at[at_3T].get(mode="fill", fill_value=0))
-            return y_BTE + jnp.einsum("bktd,kde->bte", read(x_BTD, places_B3T), kernel_3DE), None
+            return y_BTE + jnp.einsum(
+                "bktd,kde->bte",
+                read(x_BTD, places_B3T),
+                kernel_3DE,
+                preferred_element_type=jnp.float32,
+            ), None
 
         # One column at a time, read again in the backward pass: all 27 neighbours at once would be
         # 27 times the features.
         columns = (jnp.moveaxis(neighbours_B93T, 1, 0), kernel_93DE)
-        return jax.lax.scan(jax.checkpoint(add), jnp.zeros_like(x_BTD), columns)[0]
+        zeros_BTE = jnp.zeros(x_BTD.shape, jnp.float32)
+        return jax.lax.scan(jax.checkpoint(add), zeros_BTE, columns)[0]

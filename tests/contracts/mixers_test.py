@@ -193,7 +193,6 @@ ENCODERS = {  # not causal
         depth=3,
     ),
     "s_mamba": Row(("s_mamba",), {"s_mamba": {"state_size": 4}}),
-    "lion_mamba": Row(("lion",), {"lion": {"operator": "mamba", "state_size": 4}}),
     "itransformer": Row(("itransformer",), {"itransformer": {"heads": 2, "dropout": 0.0}}),
     "s4d_encoder": Row(("s4d",), {"s4d": {"state_size": 4, "causal": False}}),
     "flowformer_encoder": Row(("flowformer",), {"flowformer": {"heads": 2, "causal": False}}),
@@ -220,6 +219,7 @@ ENCODERS = {  # not causal
     ),
 }
 OTHER_ENCODERS = {  # the same of other mixers
+    "lion_mamba": Row(("lion",), {"lion": {"operator": "mamba", "state_size": 4}}),
     "s4_encoder": Row(("s4",), {"s4": {"state_size": 4, "kernel_length": 16, "causal": False}}),
     "s5_encoder": Row(("s5",), {"s5": {"state_size": 8, "blocks": 2, "causal": False}}),
     "lru_encoder": Row(("lru",), {"lru": {"state_size": 4, "causal": False}}),

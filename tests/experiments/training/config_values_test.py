@@ -101,6 +101,8 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
             **dict.fromkeys(OF_NOISE, "diffusion_digits,smoke"),
         }
         config = module.get_config(tasks.get(mixer, "mqar,smoke"))
+        if mixer == "lion":
+            config.model.orders = ("x",)
         parts: tuple[str, ...] = ("model.mixers.",)
     else:
         config = recipe(f"{name},smoke")
@@ -114,6 +116,7 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
             config = importlib.import_module("experiments.configs.dit").get_config(f"{name},smoke")
         elif config.model.name == "point_cloud":
             config = importlib.import_module("experiments.configs.lion").get_config(f"{name},smoke")
+            config.model.orders = ("x",)  # half of the operators to trace
         elif config.model.name == "forecaster":
             module = importlib.import_module("experiments.configs.itransformer")
             config = module.get_config(f"{name},smoke")

@@ -338,6 +338,7 @@ FILLED = {
     "ptd_robustness cpu": 84,
     "s4d_initialization cpu": 24,
     "selective_copying_induction cpu": 25,
+    "separation cpu": 6,
     "state_tracking cpu": 15,
     "state_tracking demo": 4,
 }

@@ -7,6 +7,8 @@ The argument is the workdir of a run with softmax attention (`vit`). All of it i
 only attention is trained, on the task's own objective, the noise that the run predicts (0.5) and
 what its attention returns in each layer (0.5); AdamW, 1e-4 in the paper and the run's own rate
 here, for sizes as small. The paper replaces the attention of U-Nets; its numbers are of those.
+Of the run of dit.py:diffusion_digits,smoke: error of the noise 0.097 on validation after 500 steps,
+0.098 of the teacher (one seed).
 With the name of a task, as in diffusion_digits,smoke, the model is trained from nothing."""
 
 from ml_collections import ConfigDict

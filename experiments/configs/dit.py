@@ -5,7 +5,7 @@ attention, the teacher of those with linear attention.
         --workdir=runs/dit
     python -m experiments.sample --workdir=runs/dit --count=100 --guidance=2
 
-diffusion_digits,smoke: 1 minute of two CPU cores, error of the noise 0.098 (one seed).
+diffusion_digits,smoke: two minutes of two CPU cores, error of the noise 0.098 (one seed).
 
 diffusion_imagenet is DiT-S of 33 million parameters; diffusion_imagenet,base (130), ,large (458)
 and ,xlarge (675) are the larger ones. They read pixels here, where the authors' read the latents of

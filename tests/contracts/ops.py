@@ -135,6 +135,8 @@ class OpContract:
     # --- shared programs --------------------------------------------------------------------------
 
     def data(self, variant: str, length: int, dtype: str = "float32", seed: int = 0):
+        known = {getattr(one, "values", (one,))[0] for one in self.variants}
+        assert variant in known | {*self.examples.VARIANTS}, f"{variant!r} is none of {known}"
         keys = jax.random.split(jax.random.key(seed), 3)
         inputs = self.inputs(keys[0], variant, length, dtype)
         starts = jax.random.uniform(keys[2], (BATCH, length)) < 0.04

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh
 import ops
 from ops.framework.sequence_parallel import CARRIED
 from ops.selective_scan import gating
+from ops.state_passing import examples as state_passing_examples
 from tests.contracts.ops import assert_close
 from tests.eight_devices.mesh import AXES, collectives, mesh_of
 from tests.ops import (
@@ -50,7 +51,7 @@ IN_MAKE_TEST = {
     ("gated_linear_attention", "vector", "all_gather", (2, 1, 2, 2)),
     ("gated_linear_attention", "none", "pipelined", (1, 1, 4, 1)),
     ("delta_rule", "scalar", "all_gather", (2, 1, 2, 2)),
-    ("selective_scan", "positive", "all_gather", (2, 1, 2, 2)),
+    ("selective_scan", "gated", "all_gather", (2, 1, 2, 2)),
     ("diagonal_scan", "complex, per token", "all_gather", (1, 1, 4, 1)),
     ("short_convolution", "4 taps", "all_gather", (2, 1, 2, 2)),
 }
@@ -94,7 +95,7 @@ def test_values_states_and_gradients_of_ops(op, variant, method, shape, packed):
 
 REVERSED_IN_MAKE_TEST = {
     ("gated_linear_attention", "vector", "ring", (1, 1, 4, 1)),
-    ("selective_scan", "positive", "all_gather", (2, 1, 2, 2)),
+    ("selective_scan", "gated", "all_gather", (2, 1, 2, 2)),
 }
 
 
@@ -127,7 +128,7 @@ def test_walking_in_reverse(op, variant, method, shape):
             for case in (
                 ("gated_linear_attention", "vector"),
                 ("delta_rule", "scalar"),
-                ("selective_scan", "positive"),
+                ("selective_scan", "gated"),
                 ("diagonal_scan", "complex, per token"),
             )
         ),
@@ -161,7 +162,9 @@ def test_state_passing(method, shape, packed, reverse):
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
-    A, written, state = 0.5 * normal(4, 3, 3), normal(2, 16, 4, 3), normal(2, 4, 3)
+    sizes = {**state_passing_examples.SHAPES["test"], "length": 16, "systems": 4}
+    A, written = state_passing_examples.inputs(sizes, "", "float32", jax.random.key(0)).values()
+    state = normal(2, 4, sizes["state"])
     keeps = jnp.asarray(rng.random((2, 16)) < 0.7) if packed else None
     cotangents = normal(*written.shape), normal(*state.shape)
 
@@ -310,8 +313,8 @@ def test_gradients_of_shared_inputs_are_added_up_in_float32():
         ("gated_linear_attention", "vector", "pallas_tpu", "tpu"),
         ("gated_linear_attention", "constant", "pallas_tpu", "tpu"),
         ("delta_rule", "scalar", "pallas_tpu", "tpu"),
-        ("selective_scan", "positive", "pallas_tpu", "tpu"),
-        ("selective_scan", "negative", "xla", "cpu"),
+        ("selective_scan", "gated", "pallas_tpu", "tpu"),
+        ("selective_scan", "", "xla", "cpu"),
         ("diagonal_scan", "complex, per token", "pallas_tpu", "tpu"),
         ("diagonal_scan", "complex, per token", "xla", "cpu"),
         ("short_convolution", "4 taps", "pallas_tpu", "tpu"),

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from ops import diagonal_convolution, diagonal_scan
-from ops.diagonal_convolution.examples import SHAPES
+from ops.diagonal_convolution import examples
 from ops.diagonal_convolution.xla import powers
 from tests.contracts.ops import DOCUMENT, TOLERANCE, assert_close
 
 BATCH, LENGTH, WIDTH, MODES = (
-    SHAPES["test"][name] for name in ("batch", "length", "width", "modes")
+    examples.SHAPES["test"][name] for name in ("batch", "length", "width", "modes")
 )
 FORMS = ("real", "complex")
 
@@ -29,12 +29,9 @@ def case(form, length, seed=0, dtype="float32"):
         return parts if form == "complex" else parts[0]
 
     a = modulus * np.cos(angle), modulus * np.sin(angle)
-    inputs = {
-        "u": jnp.asarray(rng.standard_normal((BATCH, length, WIDTH)), dtype),
-        "a": tuple(map(jnp.float32, a)) if form == "complex" else jnp.float32(a[0]),
-        "b": number(WIDTH, MODES),
-        "c": number(WIDTH, MODES),
-    }
+    shape = {**examples.SHAPES["test"], "length": length}
+    inputs = examples.inputs(shape, form, dtype, jax.random.key(seed))
+    inputs["a"] = tuple(map(jnp.float32, a)) if form == "complex" else jnp.float32(a[0])
     return inputs, number(BATCH, WIDTH, MODES)
 
 

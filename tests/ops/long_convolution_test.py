@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from ops import long_convolution
-from ops.long_convolution.examples import SHAPES
+from ops.long_convolution import examples
 from tests.contracts.ops import TOLERANCE, assert_close
 
-BATCH, LENGTH, WIDTH = (SHAPES["test"][name] for name in ("batch", "length", "width"))
+BATCH, LENGTH, WIDTH = (examples.SHAPES["test"][name] for name in ("batch", "length", "width"))
 convolve = jax.jit(long_convolution, static_argnames="implementation")
 
 
@@ -46,9 +46,9 @@ def values_and_gradients(u, kernel, dy, segment_ids=None):
     ],
 )
 def test_values_and_gradients_equal_the_reference(length, dtype, packed):
-    u = normal(0, BATCH, length, WIDTH, dtype=dtype)
-    kernel = normal(1, WIDTH, length)
-    ids = None
+    shape = {**examples.SHAPES["test"], "length": length}
+    inputs = examples.inputs(shape, "", dtype, jax.random.key(0))
+    u, kernel, ids = inputs["u"], inputs["kernel"], None
     if packed:  # ids come back: only a change counts
         starts = np.random.default_rng(3).random((BATCH, length)) < 0.06
         ids = jnp.asarray(np.cumsum(starts, axis=1) % 3)

@@ -5,25 +5,21 @@ import numpy as np
 import pytest
 
 from ops import state_passing
+from ops.state_passing import examples
 from tests.contracts.ops import assert_close
 
-BATCH, PARTS, SYSTEMS, SIZE = 2, 5, 3, 4
+SHAPE = {**examples.SHAPES["test"], "length": 5}
+BATCH, PARTS, SYSTEMS, SIZE = (SHAPE[name] for name in ("batch", "length", "systems", "state"))
 
 
-def data(seed=0, dtype=np.float32):
+def data(seed=0):
     rng = np.random.default_rng(seed)
     keeps = rng.random((BATCH, PARTS)) < 0.7
     assert keeps.any() and not keeps.all()
-
-    def normal(*shape):
-        return rng.standard_normal(shape).astype(dtype)
-
-    return {
-        "A": 0.5 * normal(SYSTEMS, SIZE, SIZE),
-        "written": normal(BATCH, PARTS, SYSTEMS, SIZE),
-        "keeps": keeps,
-        "initial_state": normal(BATCH, SYSTEMS, SIZE),
-    }
+    inputs = examples.inputs(SHAPE, "", "float32", jax.random.key(seed))
+    state = rng.standard_normal((BATCH, SYSTEMS, SIZE)).astype(np.float32)
+    arrays = {name: np.asarray(array) for name, array in inputs.items()}
+    return {**arrays, "keeps": keeps, "initial_state": state}
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

@@ -103,7 +103,7 @@ TRANSFORMATIONS = {
 CONTRACTS = {
     "gated_linear_attention": (gated_linear_attention_test.TestGatedLinearAttention, "vector"),
     "delta_rule": (delta_rule_test.TestDeltaRule, "scalar"),
-    "selective_scan": (selective_scan_test.TestSelectiveScan, "positive"),
+    "selective_scan": (selective_scan_test.TestSelectiveScan, "gated"),
     "diagonal_scan": (diagonal_scan_test.TestDiagonalScan, "complex, per token"),
     "short_convolution": (short_convolution_test.TestShortConvolution, "4 taps"),
 }

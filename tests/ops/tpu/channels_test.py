@@ -16,7 +16,7 @@ from tests.ops import (
 
 LENGTH = 200  # no other size of these contracts
 CONTRACTS = {
-    "selective_scan": (selective_scan_test.TestSelectiveScan, "positive"),
+    "selective_scan": (selective_scan_test.TestSelectiveScan, "gated"),
     "diagonal_scan": (diagonal_scan_test.TestDiagonalScan, "real, per token"),
     "short_convolution": (short_convolution_test.TestShortConvolution, "4 taps"),
 }

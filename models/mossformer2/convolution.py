@@ -20,13 +20,13 @@ class ScaleNorm(nnx.Module):
     """x [..., D] -> float32."""
 
     def __init__(self, param_dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((), param_dtype), out_sharding=())
+        self.scale = nnx.Param(jnp.ones(1, param_dtype), out_sharding=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         # The larger of the squares, not of their roots: the gradient at 0 is finite.
         square = jnp.maximum(jnp.mean(x * x, axis=-1, keepdims=True), SMALLEST**2)
-        return x * jax.lax.rsqrt(square) * self.scale[...].astype(jnp.float32)
+        return x * jax.lax.rsqrt(square) * self.scale[0].astype(jnp.float32)
 
 
 class ConvolvedMap(nnx.Module):

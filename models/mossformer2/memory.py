@@ -61,7 +61,7 @@ class RecurrentModule(nnx.Module):
             return ConvolvedMap(norm(), inner, inner, (None, None), **given, **dtypes)
 
         self.first = _dense(width, inner, ("embed", None), rngs=rngs, **dtypes)
-        self.slope = nnx.Param(jnp.full((), SLOPE, param_dtype), out_sharding=())
+        self.slope = nnx.Param(jnp.full(1, SLOPE, param_dtype), out_sharding=(None,))
         self.first_norm, self.last_norm = norm(), norm()
         self.value = convolved()
         self.gate = convolved() if gated else None
@@ -69,7 +69,7 @@ class RecurrentModule(nnx.Module):
         self.last = _dense(inner, width, (None, "embed"), rngs=rngs, **dtypes)
 
     def __call__(self, x_BTD: jax.Array, number_BT: jax.Array | None) -> jax.Array:
-        h = self.first_norm(prelu(self.first(x_BTD), self.slope[...]))
+        h = self.first_norm(prelu(self.first(x_BTD), self.slope[0]))
         remembered = self.memory(self.value(h, number_BT), number_BT)
         if self.gate is not None:
             remembered = self.gate(h, number_BT) * remembered

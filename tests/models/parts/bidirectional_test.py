@@ -91,7 +91,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "base_conv": {},
 }
 FLIPPED = {
-    *("diag_attention", "liger", "lolcats", "transformer", "window_attention"),
+    *("diag_attention", "lion", "liger", "lolcats", "transformer", "window_attention"),
     *("mom", "monarch_mixer", "seqboat"),
 }
 IN_MAKE_TEST = ("hedgehog", "lightnet", "s4d", "base_conv")

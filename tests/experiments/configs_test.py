@@ -388,7 +388,13 @@ def test_the_arena_can_start_from_perturbed_matrices(
     check_reads(config, 16)
 
 
-@pytest.mark.parametrize("name", ["s4", "s4d", "s5", "lru", "lssl", "seqboat", "monarch_mixer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("s4", "s4d", "lru", "lssl", "seqboat", "monarch_mixer"),
+        pytest.param("s5", marks=pytest.mark.slow),  # trains
+    ],
+)
 def test_a_smoke_recipe_of_the_arena_trains_an_encoder(name: str, tmp_path: Path) -> None:
     get_config = importlib.import_module(f"experiments.configs.{name}").get_config
     config = get_config("lra_listops,smoke")

@@ -24,7 +24,11 @@ class TestBidirectionalLinearAttention(NonCausalContract):
     op = staticmethod(bidirectional_linear_attention)
     examples = examples
     # Query heads, key heads; positive features with a denominator, signed ones without.
-    variants = ("normalised", "grouped", "signed")
+    variants = (
+        "normalised",
+        pytest.param("grouped", marks=pytest.mark.slow),
+        pytest.param("signed", marks=pytest.mark.slow),
+    )
 
     def shape(self, variant, length):
         return super().shape(variant, length) | ({"heads": 6} if variant == "grouped" else {})

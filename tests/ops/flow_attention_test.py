@@ -18,7 +18,11 @@ def normal(seed, *shape, dtype="float32"):
 class TestFlowAttention(NonCausalContract):
     op = staticmethod(flow_attention)
     examples = examples
-    variants = ("published", "without clip", "relu, plain")
+    variants = (
+        "published",
+        pytest.param("without clip", marks=pytest.mark.slow),
+        pytest.param("relu, plain", marks=pytest.mark.slow),
+    )
     sizes = (2, 50)
     documents = (23, 1, 30, 6)
     masks = ("query_mask", "key_mask")

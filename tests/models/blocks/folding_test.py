@@ -31,7 +31,13 @@ def classifier(**model: Any) -> Any:
     return built
 
 
-@pytest.mark.parametrize("norm", ["batch", "rep_batch", "progressive_batch"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        *(pytest.param(norm, marks=pytest.mark.full) for norm in ("batch", "rep_batch")),
+        "progressive_batch",
+    ],
+)
 def test_a_folded_classifier_gives_the_same_logits_without_norms(norm):
     model = classifier(norm=norm, stages=LATER)
     want = np.asarray(model(IMAGES))

@@ -115,6 +115,7 @@ def test_published_models_have_states_of_the_published_sizes(mixer, width, optio
     assert state_bytes(model.stack.period[0].mixer) == 4 * floats
 
 
+@pytest.mark.slow
 def test_a_network_of_a_mixer_that_is_not_causal_learns_and_refuses_to_decode(monkeypatch):
     add_mixers(monkeypatch, segment_mean=SegmentMean)
     model = tiny_lm(pattern=("segment_mean", "gla"), depth=3)

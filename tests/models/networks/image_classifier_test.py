@@ -41,6 +41,7 @@ def test_the_logits_are_the_mean_over_normalised_tokens_of_patches():
     np.testing.assert_allclose(jax.jit(lambda m, x: m(x))(model, IMAGES), want, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_class_token_is_read_alone_and_stands_in_the_last_stage():
     model = classifier(pooling="class_token", stages=LATER)
     assert model.embedding.class_1D is None and model.stages[0].embedding.class_1D is None

@@ -21,7 +21,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PLATFORMS ?= cpu
 # Absolute, for processes that tests start elsewhere.
 PYTEST = PYTHONPATH="$$(cd "$(VENV)" && pwd)/tpu-compiler$${PYTHONPATH:+:$$PYTHONPATH}" "$(BIN)/python" -m pytest -n 2 \
-  --dist loadscope -q --durations=20 --durations-min=5
+  --dist loadscope --no-loadscope-reorder -q --durations=20 --durations-min=5
 # Most of a test is compilation, and with few optimisations that takes less than half as long. What the others do to the
 # numbers is seen by test-all and test-other.
 QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1

@@ -26,7 +26,7 @@ class TestBidirectionalLinearAttention(NonCausalContract):
     # Query heads, key heads; positive features with a denominator, signed ones without.
     variants = (
         "normalised",
-        pytest.param("grouped", marks=pytest.mark.slow),
+        pytest.param("grouped", marks=pytest.mark.full),
         pytest.param("signed", marks=pytest.mark.slow),
     )
 

@@ -21,7 +21,7 @@ class TestFlowAttention(NonCausalContract):
     variants = (
         "published",
         pytest.param("without clip", marks=pytest.mark.slow),
-        pytest.param("relu, plain", marks=pytest.mark.slow),
+        pytest.param("relu, plain", marks=pytest.mark.full),
     )
     sizes = (2, 50)
     documents = (23, 1, 30, 6)

@@ -188,7 +188,7 @@ def check(what: str, directory: Path, count: int | None) -> None:
 @pytest.mark.parametrize("what", CONFIGS)
 def test_a_value_that_nobody_means_costs_one_line_that_names_the_entry(what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a folder "x" is made there
-    check(what, tmp_path, 8)
+    check(what, tmp_path, 5)
 
 
 @pytest.mark.full

@@ -10,7 +10,7 @@ def test_the_table_times_every_mixer():
     assert set(table.MIXERS.values()) == set(image_cost.MIXERS)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_softmax_takes_memory_by_the_square_of_its_tokens_and_linear_attention_does_not():
     vit, slab = (
         [image_cost.by_tokens(seed=0, mixer=mixer, side=side)["image"]["mib"] for side in (14, 56)]

@@ -10,7 +10,7 @@ def test_the_table_times_every_separator() -> None:
     assert set(separation_cost.SEPARATORS.values()) == set(separator_timing.SEPARATORS)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_step_takes_time_and_seconds_of_sound_are_counted_by_it() -> None:
     step = separator_timing.measure(seed=0, separator="vit", seconds=0.02)["step"]
     assert step["ms"] > 0

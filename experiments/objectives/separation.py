@@ -65,15 +65,18 @@ class Separation:
     def __call__(self, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         del key
         mixture_BT, sources_BQT = array_of(batch, "mixture", "Separation"), batch["sources"]
-        _, found_BQ, heard_BQ = assigned(model(mixture_BT), sources_BQT)
+        given_B = batch["weights"].astype(jnp.float32)
+        # A choice, not a product with zero: what fills up a batch is to reach neither the loss nor
+        # its gradient.
+        estimates_BQT = jnp.where(given_B[:, None, None] > 0, model(mixture_BT), 0.0)
+        _, found_BQ, heard_BQ = assigned(estimates_BQT, sources_BQT)
         before_BQ = si_sdr(mixture_BT[:, None], sources_BQT)
         heard_B = jnp.sum(heard_BQ, axis=1)
-        weights_B = batch["weights"].astype(jnp.float32) * (heard_B > 0)
+        weights_B = given_B * (heard_B > 0)
 
         def mean(values_BQ: jax.Array) -> jax.Array:
             values_BQ = jnp.where(heard_BQ, values_BQ, 0.0)
             value_B = jnp.sum(values_BQ, axis=1) / jnp.maximum(heard_B, 1)
-            # A choice, not a product with zero: what fills up a batch must not reach the loss.
             return jnp.sum(weights_B * jnp.where(weights_B > 0, value_B, 0.0))
 
         sums = {

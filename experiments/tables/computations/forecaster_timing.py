@@ -1,15 +1,15 @@
 """Time of a forecaster's step by the number of variates, for tables."""
 
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.tables.computations.rounds import fastest
 from models.networks import forecaster
 
-CONTEXT, HORIZON, WIDTH, ROUNDS = 96, 96, 128, 5
+CONTEXT, HORIZON, WIDTH = 96, 96, 128
 ENCODERS: dict[str, dict[str, Any]] = {
     "s_mamba": {"state_size": 16},
     "s_mamba, one direction": {"state_size": 16, "bidirectional": False},
@@ -48,10 +48,5 @@ def measure(*, seed: int, encoder: str, variates: int) -> dict[str, dict[str, fl
         return jnp.mean(jnp.square(nnx.merge(graphdef, params, others)(history_BLV)))
 
     history_BLV = jax.random.normal(jax.random.key(seed), (1, CONTEXT, variates))
-    jax.block_until_ready(gradient(params, history_BLV))
-    rounds = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        jax.block_until_ready(gradient(params, history_BLV))
-        rounds.append(time.perf_counter() - began)
-    return {"step": {"ms": 1e3 * min(rounds), "windows_per_second": 1 / min(rounds)}}
+    seconds = fastest(lambda: gradient(params, history_BLV))
+    return {"step": {"ms": 1e3 * seconds, "windows_per_second": 1 / seconds}}

@@ -1,6 +1,5 @@
 """Time and memory of classifiers of images, for tables."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.tables.computations.rounds import fastest
 from models.blocks.folding import fold_norms
 from models.networks import image_classifier
 
-ROUNDS = 5
 MIXERS: dict[str, dict[str, Any]] = {
     "vit": {"heads": 3},
     "vig": {},
@@ -77,10 +76,4 @@ def _timed(model: Any, side: int, batch: int) -> tuple[float, Any]:
 
     images = jnp.ones((batch, side, side, 3))
     compiled: Callable[..., Any] = jax.jit(logits).lower(state, images).compile()
-    jax.block_until_ready(compiled(state, images))
-    rounds = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        jax.block_until_ready(compiled(state, images))
-        rounds.append(time.perf_counter() - began)
-    return 1e3 * min(rounds), compiled
+    return 1e3 * fastest(lambda: compiled(state, images)), compiled

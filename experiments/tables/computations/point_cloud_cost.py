@@ -1,15 +1,14 @@
 """Time and memory of a network of point clouds, for tables."""
 
-import time
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from experiments.tables.computations.rounds import fastest
 from models.networks import point_cloud
 
-ROUNDS = 3
 GRID = (256, 256, 16)
 OPERATORS: dict[str, dict[str, Any]] = {
     "mamba": {
@@ -61,14 +60,9 @@ def by_voxels(*, seed: int, operator: str, voxels: int, group: int) -> dict[str,
 
     cloud = _cloud(seed, voxels)
     compiled: Any = jax.jit(logits).lower(state, cloud[0], **cloud[1]).compile()
-    jax.block_until_ready(compiled(state, cloud[0], **cloud[1]))
-    rounds = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        jax.block_until_ready(compiled(state, cloud[0], **cloud[1]))
-        rounds.append(time.perf_counter() - began)
+    seconds = fastest(lambda: compiled(state, cloud[0], **cloud[1]), rounds=3)
     mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    return {"cloud": {"ms": 1e3 * min(rounds), "mib": mib}}
+    return {"cloud": {"ms": 1e3 * seconds, "mib": mib}}
 
 
 def _cloud(seed: int, voxels: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -1,15 +1,15 @@
 """Time of a separator's step by the length of a sound, for tables."""
 
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.tables.computations.rounds import fastest
 from models.networks import separator as separators
 
-RATE, ROUNDS = 8_000, 5
+RATE = 8_000
 MOSSFORMER: dict[str, Any] = {
     "group": 128,
     "qk_size": 32,
@@ -48,11 +48,5 @@ def measure(*, seed: int, separator: str, seconds: float) -> dict[str, dict[str,
         return jnp.mean(jnp.square(nnx.merge(graphdef, params, others)(mixture_BT)))
 
     mixture_BT = jax.random.normal(jax.random.key(seed), (1, round(seconds * RATE)))
-    jax.block_until_ready(gradient(params, mixture_BT))
-    rounds = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        jax.block_until_ready(gradient(params, mixture_BT))
-        rounds.append(time.perf_counter() - began)
-    fastest = min(rounds)
-    return {"step": {"ms": 1e3 * fastest, "audio_seconds_per_second": seconds / fastest}}
+    taken = fastest(lambda: gradient(params, mixture_BT))
+    return {"step": {"ms": 1e3 * taken, "audio_seconds_per_second": seconds / taken}}

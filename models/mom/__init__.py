@@ -27,10 +27,10 @@ something (models/mom/projections.py). execution="padded" projects all tokens fo
 runs a whole sequence per memory: E in the place of J. Both are exact and drop nothing. A single
 token is padded always.
 
-Of the products of k, v, gates and recurrence, forward and backward, gathered has 3.16 times those
-of a layer with one memory at T = 2048 and 3.10 at 8192, padded 5.00 (the compiled programs for a
-CPU, E = 5, J = 3, width 512, "gated_delta_net"). In ms of a CPU's time, summed over two cores,
-forward and backward, float32, the least of four:
+Of the products of k, v, gates and recurrence, forward and backward, gathered has 3.2 times those
+of a layer with one memory at T = 2048 and 3.1 at 8192, padded 5.0 (the compiled programs for a CPU,
+E = 5, J = 3, width 512, "gated_delta_net"). In ms of processor time on two cores with others at
+work, jax 0.10.2, forward and backward, float32, the least of four:
 
     B x T, width        one memory   gathered   padded
     1 x 2048, 256           126         317       391

@@ -7,8 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.configs.recipes.base import base, recipe, shrink
+from experiments.configs.recipes.base import base, shrink
 from experiments.configs.recipes.defaults import task_options
+from experiments.configs.recipes.images_of_size import sized_recipe
 
 
 def diffusion_digits(smoke: bool) -> ConfigDict:
@@ -40,23 +41,13 @@ def diffusion_imagenet(smoke: bool) -> ConfigDict:
 
 
 def diffusion_recipe(model: str, argument: str, sizes: Collection[str]) -> tuple[Any, str]:
-    """(config, size) of "<task>", "<task>,smoke" or "diffusion_imagenet,<size>", sizes being those
-    that are published; "diffusion_imagenet" is the first of them, and "" the size of all else.
-
-    Raises ValueError for another task."""
-    name, _, variant = argument.partition(",")
-    size = variant if variant in sizes else ""
-    config: Any = recipe(name if size else argument)
-    if config.model.name != "diffusion_transformer":
-        raise ValueError(
-            f"{model} makes images: use a task of image_generation, such as diffusion_digits; got"
-            f" {argument!r}"
-        )
-    if size and name != "diffusion_imagenet":
-        raise ValueError(f"{model} has the size {size!r} for diffusion_imagenet; got {argument!r}")
-    if argument == "diffusion_imagenet" and sizes:
-        size = next(iter(sizes))
-    return config, size
+    """`sized_recipe` of what makes images, whose sizes are for "diffusion_imagenet"."""
+    return sized_recipe(
+        *(model, argument, sizes),
+        large="diffusion_imagenet",
+        network="diffusion_transformer",
+        expected="makes images: use a task of image_generation, such as diffusion_digits",
+    )
 
 
 def _diffusion(

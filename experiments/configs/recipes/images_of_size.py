@@ -7,20 +7,29 @@ from experiments.configs.recipes.base import recipe
 
 
 def image_recipe(model: str, argument: str, sizes: Collection[str]) -> tuple[Any, str]:
-    """(config, size) of "<task>", "<task>,smoke" or "imagenet,<size>", sizes being those that are
-    published; "imagenet" is the first of them, and "" the size of all else.
+    """`sized_recipe` of a classifier, whose sizes are for "imagenet"."""
+    return sized_recipe(
+        *(model, argument, sizes),
+        large="imagenet",
+        network="image_classifier",
+        expected="classifies images: use a task of image_classification, such as digits",
+    )
 
-    Raises ValueError for a task that has no images."""
+
+def sized_recipe(
+    model: str, argument: str, sizes: Collection[str], *, large: str, network: str, expected: str
+) -> tuple[Any, str]:
+    """(config, size) of "<task>", "<task>,smoke" or "<large>,<size>", sizes being those that are
+    published; "<large>" is the first of them, and "" the size of all else.
+
+    Raises ValueError, with what is `expected`, for a task of another network."""
     name, _, variant = argument.partition(",")
     size = variant if variant in sizes else ""
     config: Any = recipe(name if size else argument)
-    if config.model.name != "image_classifier":
-        raise ValueError(
-            f"{model} classifies images: use a task of image_classification, such as digits; got"
-            f" {argument!r}"
-        )
-    if size and name != "imagenet":
-        raise ValueError(f"{model} has the size {size!r} for imagenet; got {argument!r}")
-    if argument == "imagenet":
+    if config.model.name != network:
+        raise ValueError(f"{model} {expected}; got {argument!r}")
+    if size and name != large:
+        raise ValueError(f"{model} has the size {size!r} for {large}; got {argument!r}")
+    if argument == large and sizes:
         size = next(iter(sizes))
     return config, size

@@ -3,6 +3,7 @@ together."""
 
 import json
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -139,11 +140,12 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_from_its_checkpoint
     with started([command] * 2, tmp_path / "logs", devices=4) as children:
         lost, left = children[::-1]
         lost.wait_until(lambda: checkpoints.steps(workdir / "checkpoints"))
+        assert left.process.poll() is None, left.printed
         lost.process.kill()
         killed = time.monotonic()
-        assert left.wait(60) not in (0, 1)
+        # By the service of jax or by a collective whose peer is gone, whichever sees it first.
+        assert left.wait(60) == -signal.SIGABRT, left.printed
         assert time.monotonic() - killed < timeout + 10
-    assert "another task died" in left.printed
     done = checkpoints.steps(workdir / "checkpoints")[-1]
     assert 0 < done < overrides["steps"], "the run was over before the process was lost"
     train.run(regression_config(**overrides), tmp_path / "whole", quiet=True)

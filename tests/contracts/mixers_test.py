@@ -127,6 +127,10 @@ OTHERS = {  # mixers whose op has a row above, and further options
         {"hgrn2": {"heads": 2}, "window_attention": {"window": 4, "heads": 2}},
         depth=5,
     ),
+    "normalised_attention": Row(
+        ("normalised_attention",), {"normalised_attention": {"heads": 2, "state_size": 6}}
+    ),
+    "qlstm": Row(("qlstm",), {"qlstm": {"forget": "reversed", "expand": 1.0}}),
     "hedgehog": Row(("hedgehog",), {"hedgehog": {"heads": 2}}),
     "hedgehog_exp": Row(
         ("hedgehog",), {"hedgehog": {"heads": 4, "feature_map": "exp", "rope": False}}

@@ -70,6 +70,7 @@ def test_another_combination_is_refused():
 OPTIONS: dict[str, dict[str, Any]] = {
     "linear_attention": {"heads": 2, "conv_width": 3},
     "transnormer": {"heads": 2},
+    "normalised_attention": {"heads": 2, "state_size": 6},
     "hedgehog": {"heads": 2},
     "based": {"heads": 2, "feature_size": 4},
     "retnet": {"heads": 2},
@@ -88,6 +89,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "s4d": {"state_size": 4},
     "s5": {"state_size": 8, "blocks": 2, "clip_eigenvalues": True},
     "lru": {"state_size": 4},
+    "qlstm": {"forget": "reversed"},
     "base_conv": {},
 }
 FLIPPED = {

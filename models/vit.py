@@ -78,6 +78,10 @@ class SoftmaxAttention(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
+        return self.output(self.attended(x_BTD, segment_ids=segment_ids)), None
+
+    def attended(self, x_BTD: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """o_BTD, what W_o reads."""
         q_BTHK, k_BTHK, v_BTHV = (
             split_heads(dense(x_BTD), self.heads) for dense in (self.query, self.key, self.value)
         )
@@ -85,7 +89,7 @@ class SoftmaxAttention(nnx.Module):
         o_BTHV = shifted_window_attention(
             q_BTHK, k_BTHK, v_BTHV, grid=whole, window=whole, segment_ids=segment_ids
         )
-        return self.output(merge_heads(o_BTHV)), None
+        return merge_heads(o_BTHV)
 
 
 Mixer = SoftmaxAttention

@@ -16,9 +16,7 @@ from ml_collections import ConfigDict
 from experiments.configs.recipes.base import available_recipes
 from experiments.configs.recipes.defaults import mixer_options
 from experiments.configs.recipes.diffusion import diffusion_recipe
-from experiments.configs.recipes.distillation import taught
-
-ALL_BUT_ATTENTION = r"(?!stack/.*/mixer/).*"
+from experiments.configs.recipes.distillation import ALL_BUT_ATTENTION, taught
 
 
 def get_config(run: str) -> ConfigDict:

@@ -1,8 +1,9 @@
 """What a model of noisy images learns from a teacher that stays as it is.
 
-LiT (ICCV 2025): L + 0.5 |e_T - e_S|^2 + 0.05 |V_T - V_S|^2. CLEAR (Liu et al., NeurIPS 2025, arXiv
-2412.16112) has the first of the two with velocities, LinFusion (Liu et al., 2024, arXiv 2409.02097)
-with noise, and of what the attention of each layer returns (0.5)."""
+LiT (ICCV 2025): L + 0.5 |e_T - e_S|^2 + 0.05 |V_T - V_S|^2. LinFusion (Liu et al., 2024, arXiv
+2409.02097) and CLEAR (Liu et al., NeurIPS 2025, arXiv 2412.16112), with velocities, have the first
+of the two, and 0.5 for the layers: LinFusion for what their attention returns, CLEAR for what its
+output map reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from experiments.objectives.flow_matching import FlowMatching
 from experiments.objectives.noise_prediction import NoisePrediction
 from experiments.objectives.objective import Batch, Sums, Work, array_of, weighted_mean
 
+FEATURES = ("outputs", "attention")
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -25,8 +28,10 @@ class Distillation:
     objective         of noisy images
     output_weight     of the difference of noise, or velocity
     variance_weight   of the difference of v, by which NoisePrediction says a variance
-    feature_weight    of the difference of what the mixer of each layer returns, a mean over tokens,
-                      channels and layers; the student's own activations feed its later layers
+    feature_weight    of the difference of the layers' features, a mean over tokens, channels and
+                      layers; the student's own activations feed its later layers
+    features          what they are: "outputs" of the mixers, or "attention", what the output maps
+                      of mixers read
 
     Sums over images: those of the objective; output_sum, variance_sum and feature_sum, of the
     differences.
@@ -37,6 +42,7 @@ class Distillation:
     output_weight: float
     variance_weight: float = 0.0
     feature_weight: float = 0.0
+    features: str = "outputs"
 
     def __call__(self, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         if model.teacher is None:
@@ -48,8 +54,9 @@ class Distillation:
         weights_B = batch["weights"].astype(jnp.float32)
         place_B, noise, class_B = self.objective.drawn(batch, key)
         noisy = self.objective.noisy(image, noise, place_B)
-        output, features = model.with_outputs(*noisy, class_B)
-        taught, features_there = jax.lax.stop_gradient(model.teacher.with_outputs(*noisy, class_B))
+        seen = (*noisy, class_B, self.features)
+        output, features = model.with_outputs(*seen)
+        taught, features_there = jax.lax.stop_gradient(model.teacher.with_outputs(*seen))
         if self.feature_weight and features.shape != features_there.shape:
             raise ValueError(
                 "config.model.teacher must have the depth, width and patch of the model for"

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from experiments.objectives.denoising import DenoisingGrid
-from experiments.objectives.distillation import Distillation
+from experiments.objectives.distillation import FEATURES, Distillation
 from experiments.objectives.evaluation import Sums
 from experiments.objectives.flow_matching import TIMES, FlowMatching
 from experiments.objectives.noise_prediction import NoisePrediction
@@ -39,6 +39,7 @@ def make(
     distil_output: Weight = 0.0,
     distil_variance: Weight = 0.0,
     distil_features: Weight = 0.0,
+    features: str = "outputs",
     evaluated_times: Times = 10,
     test_split: str = "test",
     data_dir: str = "~/tensorflow_datasets",
@@ -55,6 +56,7 @@ def make(
     distil_output, distil_variance, distil_features
                       weights of what a model with a teacher (model.teacher) learns from it:
                       experiments/objectives/distillation.py
+    features          what distil_features is of: the "outputs" of mixers, or "attention"
     evaluated_times   at which an evaluation sees each image
 
     Pixels are scaled to [-1, 1]. Metrics: mse.
@@ -63,6 +65,7 @@ def make(
     check_choice("objective", objective, ("noise", "flow"))
     check_choice("schedule", schedule, SCHEDULES)
     check_choice("flow_times", flow_times, TIMES)
+    check_choice("features", features, FEATURES)
     source = image_set(dataset, data_dir, download, test_split=test_split, of_any_size=size > 0)
     if grey:
         source = in_grey(source)
@@ -84,6 +87,7 @@ def make(
             f" {distil_variance}"
         )
     weights = [float(weight) for weight in (distil_output, distil_variance, distil_features)]
+    taught = any(weights)
     grid = DenoisingGrid(minimised, evaluated_times)
     changes = Changes(flip=flip)
     return Task(
@@ -99,7 +103,7 @@ def make(
             split: Sums(numbered(images_of(source, split, rows, columns)), grid)
             for split in EVALUATED
         },
-        objective=Distillation(minimised, *weights) if any(weights) else minimised,
+        objective=Distillation(minimised, *weights, features=features) if taught else minimised,
         provenance={
             "images": source.origin,
             "train_images": len(source.splits["train"][0]),

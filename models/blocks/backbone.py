@@ -87,7 +87,7 @@ class Backbone(nnx.Module):
         condition: jax.Array | None = None,
         grid: tuple[int, ...] | None = None,
         mask: jax.Array | None = None,
-        keeps_outputs: bool = False,
+        keeps: str = "nothing",
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The residual stream x_BTD after the last block, float32, and the state after it.
 
@@ -104,7 +104,7 @@ class Backbone(nnx.Module):
             condition=condition,
             grid=grid,
             mask=mask,
-            keeps_outputs=keeps_outputs,
+            keeps=keeps,
         )
 
 

@@ -178,8 +178,9 @@ class Context(NamedTuple):
     positions [B, T] and segment_ids [B, T] int; condition [B, C] float; grid: the static extents of
     the grid whose places the tokens are, in row-major order: (height, width) for an image; mask
     [B, T] bool: the tokens that there are, the others being padding; separate_ids [B, T] int:
-    segment_ids in which padding is a segment of its own, for mixers that take no mask;
-    keeps_outputs: whether what a mixer returns is kept beside its state, as `Kept`."""
+    segment_ids in which padding is a segment of its own, for mixers that take no mask; keeps: what
+    is kept of a mixer beside its state, as `Kept`: "nothing", its "outputs", or "attention", what
+    its output map reads, of mixers with a method `attended`."""
 
     positions: jax.Array | None = None
     segment_ids: jax.Array | None = None
@@ -187,11 +188,11 @@ class Context(NamedTuple):
     grid: tuple[int, ...] | None = None
     mask: jax.Array | None = None
     separate_ids: jax.Array | None = None
-    keeps_outputs: bool = False
+    keeps: str = "nothing"
 
 
 class Kept(NamedTuple):
-    """What stands in the place of a mixer's state where outputs are kept."""
+    """What stands in the place of a mixer's state where something of it is kept."""
 
     state: Any
     output: jax.Array
@@ -313,6 +314,8 @@ class Block(nnx.Module):
         modulations = self.modulations(context.condition, x_BTD.shape[-1])
 
         def mix(h_BTD: jax.Array) -> tuple[jax.Array, Any]:
+            if context.keeps == "attention":
+                return self.mapped_attention(h_BTD, context)
             named = inspect.signature(type(self.mixer).__call__).parameters
             offered = {"grid": context.grid, "shared": shared, "mask": context.mask}
             apart = context.segment_ids if "mask" in named else context.separate_ids
@@ -323,7 +326,7 @@ class Block(nnx.Module):
                 segment_ids=apart,
                 **{name: value for name, value in offered.items() if name in named},
             )
-            return y_BTD, Kept(after, y_BTD) if context.keeps_outputs else after
+            return y_BTD, Kept(after, y_BTD) if context.keeps == "outputs" else after
 
         def half(
             f: Callable[[jax.Array], tuple[jax.Array, Any]],
@@ -346,6 +349,21 @@ class Block(nnx.Module):
             mlp = self.mlp if self.mlp_scale is None else self.scaled_mlp
             x_BTD, _ = half(lambda h: (mlp(h), None), self.mlp_norm, x_BTD, modulations[1])
         return x_BTD, state
+
+    def mapped_attention(self, h_BTD: jax.Array, context: Context) -> tuple[jax.Array, Kept]:
+        """What the mixer returns and what its output map read for it. Raises ValueError for a mixer
+        that has no such map."""
+        attended = getattr(type(self.mixer), "attended", None)
+        if attended is None:
+            raise ValueError(
+                f"{type(self.mixer).__name__} has no attention to keep: its class needs a method"
+                " attended, what its map output reads"
+            )
+        offered = {"segment_ids": context.separate_ids, "grid": context.grid}
+        named = inspect.signature(attended).parameters
+        given = {name: value for name, value in offered.items() if name in named}
+        o_BTD = attended(self.mixer, h_BTD, **given)
+        return self.mixer.output(o_BTD), Kept(None, o_BTD)
 
     def scaled_mlp(self, h_BTD: jax.Array) -> jax.Array:
         """What the MLP returns times `mlp_scale`."""

@@ -147,13 +147,14 @@ class Stack(nnx.Module):
         condition: jax.Array | None = None,
         grid: tuple[int, ...] | None = None,
         mask: jax.Array | None = None,
-        keeps_outputs: bool = False,
+        keeps: str = "nothing",
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """The stream after the last block and the state after the last token, with keeps_outputs
-        a `Kept` for each block.
+        """The stream after the last block and the state after the last token, where
+        `keeps` something a `Kept` for each block.
 
         `state` None is the state before the first token; `Context` explains the other arguments.
-        Raises ValueError for a missing or superfluous condition."""
+        Raises ValueError for a missing or superfluous condition, and for another `keeps`."""
+        check_choice("keeps", keeps, ("nothing", "outputs", "attention"))
         if self.conditioned != (condition is not None):
             raise ValueError(
                 "condition must be [B, C] for a stack with condition_width=C and None without; got"
@@ -161,7 +162,7 @@ class Stack(nnx.Module):
                 f" {'with' if self.conditioned else 'without'} a condition"
             )
         apart = segment_ids if mask is None else padding_apart(segment_ids, mask)
-        context = Context(positions, segment_ids, condition, grid, mask, apart, keeps_outputs)
+        context = Context(positions, segment_ids, condition, grid, mask, apart, keeps)
 
         def run(
             x_BTD: jax.Array, blocks: nnx.List[Block], states: Any, shared: Any

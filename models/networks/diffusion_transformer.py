@@ -125,10 +125,11 @@ class DiffusionTransformer(Backbone):
         return self.with_outputs(image_BYXC, time_B, class_B)[0]
 
     def with_outputs(
-        self, image_BYXC: jax.Array, time_B: jax.Array, class_B: jax.Array
+        self, image_BYXC: jax.Array, time_B: jax.Array, class_B: jax.Array, keeps: str = "outputs"
     ) -> tuple[jax.Array, jax.Array]:
         """The same, and what the mixers returned: [L, B, T, D], a layer after the other, those of
-        the scanned period first by their place in it."""
+        the scanned period first by their place in it. With keeps="attention", what their output
+        maps read."""
         if image_BYXC.ndim != 4 or image_BYXC.shape[3] != self.channels:
             raise ValueError(
                 f"images must be [B, height, width, {self.channels}] as the model was made for; got"
@@ -143,7 +144,7 @@ class DiffusionTransformer(Backbone):
         rows, columns = self.grid_of(height, width)
         condition_BD = self.condition(time_B, class_B)
         x_BTD, kept = self.hidden(
-            image_BYXC, condition=condition_BD, grid=(rows, columns), keeps_outputs=True
+            image_BYXC, condition=condition_BD, grid=(rows, columns), keeps=keeps
         )
         outputs = [block.output for block in kept["period"]]
         outputs += [block.output[None] for block in kept["remainder"]]

@@ -205,6 +205,7 @@ ENCODERS = {  # not causal
     "slab": Row(("slab",), {"slab": {"heads": 2}}),
     "lit": Row(("lit",), {"lit": {"heads": 2}}),
     "linfusion": Row(("linfusion",), {"linfusion": {"heads": 2}}),
+    "clear": Row(("clear",), {"clear": {"heads": 2}}),
     "soft": Row(("soft",), {"soft": {"size_per_head": 16, "window": 1, "kernel_size": 3}}),
     "mossformer2": Row(
         ("mossformer2",),

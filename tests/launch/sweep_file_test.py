@@ -24,7 +24,7 @@ FILES = {
     ),
     "raises": ("def cells(scale):\n    return {}[scale]", "line 4: KeyError: 'tiny'"),
     "numbers": ("def cells(scale): return [1]", "must be a list of Cell; got [1]"),
-    "model": ("def cells(scale): return cell('glaa:mqar')", "of based, delta_net, "),
+    "model": ("def cells(scale): return cell('glaa:mqar')", "of based, clear, delta_net, "),
     "task": ("def cells(scale): return cell('gla:mqarr')", "mqar, parity, "),
     "key": ("def cells(scale): return cell('gla:mqar', lr=1)", "has no entry 'lr'"),
     "type": ("def cells(scale): return cell('gla:mqar', steps=())", "steps cannot be ()"),

@@ -5,6 +5,7 @@ from typing import Any
 from experiments.configs import of_run
 
 SOFTMAX = "vit"
+ALL_BUT_ATTENTION = r"(?!stack/.*/mixer/).*"
 
 
 def taught(workdir: str, mixer: str) -> Any:

@@ -29,10 +29,11 @@ class Scaled:
     def __call__(self, image, time_B, class_B):
         return self.with_outputs(image, time_B, class_B)[0]
 
-    def with_outputs(self, image, time_B, class_B):
+    def with_outputs(self, image, time_B, class_B, keeps="outputs"):
         said = jnp.concatenate([self.factor * image] * self.channels, axis=-1)
         features = self.factor * image.reshape(1, len(image), 4, 1)
-        return said, jnp.concatenate((features, 2 * features))
+        other = 2 if keeps == "outputs" else 3
+        return said, jnp.concatenate((features, other * features))
 
 
 @pytest.mark.parametrize(("objective", "channels"), [(NOISE, 2), (FLOW, 1)])
@@ -64,6 +65,9 @@ def test_the_terms_are_weighted_means_of_squared_differences():
     more, sums = Distillation(NOISE, 0.5, 0.05, 0.4)(student, BATCH, key)
     assert float(more - loss) == pytest.approx(0.4 * 2.5 * mean, rel=1e-4)
     assert distillation.metrics(sums)["distil_features"] == pytest.approx(2.5 * mean, rel=1e-5)
+    distillation = Distillation(NOISE, 0.0, 0.0, 0.5, "attention")
+    sums = distillation(student, BATCH, key)[1]
+    assert distillation.metrics(sums)["distil_features"] == pytest.approx(5 * mean, rel=1e-5)
     off, _ = Distillation(NOISE, 0.0, 0.0)(student, BATCH, key)
     assert float(off) == float(plain)
 

@@ -270,14 +270,14 @@ def test_a_config_file_that_gives_no_config_costs_one_line(
 
 
 def test_every_file_of_the_folder_of_configs_is_one_or_is_refused_in_one_line(capsys, monkeypatch):
-    of_workdirs = {"of_run", "liger", "lolcats", "lit", "linfusion"}
+    of_workdirs = {"of_run", "liger", "lolcats", "lit", "linfusion", "clear"}
     for file in sorted((CHECKOUT / "experiments/configs").rglob("*.py")):
         line = refused(monkeypatch, capsys, f"--config={file}:nope")
         known = "has no function get_config" if file.parent.name == "recipes" else "got 'nope'"
         if file.stem in of_workdirs:
             known = "nope holds no run"
         assert line.startswith("error: ") and known in line, line
-    assert "a mixer of based, delta_net" in refused(
+    assert "a mixer of based, clear, delta_net" in refused(
         monkeypatch, capsys, "--config=experiments/configs/recall.py:recall"
     )
 

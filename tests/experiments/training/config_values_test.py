@@ -77,7 +77,7 @@ IMAGE_SETS |= {f"diffusion_{name}" for name in IMAGE_SETS}
 SERIES = ("etth", "exchange")
 SOUNDS = {"separation_speech", "separation_large"}  # likewise voices that are generated
 OF_SERIES = {"s_mamba", "itransformer"}
-OF_NOISE = {"lit", "linfusion"}
+OF_NOISE = {"lit", "linfusion", "clear"}
 CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attention"}) + [
     f"task {name}"
     for name in available_recipes()

@@ -89,6 +89,22 @@ def test_what_mixers_return_is_kept_in_the_order_of_layers():
     np.testing.assert_allclose(outputs[0], want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
+@pytest.mark.slow
+def test_kept_attention_is_what_the_output_map_reads():
+    model = randomised(lambda: denoiser(depth=1, pattern=("vit",), mixers={"vit": {"heads": 2}}))
+
+    @jax.jit
+    def kept(model):
+        return [model.with_outputs(IMAGES, TIMES, CLASSES, k) for k in ("outputs", "attention")]
+
+    (said, outputs), (same, attention) = kept(model)
+    mixer = jax.tree.map(lambda leaf: leaf[0], model.stack.period)[0].mixer
+    np.testing.assert_allclose(mixer.output(attention), outputs, atol=1e-5)
+    np.testing.assert_array_equal(said, same)
+    with pytest.raises(ValueError, match="SegmentMean has no attention to keep"):
+        denoiser().with_outputs(IMAGES, TIMES, CLASSES, "attention")
+
+
 # Table 1 and Table 4 of the paper, patches of 2 x 2 on latents of 32 x 32 x 4.
 PUBLISHED_MILLIONS = {"small": 33, "base": 130, "large": 458, "xlarge": 675}
 

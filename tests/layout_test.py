@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "experiments/sampling": "experiments/training experiments/objectives models/parts",
     "experiments/tasks": "experiments/training experiments/objectives models/parts",
     "experiments/reporting": "experiments/training",
-    "experiments/tables/computations": "experiments/training models/networks models/blocks"
+    "experiments/tables/computations": "experiments/training models/networks models/blocks models"
     " models/parts ops",
     "experiments/tables": "experiments/reporting experiments/tables/computations",
     "experiments/sweeps": "experiments/tables experiments/reporting",

@@ -22,6 +22,7 @@ from models.weights import table
 from models.weights.families import find_format, read_model
 from models.weights.folder import Source, TensorFolder, read_config
 from models.weights.gguf_file import SUFFIX, GgufFile
+from models.weights.older import config_of_today, tensors_of_today
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TOKENIZER = "tokenizer.json"
@@ -61,10 +62,10 @@ def read_checkpoint(
     if context_length < 0:
         raise ValueError(f"--context_length must be 0 or positive; got {context_length}")
     gguf_file = GgufFile(folder) if folder.suffix == SUFFIX else None
-    public = gguf_file.config if gguf_file else read_config(folder)
+    public = gguf_file.config if gguf_file else config_of_today(read_config(folder))
     model, keys = read_model(public, context_length)
     format = find_format(public["model_type"])
-    source = gguf_file or TensorFolder(folder)
+    source = gguf_file or tensors_of_today(TensorFolder(folder))
     if format.EMBEDDING not in source.shapes:
         raise ValueError(f"the checkpoint lacks the tensors {format.EMBEDDING}")
     rows = source.shapes[format.EMBEDDING][0]

@@ -30,10 +30,10 @@ TIED = dict.fromkeys(CLASSES, False)
 RATIO = {"retnet": 2}  # others: 4
 # They enter exponentials, and are float32 whatever the other tensors are.
 FLOAT32 = (".A_log", ".dt_bias", "lower_bounds")
-# How it is computed, and losses and starts of training.
+# How it is computed, losses and starts of training, and in 2024 the names of the norms.
 COMPUTATION = (
     *("attn_mode", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy"),
-    *("use_l2warp", "max_position_embeddings", "hidden_ratio"),
+    *("use_l2warp", "max_position_embeddings", "hidden_ratio", "norm_first"),
 )
 LAYER = "model.layers.{layer}"
 # A constant of the classes.

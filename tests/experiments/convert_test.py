@@ -110,6 +110,48 @@ def test_what_goes_out_is_what_came_in(name: str, tmp_path: Path) -> None:
     assert again.config.to_dict() == checkpoint.config.to_dict() and not again.warnings
 
 
+def test_older_names_are_those_of_today(tmp_path: Path) -> None:
+    """The first names of flash-linear-attention, and those of mamba_ssm with its own config."""
+    source = tmp_path / "fla"
+    shutil.copytree(DATA / "delta_net", source)
+    edited(source, norm_first=True)
+    tensors = {}
+    for name, array in numbers(source).items():
+        layer, _, rest = name.partition(".mlp.")
+        if rest == "up_proj.weight":
+            continue
+        if rest == "gate_proj.weight":
+            array = np.concatenate((array, numbers(source)[f"{layer}.mlp.up_proj.weight"]))
+        tensors[name.replace("attn_norm", "attn.norm").replace("mlp_norm", "mlp.norm")] = array
+    save_file(tensors, source / "model.safetensors")
+    expected = read_checkpoint(DATA / "delta_net")
+    same(read_checkpoint(source), expected)
+
+    source, expected = tmp_path / "mamba", read_checkpoint(DATA / "mamba2_groups")
+    source.mkdir()
+    public = json.loads((DATA / "mamba2_groups/config.json").read_text())
+    ssm = {"layer": "Mamba2", "d_state": public["state_size"], "headdim": public["head_dim"]}
+    keys = {"ssm_cfg": ssm | {"ngroups": 2}, "rms_norm": True, "pad_vocab_size_multiple": 16}
+    keys |= {"d_model": public["hidden_size"], "n_layer": public["num_hidden_layers"]}
+    keys["tie_embeddings"] = expected.config.model.tie_embeddings
+    (source / "config.json").write_text(json.dumps(keys))
+    tensors = {
+        n.replace("embeddings", "embedding"): t for n, t in numbers(DATA / "mamba2_groups").items()
+    }
+    save_file(tensors, source / "model.safetensors")
+    same(read_checkpoint(source), expected)
+    edited(source, d_intermediate=8)
+    with pytest.raises(ValueError, match="d_intermediate must be 0; got 8"):
+        read_checkpoint(source)
+
+
+def same(found: Checkpoint, expected: Checkpoint) -> None:
+    assert not found.warnings and found.config.to_dict() == expected.config.to_dict()
+    assert found.params.keys() == expected.params.keys()
+    for path, array in expected.params.items():
+        np.testing.assert_array_equal(found.params[path], array, err_msg=path)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_becomes_a_run_that_generates_and_goes_out_again(tmp_path: Path) -> None:
     data = np.load(DATA / "llama_gqa_tied/io.npz")

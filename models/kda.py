@@ -20,9 +20,10 @@ which is also the rank of both low-rank maps.
 
 State: H K V floats, and 3 (W - 1) d for the convolutions. Cost per token: O(H K V).
 
-Departures: ranks and initial values follow the authors' layer, which the report does not state. Its
-optional gate with a lower bound is left out: it keeps a kernel's factorised exponentials in range,
-and the op here has no such limit. Initialisation: Xavier-uniform with gain 2^-2.5.
+Departures: without `gate_bias` there is no b_4, as in the published checkpoints. Ranks and initial
+values follow the authors' layer, which the report does not state. Its optional gate with a lower
+bound is left out: it keeps a kernel's factorised exponentials in range, and the op here has no such
+limit. Initialisation: Xavier-uniform with gain 2^-2.5.
 
 Authors' code: https://github.com/fla-org/flash-linear-attention
 """
@@ -64,6 +65,7 @@ class KimiDeltaAttention(ConvolvedProjections):
         dt_min: Factor = 1e-3,
         dt_max: Factor = 1e-1,
         norm_eps: Epsilon = 1e-5,
+        gate_bias: bool = True,
     ):
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         dense = functools.partial(projection, init=XAVIER_SMALL, rngs=rngs, **dtypes)
@@ -86,7 +88,7 @@ class KimiDeltaAttention(ConvolvedProjections):
         self.dt_bias_HK = nnx.Param(dt_bias_HK, group="no_decay", out_sharding=("heads", None))
         self.norm = rms_norm(self.value_size, eps=norm_eps, rngs=rngs, param_dtype=param_dtype)
         self.output_gate_in = dense(width, self.value_size, ("embed", None))
-        self.output_gate_out = dense(self.value_size, value_width, (None, "heads"), bias=True)
+        self.output_gate_out = dense(self.value_size, value_width, (None, "heads"), bias=gate_bias)
         self.output = dense(value_width, width, ("heads", "embed"))
 
     def __call__(

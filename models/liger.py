@@ -73,6 +73,7 @@ class Liger(WindowAttention):
         rotary_size: Count = 0,
         output_gate: bool = False,
         zero_centred_norm: bool = False,
+        whole_norm: bool = False,
     ):
         check_choice("gate", gate, GATES)
         self.gate_kind, self.recurrence_share = gate, recurrence_share
@@ -96,6 +97,7 @@ class Liger(WindowAttention):
             rotary_size=rotary_size,
             output_gate=output_gate,
             zero_centred_norm=zero_centred_norm,
+            whole_norm=whole_norm,
         )
 
     def __call__(

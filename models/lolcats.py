@@ -86,6 +86,7 @@ class Lolcats(WindowAttention):
         rotary_size: Count = 0,
         output_gate: bool = False,
         zero_centred_norm: bool = False,
+        whole_norm: bool = False,
     ):
         check_choice("stage", stage, STAGES)
         self.transfers, self.context_length = stage == "transfer", context_length
@@ -109,6 +110,7 @@ class Lolcats(WindowAttention):
             rotary_size=rotary_size,
             output_gate=output_gate,
             zero_centred_norm=zero_centred_norm,
+            whole_norm=whole_norm,
         )
         self.features = feature_size
         start_HKF = jnp.broadcast_to(

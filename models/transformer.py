@@ -57,6 +57,7 @@ class SoftmaxAttention(WindowAttention):
         rotary_size: Count = 0,
         output_gate: bool = False,
         zero_centred_norm: bool = False,
+        whole_norm: bool = False,
     ):
         super().__init__(
             width,
@@ -78,6 +79,7 @@ class SoftmaxAttention(WindowAttention):
             rotary_size=rotary_size,
             output_gate=output_gate,
             zero_centred_norm=zero_centred_norm,
+            whole_norm=whole_norm,
         )
 
 

@@ -19,9 +19,9 @@ positions and grouped key/value heads are later additions (arXiv 2104.09864, 230
 qk_norm (arXiv 2010.04245; here RMSNorm with a learned scale). Public checkpoints need more:
 `size_per_head` is K where it is not d / heads, `rope_scaling` turns more slowly in long contexts
 (models/parts/rotary.py), `rotary_size` turns the first channels of a head alone, `qkv_bias` and
-`output_bias` add b to x W, `output_gate` multiplies o by sigmoid(x W_g), and `zero_centred_norm`
-has 1 + w for the scales of qk_norm. Initialisation: N(0, 0.02^2);
-W_o divided by sqrt(2 depth).
+`output_bias` add b to x W, `output_gate` multiplies o by sigmoid(x W_g), `zero_centred_norm`
+has 1 + w for the scales of qk_norm, and `whole_norm` has qk_norm over all heads together.
+Initialisation: N(0, 0.02^2); W_o divided by sqrt(2 depth).
 
 Authors' code: https://github.com/allenai/longformer
 """
@@ -78,6 +78,7 @@ class WindowAttention(nnx.Module):
         rotary_size: Count = 0,
         output_gate: bool = False,
         zero_centred_norm: bool = False,
+        whole_norm: bool = False,
     ):
         check_scaling(tuple(rope_scaling))
         if window < 1:
@@ -112,13 +113,13 @@ class WindowAttention(nnx.Module):
         self.value = dense(width, key_width, ("embed", "heads"), bias=qkv_bias)
         norm: Any = functools.partial(
             ZeroCentredRMSNorm if zero_centred_norm else rms_norm,
-            self.head_size,
             eps=norm_eps,
             rngs=rngs,
             param_dtype=param_dtype,
         )
-        self.query_norm = norm() if qk_norm else None
-        self.key_norm = norm() if qk_norm else None
+        self.whole_norm = whole_norm
+        widths = (query_width, key_width) if whole_norm else (self.head_size, self.head_size)
+        self.query_norm, self.key_norm = (norm(w) if qk_norm else None for w in widths)
         self.output_gate = (
             dense(width, query_width, ("embed", "heads"), bias=qkv_bias) if output_gate else None
         )
@@ -159,11 +160,15 @@ class WindowAttention(nnx.Module):
 
     def projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k and v, before any rotation."""
-        q_BTHK = split_heads(self.query(x_BTD), self.heads)
-        k_BTHK = split_heads(self.key(x_BTD), self.key_value_heads)
+        q_BTD, k_BTD = self.query(x_BTD), self.key(x_BTD)
+        norms: Any = self.query_norm and (self.query_norm, self.key_norm)
+        if norms and self.whole_norm:
+            q_BTD, k_BTD = norms[0](q_BTD), norms[1](k_BTD)
+        q_BTHK = split_heads(q_BTD, self.heads)
+        k_BTHK = split_heads(k_BTD, self.key_value_heads)
         v_BTHV = split_heads(self.value(x_BTD), self.key_value_heads)
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BTHK, k_BTHK = self.query_norm(q_BTHK), self.key_norm(k_BTHK)
+        if norms and not self.whole_norm:
+            q_BTHK, k_BTHK = norms[0](q_BTHK), norms[1](k_BTHK)
         return q_BTHK, k_BTHK, v_BTHV
 
     def projected_out(self, o_BTD: jax.Array, x_BTD: jax.Array) -> jax.Array:

@@ -159,5 +159,9 @@ def tensors_of(
 ) -> list[table.Tensor]:
     """The public tensors of a model, whose parameters by path are `ours`."""
     names = [model["pattern"][i % len(model["pattern"])] for i in range(model["depth"])]
-    layers = [format.layer_entries(name, model) for name in names]
+    dense = {**model, "mlp": "swiglu"}
+    layers = [
+        format.layer_entries(name, dense if i in model.get("dense_layers", ()) else model)
+        for i, name in enumerate(names)
+    ]
     return table.placed(format.network_entries(model), layers, ours)

@@ -78,8 +78,8 @@ def _merged(ours: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]
 
 def _complete(model: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """The section `model` with every option that a format asks for."""
-    ends = "mlp/up/kernel", "mlp/up_EDM"
-    widths = [leaf.shape[-1] for path, leaf in ours.items() if path.endswith(ends)]
+    end = "mlp/up_EDM" if model.get("mlp") == "experts" else "mlp/up/kernel"
+    widths = [leaf.shape[-1] for path, leaf in ours.items() if path.endswith(end)]
     mixers = {
         name: mixer_options(name, **model["mixers"].get(name, {}))
         for name in dict.fromkeys(model["pattern"])
@@ -90,7 +90,14 @@ def _complete(model: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": 1e-5,
         "mlp_bias": False,
         "expert_weights": "normalised",
+        "expert_scale": 1.0,
         "shared_width": 0,
+        "shared_gate": True,
+        "dense_layers": (),
+        "dense_width": 0,
+        "branch_norm_mixers": (),
+        "normed_residual": False,
+        "stream_factors": (),
         "balance_weight": 0.01,
     }
     return {

@@ -112,6 +112,12 @@ ADDED = {
     "model.mixers.vit.init": "normal",
     "model.mixers.retnet.norm_scale": False,
     "model.mixers.gated_delta_net.value_heads": 0,
+    "model.mixers.kda.gate_bias": True,
+    "model.mixers.lightning.size_per_head": 0,
+    **{
+        f"model.mixers.lightning.{option}": False
+        for option in ("value_silu", "norm_scale", "sigmoid_gate")
+    },
     **{
         f"model.mixers.{mixer}.{option}": value
         for mixer in ("mamba", "mamba2")
@@ -128,6 +134,7 @@ ADDED = {
             "rotary_size": 0,
             "output_gate": False,
             "zero_centred_norm": False,
+            "whole_norm": False,
         }.items()
     },
 }

@@ -3,6 +3,7 @@
     x <- x + mixer(norm(x));   x <- x + mlp(norm(x))       the second half only with an MLP
     x <- norm(x + mixer(x));   x <- norm(x + mlp(x))       with pre_norm=False
     x <- x + norm(mixer(x));   x <- x + norm(mlp(x))       with branch_norm=True
+    x <- h + mixer(h), h = norm(x);   the MLP likewise     with normed_residual=True
 
 With a condition c, a vector per sequence, each half becomes (adaLN-Zero; Peebles and Xie, "Scalable
 Diffusion Models with Transformers", ICCV 2023, arXiv 2212.09748):
@@ -15,7 +16,7 @@ modulation and sums are computed in float32; mixers and MLPs see the compute dty
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ from models.parts.options import (
 from models.parts.projections import projection
 from models.parts.variables import LayerConstant
 
+EXPERT_WEIGHTS = ("normalised", "softmax", "sigmoid_normalised", "sigmoid")
 NORMS = (
     *("rms", "rms_zero", "layer", "layer_plain", "batch", "rep_batch", "progressive_batch"),
     "none",
@@ -60,8 +62,13 @@ class BlockOptions:
     experts            of "experts", whose inner width is that of "swiglu"; each token passes
                        `experts_per_token` of them
     expert_weights     "normalised": their weights add up to 1; "softmax": they are as the softmax
-                       over all experts has them
+                       over all experts has them; "sigmoid_normalised", "sigmoid": likewise with
+                       sigmoids and a bias that takes part in the choice (models/parts/router.py)
+    expert_scale       a factor of the weights
     shared_width       inner width of an expert that all tokens pass; 0: there is none
+    shared_gate        whether it is behind a gate
+    dense_layers       indices of layers that have "swiglu" in place of experts, of inner width
+                       `dense_width`
     balance_weight     of the load-balancing loss
     mlp_scale          what a learned factor per channel of what the MLP adds starts from (CaiT:
                        Touvron et al., ICCV 2021, arXiv 2103.17239); 0: there is none
@@ -81,6 +88,10 @@ class BlockOptions:
     norm_eta           what eta of "rep_batch" and "progressive_batch" starts from
     pre_norm           the norm in front of a half, or behind its sum. There is then no last norm
     branch_norm        the norm behind what a half adds, instead of in front of it
+    branch_norm_mixers mixers whose blocks have branch_norm where others have not
+    normed_residual    the stream goes on as its norm, to which a half adds
+    stream_factors     (name, a, b): a half of a mixer of this name, or of "mlp", makes a x + b f(x)
+                       of x, and not x + f(x)
     dropout            of what each half adds to the stream; off under `model.eval()`
     tied_dropout       one draw for all tokens of a sequence
     drop_path          stochastic depth (Huang et al., arXiv 1603.09382): what a half adds is
@@ -100,7 +111,11 @@ class BlockOptions:
     experts: Count = 0
     experts_per_token: Count = 0
     expert_weights: str = "normalised"
+    expert_scale: Factor = 1.0
     shared_width: Count = 0
+    shared_gate: bool = True
+    dense_layers: tuple[Count, ...] = ()
+    dense_width: Count = 0
     balance_weight: Weight = 0.01
     lora_rank: Count = 0
     lora_alpha: Factor = 8.0
@@ -112,6 +127,9 @@ class BlockOptions:
     norm_eta: Weight = 1.0
     pre_norm: bool = True
     branch_norm: bool = False
+    branch_norm_mixers: tuple[str, ...] = ()
+    normed_residual: bool = False
+    stream_factors: tuple[tuple[str, Factor, Factor], ...] = ()
     dropout: Probability = 0.0
     tied_dropout: bool = False
     drop_path: Probability = 0.0
@@ -119,7 +137,7 @@ class BlockOptions:
 
     def __post_init__(self):
         check_choice("mlp", self.mlp, (*MLPS, "experts", "none"))
-        check_choice("expert_weights", self.expert_weights, ("normalised", "softmax"))
+        check_choice("expert_weights", self.expert_weights, EXPERT_WEIGHTS)
         check_choice("mlp_init", self.mlp_init, INITS)
         check_choice("norm", self.norm, NORMS)
         for field in fields(self):
@@ -131,10 +149,14 @@ class BlockOptions:
             raise ValueError("pre_norm must be True with a condition, which modulates the norm")
         if self.branch_norm and (self.condition_width or not self.pre_norm):
             raise ValueError("branch_norm must be False with a condition or with pre_norm=False")
+        if self.normed_residual and (self.branch_norm or self.condition_width or not self.pre_norm):
+            raise ValueError(
+                "normed_residual must be False with a condition, branch_norm or pre_norm=False"
+            )
 
     def _check_experts(self) -> None:
         has = self.mlp == "experts"
-        for name in ("experts", "experts_per_token", "shared_width"):
+        for name in ("experts", "experts_per_token", "shared_width", "dense_layers"):
             if getattr(self, name) and not has:
                 raise ValueError(f"{name} is for mlp='experts'; got mlp={self.mlp!r}")
         if has and not 1 <= self.experts_per_token <= self.experts:
@@ -144,6 +166,36 @@ class BlockOptions:
             )
         if has and (self.mlp_init != "normal" or self.mlp_dropout):
             raise ValueError("mlp='experts' has mlp_init='normal' and mlp_dropout=0")
+        if bool(self.dense_layers) != bool(self.dense_width):
+            raise ValueError(
+                "dense_layers and dense_width must be given both or neither; got"
+                f" {self.dense_layers} and {self.dense_width}"
+            )
+
+    def of_layer(self, layer: int, mixer: str) -> "BlockOptions":
+        """The options of a layer by itself: none that names layers or mixers is left, but its
+        `stream_factors`."""
+        dense: dict[str, Any] = {}
+        if layer in self.dense_layers:
+            dense = {"mlp": "swiglu", "mlp_width": self.dense_width}
+            dense |= {"experts": 0, "experts_per_token": 0, "shared_width": 0}
+        return replace(
+            self,
+            dense_layers=(),
+            dense_width=0,
+            branch_norm=self.branch_norm or mixer in self.branch_norm_mixers,
+            branch_norm_mixers=(),
+            stream_factors=tuple(
+                ("mlp" if name == "mlp" else "mixer", a, b)
+                for name, a, b in self.stream_factors
+                if name in (mixer, "mlp")
+            ),
+            **dense,
+        )
+
+    def factors(self, half: str) -> tuple[float, float]:
+        """a and b of the half "mixer" or "mlp" of a layer's own options."""
+        return next(((a, b) for name, a, b in self.stream_factors if name == half), (1.0, 1.0))
 
     def make_norm(self, width: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike) -> Any:
         """A new norm of the stream: x_BTD -> float32."""
@@ -225,9 +277,11 @@ def _mlp(width: int, options: BlockOptions, common: Mapping[str, Any]) -> Any:
             width,
             experts=options.experts,
             experts_per_token=options.experts_per_token,
-            normalised=options.expert_weights == "normalised",
+            weights=options.expert_weights,
+            scale=options.expert_scale,
             inner=options.mlp_width or inner_width(width, options.mlp_ratio),
             shared=options.shared_width,
+            shared_gate=options.shared_gate,
             balance_weight=options.balance_weight,
             **common,
         )
@@ -246,9 +300,9 @@ def _mlp(width: int, options: BlockOptions, common: Mapping[str, Any]) -> Any:
 class Block(nnx.Module):
     """One residual block: a mixer and, unless mlp is "none", an MLP, each behind its norm.
 
-    `mixer` is a class. A mixer whose equations depend on its place in the network names `layer` in
-    its constructor's signature; one that uses `grid`, `shared` or `mask` names them in its call's.
-    Of padding, another mixer is told by segments."""
+    `mixer` is a class, `options` are its layer's. A mixer whose equations depend on its place in
+    the network names `layer` in its constructor's signature; one that uses `grid`, `shared` or
+    `mask` names them in its call's. Of padding, another mixer is told by segments."""
 
     def __init__(
         self,
@@ -272,7 +326,8 @@ class Block(nnx.Module):
         }
         place = {"layer": layer} if "layer" in inspect.signature(mixer.__init__).parameters else {}
         self.compute_dtype, self.pre_norm = compute_dtype, options.pre_norm
-        self.branch_norm = options.branch_norm
+        self.branch_norm, self.normed_residual = options.branch_norm, options.normed_residual
+        self.factors = {half: options.factors(half) for half in ("mixer", "mlp")}
         self.mixer_norm = norm()
         self.mixer = mixer(width, **common, **place, **mixer_options)
         if options.lora_rank:
@@ -333,21 +388,35 @@ class Block(nnx.Module):
             norm: Any,
             x_BTD: jax.Array,
             modulation: Any,
+            name: str,
         ) -> tuple[jax.Array, Any]:
+            kept, added = self.factors[name]
+
+            def total(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+                if added != 1.0:
+                    y_BTD = added * y_BTD
+                return (x_BTD if kept == 1.0 else kept * x_BTD) + y_BTD
+
             if self.branch_norm:
                 y_BTD, after = f(x_BTD.astype(self.compute_dtype))
-                return x_BTD + self.added(masked_norm(norm, y_BTD, context.mask), None), after
+                y_BTD = self.added(masked_norm(norm, y_BTD, context.mask), None)
+                return total(x_BTD, y_BTD), after
+            if self.normed_residual:
+                x_BTD = masked_norm(norm, x_BTD, context.mask)
+                y_BTD, after = f(x_BTD.astype(self.compute_dtype))
+                return total(x_BTD, self.added(y_BTD, None)), after
             if self.pre_norm:
                 h_BTD, gate = self.normalised(norm, x_BTD, modulation, context.mask)
                 y_BTD, after = f(h_BTD)
-                return x_BTD + self.added(y_BTD, gate), after
+                return total(x_BTD, self.added(y_BTD, gate)), after
             y_BTD, after = f(x_BTD.astype(self.compute_dtype))
-            return masked_norm(norm, x_BTD + self.added(y_BTD, None), context.mask), after
+            y_BTD = total(x_BTD, self.added(y_BTD, None))
+            return masked_norm(norm, y_BTD, context.mask), after
 
-        x_BTD, state = half(mix, self.mixer_norm, x_BTD, modulations[0])
+        x_BTD, state = half(mix, self.mixer_norm, x_BTD, modulations[0], "mixer")
         if self.mlp is not None:
             mlp = self.mlp if self.mlp_scale is None else self.scaled_mlp
-            x_BTD, _ = half(lambda h: (mlp(h), None), self.mlp_norm, x_BTD, modulations[1])
+            x_BTD, _ = half(lambda h: (mlp(h), None), self.mlp_norm, x_BTD, modulations[1], "mlp")
         return x_BTD, state
 
     def mapped_attention(self, h_BTD: jax.Array, context: Context) -> tuple[jax.Array, Kept]:

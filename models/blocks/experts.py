@@ -1,14 +1,14 @@
 """A mixture of experts in place of a block's MLP: every token passes the k that its router chooses.
 
     I_t, w_t = router(x_t)                                              (models/parts/router.py)
-    y_t = sum_{e in I_t} w_t^e f_e(x_t) + sigmoid(x_t w_s) f_s(x_t)
+    y_t = sum_{e in I_t} w_t^e f_e(x_t) + sigmoid(x_t w_s) f_s(x_t)    (f_s(x_t) without its gate)
     f(x) = (silu(x W_gate) * (x W_up)) W_down
 
 Shazeer et al., "Outrageously Large Neural Networks", ICLR 2017, arXiv 1701.06538, with the SwiGLU
-experts of Mixtral (arXiv 2401.04088) and, where it has one, the shared expert f_s behind a gate of
-Qwen's models. No token is dropped: the copies of all tokens, sorted by expert, are one grouped
-product per matrix, whose groups are as long as they come. Letters: E experts, M their inner width,
-J copies of a token, N = B T J."""
+experts of Mixtral (arXiv 2401.04088) and, where it has one, a shared expert f_s: behind a gate as
+in Qwen's models, or without as in DeepSeek's. No token is dropped: the copies of all tokens, sorted
+by expert, are one grouped product per matrix, whose groups are as long as they come. Letters: E
+experts, M their inner width, J copies of a token, N = B T J."""
 
 import functools
 from typing import Any
@@ -35,9 +35,11 @@ class Experts(nnx.Module):
         *,
         experts: int,
         experts_per_token: int,
-        normalised: bool,
+        weights: str,
+        scale: float,
         inner: int,
         shared: int,
+        shared_gate: bool,
         balance_weight: float,
         depth: int,
         rngs: nnx.Rngs,
@@ -53,7 +55,9 @@ class Experts(nnx.Module):
             load_balancing="global_batch",
             micro_batch_size=1,
             balance_weight=balance_weight,
-            normalised=normalised,
+            normalised=weights.endswith("normalised"),
+            scores="sigmoid" if weights.startswith("sigmoid") else "softmax",
+            scale=scale,
             rngs=rngs,
             param_dtype=param_dtype,
         )
@@ -71,7 +75,9 @@ class Experts(nnx.Module):
             else None
         )
         self.shared_gate = (
-            projection(width, 1, ("embed", None), rngs=rngs, **dtypes) if shared else None
+            projection(width, 1, ("embed", None), rngs=rngs, **dtypes)
+            if shared and shared_gate
+            else None
         )
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -92,6 +98,8 @@ class Experts(nnx.Module):
         y_BTJD = y_ND[jnp.argsort(order_N)].reshape(*chosen_BTJ.shape, width)
         y_BTD = jnp.einsum("btj,btjd->btd", weight_BTJ, y_BTJD.astype(jnp.float32))
         y_BTD = y_BTD.astype(self.compute_dtype)
-        if self.shared is None or self.shared_gate is None:
+        if self.shared is None:
             return y_BTD
+        if self.shared_gate is None:
+            return y_BTD + self.shared(x_BTD)
         return y_BTD + jax.nn.sigmoid(self.shared_gate(x_BTD)) * self.shared(x_BTD)

@@ -1,8 +1,8 @@
 """The stack of residual blocks between a model's input and its head, run as a scan over layers.
 
-The mixers of the blocks follow a pattern of file names. Its shortest period is one scanned unit, so
-that the program holds each distinct block once however deep the network is; blocks left over by the
-last incomplete period follow unrolled.
+The mixers of the blocks follow a pattern of file names. The shortest period, of mixers and of what
+else differs between blocks, is one scanned unit, so that the program holds each distinct block once
+however deep the network is; blocks left over by the last incomplete period follow unrolled.
 
 What all layers of a mixer share, such as a parameter of the whole network, is a module that the
 mixer's class names `Shared`: `Shared(width, layers=L)`, L the layers of this mixer. Called once per
@@ -55,7 +55,7 @@ def find_mixer(name: str) -> Any:
     return importlib.import_module(f"models.{name}").Mixer
 
 
-def shortest_period(names: Sequence[str]) -> int:
+def shortest_period(names: Sequence[Any]) -> int:
     """The smallest p with names[i] == names[i - p] for all i >= p."""
     return next(
         p
@@ -95,7 +95,8 @@ class Stack(nnx.Module):
         for name, mixer in classes.items():
             check_options(f"mixer {name}", f"model.mixers.{name}", mixers.get(name, {}), mixer)
         names = tuple(pattern[i % len(pattern)] for i in range(depth))
-        period = shortest_period(names)
+        own = tuple(block.of_layer(before + i, name) for i, name in enumerate(names))
+        period = shortest_period(tuple(zip(names, own, strict=True)))
         self.scan_layers, self.remat = scan_layers, remat
         self.names, self.repeats = names, depth // period
         self.conditioned = block.condition_width > 0
@@ -107,9 +108,7 @@ class Stack(nnx.Module):
             }
         )
 
-        def blocks(
-            names: Sequence[str], first_layer: jax.Array | int, rngs: nnx.Rngs
-        ) -> nnx.List[Block]:
+        def blocks(place: slice, first_layer: jax.Array | int, rngs: nnx.Rngs) -> nnx.List[Block]:
             return nnx.List(
                 Block(
                     classes[name],
@@ -117,22 +116,22 @@ class Stack(nnx.Module):
                     depth=before + depth + after,
                     layer=before + first_layer + i,
                     mixer_options=mixers.get(name, {}),
-                    options=block,
+                    options=options,
                     rngs=rngs,
                     param_dtype=param_dtype,
                     compute_dtype=compute_dtype,
                 )
-                for i, name in enumerate(names)
+                for i, (name, options) in enumerate(zip(names[place], own[place], strict=True))
             )
 
         @nnx.split_rngs(splits=self.repeats)
         @nnx.vmap(in_axes=(0, 0), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
         def stacked(rngs: nnx.Rngs, first_layer: jax.Array) -> nnx.List[Block]:
-            return blocks(names[:period], first_layer, rngs)
+            return blocks(slice(period), first_layer, rngs)
 
         scanned = self.repeats * period
         self.period = stacked(rngs, jnp.arange(0, scanned, period))
-        self.remainder = blocks(names[scanned:], scanned, rngs)
+        self.remainder = blocks(slice(scanned, None), scanned, rngs)
         # Asked of the mixers, not of their classes: it may be an option.
         causal = {name: b.mixer.causal for name, b in zip(names[:period], self.period, strict=True)}
         self.without_state = tuple(name for name in causal if not causal[name])

@@ -3,6 +3,11 @@
     p_t = softmax(x_t W_r),   I_t = the k largest
     w_t^m = p_t^m / sum_{j in I_t} p_t^j   for m in I_t;   w_t^m = p_t^m without `normalised`
 
+With scores="sigmoid" (DeepSeek-V3, 2024, arXiv 2412.19437, Eq. 15 and 16) I_t are the k largest of
+s_t + b, s_t = sigmoid(x_t W_r), and s_t stands for p_t in the weights, s_t / sum(s_t) in the loss.
+b [M] has no gradient, and the rule that moves it in that report is left out. `scale` multiplies the
+weights.
+
     f_m = (selections of m) / tokens,   P_m = mean_t p_t^m,   loss = M sum_m f_m P_m
 
 over the tokens of a group: the whole batch ("global_batch"; Qiu et al., "Demons in the Detail",
@@ -37,6 +42,8 @@ class Router(nnx.Module):
         micro_batch_size: int,
         balance_weight: float,
         normalised: bool = True,
+        scores: str = "softmax",
+        scale: float = 1.0,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
     ):
@@ -48,7 +55,9 @@ class Router(nnx.Module):
                 "micro_batch_size must be at least 1 and balance_weight at least 0; got"
                 f" {micro_batch_size} and {balance_weight}"
             )
+        check_choice("scores", scores, ("softmax", "sigmoid"))
         self.choices, self.top_k, self.normalised = choices, top_k, normalised
+        self.scale = scale
         self.load_balancing, self.micro_batch_size = load_balancing, micro_batch_size
         self.balance_weight = balance_weight
         # Probabilities that are rounded to eight bits tie, and ties go to the first: float32
@@ -62,16 +71,28 @@ class Router(nnx.Module):
             param_dtype=param_dtype,
             compute_dtype=jnp.float32,
         )
+        self.bias_M = (
+            nnx.Param(jnp.zeros((choices,), jnp.float32), group="no_decay", out_sharding=(None,))
+            if scores == "sigmoid"
+            else None
+        )
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        p_BTM = jax.nn.softmax(self.logits(x_BTD), axis=-1)
+        logits_BTM = self.logits(x_BTD)
+        if self.bias_M is None:
+            score_BTM = ranked_BTM = p_BTM = jax.nn.softmax(logits_BTM, axis=-1)
+        else:
+            score_BTM = jax.nn.sigmoid(logits_BTM)
+            ranked_BTM = score_BTM + self.bias_M[...][None, None, :]
+            p_BTM = score_BTM / jnp.sum(score_BTM, axis=-1, keepdims=True)
         # Not lax.top_k: the compiler gathers its operand from all devices, also where the axis it
         # sorts is not cut.
-        chosen_BTJ = jnp.argsort(-p_BTM, axis=-1, stable=True)[..., : self.top_k]
-        p_BTJ = jnp.take_along_axis(p_BTM, chosen_BTJ, axis=-1)
-        weight_BTJ = p_BTJ
+        chosen_BTJ = jnp.argsort(-ranked_BTM, axis=-1, stable=True)[..., : self.top_k]
+        weight_BTJ = jnp.take_along_axis(score_BTM, chosen_BTJ, axis=-1)
         if self.normalised:
-            weight_BTJ = p_BTJ / jnp.sum(p_BTJ, axis=-1, keepdims=True)
+            weight_BTJ = weight_BTJ / jnp.sum(weight_BTJ, axis=-1, keepdims=True)
+        if self.scale != 1.0:
+            weight_BTJ = self.scale * weight_BTJ
         selected_BTM = jax.nn.one_hot(chosen_BTJ, self.choices).sum(axis=2)
         usage_M = jnp.mean(selected_BTM, axis=(0, 1)) / self.top_k
         report(

@@ -4,15 +4,40 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from models.weights import bamba, fla, llama, mamba, mixtral, qwen3_next
+from models.weights import (
+    bamba,
+    fla,
+    kimi_linear,
+    llama,
+    mamba,
+    minimax,
+    mixtral,
+    olmo_hybrid,
+    qwen3_next,
+)
 from models.weights.keys import Keys
 
 # A format has CLASSES {model_type: class}, MIXERS, if they differ from SwiGLU and RMSNorm MLPS and
-# NORMS, the names EMBEDDING and HEAD, TIED {model_type:
+# NORMS, OPTIONS of blocks that it has of PLAIN, the names EMBEDDING and HEAD, TIED {model_type:
 # whether an absent tie_word_embeddings is true}, FLOAT32 (ends of names of tensors that are float32
 # whatever the others are), `ignored`, `network_entries`, `layer_entries`,
 # `read` and `write`.
-FORMATS: tuple[ModuleType, ...] = (llama, mixtral, qwen3_next, mamba, bamba, fla)
+FORMATS: tuple[ModuleType, ...] = (
+    *(llama, mixtral, qwen3_next, mamba, bamba, fla),
+    *(kimi_linear, minimax, olmo_hybrid),
+)
+# Options of blocks that few formats have, and what they are in the others.
+PLAIN = {
+    "pre_norm": True,
+    "branch_norm": False,
+    "branch_norm_mixers": (),
+    "normed_residual": False,
+    "stream_factors": (),
+    "mlp_scale": 0.0,
+    "expert_scale": 1.0,
+    "shared_gate": True,
+    "dense_layers": (),
+}
 FAMILIES: dict[str, ModuleType] = {
     family: format for format in FORMATS for family in format.CLASSES
 }
@@ -73,3 +98,6 @@ def _check_backbone(model: Mapping[str, Any], format: ModuleType) -> None:
     for name, possible in (("norm", norms), ("mlp", mlps)):
         if model[name] not in possible:
             raise ValueError(f"it has {name} {' or '.join(possible)}; got {model[name]!r}")
+    for name in PLAIN.keys() - getattr(format, "OPTIONS", ()):
+        if model.get(name, PLAIN[name]) != PLAIN[name]:
+            raise ValueError(f"it has {name}={PLAIN[name]}; got {model[name]!r}")

@@ -20,6 +20,7 @@ CLASSES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 MLPS = ("swiglu", "experts")
+OPTIONS = {"dense_layers"}
 MIXERS = {"transformer", "window_attention"}
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -190,8 +191,8 @@ def balance_weight(keys: Keys) -> float:
 def read_experts(
     keys: Keys, depth: int, *, absent: int, per_token: int, inner: int, normalised: bool
 ) -> dict[str, Any]:
-    """The MLP of a Qwen model with experts, in all layers or in none; the numbers are what absent
-    keys stand for."""
+    """The MLP of a Qwen model with experts in some layers; the numbers are what absent keys stand
+    for."""
     dense = keys.get("mlp_only_layers", [])
     step = keys.integer("decoder_sparse_step", 1)
     # Newer versions of the library have another name for it.
@@ -203,11 +204,8 @@ def read_experts(
     if not with_experts:
         keys.ignore(*names, "shared_expert_intermediate_size")
         return {"mlp": "swiglu", "mlp_width": wide}
-    if len(with_experts) < depth:
-        raise ValueError(
-            f"{keys.where}: layers with and without experts in one model are not read"
-            f" (mlp_only_layers {dense}, decoder_sparse_step {step})"
-        )
+    without = tuple(sorted(set(range(depth)) - with_experts))
+    apart = {"dense_layers": without, "dense_width": int(wide or 0)} if without else {}
     renormalised = keys.flag("norm_topk_prob", normalised)
     return {
         "mlp": "experts",
@@ -216,6 +214,7 @@ def read_experts(
         "experts_per_token": keys.integer("num_experts_per_tok", per_token),
         "expert_weights": "normalised" if renormalised else "softmax",
         "balance_weight": balance,
+        **apart,
     }
 
 
@@ -368,15 +367,19 @@ def _mlp_keys(family: str, model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expert_keys(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a Qwen model with experts in all layers."""
+    """The keys of a Qwen model with experts."""
+    if model["expert_weights"] not in ("normalised", "softmax"):
+        raise ValueError("it has softmax over experts")
+    dense = list(model["dense_layers"])
     return {
+        **({"intermediate_size": model["dense_width"]} if dense else {}),
         "num_experts": model["experts"],
         "num_experts_per_tok": model["experts_per_token"],
         "moe_intermediate_size": model["mlp_width"],
         "norm_topk_prob": model["expert_weights"] == "normalised",
         "router_aux_loss_coef": model["balance_weight"],
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "mlp_only_layers": dense,
     }
 
 

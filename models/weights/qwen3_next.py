@@ -10,7 +10,7 @@ from typing import Any
 from models.weights import llama
 from models.weights.keys import Keys
 from models.weights.llama import BLOCK, EMBEDDING, HEAD, ignored, network_entries
-from models.weights.table import Entry, Part
+from models.weights.table import Entry, Part, head_columns
 
 __all__ = ["EMBEDDING", "HEAD", "ignored", "network_entries"]
 
@@ -18,6 +18,7 @@ FAMILY = "qwen3_next"
 CLASSES = {FAMILY: "Qwen3NextForCausalLM"}
 MIXERS = {"gated_delta_net", "transformer"}
 MLPS = ("swiglu", "experts")
+OPTIONS = {"dense_layers"}
 NORMS = ("rms_zero",)
 TIED = {FAMILY: False}
 # They enter exponentials, and are float32 whatever the other tensors are.
@@ -48,15 +49,10 @@ def layer_entries(mixer: str, model: Mapping[str, Any]) -> list[Entry]:
     return [*norms, *own, *mlp]
 
 
-def _head(path: str, head: int, size: int) -> Part:
-    """The columns of a head in a kernel of x W."""
-    return Part(path, (slice(None), slice(head * size, (head + 1) * size)))
-
-
 def _attention(options: Mapping[str, Any], width: int) -> list[Entry]:
     size = options["size_per_head"] or width // options["heads"]
     queries = tuple(
-        _head(f"mixer/{name}/kernel", head, size)
+        head_columns(f"mixer/{name}/kernel", head, size)
         for head in range(options["heads"])
         for name in ("query", "output_gate")
     )
@@ -83,7 +79,7 @@ def _delta_rule(options: Mapping[str, Any], width: int) -> list[Entry]:
 
     def by_head(sizes: Mapping[str, int]) -> tuple[Part, ...]:
         return tuple(
-            _head(f"mixer/{name}/kernel", head, size)
+            head_columns(f"mixer/{name}/kernel", head, size)
             for head in range(heads)
             for name, size in sizes.items()
         )

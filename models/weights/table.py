@@ -38,6 +38,12 @@ LAYOUTS = {
         lambda x: x.reshape(-1),
         lambda x, shape: x.reshape(shape),
     ),
+    # A number per head here, in a tensor that broadcasts over [B, T, H, K] there.
+    "heads": Layout(
+        lambda shape: (1, 1, *shape, 1),
+        lambda x: x[None, None, :, None],
+        lambda x, shape: x.reshape(shape),
+    ),
     # [W, D] here, [D, 1, W] there; the last tap is the current token in both.
     "convolution": Layout(
         lambda shape: (shape[1], 1, shape[0]), lambda x: x.T[:, None, :], lambda x, _: x[:, 0, :].T
@@ -52,6 +58,11 @@ class Part:
 
     path: str
     index: tuple[int | slice, ...] = ()
+
+
+def head_columns(path: str, head: int, size: int) -> Part:
+    """The columns of a head of `size` channels in a kernel of x W."""
+    return Part(path, (slice(None), slice(head * size, (head + 1) * size)))
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,20 @@ OTHERS = {  # mixers whose op has a row above, and further options
         ("gated_delta_net",),
         {"gated_delta_net": {"heads": 3, "conv_width": 0, "eigenvalue_range": (-1, 1)}},
     ),
+    "latent_attention": Row(
+        ("latent_attention",),
+        {
+            "latent_attention": {
+                "context_length": LENGTH,
+                "heads": 2,
+                "latent_size": 6,
+                "key_size": 4,
+                "shared_key_size": 2,
+                "value_size": 3,
+                "query_latent_size": 5,
+            }
+        },
+    ),
     "kda": Row(("kda",), {"kda": {"heads": 2, "expand_v": 0.5}}, depth=3),
     "retnet": Row(("retnet",), {"retnet": {"heads": 2}}),
     "lion": Row(("lion",), {"lion": {"heads": 2}}, model={"mlp": "none", "branch_norm": True}),

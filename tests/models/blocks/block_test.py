@@ -267,3 +267,32 @@ def test_a_branch_norm_is_behind_what_a_half_adds(stream) -> None:
         x = x + norm(f(x))
     np.testing.assert_allclose(stack(stream, None)[0], x, atol=1e-5)
     assert float(jnp.abs(x - stream).min(axis=-1).max()) > 0
+
+
+def test_the_stream_goes_on_as_its_norm_and_halves_have_factors(stream) -> None:
+    factors = (("segment_mean", 1.5, 0.5), ("mlp", 2.0, 1.0), ("gla", 9.0, 9.0))
+    stack = stack_of("segment_mean", depth=1, normed_residual=True, stream_factors=factors)
+    block: Any = block_of(stack, 0)
+    h = block.mixer_norm(stream)
+    h = block.mlp_norm(1.5 * h + 0.5 * block.mixer(h)[0])
+    np.testing.assert_allclose(stack(stream, None)[0], 2 * h + block.mlp(h), atol=1e-5)
+    with pytest.raises(ValueError, match="normed_residual must be False with a condition, branch"):
+        BlockOptions(normed_residual=True, branch_norm=True)
+
+
+def test_layers_differ_in_their_mlp_and_in_where_their_norm_is(monkeypatch) -> None:
+    """What differs between layers makes the period longer."""
+
+    class Other(SegmentMean):
+        pass
+
+    add_mixers(monkeypatch, other=Other)
+    sizes: dict[str, Any] = {"mlp": "experts", "experts": 3, "experts_per_token": 1}
+    sizes |= {"mlp_width": 4, "dense_layers": (0, 3), "dense_width": 5}
+    stack: Any = stack_of("segment_mean", "other", depth=4, branch_norm_mixers=("other",), **sizes)
+    assert len(stack.period) == 4
+    widths = [getattr(block.mlp, "up", None) for block in stack.period]
+    assert [w and w.kernel.shape[-1] for w in widths] == [5, None, None, 5]
+    assert [block.branch_norm for block in stack.period] == [False, True, False, True]
+    same: Any = stack_of("segment_mean", "other", depth=4, branch_norm_mixers=("other",))
+    assert len(same.period) == 2

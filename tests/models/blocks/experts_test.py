@@ -17,7 +17,8 @@ EXPERTS, WIDTH = 5, 6
 
 
 def made(**options: Any) -> Experts:
-    given: dict[str, Any] = {"experts_per_token": 2, "normalised": True, "shared": 3}
+    given: dict[str, Any] = {"experts_per_token": 2, "weights": "normalised", "shared": 3}
+    given |= {"scale": 1.0, "shared_gate": True}
     given |= {"balance_weight": 0.5, "inner": 4, "depth": 1, **FLOAT32} | options
     return Experts(WIDTH, experts=EXPERTS, rngs=nnx.Rngs(0), **given)
 
@@ -29,13 +30,18 @@ def enlarged(experts: Experts) -> Experts:
     return experts
 
 
-def loop(experts: Any, x_ND: jax.Array, normalised: bool) -> jax.Array:
+def loop(experts: Any, x_ND: jax.Array, weights: str) -> jax.Array:
     """Token by token."""
     found = []
     for x_D in x_ND:
-        p_E = jax.nn.softmax(x_D @ experts.router.logits.kernel[...])
-        chosen = jnp.argsort(-p_E)[:2]
-        total = sum(p_E[e] for e in chosen) if normalised else 1.0
+        logits_E = x_D @ experts.router.logits.kernel[...]
+        ranked_E = p_E = jax.nn.softmax(logits_E)
+        if weights.startswith("sigmoid"):
+            p_E = 1 / (1 + jnp.exp(-logits_E))
+            ranked_E = p_E + experts.router.bias_M[...]
+        chosen = jnp.argsort(-ranked_E)[:2]
+        total = sum(p_E[e] for e in chosen) if weights.endswith("normalised") else 1.0
+        total /= experts.router.scale
         y_D = jnp.zeros(WIDTH)
         for e in chosen:
             gate, up, down = (
@@ -44,23 +50,34 @@ def loop(experts: Any, x_ND: jax.Array, normalised: bool) -> jax.Array:
             y_D += p_E[e] / total * ((jax.nn.silu(x_D @ gate) * (x_D @ up)) @ down)
         shared = experts.shared
         h_M = jax.nn.silu(x_D @ shared.gate.kernel[...]) * (x_D @ shared.up.kernel[...])
-        weight = jax.nn.sigmoid(x_D @ experts.shared_gate.kernel[...])
+        weight = 1.0
+        if experts.shared_gate is not None:
+            weight = jax.nn.sigmoid(x_D @ experts.shared_gate.kernel[...])
         found.append(y_D + weight * (h_M @ shared.down.kernel[...]))
     return jnp.stack(found)
 
 
-@pytest.mark.parametrize("normalised", [True, pytest.param(False, marks=pytest.mark.full)])
-def test_output_and_gradients_are_those_of_a_loop(normalised: bool) -> None:
+@pytest.mark.parametrize(
+    ("weights", "options"),
+    [
+        ("normalised", {}),
+        ("sigmoid_normalised", {"scale": 1.5, "shared_gate": False}),
+        pytest.param("softmax", {}, marks=pytest.mark.full),
+    ],
+)
+def test_output_and_gradients_are_those_of_a_loop(weights: str, options: dict[str, Any]) -> None:
     x_BTD = jax.random.normal(jax.random.key(1), (2, 3, WIDTH))
     cotangent = jax.random.normal(jax.random.key(2), x_BTD.shape)
-    experts = enlarged(made(normalised=normalised))
+    experts: Any = enlarged(made(weights=weights, **options))
+    if weights.startswith("sigmoid"):  # enough of a bias to change the choice
+        experts.router.bias_M[...] = jnp.linspace(0, 0.5, EXPERTS)
     graphdef, params = nnx.split(experts)
 
     def whole(params: Any, x_BTD: jax.Array) -> jax.Array:
         return jnp.vdot(cotangent, nnx.merge(graphdef, params)(x_BTD))
 
     def one_by_one(params: Any, x_BTD: jax.Array) -> jax.Array:
-        found = loop(nnx.merge(graphdef, params), x_BTD.reshape(-1, WIDTH), normalised)
+        found = loop(nnx.merge(graphdef, params), x_BTD.reshape(-1, WIDTH), weights)
         return jnp.vdot(cotangent, found.reshape(x_BTD.shape))
 
     found, expected = (
@@ -94,6 +111,10 @@ def test_balance_is_that_of_the_router_and_no_token_is_dropped() -> None:
     [
         ({"mlp": "experts"}, "experts_per_token must be in 1..experts=0; got 0"),
         ({"mlp": "experts", "experts": 2, "experts_per_token": 3}, "in 1..experts=2; got 3"),
+        (
+            {"mlp": "experts", "experts": 2, "experts_per_token": 1, "dense_layers": (0,)},
+            r"dense_layers and dense_width must be given both or neither; got \(0,\) and 0",
+        ),
         ({"experts": 2}, "experts is for mlp='experts'; got mlp='swiglu'"),
     ],
 )

@@ -115,6 +115,15 @@ OTHERS = {  # mixers whose op has a row above, and further options
         ("gated_delta_net",),
         {"gated_delta_net": {"heads": 3, "conv_width": 0, "eigenvalue_range": (-1, 1)}},
     ),
+    "liger_slots": Row(
+        ("liger",),
+        {"liger": {"window": 3, "heads": 2, "gate": "gsa", "slots": 3, "gate_projection": True}},
+    ),
+    "lolcats_terraced": Row(
+        ("lolcats",),
+        {"lolcats": {"window": 2, "terraced": True, "heads": 2, "feature_map": "relu"}},
+    ),
+    "lolcats_linear": Row(("lolcats",), {"lolcats": {"window": 0, "heads": 2, "feature_size": 3}}),
     "latent_attention": Row(
         ("latent_attention",),
         {

@@ -14,7 +14,7 @@ from models import lolcats, transformer
 from tests.support.layers import BATCH, LENGTH, build_mixer, inputs
 
 OPTIONS: dict[str, Any] = {"heads": 4, "key_value_heads": 2, "context_length": LENGTH}
-NEW = ("query_map_HKF", "key_map_HKF", "mix_H")
+NEW = ("query_map_HKF", "key_map_HKF", "mix_H", "query_bias_H", "key_bias_H")
 
 
 def made(**options: Any) -> Any:
@@ -36,40 +36,57 @@ def heads(mixer: Any, x_BTD: jax.Array) -> list[np.ndarray]:
     return [np.asarray(x, np.float64) for x in (q, *(np.repeat(x, 2, axis=2) for x in (k, v)))]
 
 
-def features(x_HK: np.ndarray, kernel_HKF: Any) -> np.ndarray:
+def features(x_HK: np.ndarray, kernel_HKF: Any, bias_H: Any = None) -> np.ndarray:
     u = np.einsum("hk,hkf->hf", x_HK, np.asarray(kernel_HKF[...], np.float64))
+    if bias_H is not None:
+        return np.maximum(u + np.asarray(bias_H[...])[:, None], 1e-12)
     e = [np.exp(s * u) / np.exp(s * u).sum(-1, keepdims=True) for s in (1, -1)]
     return np.concatenate(e, axis=-1)
 
 
 def double_loop(mixer: Any, x_BTD: jax.Array) -> np.ndarray:
     q, k, v = heads(mixer, x_BTD)
-    g_H = 1 / (1 + np.exp(-np.asarray(mixer.mix_H[...], np.float64)))
+    g_H = 1 / (1 + np.exp(-np.asarray(mixer.mix_H[...], np.float64))) if mixer.window else None
     o = np.zeros_like(q)
     for b in range(q.shape[0]):
         for t in range(q.shape[1]):
-            near = range(max(0, t - mixer.window + 1), t + 1)
+            first = t - mixer.window + 1
+            if mixer.terraced:
+                first = (t // mixer.window - 1) * mixer.window
+            near = range(max(0, first), t + 1)
             scores = {s: (q[b, t] * k[b, s]).sum(-1) / math.sqrt(q.shape[-1]) for s in near}
-            largest = np.max(list(scores.values()), axis=0)
-            phi_q = features(q[b, t], mixer.query_map_HKF)
+            largest = np.max(list(scores.values()), axis=0, initial=-np.inf)
+            phi_q = features(q[b, t], mixer.query_map_HKF, mixer.query_bias_H)
             num, den = np.zeros_like(q[b, t]), np.zeros(q.shape[2])
             for s in range(t + 1):
                 w_H = (
                     g_H * np.exp(scores[s] - largest)
                     if s in near
-                    else (phi_q * features(k[b, s], mixer.key_map_HKF)).sum(-1)
+                    else (phi_q * features(k[b, s], mixer.key_map_HKF, mixer.key_bias_H)).sum(-1)
                 )
                 num, den = num + w_H[:, None] * v[b, s], den + w_H
             o[b, t] = num / den[:, None]
     return o
 
 
-@pytest.mark.parametrize("window", [1, 3, LENGTH])
-def test_output_is_that_of_a_double_loop(window: int) -> None:
-    mixer = made(window=window)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 3},
+        {"window": LENGTH},
+        {"window": 3, "terraced": True},
+        {"window": 2, "feature_map": "relu"},
+        {"window": 0},
+    ],
+    ids=str,
+)
+def test_output_is_that_of_a_double_loop(options: dict[str, Any]) -> None:
+    mixer = made(**options)
     o_BTD = double_loop(mixer, inputs()).reshape(BATCH, LENGTH, -1)
     expected = o_BTD @ np.asarray(mixer.output.kernel[...], np.float64)
-    np.testing.assert_allclose(mixer(inputs())[0], expected, atol=1e-4, rtol=1e-4)
+    run = jax.jit(lambda mixer, x: mixer(x)[0])
+    np.testing.assert_allclose(run(mixer, inputs()), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_in_a_wide_window_it_is_softmax_attention_whatever_the_mix() -> None:

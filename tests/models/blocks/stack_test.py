@@ -19,6 +19,7 @@ def test_every_parameter_has_one_axis_name_per_dimension():
     required = {
         "window_attention": {"window": 4, "qk_norm": True},
         "transformer": {"context_length": 4},
+        "latent_attention": {"context_length": 4},
         "monarch_mixer": {"context_length": 4},
         "vig": {"size_per_head": 8},
         "soft": {"size_per_head": 8},

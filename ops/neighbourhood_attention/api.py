@@ -14,9 +14,11 @@ from ..framework.arguments import (
 )
 from ..framework.grid import check_grid
 from ..framework.op import Op, run
+from ..framework.sharding import time_parts
 from . import reference, xla
+from .sequence_parallel import RULES
 
-OP = Op("neighbourhood_attention", {"xla": xla})
+OP = Op("neighbourhood_attention", {"xla": xla}, sequence_parallel=RULES)
 
 
 def neighbourhood_attention(
@@ -66,7 +68,9 @@ def neighbourhood_attention(
       o [B, T, H, V] in v's dtype, zeros where no key is there. All is computed in float32.
       Differentiable in q, k, v, context_k and context_v; only the inputs are kept for the backward
       pass, and the weights of one row of tiles are all that there are at a time. On a mesh that
-      cuts time each device gathers all of it.
+      cuts time into whole rows (of the grid's first dimension) each device receives those within
+      reach from its neighbours, and all keys and values where these have too few; on one that cuts
+      rows each device gathers all of it.
 
     Raises:
       ValueError: for wrong ranks, shapes, dtypes and names while tracing, and for a grid that does
@@ -93,6 +97,8 @@ def neighbourhood_attention(
     implementation = platforms.checked_implementation(
         OP.name, implementation, OP.implementations, len(q)
     )
+    # Rows that are cut are gathered.
+    T = "L" if grid[0] % time_parts() else "T"
     arrays = (q, k, v, context_k, context_v, key_mask, context_mask, segment_ids)
     if implementation == "reference":
         return reference.neighbourhood_attention(*arrays, **options).astype(v.dtype)
@@ -100,8 +106,8 @@ def neighbourhood_attention(
         OP,
         implementation,
         *arrays,
-        layouts=("BLHK", "BLGK", "BLGV", "BSGK", "BSGV", "BL", "BS", "BL"),
-        outputs=("BLHV",),
+        layouts=(f"B{T}HK", f"B{T}GK", f"B{T}GV", "BSGK", "BSGV", f"B{T}", "BS", f"B{T}"),
+        outputs=(f"B{T}HV",),
         dtypes=(v.dtype,),
         **options,
     )

@@ -5,6 +5,9 @@ below the radius, outside of it: (b + 2 h)^n of them, of which one mask for all 
 ball. Rows of tiles take turns, each a batch for JAX's own attention, and are computed again in the
 backward pass: only the inputs are kept.
 
+Keys come with h rows before and behind those of the queries: zeros, or where time is cut over
+devices those of the others (`sequence_parallel.py`).
+
 Letters: B batch, T time, n dimensions, G tiles in a dimension, E = b + 2 h, S context."""
 
 import math
@@ -41,7 +44,7 @@ def _pad(x, grid, before, after, fill=0):
     """[B, *grid, ...] of x [B, T, ...], padded in each dimension of the grid."""
     batch, _, *rest = x.shape
     x = x.reshape(batch, *grid, *rest)
-    widths = ((0, 0), *((before, more) for more in after), *((0, 0),) * len(rest))
+    widths = ((0, 0), *zip(before, after, strict=True), *((0, 0),) * len(rest))
     return jnp.pad(x, widths, constant_values=fill)
 
 
@@ -69,34 +72,38 @@ def _row_of_tiles(o, batch, edges, counts):
     return o.reshape(batch, edges[0], *sizes, *o.shape[-2:])
 
 
-def _outputs(
-    q, k, v, context_k, context_v, key_mask, context_mask, segment_ids, *, grid, radius, scale
-):
-    batch = len(q)
+def reach_of(grid, radius):
+    """h, the most places in a dimension between a token and one that it sees."""
     # What is farther than the grid is wide is not there.
-    reach = min(math.ceil(radius) - 1, max(grid) - 1)
+    return min(math.ceil(radius) - 1, max(grid) - 1)
+
+
+def outputs(
+    q, k, v, q_runs, k_runs, context_k, context_v, context_mask, *, grid, reach, radius, scale
+):
+    """o [B, T, H, V] in float32 of the queries of `grid`.
+
+    k, v: of `reach` rows more before and behind. q_runs, k_runs: numbers of the segments of tokens,
+    -1 for a key that is not there."""
+    batch = len(q)
     edges = _edges(grid, reach)
     counts = tuple(-(-extent // edge) for extent, edge in zip(grid, edges, strict=True))
     after = [edge * count - x for edge, count, x in zip(edges, counts, grid, strict=True)]
     ball = jnp.asarray(_ball(edges, reach, radius))
-
-    # The number of a token's segment, -1 for a key that is not there.
-    q_runs = jnp.zeros(q.shape[:2], jnp.int32)
-    if segment_ids is not None:
-        q_runs = segments.numbers(segment_ids)
-    k_runs = q_runs
-    if key_mask is not None:
-        k_runs = jnp.where(key_mask, k_runs, -1)
-        k, v = (jnp.where(key_mask[:, :, None, None], x, 0) for x in (k, v))
+    k, v = (jnp.where(k_runs[:, :, None, None] < 0, 0, x) for x in (k, v))
     if context_mask is not None:
         keep = context_mask[:, :, None, None]
         context_k, context_v = (jnp.where(keep, x, 0) for x in (context_k, context_v))
     elif context_k is not None:
         context_mask = jnp.ones(context_k.shape[:2], bool)
 
-    q, q_runs = (_pad(x, grid, 0, after) for x in (q, q_runs))
-    more = [x + reach for x in after]
-    k, v, k_runs = (_pad(x, grid, reach, more, fill) for x, fill in ((k, 0), (v, 0), (k_runs, -1)))
+    whole = (grid[0] + 2 * reach, *grid[1:])
+    around = (0, *(reach,) * (len(grid) - 1))
+    more = [x + y for x, y in zip(after, around, strict=True)]
+    q, q_runs = (_pad(x, grid, (0,) * len(grid), after) for x in (q, q_runs))
+    k, v, k_runs = (
+        _pad(x, whole, around, more, fill) for x, fill in ((k, 0), (v, 0), (k_runs, -1))
+    )
 
     def repeated(x):
         return jnp.repeat(x, math.prod(counts[1:]), axis=0)
@@ -128,18 +135,35 @@ def _outputs(
     return o.reshape(batch, math.prod(grid), *o.shape[-2:])
 
 
+def _whole(
+    q, k, v, context_k, context_v, key_mask, context_mask, segment_ids, *, grid, radius, scale
+):
+    """`outputs` where all keys are here."""
+    q_runs = jnp.zeros(q.shape[:2], jnp.int32)
+    if segment_ids is not None:
+        q_runs = segments.numbers(segment_ids)
+    k_runs = q_runs if key_mask is None else jnp.where(key_mask, q_runs, -1)
+    reach = reach_of(grid, radius)
+    rows = reach * math.prod(grid[1:])
+    k, v = (jnp.pad(x, ((0, 0), (rows, rows), (0, 0), (0, 0))) for x in (k, v))
+    k_runs = jnp.pad(k_runs, ((0, 0), (rows, rows)), constant_values=-1)
+    context = (context_k, context_v, context_mask)
+    sizes = {"grid": grid, "reach": reach, "radius": radius, "scale": scale}
+    return outputs(q, k, v, q_runs, k_runs, *context, **sizes)
+
+
 def forward(q, k, v, context_k, context_v, key_mask, context_mask, segment_ids, **options):
     """(o,) in float32; shapes as in `api.py`."""
     arrays = (q, k, v, context_k, context_v, key_mask, context_mask, segment_ids)
-    return (_outputs(*arrays, **options),)
+    return (_whole(*arrays, **options),)
 
 
 def backward(q, k, v, context_k, context_v, key_mask, context_mask, segment_ids, do, **options):
     """Gradients of q, k, v, context_k and context_v, None where there is no context."""
 
-    def outputs(q, k, v, context_k, context_v):
+    def whole(q, k, v, context_k, context_v):
         arrays = (q, k, v, context_k, context_v, key_mask, context_mask, segment_ids)
-        return _outputs(*arrays, **options)
+        return _whole(*arrays, **options)
 
-    _, pullback = jax.vjp(outputs, q, k, v, context_k, context_v)
+    _, pullback = jax.vjp(whole, q, k, v, context_k, context_v)
     return pullback(do.astype(jnp.float32))

@@ -182,6 +182,14 @@ def neighbourhoods(q, k, v, landmarks, ids):
     )
 
 
+def lines(q, k, v, landmarks, ids):
+    """As many neighbours as the next device has not."""
+    mask = jax.random.uniform(jax.random.key(5), q.shape[:2]) < 0.8
+    return ops.neighbourhood_attention(
+        *(q, k[:, :, :2], v[:, :, :2]), grid=(32,), radius=20, key_mask=mask, segment_ids=ids
+    )
+
+
 def gaussian(q, k, v, landmarks, ids):
     del k
     given = {} if ids is None else {"documents": ids, "landmark_documents": ids[:, ::8]}
@@ -199,7 +207,7 @@ def causal_flow(q, k, v, landmarks, ids):
     return o, state[1:]
 
 
-@pytest.mark.parametrize("call", [gaussian, flow, causal_flow, windows, neighbourhoods])
+@pytest.mark.parametrize("call", [gaussian, flow, causal_flow, windows, neighbourhoods, lines])
 @pytest.mark.parametrize(
     ("shape", "packed"),
     [
@@ -226,6 +234,26 @@ def test_attention_without_an_order_and_by_flows(call, shape, packed):
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
     ):
         assert_close(jax.tree_util.keystr(path), value, wanted)
+
+
+def test_neighbourhoods_send_the_rows_within_reach():
+    mesh = mesh_of(1, 1, 4, 1)
+    cut = jax.NamedSharding(mesh, P(None, "sequence"))
+    x = jax.ShapeDtypeStruct((1, 16 * 4, 2, 8), jnp.float32, sharding=cut)
+
+    def outputs(q, k, v):
+        return ops.neighbourhood_attention(q, k, v, grid=(16, 4), radius=3)
+
+    def gradients(q, k, v, do):
+        return jax.vjp(outputs, q, k, v)[1](do)
+
+    with jax.set_mesh(mesh):
+        there, back = collectives(outputs, x, x, x), collectives(gradients, x, x, x, x)
+    rows = "f32[1,8,2,8]"  # two rows of four tokens, before and behind, of keys and of values
+    for found, times in ((there, 4), (back, 8)):
+        assert set(found) == {"collective-permute"}
+        sent = [shape for shape in found["collective-permute"] if rows in shape]
+        assert sum(shape.count(rows) for shape in sent) in (times, 2 * times), found
 
 
 def test_ring_attention_gathers_nothing():

@@ -67,8 +67,8 @@ MAY_IMPORT = {
     "experiments/sampling": "experiments/training experiments/objectives models/parts",
     "experiments/tasks": "experiments/training experiments/objectives models/parts",
     "experiments/reporting": "experiments/training",
-    "experiments/tables/computations": "experiments/training models/networks models/blocks models"
-    " models/parts ops",
+    "experiments/tables/computations": "experiments experiments/configs experiments/reporting"
+    " experiments/training models models/networks models/blocks models/parts ops",
     "experiments/tables": "experiments/reporting experiments/tables/computations",
     "experiments/sweeps": "experiments/tables experiments/reporting",
     "experiments/benchmarks": "experiments/training experiments/compiled ops ops/framework",

@@ -15,11 +15,15 @@ SEED = 0  # of the noise of evaluations
 class Denoiser(Protocol):
     """An objective of noisy images."""
 
-    def error(
+    def said(
         self, model: Any, image: jax.Array, noise: jax.Array, place_B: jax.Array, class_B: jax.Array
     ) -> jax.Array:
-        """[B]: the mean over pixels of the squared error of what the model says was added to each
-        image; place_B in [0, 1): when, from no noise to noise alone."""
+        """What the model says of each image with its noise, float32; place_B in [0, 1): when, from
+        no noise to noise alone."""
+        ...
+
+    def target(self, image: jax.Array, noise: jax.Array) -> jax.Array:
+        """What it was to say."""
         ...
 
 
@@ -53,7 +57,8 @@ class DenoisingGrid:
     times           evenly spread over the time from no noise to noise alone
 
     Batch: image [B, Y, X, C]; labels int [B]; number int [B]; weights float [B].
-    Sums over images: loss_sum, weight_sum. Metrics: mse."""
+    Sums over images: loss_sum, weight_sum; of a model with a teacher apart_sum. Metrics: mse;
+    to_teacher, the same of the difference to what the teacher says."""
 
     objective: Any
     times: int = 10
@@ -67,18 +72,31 @@ class DenoisingGrid:
             own = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), number), time)
             return jax.random.normal(own, image.shape[1:])
 
-        def error(time: jax.Array) -> jax.Array:
+        def errors(time: jax.Array) -> jax.Array:
             place_B = jnp.full(len(image), (time + 0.5) / self.times)
             noise_B = jax.vmap(noise, in_axes=(0, None))(batch["number"], time)
-            return self.objective.error(model, image, noise_B, place_B, class_B)
+            said, *taught = (
+                self.objective.said(each, image, noise_B, place_B, class_B) for each in models
+            )
+            others = (self.objective.target(image.astype(jnp.float32), noise_B), *taught)
+            return jnp.stack([mean_over_pixels(jnp.square(other - said)) for other in others])
 
-        error_B = jnp.mean(jax.lax.map(error, jnp.arange(self.times)), axis=0)
-        loss_sum, weight_sum = of_counted(weights_B, error_B), jnp.sum(weights_B)
-        sums = {"loss_sum": loss_sum, "weight_sum": weight_sum}
-        return weighted_mean(loss_sum, weight_sum), sums
+        teacher = getattr(model, "teacher", None)
+        models = (model,) if teacher is None else (model, teacher)
+        errors_EB = jnp.mean(jax.lax.map(errors, jnp.arange(self.times)), axis=0)
+        loss_sum, *apart = (of_counted(weights_B, error_B) for error_B in errors_EB)
+        sums = {"loss_sum": loss_sum, "weight_sum": jnp.sum(weights_B)}
+        if apart:
+            sums["apart_sum"] = apart[0]
+        return weighted_mean(loss_sum, sums["weight_sum"]), sums
 
     def work(self, batch: Batch) -> Work:
         return images_of(batch, "DenoisingGrid")
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return {"mse": float(sums["loss_sum"] / sums["weight_sum"])}
+        names = {"loss_sum": "mse", "apart_sum": "to_teacher"}
+        return {
+            metric: float(sums[name] / sums["weight_sum"])
+            for name, metric in names.items()
+            if name in sums
+        }

@@ -45,7 +45,8 @@ class FlowMatching:
         """The scalar and the sums of what a model says."""
         del time_B
         weights_B = batch["weights"].astype(jnp.float32)
-        square_B = self._square(batch["image"].astype(jnp.float32), noise, output)
+        target = self.target(batch["image"].astype(jnp.float32), noise)
+        square_B = mean_over_pixels(jnp.square(target - self.halves(output)[0]))
         sums = {"loss_sum": of_counted(weights_B, square_B), "weight_sum": jnp.sum(weights_B)}
         return weighted_mean(sums["loss_sum"], sums["weight_sum"]), sums
 
@@ -68,18 +69,19 @@ class FlowMatching:
         time = time_B[:, None, None, None]
         return (1 - time) * image + time * noise, 1000 * time_B
 
-    def error(
+    def said(
         self, model: Any, image: jax.Array, noise: jax.Array, place_B: jax.Array, class_B: jax.Array
     ) -> jax.Array:
         """As `Denoiser`; the place is t."""
-        return self._square(image, noise, model(*self.noisy(image, noise, place_B), class_B))
+        return self.halves(model(*self.noisy(image, noise, place_B), class_B))[0]
+
+    def target(self, image: jax.Array, noise: jax.Array) -> jax.Array:
+        """The velocity."""
+        return noise - image
 
     def halves(self, output: jax.Array) -> tuple[jax.Array, None]:
         """The velocity in what a model says, which says nothing else."""
         return output.astype(jnp.float32), None
-
-    def _square(self, image: jax.Array, noise: jax.Array, output: jax.Array) -> jax.Array:
-        return mean_over_pixels(jnp.square(noise - image - self.halves(output)[0]))
 
     def work(self, batch: Batch) -> Work:
         return images_of(batch, "FlowMatching")

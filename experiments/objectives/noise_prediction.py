@@ -96,13 +96,17 @@ class NoisePrediction:
         predicted, v = jnp.split(output, 2, axis=-1)
         return predicted, v
 
-    def error(
+    def said(
         self, model: Any, image: jax.Array, noise: jax.Array, place_B: jax.Array, class_B: jax.Array
     ) -> jax.Array:
         """As `Denoiser`."""
         step_B = jnp.floor(place_B * self.steps).astype(jnp.int32)
-        predicted, _ = self.halves(model(*self.noisy(image, noise, step_B), class_B))
-        return mean_over_pixels(jnp.square(predicted - noise))
+        return self.halves(model(*self.noisy(image, noise, step_B), class_B))[0]
+
+    def target(self, image: jax.Array, noise: jax.Array) -> jax.Array:
+        """The noise."""
+        del image
+        return noise
 
     def bound(
         self,

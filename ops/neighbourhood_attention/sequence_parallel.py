@@ -69,7 +69,8 @@ class Rules:
         around = checkpoint_name([_around(axis, x, count) for x in (k, v)], CARRIED)
         runs = checkpoint_name(_runs(axis, q, key_mask, ids, count), CARRIED)
         k, v = (_between(x, near) for x, near in zip((k, v), around, strict=True))
-        o = xla.outputs(q, k, v, *runs, context_k, context_v, context_mask, **sizes)
+        context = (context_k, context_v, context_mask)
+        o = xla.outputs((q, k, v), runs, context, **sizes)
         return (o.astype(v.dtype),), (around, runs)
 
     def backward(self, rules, axis: TimeAxis, carried, inputs, cotangents):
@@ -81,7 +82,7 @@ class Rules:
         def outputs(arrays, around):
             q, k, v, *context = arrays
             k, v = (_between(x, near) for x, near in zip((k, v), around, strict=True))
-            return xla.outputs(q, k, v, *runs, *context, context_mask, **sizes)
+            return xla.outputs((q, k, v), runs, (*context, context_mask), **sizes)
 
         # In float32, so that sums over devices are rounded once.
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, around))

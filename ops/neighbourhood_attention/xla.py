@@ -78,13 +78,13 @@ def reach_of(grid, radius):
     return min(math.ceil(radius) - 1, max(grid) - 1)
 
 
-def outputs(
-    q, k, v, q_runs, k_runs, context_k, context_v, context_mask, *, grid, reach, radius, scale
-):
+def outputs(qkv, runs, context, *, grid, reach, radius, scale):
     """o [B, T, H, V] in float32 of the queries of `grid`.
 
-    k, v: of `reach` rows more before and behind. q_runs, k_runs: numbers of the segments of tokens,
-    -1 for a key that is not there."""
+    qkv: k and v are of `reach` rows more before and behind. runs: numbers of the segments of
+    queries and of keys, -1 for a key that is not there. context: keys, values and mask, each may be
+    None."""
+    (q, k, v), (q_runs, k_runs), (context_k, context_v, context_mask) = qkv, runs, context
     batch = len(q)
     edges = _edges(grid, reach)
     counts = tuple(-(-extent // edge) for extent, edge in zip(grid, edges, strict=True))
@@ -149,7 +149,7 @@ def _whole(
     k_runs = jnp.pad(k_runs, ((0, 0), (rows, rows)), constant_values=-1)
     context = (context_k, context_v, context_mask)
     sizes = {"grid": grid, "reach": reach, "radius": radius, "scale": scale}
-    return outputs(q, k, v, q_runs, k_runs, *context, **sizes)
+    return outputs((q, k, v), (q_runs, k_runs), context, **sizes)
 
 
 def forward(q, k, v, context_k, context_v, key_mask, context_mask, segment_ids, **options):

@@ -42,3 +42,25 @@ def test_what_is_known_of_the_noise_is_its_error():
     grid = DenoisingGrid(NoisePrediction(2, learned_variance=False), times=5)
     _, sums = jax.jit(lambda: grid(lambda x, *_: 0 * x, batch, None))()
     assert grid.metrics(sums)["mse"] == pytest.approx(1, abs=0.05)
+
+
+class Half:
+    def __init__(self, share):
+        self.teacher = lambda noisy, time, label: share * noisy
+
+    __call__ = staticmethod(model)
+
+
+def test_a_teacher_is_compared_on_the_same_noise():
+    grid = DenoisingGrid(FlowMatching(2), times=3)
+
+    @jax.jit
+    def scores():
+        return [grid(m, BATCH, None)[1] for m in (model, Half(0.0), Half(0.2), Half(0.5))]
+
+    alone, *taught = map(grid.metrics, scores())
+    assert set(alone) == {"mse"}
+    assert [each["mse"] for each in taught] == [alone["mse"]] * 3
+    apart = [each["to_teacher"] for each in taught]
+    assert apart[1] == pytest.approx(0.36 * apart[0], rel=1e-5)
+    assert apart[2] == 0.0

@@ -31,7 +31,8 @@ def long_convolution(
 
     Args:
       u: [B, T, D], any T >= 1.
-      kernel: [D, T], kernel[:, l] on the token l steps back.
+      kernel: [D, T], kernel[:, l] on the token l steps back; or [B, D, T], one for each row, which
+        needs rows without segments.
       segment_ids: [B, T] integers, compared for equality with the previous token's only: where the
         id changes the sum starts anew. None means one segment. What is not finite stays in its
         segment, as a whole: the transform has no order. Segments cost log T convolutions
@@ -52,7 +53,13 @@ def long_convolution(
     _, length, channels = u.shape
     if length == 0 or channels == 0:
         raise ValueError(f"u must have T >= 1 and D >= 1; got {u.shape}")
-    check_shape("kernel", kernel, "[D, T] with T and D of u", (channels, length))
+    of_rows = kernel.ndim == 3 and segment_ids is None
+    check_shape(
+        "kernel",
+        kernel,
+        "[D, T], or without segment_ids [B, D, T], of the sizes of u",
+        (len(u), channels, length) if of_rows else (channels, length),
+    )
     segment_ids = checked_segment_ids(segment_ids, *u.shape[:2])
     implementation = platforms.checked_implementation(
         OP.name, implementation, OP.implementations, len(u)
@@ -65,5 +72,6 @@ def long_convolution(
     else:
         # All of time for some of the channels: where a mesh cuts time, the devices exchange one for
         # the other.
-        (y,) = run(OP, implementation or "xla", u, kernel, layouts=("BLC", "CL"), outputs=("BLC",))
+        layouts = ("BLC", "BCL" if of_rows else "CL")
+        (y,) = run(OP, implementation or "xla", u, kernel, layouts=layouts, outputs=("BLC",))
     return y.astype(u.dtype)

@@ -10,6 +10,11 @@ def long_convolution(u, kernel, segment_ids):
 
     By the lower-triangular Toeplitz matrix of every channel. Shapes as in `api.py`; returns y
     [B, T, D] in float32."""
+    if kernel.ndim == 3:
+        rows = [
+            long_convolution(u[b : b + 1], kernel[b], segment_ids) for b in range(kernel.shape[0])
+        ]
+        return jnp.concatenate(rows)
     lag_TT = jnp.arange(u.shape[1])[:, None] - jnp.arange(u.shape[1])[None, :]
     toeplitz_DTT = jnp.where(
         (lag_TT >= 0)[None], kernel.astype(jnp.float32)[:, jnp.abs(lag_TT)], 0.0

@@ -73,6 +73,15 @@ def test_packed_documents_equal_separate_ones(implementation):
     assert_close("y", got, expected)
 
 
+def test_rows_may_have_kernels_of_their_own():
+    u, kernel = normal(0, BATCH, 9, WIDTH), normal(1, BATCH, WIDTH, 9)
+    got, reference = values_and_gradients(u, kernel, normal(2, *u.shape))
+    for name in reference:
+        assert_close(name, got[name], reference[name])
+    for b in range(BATCH):
+        assert_close("y", got["y"][b : b + 1], convolve(u[b : b + 1], kernel[b]))
+
+
 def test_it_is_numpys_convolution_cut_to_the_length():
     u, kernel = normal(0, BATCH, LENGTH, WIDTH), normal(1, WIDTH, LENGTH)
     y = convolve(u, kernel)
@@ -123,6 +132,8 @@ GOOD = {"u": ones(2, 5, 3), "kernel": ones(3, 5)}
         ("kernel", {"kernel": ones(5, 3)}),
         ("kernel", {"kernel": ones(3, 4)}),
         ("kernel", {"kernel": ones(3, 5, dtype=np.complex64)}),
+        ("kernel", {"kernel": ones(1, 3, 5)}),
+        ("kernel", {"kernel": ones(2, 3, 5), "segment_ids": np.ones((2, 5), np.int32)}),
         ("segment_ids", {"segment_ids": ones(2, 5)}),
         ("segment_ids", {"segment_ids": ones(5, dtype=np.int32)}),
         ("implementation", {"implementation": "chunked"}),

@@ -17,7 +17,7 @@ COMMANDS = sorted(
     if "command_line.run(main" in path.read_text("utf-8")
 )
 # Papers that are whole models.
-NETWORKS = ("linear_self_attention", "linear_forecaster", "diffusion_transformer")
+NETWORKS = (*("linear_self_attention", "linear_forecaster", "diffusion_transformer", "hyper_zzw"),)
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "experiments/MESH.md"]
 
 

@@ -72,6 +72,8 @@ def weighted_logits(model: Any, batch: Batch) -> jax.Array:
     """The model's logits of a batch as `Classification` has it, float32; zeros of what weighs
     nothing."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    if getattr(model, "reads_batch", False):
+        inputs["there_B"] = batch["weights"] > 0
     example = array_of(batch, example_name(batch), "Classification")
     logits = model(example, **inputs).astype(jnp.float32)
     # A choice, not a product with zero: what the model says of what does not count is to reach

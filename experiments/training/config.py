@@ -140,7 +140,7 @@ ADDED = {
 }
 OPEN_SECTIONS = ("task", "model")
 
-OPTIMIZERS = ("adamw", "lion", "lamb", "muon")
+OPTIMIZERS = ("adamw", "lion", "lamb", "muon", "kar3")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 REFINED = "refined:"  # and then the workdir of a first run
 HALVING = "halving:"  # and then the updates after which the rate is halved again and again

@@ -162,6 +162,35 @@ def with_master_weights(
     return optax.GradientTransformationExtraArgs(init, cast(Any, update))
 
 
+class Kar3State(NamedTuple):
+    """The fast and the slow moment."""
+
+    m1: Any
+    m2: Any
+
+
+def scale_by_kar3(b1: Any, b2: Any) -> optax.GradientTransformation:
+    """sign(g) + sign(m1) + sign(m2) by the moments of the steps before, m <- b m + (1 - b) g, 0 at
+    first: Kar3, which trains HyperZ.Z.W (arXiv 2401.17948)."""
+
+    def init(params: Any) -> Kar3State:
+        return Kar3State(*(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+
+        def signs(*terms: jax.Array) -> jax.Array:
+            return sum(map(jnp.sign, terms), start=jnp.zeros_like(terms[0]))
+
+        def moved(moments: Any, decay: Any) -> Any:
+            return jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, moments, updates)
+
+        moments = Kar3State(moved(state.m1, b1), moved(state.m2, b2))
+        return jax.tree.map(signs, updates, state.m1, state.m2), moments
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(
     options: Mapping[str, Any],
     numbers: Hyperparameters,
@@ -191,6 +220,12 @@ def make_optimizer(
         core = optax.lion(numbers.rate, **moments, **common)
     elif options["name"] == "lamb":
         core = optax.lamb(numbers.rate, eps=numbers.eps, **moments, **common)
+    elif options["name"] == "kar3":
+        core = optax.chain(
+            scale_by_kar3(numbers.b1, numbers.b2),
+            optax.add_decayed_weights(**common),
+            optax.scale_by_learning_rate(numbers.rate),
+        )
     elif options["name"] == "muon":
         matrices = muon(
             numbers.rate,

@@ -47,7 +47,7 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             mean_D, var_D = self.mean[...], self.var[...]
         else:
-            mean_D, var_D, count = _moments(x, mask)
+            mean_D, var_D, count = moments(x, mask)
             unbiased_D = var_D * count / jnp.maximum(count - 1, 1)
             for running, new_D in ((self.mean, mean_D), (self.var, unbiased_D)):
                 step_D = MOMENTUM * (jax.lax.stop_gradient(new_D) - running[...])
@@ -157,7 +157,7 @@ def layer_norm_share(t: jax.Array, steps: int) -> jax.Array:
     return jnp.clip((steps - t).astype(jnp.float32) / steps, 0.0, 1.0)
 
 
-def _moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array | int]:
+def moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array | int]:
     """Mean and biased variance [D] over the places that are there, and their number."""
     axes = tuple(range(x.ndim - 1))
     if mask is None:

@@ -47,6 +47,18 @@ def test_a_row_of_weight_zero_has_a_gradient_of_zero():
     assert np.isfinite(jax.grad(loss)(jnp.zeros(3))).all()
 
 
+def test_a_model_that_reads_its_batch_is_told_which_rows_there_are():
+    class Model:
+        reads_batch = True
+
+        def __call__(self, tokens: Any, there_B: Any) -> Any:
+            return jnp.where(there_B[:, None], jnp.asarray([[1.0, 0.0, 0.0]]), jnp.nan)
+
+    batch: Any = {"tokens": LOGITS, "labels": LABELS, "weights": WEIGHTS}
+    _, sums = Classification()(Model(), batch, jax.random.key(0))
+    assert sums["correct_sum"] == 1 and np.isfinite(sums["loss_sum"])
+
+
 def test_images_and_tokens_are_counted_and_inputs_reach_the_model():
     image: Any = {"image": np.zeros((2, 4, 4, 3)), "labels": LABELS}
     tokens: Any = {"tokens": np.zeros((2, 5)), "mask": np.ones((2, 5), bool)}

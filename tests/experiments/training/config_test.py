@@ -60,7 +60,7 @@ def test_every_recipe_is_valid(argument):
         ({"eval__best_mode": "best"}, "config.eval.best_mode must be one of max, min; got 'best'"),
         (
             {"optimizer__name": "sgd"},
-            "config.optimizer.name must be one of adamw, lion, lamb, muon; got 'sgd'",
+            "config.optimizer.name must be one of adamw, lion, lamb, muon, kar3; got 'sgd'",
         ),
         (
             {"optimizer__schedule": "step"},

@@ -35,6 +35,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("norm_warmup_steps", "jitter", "dropout", "mlp_dropout", "distractors", "class_dropout"),
         *("occlusion", "clutter", "generated"),
         *("distil_output", "distil_variance", "distil_features"),
+        *("lift", "slow_loss_weight"),
     },
     -1: {"data", "train_examples"},
     HUGE: {"clip_norm"},
@@ -59,6 +60,7 @@ MEANINGFUL: dict[Any, set[str]] = {
             "validation",
         ),
         *("rotated", "crop", "shifted_windows", "fill_groups", "descriptor", "branch_norm"),
+        *("sequence", "global_branch", "hyper_kernels", "context"),
     },
     "x": {"data_dir", "test_split", "date_column"},
     (): {
@@ -66,7 +68,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("covariance", "task_covariance", "test_lengths", "test_input_scales"),
         *("test_length_grid", "test", "rope_scaling"),
         *("origin", "ignored", "orders"),
-        *("rand_augment", "enlarged", "stages", "position_grid"),
+        *("rand_augment", "enlarged", "stages", "position_grid", "kernel_sizes"),
     },
 }
 
@@ -78,7 +80,9 @@ SERIES = ("etth", "exchange")
 SOUNDS = {"separation_speech", "separation_large"}  # likewise voices that are generated
 OF_SERIES = {"s_mamba", "itransformer"}
 OF_NOISE = {"lit", "linfusion", "clear"}
-CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attention"}) + [
+CONFIGS = sorted(
+    {"recall", "hyper_zzw", *available_mixers()} - {"base_conv", "window_attention"}
+) + [
     f"task {name}"
     for name in available_recipes()
     if name not in {*IMAGE_SETS, *SOUNDS, "shape_classification"} and not name.startswith(SERIES)
@@ -86,15 +90,15 @@ CONFIGS = sorted({"recall", *available_mixers()} - {"base_conv", "window_attenti
 
 
 def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
-    """A config that can start, and the entries that are tried in it: those of its mixers; of its
-    task; and once all others."""
+    """A config that can start, and the entries that are tried in it: those of its mixers, or of
+    a whole model; of its task; and once all others."""
     config: Any
     mixer, _, name = what.rpartition("task ") if what.startswith("task ") else (what, "", "")
     if not name:
         module = importlib.import_module(f"experiments.configs.{mixer}")
         tasks = {
             "recall": "gla,smoke",
-            **dict.fromkeys(OF_IMAGES, "digits,smoke"),
+            **dict.fromkeys({*OF_IMAGES, "hyper_zzw"}, "digits,smoke"),
             **dict.fromkeys(OF_SERIES, "forecasting,smoke"),
             "lion": "shape_classification,smoke",
             "mossformer2": "separation,smoke",
@@ -103,7 +107,7 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
         config = module.get_config(tasks.get(mixer, "mqar,smoke"))
         if mixer == "lion":
             config.model.orders = ("x",)
-        parts: tuple[str, ...] = ("model.mixers.",)
+        parts: tuple[str, ...] = ("model.mixers." if "mixers" in config.model else "model.",)
     else:
         config = recipe(f"{name},smoke")
         parts = ("task.",) if config.model.name == "lm" else ("task.", "model.")

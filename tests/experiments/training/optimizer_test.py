@@ -122,7 +122,7 @@ def test_an_unknown_group_is_refused_by_the_parameters_name():
         parameter_groups(nnx.state(Model(), nnx.Param))
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "lamb", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_only_the_decay_group_decays(name):
     update = first_update(0.0, name=name, weight_decay=0.5)
     assert float(jnp.max(update["matrix"])) < -1e-3
@@ -177,6 +177,22 @@ def test_muon_orthogonalises_the_matrix_of_every_layer_by_itself():
     adamw = first_update(1.0)
     for name in ("conv", "norm", "a_log"):
         np.testing.assert_allclose(update[name], adamw[name], rtol=1e-6)
+
+
+def test_kar3_adds_the_signs_of_gradient_and_moments_before_the_step():
+    options: Any = OPTIONS | {"name": "kar3"}
+    tx = make_optimizer(options, numbers_of(options), GROUPS)
+    state: Any = tx.init(params())
+    fast, slow = 0.0, 0.0
+    for grad in (0.3, -0.1, -2.0, -1.0):
+        grads = jax.tree.map(lambda leaf, grad=grad: jnp.full(leaf.shape, grad), params())
+        updates: Any
+        updates, state = tx.update(grads, state, params())
+        # In the first step no entry moves by more or less than the rate.
+        expected = -options["lr"] * (np.sign(grad) + np.sign(fast) + np.sign(slow))
+        np.testing.assert_allclose(updates["conv"], expected, rtol=1e-6)
+        fast = options["b1"] * fast + (1 - options["b1"]) * grad
+        slow = options["b2"] * slow + (1 - options["b2"]) * grad
 
 
 def test_muons_moments_lie_like_their_parameters():

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from jax import P
 from experiments.compiled.collectives import find_collectives
 from experiments.compiled.program import CompiledProgram
 from experiments.training.mesh import named, parameter_specs
+from models.networks import hyper_zzw
 from tests.contracts import mixers_test
 from tests.eight_devices.mesh import collectives, mesh_of
 
@@ -153,6 +155,39 @@ def test_loss_state_and_gradients_of_models(name, shape):
 
     run = jax.value_and_grad(loss, has_aux=True)
     assert_same_on_a_mesh(shape, run, params, tokens, ids, lm.init_state(2))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sequence", [False, True])
+def test_statistics_of_a_batch_are_those_of_the_rows_that_are_there_on_all_devices(sequence):
+    config = {"lift": 4, "factors": (2,), "kernel_sizes": (3,), "slow_width": 4, "groups": 2}
+    model = hyper_zzw.build(
+        config | {"sequence": sequence},
+        classes=3,
+        channels=1,
+        height=4,
+        width=4,
+        rngs=nnx.Rngs(0),
+        param_dtype="float32",
+        compute_dtype="float32",
+    )
+    graphdef, params, variables = nnx.split(model, nnx.Param, ...)
+    image = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4, 4, 1)), jnp.float32)
+    there = jnp.arange(8) < 5
+
+    def loss(params, image):
+        if not jax.sharding.get_abstract_mesh().empty:
+            image = jax.lax.with_sharding_constraint(image, P(("data", "fsdp")))
+        logits = nnx.merge(graphdef, params, variables)(image, there)
+        logits = jnp.where(there[:, None], logits, 0.0)
+        return jnp.sum(jnp.sin(logits)), logits
+
+    def run(params, image):
+        value, grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, image)
+        # Of biases that the next standardisation takes out again gradients are rounding alone.
+        return value, [jax.flatten_util.ravel_pytree(of_one)[0] for of_one in grads]
+
+    assert_same_on_a_mesh((4, 2, 1, 1), run, params, image)
 
 
 IN_BFLOAT16_IN_MAKE_TEST = {

@@ -13,8 +13,10 @@ from .framework.platforms import kernels
 from .framework.sequence_parallel import sequence_method
 from .gated_linear_attention.api import gated_linear_attention
 from .gaussian_attention.api import gaussian_attention
+from .kronecker_attention.api import kronecker_attention
 from .long_convolution.api import long_convolution
 from .neighbourhood_attention.api import neighbourhood_attention
+from .polynomial_kronecker_attention.api import polynomial_kronecker_attention
 from .selective_scan.api import selective_scan
 from .shifted_window_attention.api import shifted_window_attention
 from .short_convolution.api import short_convolution
@@ -37,8 +39,10 @@ __all__ = [
     "init_flow_state",
     "init_window_state",
     "kernels",
+    "kronecker_attention",
     "long_convolution",
     "neighbourhood_attention",
+    "polynomial_kronecker_attention",
     "selective_scan",
     "sequence_method",
     "shifted_window_attention",

@@ -85,6 +85,7 @@ LEAVES = {
 OPS_OF_OPS = {
     ("flow_attention", "bidirectional_linear_attention"),
     ("causal_flow_attention", "gated_linear_attention"),
+    ("polynomial_kronecker_attention", "kronecker_attention"),
     ("long_convolution", "short_convolution"),
     ("dense_scan", "long_convolution"),
     ("dense_scan", "state_passing"),

@@ -154,6 +154,9 @@ OTHERS = {  # mixers whose op has a row above, and further options
         ("normalised_attention",), {"normalised_attention": {"heads": 2, "state_size": 6}}
     ),
     "qlstm": Row(("qlstm",), {"qlstm": {"forget": "reversed", "expand": 1.0}}),
+    "kronecker_attention": Row(
+        ("kronecker_attention",), {"kronecker_attention": {"heads": 2, "key_size": 2}}
+    ),
     "hedgehog": Row(("hedgehog",), {"hedgehog": {"heads": 2}}),
     "hedgehog_exp": Row(
         ("hedgehog",), {"hedgehog": {"heads": 4, "feature_map": "exp", "rope": False}}
@@ -260,6 +263,10 @@ OTHER_ENCODERS = {  # the same of other mixers
     "monarch_mixer_encoder": Row(
         ("monarch_mixer",),
         {"monarch_mixer": {"context_length": LENGTH, "filter_hidden": 6, "causal": False}},
+    ),
+    "kronecker_attention_encoder": Row(
+        ("kronecker_attention",),
+        {"kronecker_attention": {"heads": 2, "key_size": 2, "form": "exact", "causal": False}},
     ),
     "transnormer_encoder": Row(
         ("diag_attention", "transnormer"),

@@ -71,6 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "linear_attention": {"heads": 2, "conv_width": 3},
     "transnormer": {"heads": 2},
     "normalised_attention": {"heads": 2, "state_size": 6},
+    "kronecker_attention": {"heads": 2, "key_size": 2},
     "hedgehog": {"heads": 2},
     "based": {"heads": 2, "feature_size": 4},
     "retnet": {"heads": 2},

@@ -68,7 +68,8 @@ def started(
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "NPROC": "16",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')}"
+        f" --xla_force_host_platform_device_count={devices}",
     }
     if len(commands) > 1:
         with socket.socket() as free:

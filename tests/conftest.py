@@ -15,8 +15,8 @@ __all__ = ["pytest_generate_tests"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Where few optimisations are asked for, most of the time goes to the newer of two emitters of loops;
-# jaxlib 0.11 has no other. Children get this too: their bits are those of a run here.
+# Where few optimisations are asked for, most of the time goes to the newer of two emitters of
+# loops; jaxlib 0.11 has no other. Children get this too: their bits are those of a run here.
 if jax.config.read("jax_disable_most_optimizations") and jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"

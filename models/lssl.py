@@ -54,12 +54,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.bidirectional import following, no_state, without_padding
-from models.parts.dense_systems import where_used
+from models.parts.dense_systems import Dense, scan_made
 from models.parts.discretisation import step_range_log
 from models.parts.hippo import HippoSize
 from models.parts.options import Factor, Probability, Size, check_choice
 from models.parts.projections import projection, tied_dropout
-from ops.dense_scan.api import dense_scan
 from ops.dense_scan.powers import krylov_kernel
 
 
@@ -171,10 +170,18 @@ class LSSL(nnx.Module):
         def response(
             read_DMN: jax.Array, memory_BDN: Any, reverse: bool
         ) -> tuple[jax.Array, jax.Array]:
-            scan = where_used(
-                "lssl", functools.partial(scanned, reverse=reverse), ("C", "N", "CMN")
+            return scan_made(
+                "lssl",
+                dense_form,
+                ("C", "N", "CMN"),
+                x_float_BTD,
+                memory_BDN,
+                segment_ids,
+                step_D,
+                vectors,
+                read_DMN,
+                reverse=reverse,
             )
-            return scan(x_float_BTD, memory_BDN, segment_ids, step_D, vectors, read_DMN)
 
         memory_BDN = None if state is None else state["memory"]
         y_BTDM, memory_BDN = response(self.read_DMN[...], memory_BDN, reverse)
@@ -224,28 +231,10 @@ def system(step_D: jax.Array, v: Mapping[str, jax.Array]) -> tuple[jax.Array, ja
     return A_DNN, step_D1 * (inverse_DNN * B_N[None, None]).sum(-1)
 
 
-def scanned(
-    x_BTD: jax.Array,
-    memory_BDN: jax.Array | None,
-    segment_ids: jax.Array | None,
-    step_D: jax.Array,
-    vectors: Mapping[str, jax.Array],
-    read_DMN: jax.Array,
-    *,
-    reverse: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """y without D x [B, T, D, M] and the memory after it [B, D, N], of the channels at hand."""
+def dense_form(step_D: jax.Array, vectors: Mapping[str, jax.Array], read_DMN: jax.Array) -> Dense:
+    """The dense form of the channels at hand."""
     A_DNN, b_DN = system(step_D, vectors)
-    return dense_scan(
-        x_BTD,
-        A_DNN,
-        b_DN,
-        read_DMN,
-        kernel=functools.partial(krylov_kernel, A_DNN, b_DN, read_DMN),
-        initial_state=memory_BDN,
-        segment_ids=segment_ids,
-        reverse=reverse,
-    )
+    return Dense(A_DNN, b_DN, read_DMN, functools.partial(krylov_kernel, A_DNN, b_DN, read_DMN))
 
 
 Mixer = LSSL

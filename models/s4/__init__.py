@@ -60,12 +60,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.parts.bidirectional import following, no_state, without_padding
-from models.parts.dense_systems import where_used
+from models.parts.dense_systems import scan_made
 from models.parts.discretisation import step_range_log
 from models.parts.hippo import HippoSize, diagonal_plus_low_rank
 from models.parts.options import Factor, Probability, Reach, check_choice
 from models.parts.projections import projection, tied_dropout
-from models.s4.system import FIELDS, System, scanned, truncation
+from models.s4.system import FIELDS, System, dense_form, truncation
 from ops.dense_scan.powers import einsum
 
 # init -> the HiPPO matrices that channels have in turns
@@ -189,12 +189,20 @@ class S4(nnx.Module):
             read: tuple[jax.Array, jax.Array], memory_BDN: Any, reverse: bool
         ) -> tuple[jax.Array, jax.Array]:
             system = self.system(read)
-            scan = where_used(
+            y_BTD1, memory_BDN = scan_made(
                 "s4",
-                functools.partial(scanned, kernel_length=self.kernel_length, reverse=reverse),
+                functools.partial(
+                    dense_form,
+                    kernel_length=self.kernel_length,
+                    convolved=x_BTD.shape[1] <= self.kernel_length,
+                ),
                 tuple("CRM"[: array.ndim] for array in system),
+                x_float_BTD,
+                memory_BDN,
+                segment_ids,
+                *system,
+                reverse=reverse,
             )
-            y_BTD1, memory_BDN = scan(x_float_BTD, memory_BDN, segment_ids, *system)
             return y_BTD1[..., 0], memory_BDN
 
         reads = self.reads()

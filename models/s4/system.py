@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.parts.dense_systems import Dense
 from models.s4.cauchy import transfer, transfer_at_zero
-from ops.dense_scan.api import dense_scan
 from ops.dense_scan.powers import power_less_one
 
 # Fields of `System` -> their axes; besides, read_real and read_imaginary [D, M]
@@ -119,28 +119,17 @@ def truncation(E_DNN: jax.Array, length: int) -> jax.Array:
     return -power_less_one(E_DNN, length)
 
 
-def scanned(
-    x_BTD: jax.Array,
-    memory_BDN: jax.Array | None,
-    segment_ids: jax.Array | None,
-    *parameters: jax.Array,
-    kernel_length: int,
-    reverse: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """y without D x [B, T, D, 1] and the memory after it [B, D, N], of the fields of a `System`."""
-    system, length = System(*parameters), x_BTD.shape[1]
+def dense_form(*parameters: jax.Array, kernel_length: int, convolved: bool) -> Dense:
+    """The dense form of a `System` of these fields; with its kernel if `convolved`."""
+    system = System(*parameters)
     E_DNN, b_DN = system.increment()
 
     def kernel(length: int) -> jax.Array:
         return system.kernel(kernel_length)[:, None, :length]
 
-    return dense_scan(
-        x_BTD,
+    return Dense(
         E_DNN + jnp.eye(b_DN.shape[1])[None],
         b_DN,
         system.untruncated_read(E_DNN, kernel_length)[:, None],
-        kernel=kernel if length <= kernel_length else None,
-        initial_state=memory_BDN,
-        segment_ids=segment_ids,
-        reverse=reverse,
+        kernel if convolved else None,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from ..state_passing.parts import in_parts
+from ..state_passing.parts import in_parts, passing
 from .powers import matrix_power
 from .xla import forward, free_response
 
@@ -26,7 +26,7 @@ def forward_in_parts(
     """y [B, T, D, M] and the final state [B, D, N], as `xla.forward` makes them without a mesh."""
     return in_parts(
         lambda u_PnD, ids_Pn: forward(u_PnD, A, B, C, None, ids_Pn, kernel),
-        lambda length: matrix_power(A, length),
+        passing(lambda length: matrix_power(A, length), reverse=reverse),
         lambda x_PDN, length: free_response(x_PDN, A, C, length),
         u,
         initial_state=initial_state,

@@ -10,7 +10,7 @@ ones. A product with a number is a matrix [X, X] on its parts."""
 import jax
 import jax.numpy as jnp
 
-from ..state_passing.parts import in_parts
+from ..state_passing.parts import in_parts, passing
 from .xla import Parts, einsum, forward, number, parts_of, powers
 
 
@@ -29,7 +29,7 @@ def forward_in_parts(
 
     y_BTD, final = in_parts(
         from_zero,
-        lambda length: transition(a_DM, length),
+        passing(lambda length: transition(a_DM, length), reverse=reverse),
         lambda h, length: response(h, a_DM, c_DM, length),
         u,
         initial_state=initial,

@@ -144,7 +144,11 @@ def specs(
 
 
 def by_device(
-    name: str, function: Callable[..., Any], layouts: Sequence[str], outputs: Sequence[str]
+    name: str,
+    function: Callable[..., Any],
+    layouts: Sequence[str],
+    outputs: Sequence[str],
+    shapes: Any = None,
 ) -> Callable[..., Any]:
     """`function` of arrays, trees of arrays or None, as each device computes it of its parts;
     without a mesh `function` itself.
@@ -152,19 +156,21 @@ def by_device(
     For an op whose inputs are made of few numbers, such as the parameters of a kernel: they are
     sent, and their gradients, which devices that share them add up, and nothing that is made of
     them. Ops inside run on the device's arrays. `name` is for messages; the layouts are those of
-    arguments and results, a tuple, and must cut time nowhere."""
+    arguments and results, a tuple. Where they cut time, the function exchanges itself what its parts
+    need of others; it then has a meaning on devices alone, and the shapes of its results on the
+    whole arrays have to be given."""
     mesh = ambient_mesh()
     if mesh is None:
         return function
 
     def on_devices(*values: Any) -> Any:
         inside, outside = in_context(tuple(layouts)), in_context(tuple(outputs))
-        shapes = jax.eval_shape(function, *values)
+        results = jax.eval_shape(function, *values) if shapes is None else shapes
         return jax.shard_map(
             function,
             mesh=mesh,
             in_specs=specs(name, mesh, inside, values),
-            out_specs=specs(name, mesh, outside, shapes),
+            out_specs=specs(name, mesh, outside, results),
             check_vma=False,
         )(*values)
 

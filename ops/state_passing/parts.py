@@ -1,7 +1,7 @@
 """Time-invariant systems whose time is cut over devices: every device runs its part from a zero
 state, and states alone pass between them.
 
-Letters: P parts of n tokens of all sequences, as in `ops/framework/time_parts.py`."""
+Letters: R parts of n tokens, P of all sequences, as in `ops/framework/time_parts.py`."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from .api import state_passing
 
 def in_parts(
     from_zero: Callable[[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]],
-    transition: Callable[[int], jax.Array],
+    passed: Callable[..., tuple[jax.Array, jax.Array]],
     response: Callable[[jax.Array, int], jax.Array],
     u: jax.Array,
     *,
@@ -27,7 +27,9 @@ def in_parts(
 
     from_zero: u and the numbers of segments [P, n] of each part (None: one segment) -> the output
       and the state [P, D, N] that each part leaves, from a zero state before it.
-    transition: length -> A^length [D, N, N], of a part of so many tokens.
+    passed: the state that each part leaves [B, R, D, N], whether it hands on what came in [B, R]
+      (None: all do), the state before the first part [B, D, N] or None, the length of a part -> the
+      state before each part [B, R, D, N], the one after the last; `passing` makes it.
     response: states before the parts [P, D, N], length -> what they add to the output [P, n, ...].
     initial_state: [B, D, N]; None means zeros.
     segment_ids: [B, T]; the state starts from zero where the id changes.
@@ -37,17 +39,17 @@ def in_parts(
     Raises ValueError for a length that is not a multiple of the devices along time.
     """
     parts, (batch, length) = time_parts(), u.shape[:2]
-    number_Pn = goes_on_P = None
+    number_Pn = None
     if segment_ids is not None:
         number_Pn = _turned(documents(segment_ids, batch, length, parts, reverse=reverse), reverse)
-        goes_on_P = number_Pn[:, -1] == 0
     with parts_as_batch():
         y_Pn, written_PDN = from_zero(_turned(to_parts(u, parts), reverse), number_Pn)
     size = length // parts
-    x_PDN, last_BDN = states_before(
-        transition(size), written_PDN, goes_on_P, initial_state, parts, reverse=reverse
+    keeps_BR = None if number_Pn is None else to_whole(number_Pn[:, -1:] == 0, parts)
+    before_BRDN, last_BDN = passed(
+        to_whole(written_PDN[:, None], parts), keeps_BR, initial_state, size
     )
-    response_Pn = response(x_PDN, size)
+    response_Pn = response(to_parts(before_BRDN, parts)[:, 0], size)
     if number_Pn is not None:
         of_state_Pn = (number_Pn == 0).reshape(*number_Pn.shape, *(1,) * (y_Pn.ndim - 2))
         response_Pn = jnp.where(of_state_Pn, response_Pn, 0.0)
@@ -59,25 +61,23 @@ def _turned(x_Pn: jax.Array, reverse: bool) -> jax.Array:
     return x_Pn[:, ::-1] if reverse else x_Pn
 
 
-def states_before(
-    transition: jax.Array,
-    written: jax.Array,
-    goes_on: jax.Array | None,
-    initial_state: jax.Array | None,
-    parts: int,
-    *,
-    reverse: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """The state before each part [P, D, N], and the one after the last part [B, D, N].
+def passing(
+    transition: Callable[[int], jax.Array], *, reverse: bool
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """`passed` of systems whose transition(length) is A^length [D, N, N]."""
 
-    transition [D, N, N] is that of a whole part, written [P, D, N] the state that each part leaves
-    from a zero state; goes_on [P] says whether the segment at a part's start is the one at its end
-    (None: everywhere)."""
-    before, last = state_passing(
-        transition,
-        to_whole(written[:, None], parts),
-        keeps=None if goes_on is None else to_whole(goes_on[:, None], parts),
-        initial_state=initial_state,
-        reverse=reverse,
-    )
-    return to_parts(before, parts)[:, 0], last
+    def passed(
+        written_BRDN: jax.Array,
+        keeps_BR: jax.Array | None,
+        initial_state: jax.Array | None,
+        length: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        return state_passing(
+            transition(length),
+            written_BRDN,
+            keeps=keeps_BR,
+            initial_state=initial_state,
+            reverse=reverse,
+        )
+
+    return passed

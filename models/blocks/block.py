@@ -327,7 +327,7 @@ class Block(nnx.Module):
         place = {"layer": layer} if "layer" in inspect.signature(mixer.__init__).parameters else {}
         self.compute_dtype, self.pre_norm = compute_dtype, options.pre_norm
         self.branch_norm, self.normed_residual = options.branch_norm, options.normed_residual
-        self.factors = {half: options.factors(half) for half in ("mixer", "mlp")}
+        self.mixer_factors, self.mlp_factors = options.factors("mixer"), options.factors("mlp")
         self.mixer_norm = norm()
         self.mixer = mixer(width, **common, **place, **mixer_options)
         if options.lora_rank:
@@ -388,9 +388,9 @@ class Block(nnx.Module):
             norm: Any,
             x_BTD: jax.Array,
             modulation: Any,
-            name: str,
+            factors: tuple[float, float],
         ) -> tuple[jax.Array, Any]:
-            kept, added = self.factors[name]
+            kept, added = factors
 
             def total(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
                 if added != 1.0:
@@ -413,10 +413,12 @@ class Block(nnx.Module):
             y_BTD = total(x_BTD, self.added(y_BTD, None))
             return masked_norm(norm, y_BTD, context.mask), after
 
-        x_BTD, state = half(mix, self.mixer_norm, x_BTD, modulations[0], "mixer")
+        x_BTD, state = half(mix, self.mixer_norm, x_BTD, modulations[0], self.mixer_factors)
         if self.mlp is not None:
             mlp = self.mlp if self.mlp_scale is None else self.scaled_mlp
-            x_BTD, _ = half(lambda h: (mlp(h), None), self.mlp_norm, x_BTD, modulations[1], "mlp")
+            x_BTD, _ = half(
+                lambda h: (mlp(h), None), self.mlp_norm, x_BTD, modulations[1], self.mlp_factors
+            )
         return x_BTD, state
 
     def mapped_attention(self, h_BTD: jax.Array, context: Context) -> tuple[jax.Array, Kept]:

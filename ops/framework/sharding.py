@@ -156,8 +156,8 @@ def by_device(
     For an op whose inputs are made of few numbers, such as the parameters of a kernel: they are
     sent, and their gradients, which devices that share them add up, and nothing that is made of
     them. Ops inside run on the device's arrays. `name` is for messages; the layouts are those of
-    arguments and results, a tuple. Where they cut time, the function exchanges itself what its parts
-    need of others; it then has a meaning on devices alone, and the shapes of its results on the
+    arguments and results, a tuple. Where they cut time, the function itself exchanges what devices
+    need of each other; as it then has a meaning on devices alone, the shapes of its results on the
     whole arrays have to be given."""
     mesh = ambient_mesh()
     if mesh is None:

@@ -275,13 +275,14 @@ def test_time_invariant_layers_gather_states_alone(name):
         assert [found.get(kind) for found in short] == [found.get(kind) for found in long]
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 1, 4, 1)])
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "shape"),
     [
-        ("s4", {"state_size": 16, "kernel_length": 512}),
-        ("lssl", {"state_size": 16}),
-        ("monarch_mixer", {"context_length": 512, "filter_hidden": 8}),
+        ("s4", {"state_size": 16, "kernel_length": 512}, (1, 8, 1, 1)),
+        ("lssl", {"state_size": 16}, (1, 8, 1, 1)),
+        ("monarch_mixer", {"context_length": 512, "filter_hidden": 8}, (1, 8, 1, 1)),
+        ("s4", {"state_size": 16, "kernel_length": 512}, (2, 1, 4, 1)),
+        pytest.param("lssl", {"state_size": 16}, (2, 1, 4, 1), marks=pytest.mark.full),
     ],
 )
 def test_devices_send_parameters_and_not_what_is_made_of_them(name, options, shape):

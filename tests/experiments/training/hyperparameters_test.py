@@ -101,8 +101,11 @@ def test_a_table_of_rates_is_its_schedule_to_the_bit():
     schedule: Any = make_schedule(options, 1500)
     table = rate_table(schedule, 1500)
     assert table.shape == (2048,) and table.dtype == np.float32
+    # With few optimisations the cosine of a vector is another than that of a number.
+    ulp = 1 if jax.config.read("jax_disable_most_optimizations") else 0
     for count in (0, 1, 6, 7, 8, 400, 1499):
-        assert table[count] == np.float32(jax.jit(schedule)(np.int32(count)))
+        rate = np.float32(jax.jit(schedule)(np.int32(count)))
+        np.testing.assert_array_max_ulp(table[count], rate, maxulp=ulp)
 
 
 def test_a_decay_knows_its_complement_exactly_and_no_other_difference():

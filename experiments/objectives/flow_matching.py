@@ -12,7 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.objectives.denoising import images_of, mean_over_pixels, of_counted, some_classes
+from experiments.objectives.denoising import (
+    images_of,
+    mean_over_pixels,
+    of_counted,
+    of_each,
+    some_classes,
+)
 from experiments.objectives.objective import Batch, Sums, Work, array_of, weighted_mean
 
 TIMES = ("uniform", "logit_normal")
@@ -66,7 +72,7 @@ class FlowMatching:
         self, image: jax.Array, noise: jax.Array, time_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """x_t, and the times [B] that the model is told."""
-        time = time_B[:, None, None, None]
+        time = of_each(time_B, image)
         return (1 - time) * image + time * noise, 1000 * time_B
 
     def said(

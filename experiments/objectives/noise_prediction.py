@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
-from experiments.objectives.denoising import images_of, mean_over_pixels, of_counted, some_classes
+from experiments.objectives.denoising import (
+    images_of,
+    mean_over_pixels,
+    of_counted,
+    of_each,
+    some_classes,
+)
 from experiments.objectives.noise_schedules import Chain, chain
 from experiments.objectives.objective import Batch, Sums, Work, array_of, weighted_mean
 
@@ -85,8 +91,8 @@ class NoisePrediction:
         self, image: jax.Array, noise: jax.Array, step_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """x_t, and the times [B] that the model is told."""
-        at = self._at(step_B)
-        return at.signal * image + at.noise * noise, at.time[:, 0, 0, 0]
+        at = self._at(step_B, image)
+        return at.signal * image + at.noise * noise, at.time.reshape(-1)
 
     def halves(self, output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The noise and v, or None, in what a model says."""
@@ -117,19 +123,19 @@ class NoisePrediction:
         v: jax.Array,
     ) -> jax.Array:
         """The term of a step in the variational bound, bits per number, [B]."""
-        at = self._at(step_B)
+        at = self._at(step_B, image)
         log_variance = log_variance_of(at, v)
         # Both means have x_t in common, and x is (x_t - noise e) / signal.
         apart = at.of_image * at.noise / at.signal * (predicted - noise)
         ratio = at.log_posterior - log_variance
         divergence = 0.5 * (jnp.exp(ratio) - 1 - ratio + jnp.square(apart) * jnp.exp(-log_variance))
         first = -log_probability_of_level(image, image - apart, 0.5 * log_variance)
-        nats = jnp.where((step_B == 0)[:, None, None, None], first, divergence)
+        nats = jnp.where(of_each(step_B == 0, image), first, divergence)
         return mean_over_pixels(nats) / math.log(2)
 
-    def _at(self, step_B: jax.Array) -> Chain:
-        """The numbers of each image's step, [B, 1, 1, 1]."""
-        return Chain(*(jnp.asarray(a)[step_B][:, None, None, None] for a in self.chain))
+    def _at(self, step_B: jax.Array, image: jax.Array) -> Chain:
+        """The numbers of each image's step, [B, 1, ...]."""
+        return Chain(*(of_each(jnp.asarray(a)[step_B], image) for a in self.chain))
 
     def work(self, batch: Batch) -> Work:
         return images_of(batch, "NoisePrediction")

@@ -2,7 +2,8 @@
 goes on where it was, and draws the same.
 
 In the folder: samples.json, what they were drawn with; pictures_<first>.npy for each batch, float32
-[batch, Y, X, C] with pixels in [-1, 1] where the model keeps to them; grid.png, of all."""
+[batch, Y, X, C] with pixels in [-1, 1] where the model keeps to them; grid.png, of all. Of videos
+[batch, F, Y, X, C], film.gif has all, and grid.png the frames of the first ones, each in a row."""
 
 import functools
 import json
@@ -21,7 +22,9 @@ from PIL import Image
 from experiments.sampling.samplers import Drawn, Sampler, draw, guided, picture_keys
 from experiments.training.progress import ProgressReport
 
-RECORD, GRID = "samples.json", "grid.png"
+RECORD, GRID, FILM = "samples.json", "grid.png", "film.gif"
+MOST_ROWS = 16  # of the frames of videos
+FRAME_MS = 125
 MOST_PICTURES = 1_000_000
 SMALLEST = 32  # pixels of a picture's shorter side in the grid
 MOST_COLUMNS = 16
@@ -33,14 +36,14 @@ class Drawing:
 
     model       graphdef and weights (params, variables) of one replica
     objective   what the model has learned
-    shape       (rows, columns, channels)
+    shape       (rows, columns, channels), of videos with the frames before them
     classes     picture n is of the class classes[n % len(classes)]
     source      facts of the model that a record has, by name
     """
 
     model: tuple[Any, Any]
     objective: Any
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     sampler: Sampler
     classes: tuple[int, ...]
     seed: int
@@ -101,8 +104,8 @@ def _batch(
 def draw_pictures(
     drawing: Drawing, folder: Path, count: int, progress: ProgressReport
 ) -> np.ndarray:
-    """The pictures 0 .. count - 1, [count, Y, X, C], of which those that lie in `folder` are read
-    and the others drawn and written; then the grid.
+    """The pictures 0 .. count - 1, [count, Y, X, C] or [count, F, Y, X, C], of which those that lie
+    in `folder` are read and the others drawn and written; then the grid, and of videos the film.
 
     Raises ValueError for what cannot be drawn, and for a folder with pictures that were drawn with
     something else; FloatingPointError for a picture that is not finite, with the step."""
@@ -121,8 +124,22 @@ def draw_pictures(
         progress.say(f"{min(first + size, count)}/{count} pictures")
     pictures = np.concatenate(found)[:count]
     columns = len(drawing.classes) if 1 < len(drawing.classes) <= MOST_COLUMNS else 0
-    grid_image(pictures, columns or math.ceil(math.sqrt(count))).save(folder / GRID)
+    columns = columns or math.ceil(math.sqrt(count))
+    if pictures.ndim == 5:
+        write_film(pictures, columns, folder)
+        shown, columns = pictures[:MOST_ROWS], pictures.shape[1]
+        grid_image(shown.reshape(-1, *shown.shape[2:]), columns).save(folder / GRID)
+    else:
+        grid_image(pictures, columns).save(folder / GRID)
     return pictures
+
+
+def write_film(videos: np.ndarray, columns: int, folder: Path) -> None:
+    """FILM in the folder: the videos [n, F, Y, X, C] beside each other in rows of `columns`, all
+    playing."""
+    first, *others = (grid_image(videos[:, n], columns) for n in range(videos.shape[1]))
+    timing: dict[str, Any] = {"duration": FRAME_MS, "loop": 0}
+    first.save(folder / FILM, save_all=True, append_images=others, **timing)
 
 
 def _begin(folder: Path, record: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""How an image becomes tokens, and how the next stage of a pyramid makes fewer: convolutions,
-learned positions, a token for the class.
+"""How an image or a video becomes tokens, and how the next stage of a pyramid makes fewer:
+convolutions, positions, a token for the class.
 
-Letters: Y rows, X columns, C channels of a map [B, Y, X, C]."""
+Letters: F frames, Y rows, X columns, C channels of a map [B, Y, X, C] or [B, F, Y, X, C]."""
 
 import functools
 import math
@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from models.blocks.batch_norm import BatchNorm
 from models.parts.norms import layer_norm
 from models.parts.options import check_choice
-from models.parts.positions import grid_sinusoids, resized_table
-from models.parts.projections import FAN_IN_UNIFORM
+from models.parts.positions import grid_sinusoids, resized_table, sinusoids
+from models.parts.projections import FAN_IN_UNIFORM, fan_in_bias, projection
 
 TRUNCATED = nnx.initializers.truncated_normal(0.02)
 ACTIVATIONS = {
@@ -99,7 +99,7 @@ class Tokens(nnx.Module):
         self,
         convolutions: Sequence[Convolution],
         channels: int,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         *,
         positions: str,
         class_token: bool,
@@ -166,3 +166,65 @@ class Tokens(nnx.Module):
             class_B1D = jnp.broadcast_to(self.class_1D[...][None], (batch, 1, width))
             x_BTD = jnp.concatenate((class_B1D.astype(jnp.float32), x_BTD), axis=1)
         return x_BTD
+
+
+class VideoTokens(nnx.Module):
+    """Videos [B, F, Y, X, C], of any extents that divide, to tokens x_BTD, float32, the column
+    fastest and the frame slowest: a linear map of patches (frames, rows, columns), plus sinusoids
+    of the frame and of row and column. Raises ValueError for a width that is no multiple of 4."""
+
+    def __init__(
+        self,
+        patch: tuple[int, ...],
+        channels: int,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike,
+        compute_dtype: DTypeLike,
+    ):
+        if width % 4:
+            raise ValueError(f"width must be a multiple of 4 for sinusoids; got {width}")
+        inputs = math.prod(patch) * channels
+        self.patch, self.compute_dtype = patch, compute_dtype
+        self.map = projection(
+            *(inputs, width),
+            (None, "embed"),
+            init=FAN_IN_UNIFORM,
+            bias=True,
+            bias_init=fan_in_bias(inputs),
+            rngs=rngs,
+            param_dtype=param_dtype,
+            compute_dtype=compute_dtype,
+        )
+
+    def __call__(self, video_BFYXC: jax.Array) -> jax.Array:
+        x_BTD = self.map(to_patches(video_BFYXC, self.patch).astype(self.compute_dtype))
+        extents = zip(video_BFYXC.shape[1:4], self.patch, strict=True)
+        frames, rows, columns = (extent // size for extent, size in extents)
+        width = x_BTD.shape[-1]
+        place_TD = jnp.repeat(sinusoids(jnp.arange(frames), width), rows * columns, axis=0)
+        place_TD += jnp.tile(grid_sinusoids(rows, columns, width), (frames, 1))
+        return x_BTD.astype(jnp.float32) + place_TD[None]
+
+
+def to_patches(x: jax.Array, patch: Sequence[int]) -> jax.Array:
+    """[B, T, P C] of a map [B, *extents, C]: patches in raster order, and in each its places."""
+    batch, *extents, channels = x.shape
+    n = len(patch)
+    cut = [
+        part for extent, size in zip(extents, patch, strict=True) for part in (extent // size, size)
+    ]
+    x = x.reshape(batch, *cut, channels)
+    x = x.transpose(0, *range(1, 2 * n, 2), *range(2, 2 * n + 1, 2), 2 * n + 1)
+    return x.reshape(batch, -1, math.prod(patch) * channels)
+
+
+def from_patches(x_BTP: jax.Array, grid: Sequence[int], patch: Sequence[int]) -> jax.Array:
+    """The inverse of `to_patches`, for a grid of patches: [B, *extents, C]."""
+    n = len(patch)
+    x = x_BTP.reshape(len(x_BTP), *grid, *patch, -1)
+    pairs = [axis for i in range(n) for axis in (1 + i, 1 + n + i)]
+    x = x.transpose(0, *pairs, 2 * n + 1)
+    extents = [count * size for count, size in zip(grid, patch, strict=True)]
+    return x.reshape(len(x), *extents, -1)

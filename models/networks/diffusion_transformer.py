@@ -1,4 +1,5 @@
-"""DiT: noisy images, a time and a class to what was added to them, over a pattern of mixers.
+"""DiT: noisy images or videos, a time and a class to what was added to them, over a pattern of
+mixers.
 Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, arXiv 2212.09748.
 
     c = W_2 silu(W_1 waves(time) + b_1) + b_2 + table[class]
@@ -9,6 +10,9 @@ Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, arXiv
     waves      cosines and sines of time at 128 frequencies each
     table      a row for each class, and one more, of index `classes`, that stands for none: what
                guidance without a classifier reads
+
+A video is cut into patches of frames, rows and columns, and its positions have the sinusoids of
+frames besides.
 
 All that writes to the stream starts at 0: a fresh block is the identity, and y is 0. Positions are
 sinusoids of row and column, so that images of any size are read.
@@ -21,6 +25,7 @@ Authors' code: https://github.com/facebookresearch/DiT
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +35,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.blocks.backbone import Backbone, build_network
-from models.blocks.patches import Tokens, stem_convolutions
+from models.blocks.patches import Tokens, VideoTokens, from_patches, stem_convolutions
 from models.parts.options import Depth, Size
 from models.parts.positions import sinusoids
 from models.parts.projections import NORMAL, ZEROS, projection
@@ -56,7 +61,7 @@ class Condition(nnx.Module):
 
 
 class DiffusionTransformer(Backbone):
-    """Images, times and classes to images; see `build` for the options."""
+    """Images or videos, times and classes to the same; see `build` for the options."""
 
     causal = False
 
@@ -72,7 +77,9 @@ class DiffusionTransformer(Backbone):
         depth: Depth,
         pattern: Sequence[str],
         mixers: Mapping[str, Mapping[str, Any]] | None = None,
+        image_frames: int = 0,
         patch: Size = 2,
+        patch_frames: Size = 1,
         teacher: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
@@ -80,19 +87,27 @@ class DiffusionTransformer(Backbone):
         **backbone: Any,
     ):
         self.classes, self.channels, self.output_channels = classes, channels, output_channels
-        self.patch = patch
-        grid = self.grid_of(image_height, image_width)
+        self.patch = (patch, patch) if not image_frames else (patch_frames, patch, patch)
+        if patch_frames > 1 and not image_frames:
+            raise ValueError(f"patch_frames must be 1 for images; got {patch_frames}")
+        frames = (image_frames,) if image_frames else ()
+        grid = self.grid_of(*frames, image_height, image_width)
         common: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype}
-        super().__init__(
-            Tokens(
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        if image_frames:
+            embedding: Any = VideoTokens(self.patch, channels, width, rngs=rngs, **dtypes)
+        else:
+            embedding = Tokens(
                 stem_convolutions("patches", patch, width),
                 channels,
                 grid,
                 positions="sinusoidal",
                 class_token=False,
-                compute_dtype=compute_dtype,
-                **common,
-            ),
+                rngs=rngs,
+                **dtypes,
+            )
+        super().__init__(
+            embedding,
             width=width,
             depth=depth,
             pattern=pattern,
@@ -107,62 +122,62 @@ class DiffusionTransformer(Backbone):
             projection, width, init=ZEROS, bias=True, compute_dtype=jnp.float32, **common
         )
         self.modulation = zeros(2 * width, (None, "embed"))
-        self.head = zeros(patch * patch * output_channels, ("embed", None))
+        self.head = zeros(math.prod(self.patch) * output_channels, ("embed", None))
         sizes: dict[str, Any] = {
             "classes": classes,
             "channels": channels,
             "output_channels": output_channels,
             "height": image_height,
             "width": image_width,
+            "frames": image_frames,
         }
-        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         self.teacher = build(teacher, rngs=rngs, **dtypes, **sizes) if teacher else None
 
-    def __call__(self, image_BYXC: jax.Array, time_B: jax.Array, class_B: jax.Array) -> jax.Array:
+    def __call__(self, image: jax.Array, time_B: jax.Array, class_B: jax.Array) -> jax.Array:
         """float32 [B, height, width, output_channels] of noisy images [B, height, width, channels]
         of any height and width that divide into patches; times float [B], 0 (no noise) to 1000 (all
-        noise); classes int [B], `classes` for none."""
-        return self.with_outputs(image_BYXC, time_B, class_B)[0]
+        noise); classes int [B], `classes` for none. Of videos [B, frames, height, width, ...]."""
+        return self.with_outputs(image, time_B, class_B)[0]
 
     def with_outputs(
-        self, image_BYXC: jax.Array, time_B: jax.Array, class_B: jax.Array, keeps: str = "outputs"
+        self, image: jax.Array, time_B: jax.Array, class_B: jax.Array, keeps: str = "outputs"
     ) -> tuple[jax.Array, jax.Array]:
         """The same, and what the mixers returned: [L, B, T, D], a layer after the other, those of
         the scanned period first by their place in it. With keeps="attention", what their output
         maps read."""
-        if image_BYXC.ndim != 4 or image_BYXC.shape[3] != self.channels:
+        names = ("frames", "height", "width")[-len(self.patch) :]
+        if image.ndim != len(names) + 2 or image.shape[-1] != self.channels:
             raise ValueError(
-                f"images must be [B, height, width, {self.channels}] as the model was made for; got"
-                f" {image_BYXC.shape}"
+                f"images must be [B, {', '.join(names)}, {self.channels}] as the model was made"
+                f" for; got {image.shape}"
             )
         for name, array in (("times", time_B), ("classes", class_B)):
-            if array.shape != image_BYXC.shape[:1]:
+            if array.shape != image.shape[:1]:
                 raise ValueError(
-                    f"{name} must be [B] with B={len(image_BYXC)} of images; got {array.shape}"
+                    f"{name} must be [B] with B={len(image)} of images; got {array.shape}"
                 )
-        batch, height, width, _ = image_BYXC.shape
-        rows, columns = self.grid_of(height, width)
+        grid = self.grid_of(*image.shape[1:-1])
         condition_BD = self.condition(time_B, class_B)
-        x_BTD, kept = self.hidden(
-            image_BYXC, condition=condition_BD, grid=(rows, columns), keeps=keeps
-        )
+        x_BTD, kept = self.hidden(image, condition=condition_BD, grid=grid, keeps=keeps)
         outputs = [block.output for block in kept["period"]]
         outputs += [block.output[None] for block in kept["remainder"]]
         modulation_B1M = self.modulation(jax.nn.silu(condition_BD))[:, None]
         shift_B1D, scale_B1D = jnp.split(modulation_B1M, 2, axis=-1)
         pixels_BTP = self.head(self.norm(x_BTD) * (1 + scale_B1D) + shift_B1D)
-        pixels = pixels_BTP.reshape(batch, rows, columns, self.patch, self.patch, -1)
-        image_BYXC = pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
-        return image_BYXC, jnp.concatenate(outputs)
+        said = from_patches(pixels_BTP, grid, self.patch)
+        return said, jnp.concatenate(outputs)
 
-    def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens. Raises ValueError for an image that does not divide."""
-        if height % self.patch or width % self.patch or not height or not width:
+    def grid_of(self, *extents: int) -> tuple[int, ...]:
+        """Rows and columns of tokens of an image, or frames, rows and columns of a video. Raises
+        ValueError for extents that do not divide."""
+        if any(not x or x % size for x, size in zip(extents, self.patch, strict=True)):
+            names, patch = "height and width of images", f"patch={self.patch[-1]}"
+            if len(extents) == 3:
+                names, patch = "frames, height and width of videos", f"patches {self.patch}"
             raise ValueError(
-                f"height and width of images must be multiples of patch={self.patch}; got {height}"
-                f" x {width}"
+                f"{names} must be multiples of {patch}; got {' x '.join(map(str, extents))}"
             )
-        return height // self.patch, width // self.patch
+        return tuple(x // size for x, size in zip(extents, self.patch, strict=True))
 
 
 def build(
@@ -173,14 +188,17 @@ def build(
     output_channels: int,
     height: int,
     width: int,
+    frames: int = 0,
     rngs: nnx.Rngs,
     param_dtype: DTypeLike,
     compute_dtype: DTypeLike,
 ) -> DiffusionTransformer:
     """The model of a config's `model` section (without its name), for images of the given sizes,
-    with the options of models/blocks/backbone.py and
+    or with `frames` for videos, with the options of models/blocks/backbone.py and
 
     patch      patch x patch pixels become a token
+    patch_frames
+               of videos, of as many frames
     teacher    a section like this one: a second network, which this one's objective may ask and
                nothing else does. config.init_from gives it what its run has learned, and
                config.optimizer.frozen=("teacher/.*",) lets it stay as it is. Its parameters count
@@ -197,6 +215,7 @@ def build(
         output_channels=output_channels,
         image_height=height,
         image_width=width,
+        image_frames=frames,
         rngs=rngs,
         param_dtype=param_dtype,
         compute_dtype=compute_dtype,

@@ -232,6 +232,9 @@ ENCODERS = {  # not causal
     "lit": Row(("lit",), {"lit": {"heads": 2}}),
     "linfusion": Row(("linfusion",), {"linfusion": {"heads": 2}}),
     "clear": Row(("clear",), {"clear": {"heads": 2}}),
+    "lingen": Row(
+        ("lingen",), {"lingen": {"heads": 2, "state_size": 4, "state_heads": 2, "windows": ()}}
+    ),
     "soft": Row(("soft",), {"soft": {"size_per_head": 16, "window": 1, "kernel_size": 3}}),
     "mossformer2": Row(
         ("mossformer2",),

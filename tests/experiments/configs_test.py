@@ -231,7 +231,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 ARENA = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
 WHOLE_MODELS = {
     *("linear_self_attention", "linear_forecaster", "s_mamba", "itransformer", "dit", "lion"),
-    *("mossformer2", "hyper_zzw"),
+    *("mossformer2", "hyper_zzw", "lingen"),
 }
 OF_IMAGES = {"slab", "soft", "vig", "vit"}
 CONFIGS = sorted(

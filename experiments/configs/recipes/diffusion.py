@@ -1,4 +1,4 @@
-"""Images of a class out of noise, as DiT learns them (Peebles and Xie, ICCV 2023, arXiv
+"""Images and videos of a class out of noise, as DiT learns them (Peebles and Xie, ICCV 2023, arXiv
 2212.09748): AdamW without decay, an average of the weights. Sizes and rates are of our own, but for
 ImageNet's. `--config.task.objective=flow` learns velocities instead."""
 
@@ -30,6 +30,20 @@ def diffusion_fashion_mnist(smoke: bool) -> ConfigDict:
     return _smoke(config) if smoke else config
 
 
+def diffusion_moving_digits(smoke: bool) -> ConfigDict:
+    """Digits of 8 x 8 pixels that bounce about in 8 frames of 16 x 16: 512 tokens, of the smoke
+    size 128."""
+    config = _diffusion("digits", steps=8_000, batch_size=16, task="video_generation")
+    config.model.patch_frames = 1
+    if not smoke:
+        return config
+    config.model.patch = 4
+    config = _smoke(config)
+    config.steps, config.batch_size, config.optimizer.warmup_steps = 1_000, 16, 50
+    config.eval.every_steps = config.checkpoint.every_steps = 250
+    return config
+
+
 def diffusion_imagenet(smoke: bool) -> ConfigDict:
     """ImageNet-1K, pixels of 64 x 64 in place of latents of 32 x 32: 256 tokens, too."""
     size: dict[str, Any] = {"size": 64, "test_split": "validation", "flip": True}
@@ -51,10 +65,16 @@ def diffusion_recipe(model: str, argument: str, sizes: Collection[str]) -> tuple
 
 
 def _diffusion(
-    dataset: str, *, steps: int, patch: int = 2, batch_size: int = 64, **task: Any
+    dataset: str,
+    *,
+    steps: int,
+    patch: int = 2,
+    batch_size: int = 64,
+    task: str = "image_generation",
+    **options: Any,
 ) -> Any:
     config = base(
-        task=task_options("image_generation", dataset=dataset, **task),
+        task=task_options(task, dataset=dataset, **options),
         model={
             "name": "diffusion_transformer",
             "width": 96,

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
 from experiments import sample, train
+from experiments.configs import lingen
 from experiments.configs.dit import get_config
-from experiments.sampling.pictures import draw_pictures, grid_image
+from experiments.sampling.pictures import draw_pictures, grid_image, write_film
 from experiments.training.progress import ProgressReport
 from experiments.training.run_loading import load_run
 
@@ -27,6 +29,30 @@ FLAGS: dict[str, Any] = {
     "averaged": False,
     "replica": 0,
 }
+
+
+def test_a_film_plays_all_videos_beside_each_other(tmp_path):
+    videos = np.linspace(-1, 1, 3)[None, :, None, None, None] * np.ones((2, 3, 40, 40, 1))
+    videos[1] *= -1
+    write_film(videos, 2, tmp_path)
+    with Image.open(tmp_path / "film.gif") as film:
+        frames = [np.asarray(each.convert("L")) for each in ImageSequence.Iterator(film)]
+    assert [frame.shape for frame in frames] == [(44, 86)] * 3
+    assert [(int(f[20, 20]), int(f[20, 60])) for f in frames] == [(0, 255), (128, 128), (255, 0)]
+
+
+@pytest.mark.full
+def test_videos_are_drawn_and_the_first_ones_shown_frame_by_frame(tmp_path):
+    config: Any = lingen.get_config("diffusion_moving_digits,smoke")
+    config.steps, config.optimizer.warmup_steps, config.batch_size = 1, 0, 2
+    config.model.update({"width": 16, "depth": 1})
+    config.eval.update({"every_steps": 1, "examples": 2})
+    train.run(config, tmp_path / "run", quiet=True)
+    run = load_run(tmp_path / "run", averaged=True, reads_data=False)
+    videos = drawn(run, tmp_path / "drawn", 3, sampler="ddpm")
+    assert videos.shape == (3, 8, 16, 16, 1) and np.isfinite(videos).all()
+    with Image.open(tmp_path / "drawn" / "grid.png") as grid:
+        assert grid.size == (8 * 34 + 2, 3 * 34 + 2)
 
 
 @pytest.fixture(scope="module")

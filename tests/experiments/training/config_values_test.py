@@ -80,6 +80,7 @@ SERIES = ("etth", "exchange")
 SOUNDS = {"separation_speech", "separation_large"}  # likewise voices that are generated
 OF_SERIES = {"s_mamba", "itransformer"}
 OF_NOISE = {"lit", "linfusion", "clear"}
+OF_VIDEOS = {"lingen"}
 CONFIGS = sorted(
     {"recall", "hyper_zzw", *available_mixers()} - {"base_conv", "window_attention"}
 ) + [
@@ -103,6 +104,7 @@ def config_of(what: str, directory: Path) -> tuple[Any, list[str]]:
             "lion": "shape_classification,smoke",
             "mossformer2": "separation,smoke",
             **dict.fromkeys(OF_NOISE, "diffusion_digits,smoke"),
+            **dict.fromkeys(OF_VIDEOS, "diffusion_moving_digits,smoke"),
         }
         config = module.get_config(tasks.get(mixer, "mqar,smoke"))
         if mixer == "lion":

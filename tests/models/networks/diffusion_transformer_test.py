@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from experiments.configs.dit import SIZES
+from models.blocks.patches import from_patches, to_patches
 from models.networks.diffusion_transformer import build
 from tests.support.layers import FLOAT32, array, randomised, silu
 from tests.support.mixers import SegmentMean, add_mixers
@@ -25,9 +26,17 @@ def toys(monkeypatch):
     add_mixers(monkeypatch, segment_mean=SegmentMean)
 
 
-def denoiser(rows: int = 4, columns: int = 6, channels: int = 3, classes: int = 5, **model: Any):
+def denoiser(
+    rows: int = 4,
+    columns: int = 6,
+    channels: int = 3,
+    classes: int = 5,
+    frames: int = 0,
+    **model: Any,
+):
     config = {"width": 8, "depth": 2, "pattern": ("segment_mean",), **PLAIN, "patch": 2}
     sizes = {"classes": classes, "channels": channels, "height": rows, "width": columns}
+    sizes["frames"] = frames
     return build(config | model, output_channels=2 * channels, rngs=nnx.Rngs(0), **sizes, **FLOAT32)
 
 
@@ -105,6 +114,26 @@ def test_kept_attention_is_what_the_output_map_reads():
         denoiser().with_outputs(IMAGES, TIMES, CLASSES, "attention")
 
 
+@pytest.mark.slow
+def test_a_video_is_cut_into_patches_of_frames_rows_and_columns():
+    model = randomised(
+        lambda: denoiser(depth=1, patch_frames=2, frames=4, pattern=("segment_mean",))
+    )
+    videos = RNG.standard_normal((2, 4, 4, 6, 3)).astype(np.float32)
+    patches = videos.reshape(2, 2, 2, 2, 2, 3, 2, 3).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    embedding = model.embedding
+    x = patches.reshape(2, 12, 24) @ array(embedding.map.kernel) + array(embedding.map.bias)
+    frames = np.repeat(waves([0, 1], 8), 6, axis=0)
+    rows, columns = waves([0, 0, 0, 1, 1, 1] * 2, 4), waves([0, 1, 2] * 4, 4)
+    want = x + frames + np.concatenate((columns, rows), axis=-1)
+    got, said = jax.jit(lambda m, v: (m.embedding(v), m(v, TIMES, CLASSES)))(model, videos)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    assert said.shape == (2, 4, 4, 6, 6)
+    np.testing.assert_array_equal(
+        from_patches(to_patches(videos, (2, 2, 2)), (2, 2, 3), (2, 2, 2)), videos
+    )
+
+
 # Table 1 and Table 4 of the paper, patches of 2 x 2 on latents of 32 x 32 x 4.
 PUBLISHED_MILLIONS = {"small": 33, "base": 130, "large": 458, "xlarge": 675}
 
@@ -126,6 +155,8 @@ def test_the_sizes_have_the_published_numbers_of_parameters(size):
     ("attempt", "message"),
     [
         (lambda: denoiser(rows=5), "must be multiples of patch=2; got 5 x 6"),
+        (lambda: denoiser(frames=3, patch_frames=2), r"patches \(2, 2, 2\); got 3 x 4 x 6"),
+        (lambda: denoiser(patch_frames=2), "patch_frames must be 1 for images; got 2"),
         (lambda: denoiser(columns=0), "must be multiples of patch=2; got 4 x 0"),
         (lambda: denoiser(patch=0), r"config.model.patch must be an integer in \[1, 2\^31\)"),
         (lambda: denoiser(width=6), "width must be a multiple of 4 for positions=.*; got 6"),

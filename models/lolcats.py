@@ -51,7 +51,7 @@ from models.parts.options import Count, Epsilon, Range, Reach, Size, check_choic
 from models.parts.positions import next_position, token_positions
 from models.parts.projections import merge_heads
 from models.parts.rotary import RopeBase
-from models.parts.variables import AUXILIARY_LOSS, report
+from models.parts.variables import AUXILIARY_LOSS, TRANSFER_ERROR, report
 from models.window_attention import WindowAttention
 from ops.gated_linear_attention.api import gated_linear_attention
 from ops.window_attention.api import init_window_state, pad_window_state, window_attention
@@ -183,7 +183,7 @@ class Lolcats(WindowAttention):
             own = {"past": state["past"], "memory": memory}
         if teacher_BTHV is not None:
             error = jnp.mean(jnp.square(o_BTHV - teacher_BTHV.astype(jnp.float32)))
-            report(self, **{AUXILIARY_LOSS: TRANSFER_WEIGHT * error, "transfer_error": error})
+            report(self, **{AUXILIARY_LOSS: TRANSFER_WEIGHT * error, TRANSFER_ERROR: error})
             o_BTHV = teacher_BTHV
         y_BTD = self.projected_out(merge_heads(o_BTHV).astype(self.compute_dtype), x_BTD)
         return y_BTD, after | own

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.objectives.objective import Batch, Sums, Work, array_of, weighted_mean
+from experiments.objectives.objective import REPORTED, Batch, Sums, Work, array_of, weighted_mean
 
 # What a batch may tell the model besides its tokens.
 MODEL_INPUTS = ("positions", "segment_ids", "readout_positions")
@@ -40,7 +40,10 @@ class NextToken:
     """Cross-entropy in nats per weighted target, and z_loss times log^2 Z, Z the sum of the
     exponentials of logits.
 
-    The latter keeps logits from drifting (Chowdhery et al., PaLM, 2022, arXiv 2204.02311). It is in
+    A model that has a `teacher` learns from it instead, and the targets are only counted: what is
+    minimised is the divergence KL(p_teacher || p) per weighted target.
+
+    z_loss keeps logits from drifting (Chowdhery et al., PaLM, 2022, arXiv 2204.02311). It is in
     the scalar alone.
 
     Batch: tokens int [B, T]; targets int and weights float, [B, T], or [B, N] when
@@ -49,7 +52,7 @@ class NextToken:
     stand for. A target counts with its weight, and not at all with weight 0.
     Sums: loss_sum, weight_sum, correct_sum over targets; sequence_sum, sequence_correct_sum over
     the sequences that have a weighted target (correct: all of them predicted); bytes_sum where the
-    batch has bytes."""
+    batch has bytes. The divergence is reported, as by a layer."""
 
     z_loss: float = 0.0
     derive: Callable[[Mapping[str, float]], dict[str, float]] = token_metrics
@@ -77,6 +80,14 @@ class NextToken:
             ),
             "sequence_sum": jnp.sum(sequence_B, dtype=jnp.float32),
         }
+        teacher = getattr(model, "teacher", None)
+        if teacher is not None:
+            there_BNW, _ = jax.lax.stop_gradient(teacher(batch["tokens"], **inputs))
+            divergence_BN = optax.losses.kl_divergence_with_log_targets(
+                jax.nn.log_softmax(logits_BNW), jax.nn.log_softmax(there_BNW)
+            )
+            loss_sum = jnp.sum(jnp.where(counted_BN, weights_BN * divergence_BN, 0.0))
+            sums["divergence" + REPORTED] = loss_sum
         if "bytes" in batch:
             sums["bytes_sum"] = jnp.sum(batch["bytes"].astype(jnp.float32))
         if self.z_loss:

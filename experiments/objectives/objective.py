@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.parts.variables import AUXILIARY_LOSS, Report, mean_over_layers
+from models.parts.variables import (
+    AUXILIARY_LOSS,
+    TRANSFER_ERROR,
+    Report,
+    by_layer,
+    mean_over_layers,
+)
 
 # Names of the sums of what layers report end so: the value times the batch's weight.
 REPORTED = "_reported"
@@ -71,7 +77,7 @@ def minimised(
         return objective(model, batch, key)
 
     (value, sums), reports = nnx.capture(run, Report)(model)
-    values = mean_over_layers(reports)
+    values = mean_over_layers(reports) | by_layer(reports, (TRANSFER_ERROR,))
     reported = {name + REPORTED: value * sums["weight_sum"] for name, value in values.items()}
     return value + values.get(AUXILIARY_LOSS, 0.0), sums | reported
 

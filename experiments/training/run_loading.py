@@ -33,7 +33,7 @@ from experiments.training.state import (
 )
 from experiments.training.task import Task, configured_task
 
-TEACHER = "teacher/"  # where a network has the one that it learns from
+TEACHER = "teacher/"  # where a network, or a mixer, has the one that it learns from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +142,8 @@ def load_parts(
 def matching_params(source: Path, program: Program) -> dict[str, jax.Array]:
     """The parameters of the newest whole checkpoint in `source` that a run has too, with the same
     path and shape, by path; as the run's programs want them. Those that match an expression of
-    config.init_except are not taken. What lies in `teacher/` of the run is taken from where it lies
-    in the source: a network that has a teacher learns from that run.
+    config.init_except are not taken. A teacher, of a network or of a mixer, is the one that the
+    source has, or else the source: a network that has a teacher learns from that run.
 
     Warns of what is left out on either side, and of other data. Raises ValueError if there is no
     checkpoint, if nothing fits, or if tokens there are other ones."""
@@ -195,12 +195,11 @@ def matching_params(source: Path, program: Program) -> dict[str, jax.Array]:
 def _taken(there: Any, wanted: Any, left_out: Sequence[str]) -> dict[str, str]:
     """Paths of wanted parameters and, for each, where it is found there. Raises ValueError for an
     expression that leaves nothing out."""
-    found = {path: path.removeprefix(TEACHER) for path in wanted}
-    fits = {
-        path: own
-        for path, own in found.items()
-        if own in there and there[own].shape == wanted[path].shape
-    }
+    fits: dict[str, str] = {}
+    for path, leaf in wanted.items():
+        fitting = [o for o in _origins(path) if o in there and there[o].shape == leaf.shape]
+        if fitting:
+            fits[path] = fitting[0]
     for pattern in left_out:
         if not any(re.fullmatch(pattern, path) for path in fits):
             raise ValueError(
@@ -212,6 +211,16 @@ def _taken(there: Any, wanted: Any, left_out: Sequence[str]) -> dict[str, str]:
         for path, own in fits.items()
         if not any(re.fullmatch(pattern, path) for pattern in left_out)
     }
+
+
+def _origins(path: str) -> list[str]:
+    """Where a parameter may lie in a source, the best first: that of a teacher may be in a teacher
+    there, in the teacher that one mixer has, or in the source itself."""
+    bare = re.sub(rf"(^|/){TEACHER}", r"\1", path)
+    if path == bare:
+        return [path]
+    inner = [bare.replace("/mixer/", f"/mixer/{TEACHER}")] if path.startswith(TEACHER) else []
+    return [path, *inner, bare]
 
 
 def _nothing_fits(source: Path, there: Any, wanted: Any) -> str:

@@ -31,6 +31,7 @@ class LM(Backbone):
         tie_embeddings: bool = False,
         embedding_std: Factor = 0.02,
         vocabulary_rows: Count = 0,
+        teacher: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
         param_dtype: DTypeLike,
         compute_dtype: DTypeLike,
@@ -57,6 +58,10 @@ class LM(Backbone):
         else:
             head_WD = NORMAL(rngs.params(), (vocabulary, width), param_dtype)
             self.head_WD = nnx.Param(head_WD, out_sharding=("vocabulary", "embed"))
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.teacher = (
+            build(teacher, vocabulary=vocabulary, rngs=rngs, **dtypes) if teacher else None
+        )
 
     def __call__(
         self,
@@ -110,6 +115,8 @@ def build(
     embedding_std     standard deviation of the embedding's first values
     vocabulary_rows   rows of embedding and head, where a checkpoint has more than the task has
                       tokens; 0: as many
+    teacher           the section of a second model, without its name, whose distribution this one
+                      learns in the place of targets (experiments/objectives/next_token.py)
 
     Raises ValueError for unknown, missing or impossible options, with what is possible."""
     return build_network(

@@ -5,6 +5,8 @@ A layer calls `report`; the trainer wraps the model's call in `nnx.capture(..., 
 what was reported, stacked over scanned layers. Without such a trainer (decoding, a model called by
 hand) nothing is kept."""
 
+import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -13,6 +15,8 @@ from flax import nnx
 
 # The report that is added to the loss, by name; all others are only logged.
 AUXILIARY_LOSS = "auxiliary_loss"
+# Reports of layers that learn by themselves: they are logged layer by layer, too.
+TRANSFER_ERROR = "transfer_error"
 
 
 class Report(nnx.Variable):
@@ -35,6 +39,25 @@ def mean_over_layers(reports: Any) -> dict[str, jax.Array]:
     for path, variable in nnx.to_flat_state(reports):
         layers.setdefault(str(path[-1]), []).append(jnp.ravel(variable[...]))
     return {name: jnp.mean(jnp.concatenate(v)) for name, v in sorted(layers.items())}
+
+
+def by_layer(reports: Any, names: Collection[str]) -> dict[str, jax.Array]:
+    """{"<name>_<layer>": value} of what the layers of a stack reported by these names, layers
+    counted from 0 among those that reported it."""
+    places: dict[str, dict[tuple[float, int], jax.Array]] = {}
+    flat: Any = nnx.to_flat_state(reports)
+    for path, variable in flat:
+        name = str(path[-1])
+        for part in {"period", "remainder"} & set(path) if name in names else ():
+            block = int(path[path.index(part) + 1])
+            for repeat, value in enumerate(jnp.ravel(variable[...])):
+                row = repeat if part == "period" else math.inf
+                places.setdefault(name, {})[row, block] = value
+    return {
+        f"{name}_{layer}": found[place]
+        for name, found in places.items()
+        for layer, place in enumerate(sorted(found))
+    }
 
 
 class LayerConstant(nnx.Variable):

@@ -124,6 +124,7 @@ OTHERS = {  # mixers whose op has a row above, and further options
         {"lolcats": {"window": 2, "terraced": True, "heads": 2, "feature_map": "relu"}},
     ),
     "lolcats_linear": Row(("lolcats",), {"lolcats": {"window": 0, "heads": 2, "feature_size": 3}}),
+    "mm_mamba": Row(("mm_mamba",), {"mm_mamba": {"heads": 4, "key_value_heads": 2}}),
     "latent_attention": Row(
         ("latent_attention",),
         {

@@ -1,6 +1,7 @@
 """Softmax attention becomes linear by the commands of the configs: weights go on, and only what is
 new is trained."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import train
-from experiments.configs import liger, lolcats, of_run, transformer
+from experiments.configs import liger, lolcats, mm_mamba, of_run, transformer
 from experiments.conversion.reading import read_checkpoint
 from experiments.conversion.writing import write_checkpoint
 from experiments.training.run_loading import load_run
@@ -52,13 +53,42 @@ def test_a_run_becomes_linear_by_either_paper(tmp_path: Path) -> None:
     new = first.keys() - teacher.keys()
     assert {path.rsplit("/", 1)[1] for path in new} == {"query_map_HKF", "key_map_HKF", "mix_H"}
     assert all(np.array_equal(first[path], teacher[path]) for path in teacher)
-    assert summary["train"]["transfer_error"]
+    errors = [summary["train"][f"transfer_error{end}"] for end in ("_0", "_1", "")]
+    assert np.mean(errors[:2]) == pytest.approx(np.mean(errors[2]), rel=1e-5)
 
     config = brief(lolcats.get_config(str(tmp_path / "transfer")))
     assert config.model.mixers.lolcats.stage == "student"
     second, _ = run(config, tmp_path / "lolcats")
     assert all(np.array_equal(second[path], first[path]) for path in first)
     assert len(second) == len(first) + 8
+
+
+@pytest.mark.full
+def test_a_run_becomes_mamba_2_in_three_stages(tmp_path: Path) -> None:
+    config: Any = brief(transformer.get_config("mqar,smoke"))
+    config.model.mixers.transformer.update({"context_length": 16, "heads": 2, "qk_norm": True})
+    teacher, _ = run(config, tmp_path / "teacher")
+    found = teacher
+    for stage, source in (("new", "teacher"), ("all", "new"), ("student", "all")):
+        config = brief(mm_mamba.get_config(str(tmp_path / source)))
+        assert config.model.mixers.mm_mamba.stage == stage
+        before = found
+        found, summary = run(config, tmp_path / stage)
+        inherited = {path for path in found if re.search("/mixer/(query|key|value)/kernel$", path)}
+        own = {path for path in inherited if not path.startswith("teacher/")}
+        own = {path for path in own if "/teacher/" not in path}
+        moved = {path for path in before if not np.array_equal(found.get(path), before[path])}
+        assert bool(own & moved) == (stage != "new")
+        for path in teacher.keys() - own:  # what both have stays as it was
+            np.testing.assert_array_equal(found[path], teacher[path], err_msg=path)
+        if stage == "all":
+            where = "stack/period/0/mixer/{}query/kernel"
+            copy = found[where.format("teacher/")]
+            np.testing.assert_array_equal(copy, teacher[where.format("")])
+        assert ("transfer_error" in summary["train"]) == (stage != "student")
+    for path, array in teacher.items():
+        np.testing.assert_array_equal(found[f"teacher/{path}"], array, err_msg=path)
+    assert summary["train"]["divergence"] > 0
 
 
 def test_what_lora_adds_goes_out_in_the_kernels(tmp_path: Path) -> None:

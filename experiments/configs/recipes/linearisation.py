@@ -16,7 +16,7 @@ def linearised(workdir: str, mixer: str, **own: Any) -> Any:
     softmax attention; `own` are options of the mixer that softmax attention has not.
 
     A run that has `mixer` already keeps it, with the options in `own` changed. Raises ValueError
-    for a run that has neither."""
+    for a run that has neither, and for softmax attention that is more than `mixer` can be."""
     config: Any = of_run.get_config(workdir)
     pattern, mixers = config.model.pattern, config.model.mixers.to_dict()
     source = mixer if mixer in pattern else SOFTMAX
@@ -26,7 +26,16 @@ def linearised(workdir: str, mixer: str, **own: Any) -> Any:
             f" {', '.join(dict.fromkeys(pattern))}"
         )
     known = mixer_options(mixer)
-    shared = {name: value for name, value in mixers.pop(source).items() if name in known}
+    given = mixers.pop(source)
+    shared = {name: value for name, value in given.items() if name in known}
+    if source == SOFTMAX:
+        plain = mixer_options(SOFTMAX, context_length=given["context_length"])
+        for name, value in given.items():
+            if name not in known and value != plain[name]:
+                raise ValueError(
+                    f"{workdir} must be a run with {name}={plain[name]!r}, for {mixer} has no"
+                    f" {name}; got {value!r}"
+                )
     config.model.pattern = tuple(mixer if name == source else name for name in pattern)
     config.model.mixers = mixers | {mixer: mixer_options(mixer, **(shared | own))}
     return config

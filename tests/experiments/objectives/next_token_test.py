@@ -105,3 +105,33 @@ def test_targets_that_are_all_the_following_tokens_are_known_as_such():
     assert not asks_for_next_tokens(batch | {"weights": np.ones((1, 4))})
     assert not asks_for_next_tokens(batch | {"weights": np.array([[0.0, 0.0, 0.0, 1.0]])})
     assert not asks_for_next_tokens({"tokens": tokens, "targets": np.array([[1]])})
+
+
+def test_a_model_with_a_teacher_learns_its_distribution() -> None:
+    """The divergence is 0 from the teacher itself, and its gradient does not reach it."""
+    rng = np.random.default_rng(0)
+    own, there = (jnp.asarray(rng.normal(size=(2, 3, 5)), jnp.float32) for _ in range(2))
+    batch = {"tokens": np.zeros((2, 3), int), "targets": np.zeros((2, 3), int)}
+    batch["weights"] = np.array([[1, 0.5, 0], [0, 1, 1]], np.float32)
+
+    class Taught:
+        def __init__(self, own: jax.Array, there: jax.Array | None):
+            self.logits, self.teacher = own, None if there is None else Taught(there, None)
+
+        def __call__(self, tokens: Any) -> tuple[jax.Array, None]:
+            return self.logits, None
+
+    def divergence(own: jax.Array, there: jax.Array) -> Any:
+        return NextToken()(Taught(own, there), batch, KEY)
+
+    (value, sums), gradient = jax.value_and_grad(divergence, argnums=(0, 1), has_aux=True)(
+        own, there
+    )
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in np.asarray([there, own]))
+    expected = (batch["weights"] * (p * np.log(p / q)).sum(-1)).sum()
+    assert float(value) == pytest.approx(expected / 3.5, rel=1e-5)
+    assert float(sums["divergence_reported"]) == pytest.approx(expected, rel=1e-5)
+    expected = batch["weights"][..., None] * (q - p) / 3.5
+    np.testing.assert_allclose(gradient[0], expected, atol=1e-6)
+    np.testing.assert_array_equal(gradient[1], 0)
+    assert float(divergence(there, there)[0]) == pytest.approx(0, abs=1e-7)

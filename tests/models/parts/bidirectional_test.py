@@ -95,7 +95,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 FLIPPED = {
     *("diag_attention", "lion", "liger", "lolcats", "transformer", "window_attention"),
-    *("latent_attention", "mom", "monarch_mixer", "seqboat"),
+    *("latent_attention", "mm_mamba", "mom", "monarch_mixer", "seqboat"),
 }
 IN_MAKE_TEST = ("hedgehog", "lightnet", "s4d", "base_conv")
 

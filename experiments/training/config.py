@@ -113,6 +113,9 @@ ADDED = {
     "model.mixers.retnet.norm_scale": False,
     "model.mixers.gated_delta_net.value_heads": 0,
     "model.mixers.kda.gate_bias": True,
+    "model.mixers.hedgehog.key_value_heads": 0,
+    "model.mixers.hedgehog.stage": "student",
+    "model.mixers.hedgehog.context_length": 1024,
     "model.mixers.lightning.size_per_head": 0,
     **{
         f"model.mixers.lightning.{option}": False

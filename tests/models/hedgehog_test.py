@@ -1,15 +1,23 @@
 """Hedgehog's feature map, and its layer against a slow transcription of its paper."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from models import hedgehog
+from experiments.objectives.objective import Report
+from models import hedgehog, transformer
 from tests.support.layers import (
+    BATCH,
+    LENGTH,
     array,
     build_mixer,
     check_layer,
     count_parameters,
+    inputs,
     merge,
     normalised,
     project,
@@ -67,3 +75,47 @@ def test_hedgehog_maps_add_half_a_percent_to_a_seven_billion_parameter_model():
     added = count_parameters(hedgehog, 4096, depth=32, heads=32) - 4 * 4096**2
     assert added == 2 * 32 * (128**2 + 128)
     assert 32 * added / 6.74e9 == pytest.approx(0.005, abs=2e-4)
+
+
+@pytest.mark.parametrize("feature_map", hedgehog.MAPS)
+def test_maps_learn_the_weights_of_softmax_alone(feature_map: str) -> None:
+    """The loss of a plain loop over rows; a map's weights reach it, and nothing else does."""
+    options: dict[str, Any] = {"heads": 4, "key_value_heads": 2, "rope": False}
+    source = build_mixer(transformer, context_length=LENGTH, **options)
+    mixer = build_mixer(hedgehog, stage="transfer", feature_map=feature_map, **options)
+    for name in ("query", "key", "value", "output"):
+        getattr(mixer, name).kernel[...] = getattr(source, name).kernel[...]
+    graphdef, params = nnx.split(mixer, nnx.Param)
+    ids = jnp.arange(LENGTH)[None].repeat(BATCH, axis=0) // 5
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            model = nnx.merge(graphdef, params)
+            y_BTD, reports = nnx.capture(lambda model: model(inputs(), segment_ids=ids)[0], Report)(
+                model
+            )
+            values = {path[-1]: value[...] for path, value in nnx.to_flat_state(reports)}
+            return values["auxiliary_loss"], (y_BTD, values)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (value, (y_BTD, values)), gradient = run(params)
+    expected, _ = source(inputs(), segment_ids=ids)
+    np.testing.assert_allclose(y_BTD, expected, atol=1e-5)
+    q, k = (np.asarray(x, np.float64) for x in source.projected(inputs())[:2])
+    k = np.repeat(k, 2, axis=2)
+    a = [np.asarray(m(jnp.asarray(x))) for m, x in ((mixer.query_map, q), (mixer.key_map, k))]
+    losses, entropies = [], []
+    for b, h, t in np.ndindex(BATCH, 4, LENGTH):
+        own = [s for s in range(t + 1) if ids[b, s] == ids[b, t]]
+        p = np.exp(k[b, own, h] @ q[b, t, h] / np.sqrt(q.shape[-1]))
+        w = a[1][b, own, h] @ a[0][b, t, h] + 1e-10
+        losses.append(-(p / p.sum() * np.log(w / w.sum())).sum())
+        entropies.append(-(p / p.sum() * np.log(p / p.sum())).sum())
+    assert value == pytest.approx(np.mean(losses), rel=1e-4)
+    assert values["transfer_error"] == pytest.approx(np.mean(losses) - np.mean(entropies), rel=1e-3)
+    assert values["transfer_error"] >= 0 and 0 <= values["monotonicity"] <= 1
+    for path, leaf in nnx.to_flat_state(gradient):
+        size = float(jnp.abs(leaf[...]).max())
+        assert np.isfinite(size) and (size > 0) == (path[0] in ("query_map", "key_map")), path

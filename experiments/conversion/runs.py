@@ -73,7 +73,10 @@ def _save(workdir: Path, checkpoint: Checkpoint) -> None:
         parameter_shapes(blueprint, config),
     )
     best = checkpoints.Best("", "max")
-    with checkpoints.Checkpoints(workdir / "checkpoints", keep=1, best=best) as saves:
+    with (
+        checkpoints.one_array_at_a_time(params),
+        checkpoints.Checkpoints(workdir / "checkpoints", keep=1, best=best) as saves,
+    ):
         saves.save(0, {"model": {"params": params, "variables": variables}}, _Start(), None)
 
 

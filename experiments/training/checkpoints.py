@@ -27,6 +27,17 @@ from experiments.training.progress import warn
 
 policies = v1.training.preservation_policies
 LARGE_BYTES = 2**24
+ROOM_BYTES = 2**20  # for the small ones beside the largest
+
+
+def one_array_at_a_time(tree: Any) -> Any:
+    """A context in which a save of `tree` has no more in memory beside it than its largest array;
+    otherwise it would have a copy of everything."""
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    limits: Any = dict.fromkeys(
+        ("transfer_concurrent_bytes", "write_concurrent_bytes"), largest + ROOM_BYTES
+    )
+    return v1.Context(memory_options=v1.options.MemoryOptions(**limits))
 
 
 class DamagedCheckpointError(Exception):

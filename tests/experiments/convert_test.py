@@ -309,12 +309,22 @@ def generated(folder: Path, width: int, layers: int) -> int:
     return sum(array.nbytes for array in tensors.values())
 
 
+# Reading has one tensor beside the weights; a save has the largest array once more, of all layers'
+# maps of one kind, and buffers of the library that writes it.
+MEMORY = {
+    "reading.read_checkpoint(source)": 1.2,
+    "runs.bring_in(source, source.with_suffix('.run'))": 1.8,
+}
+
+
 @pytest.mark.full
-def test_reading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", MEMORY)
+def test_it_takes_little_more_memory_than_the_weights(what: str, tmp_path: Path) -> None:
     code = (
         "import resource, sys, pathlib\n"
-        "from experiments.conversion.reading import read_checkpoint\n"
-        "read_checkpoint(pathlib.Path(sys.argv[1]))\n"
+        "from experiments.conversion import reading, runs\n"
+        "source = pathlib.Path(sys.argv[1])\n"
+        f"{what}\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     size, peaks = 0, []
@@ -324,4 +334,4 @@ def test_reading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> No
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(1024 * int(done.stdout))
     assert size > 400e6
-    assert peaks[1] - peaks[0] < 1.2 * size, (peaks, size)
+    assert peaks[1] - peaks[0] < MEMORY[what] * size, (peaks, size)

@@ -60,7 +60,8 @@ MAY_IMPORT = {
     "experiments/configs": "",
     "experiments/objectives": "models/parts",
     "experiments/compiled": "ops/framework",
-    "experiments/conversion": "experiments/training experiments/configs models/weights",
+    "experiments/conversion": "experiments/training experiments/configs models/blocks"
+    " models/weights",
     "experiments/training": "experiments/objectives experiments/compiled models/networks"
     " models/blocks models/parts ops",
     "experiments/separation": "",

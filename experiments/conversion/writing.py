@@ -11,6 +11,7 @@ import numpy as np
 from experiments.configs.recipes.defaults import mixer_options
 from experiments.conversion.reading import DTYPES, check_dtype, tensors_of
 from experiments.training.config import Config
+from models.blocks.low_rank import merged
 from models.weights import table
 from models.weights.families import find_format, write_config
 from models.weights.folder import write_tensors
@@ -68,11 +69,11 @@ def _merged(ours: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]
     for path in ours:
         if path.endswith("/lora_a"):
             where = path.removesuffix("lora_a")
-            added = (np.asarray(found.pop(where + end), np.float32) for end in ("lora_a", "lora_b"))
-            scale = model["lora_alpha"] / model["lora_rank"]
-            kernel = np.asarray(found[where + "kernel"])
-            added = scale * np.matmul(*added)
-            found[where + "kernel"] = (kernel.astype(np.float32) + added).astype(kernel.dtype)
+            parts = [found.pop(where + end, None) for end in ("lora_a", "lora_b", "lora_gain")]
+            kernel = found[where + "kernel"]
+            kind = model.get("lora_kind", "lora")
+            whole = merged(kernel, *parts, kind=kind, alpha=model["lora_alpha"])
+            found[where + "kernel"] = np.asarray(whole).astype(kernel.dtype)
     return found
 
 

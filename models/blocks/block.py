@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 
 from models.blocks.batch_norm import BatchNorm, ProgressiveBatchNorm, RepBatchNorm, masked_norm
 from models.blocks.experts import Experts
+from models.blocks.low_rank import KINDS as LORA_KINDS
 from models.blocks.low_rank import adapt
 from models.blocks.mlp import INITS, MLPS, inner_width
 from models.parts.norms import Identity, PlainLayerNorm, ZeroCentredRMSNorm, layer_norm, rms_norm
@@ -76,6 +77,7 @@ class BlockOptions:
     lora_rank          rank of what is added to linear maps of the mixers
                        (models/blocks/low_rank.py); 0: nothing is
     lora_alpha         added with the factor lora_alpha / lora_rank
+    lora_kind          "lora", "rslora" or "dora"
     lora_targets       the names of the maps
     norm, norm_eps     "rms", "rms_zero" (whose scales are 1 + w), "layer", "layer_plain" (which
                        learns nothing, for what a condition modulates), or of
@@ -119,6 +121,7 @@ class BlockOptions:
     balance_weight: Weight = 0.01
     lora_rank: Count = 0
     lora_alpha: Factor = 8.0
+    lora_kind: str = "lora"
     lora_targets: tuple[str, ...] = ("query", "key", "value")
     norm: str = "rms"
     norm_eps: Epsilon = 1e-5
@@ -138,6 +141,7 @@ class BlockOptions:
     def __post_init__(self):
         check_choice("mlp", self.mlp, (*MLPS, "experts", "none"))
         check_choice("expert_weights", self.expert_weights, EXPERT_WEIGHTS)
+        check_choice("lora_kind", self.lora_kind, LORA_KINDS)
         check_choice("mlp_init", self.mlp_init, INITS)
         check_choice("norm", self.norm, NORMS)
         for field in fields(self):
@@ -332,6 +336,7 @@ class Block(nnx.Module):
         self.mixer = mixer(width, **common, **place, **mixer_options)
         if options.lora_rank:
             sizes: Any = {"rank": options.lora_rank, "alpha": options.lora_alpha}
+            sizes["kind"] = options.lora_kind
             adapt(self.mixer, options.lora_targets, rngs=rngs, **sizes)
         mlp = options.mlp != "none"
         self.mlp_norm = norm() if mlp else None

@@ -7,7 +7,7 @@ from experiments.configs.recipes.defaults import mixer_options
 
 SOFTMAX = "transformer"
 # Everything but what LoRA adds; everything but the maps and mixing weights of LoLCATs.
-ALL_BUT_LORA = (r"(?!.*/lora_[ab]$).*",)
+ALL_BUT_LORA = (r"(?!.*/lora_(?:a|b|gain)$).*",)
 ALL_BUT_FEATURES = (r"(?!.*/(?:query_map_HKF|key_map_HKF|query_bias_H|key_bias_H|mix_H)$).*",)
 
 

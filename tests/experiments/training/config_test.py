@@ -270,7 +270,8 @@ def test_a_config_file_that_gives_no_config_costs_one_line(
 
 
 def test_every_file_of_the_folder_of_configs_is_one_or_is_refused_in_one_line(capsys, monkeypatch):
-    of_workdirs = {"of_run", "liger", "lolcats", "lit", "linfusion", "clear"}
+    of_workdirs = {"of_run", "liger", "lolcats", "hedgehog", "mm_mamba"}
+    of_workdirs |= {"lit", "linfusion", "clear"}
     for file in sorted((CHECKOUT / "experiments/configs").rglob("*.py")):
         line = refused(monkeypatch, capsys, f"--config={file}:nope")
         known = "has no function get_config" if file.parent.name == "recipes" else "got 'nope'"

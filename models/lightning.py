@@ -139,7 +139,8 @@ class LightningAttention(nnx.Module):
         )
         self.output = dense(inner, width, ("heads", "embed"), init=residual_normal(depth))
         self.decay_log_H = LayerConstant(decay_log(decay, heads, layer, depth))
-        self.rotation = None if lrpe == "none" else LearnedRotation(self.head_size)
+        sized_by = "size_per_head" if size_per_head else "heads"
+        self.rotation = None if lrpe == "none" else LearnedRotation(self.head_size, sized_by)
         self.turns = LayerConstant(
             jnp.asarray((lrpe == "all") | (jnp.asarray(layer) == 0), jnp.float32)
         )

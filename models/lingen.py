@@ -85,6 +85,9 @@ class LinGen(nnx.Module):
                 raise ValueError(f"{name} must be () or (frames, rows, columns); got {sizes!r}")
         if not (mamba or windows):
             raise ValueError("mamba must be True without windows: there would be no branch")
+        head_size(width, heads)  # that they divide
+        if state_heads:
+            head_size(width, state_heads, expand, option="state_heads")
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         self.windows, self.review, self.heads = tuple(windows), tuple(review), heads
         self.layer = LayerConstant(jnp.asarray(layer, jnp.int32))
@@ -104,7 +107,6 @@ class LinGen(nnx.Module):
 
         both = functools.partial(Bidirectional, walk, width, depth=depth, rngs=rngs, **dtypes)
         self.walk: Any = None if not mamba else both() if directions == "both" else walk()
-        head_size(width, heads)  # that they divide
         dense = functools.partial(
             projection, width, width, init=XAVIER, bias=True, rngs=rngs, **dtypes
         )

@@ -16,7 +16,7 @@ from experiments.tasks.image_generation import Times, numbered, objective_of
 from experiments.tasks.sources.image_sets import image_set
 from experiments.tasks.sources.random_streams import uniforms
 from experiments.training.task import Batch, Examples, Task
-from models.parts.options import Probability, Range, Size, Weight, check_choice
+from models.parts.options import Probability, Range, Weight, check_choice
 
 NUMBERS = 5  # of an item: which, where (2), how fast (2)
 
@@ -25,7 +25,7 @@ def make(
     dataset: str = "digits",
     size: Side = 16,
     frames: Annotated[int, Range(1, 4096)] = 8,
-    items: Size = 1,
+    items: Annotated[int, Range(1, 1024)] = 1,
     item_size: SideOrDefault = 0,
     speed: Weight = 2.0,
     objective: str = "noise",

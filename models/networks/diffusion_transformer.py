@@ -173,7 +173,8 @@ class DiffusionTransformer(Backbone):
         if any(not x or x % size for x, size in zip(extents, self.patch, strict=True)):
             names, patch = "height and width of images", f"patch={self.patch[-1]}"
             if len(extents) == 3:
-                names, patch = "frames, height and width of videos", f"patches {self.patch}"
+                names = "frames, height and width of videos"
+                patch = f"(patch_frames, patch, patch)={self.patch}"
             raise ValueError(
                 f"{names} must be multiples of {patch}; got {' x '.join(map(str, extents))}"
             )

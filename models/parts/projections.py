@@ -72,16 +72,17 @@ def tied_dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout | None:
     return nnx.Dropout(rate, broadcast_dims=(1,), rngs=rngs) if rate else None
 
 
-def head_size(width: int, heads: int, expand: float = 1.0) -> int:
+def head_size(width: int, heads: int, expand: float = 1.0, option: str = "heads") -> int:
     """Size of one of `heads` heads that split `expand * width` channels.
 
-    Raises ValueError if they do not divide, and for an `expand` that is no finite factor."""
+    Raises ValueError, naming the option that counts them, if they do not divide, and for an
+    `expand` that is no finite factor."""
     check_value("expand_k, expand_v or expand", Factor, expand)
     channels = round(expand * width)
     if heads < 1 or channels < heads or channels % heads:
         raise ValueError(
-            f"heads must divide the {channels} channels (width {width} times expansion"
-            f" {expand:g}); got heads={heads}"
+            f"{option} must divide the {channels} channels (width {width} times expansion"
+            f" {expand:g}); got {option}={heads}"
         )
     return channels // heads
 

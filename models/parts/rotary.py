@@ -122,8 +122,8 @@ def scaled_frequencies(
 class LearnedRotation(nnx.Module):
     """LRPE (Qin et al. 2023, arXiv 2307.09270): `turn` by learned angles that start as RoPE's."""
 
-    def __init__(self, head_size: int):
-        theta_K = frequencies(check_pairs(head_size), 10000.0)
+    def __init__(self, head_size: int, option: str = "heads"):
+        theta_K = frequencies(check_pairs(head_size, option), 10000.0)
         self.theta_K = nnx.Param(theta_K, group="no_decay", out_sharding=(None,))
 
     def __call__(self, x_BTHK: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ meaning, and otherwise cost one line that names the entry, before anything is co
 import importlib
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("norm_warmup_steps", "jitter", "dropout", "mlp_dropout", "distractors", "class_dropout"),
         *("occlusion", "clutter", "generated"),
         *("distil_output", "distil_variance", "distil_features"),
-        *("lift", "slow_loss_weight"),
+        *("lift", "slow_loss_weight", "window", "speed"),
     },
     -1: {"data", "train_examples"},
     HUGE: {"clip_norm"},
@@ -43,7 +44,7 @@ MEANINGFUL: dict[Any, set[str]] = {
         *("every_steps", "log_every_steps", "max_rejected_steps", "keep", "examples"),
         *("heartbeat_timeout_seconds", "clip_norm", "rope_base", "train_examples"),
         *("test_examples", "micro_batch_size", "gate_rank"),
-        *("norm_steps", "norm_warmup_steps"),
+        *("norm_steps", "norm_warmup_steps", "trained_tokens"),
     },
     True: {
         *("scan_layers", "tie_embeddings", "rope", "qk_norm", "clip_eigenvalues", "shared_memory"),
@@ -61,14 +62,16 @@ MEANINGFUL: dict[Any, set[str]] = {
         ),
         *("rotated", "crop", "shifted_windows", "fill_groups", "descriptor", "branch_norm"),
         *("sequence", "global_branch", "hyper_kernels", "context"),
+        *("whole_norm", "gate_projection", "sigmoid_gate", "value_silu", "terraced", "at_best"),
     },
-    "x": {"data_dir", "test_split", "date_column"},
+    "x": {"data_dir", "test_split", "date_column", "init_from"},  # a run is looked for later
+    None: {"conv_width"},  # of mixtures: that of the rule
     (): {
         *("frozen", "init_except"),
         *("covariance", "task_covariance", "test_lengths", "test_input_scales"),
         *("test_length_grid", "test", "rope_scaling"),
         *("origin", "ignored", "orders"),
-        *("rand_augment", "enlarged", "stages", "position_grid", "kernel_sizes"),
+        *("rand_augment", "enlarged", "stages", "position_grid", "kernel_sizes", "windows"),
     },
 }
 
@@ -176,6 +179,8 @@ def complaints(config: Any, key: str, value: Any) -> list[str]:
     # Any other is a traceback for the user.
     except Exception as error:
         return [f"{case}: {type(error).__name__}: {error}"]
+    finally:
+        shutil.rmtree("x", ignore_errors=True)  # made as a data_dir, it would be a text
     same = [v for k, v in flatten(config) if k == key and type(v) is type(value) and v == value]
     return [] if same or means_something(key, value) else [f"{case}: is taken"]
 

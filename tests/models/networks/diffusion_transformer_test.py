@@ -155,7 +155,7 @@ def test_the_sizes_have_the_published_numbers_of_parameters(size):
     ("attempt", "message"),
     [
         (lambda: denoiser(rows=5), "must be multiples of patch=2; got 5 x 6"),
-        (lambda: denoiser(frames=3, patch_frames=2), r"patches \(2, 2, 2\); got 3 x 4 x 6"),
+        (lambda: denoiser(frames=3, patch_frames=2), r"patch\)=\(2, 2, 2\); got 3 x 4 x 6"),
         (lambda: denoiser(patch_frames=2), "patch_frames must be 1 for images; got 2"),
         (lambda: denoiser(columns=0), "must be multiples of patch=2; got 4 x 0"),
         (lambda: denoiser(patch=0), r"config.model.patch must be an integer in \[1, 2\^31\)"),

@@ -97,6 +97,7 @@ def test_in_a_wide_window_it_is_softmax_attention_whatever_the_mix() -> None:
     np.testing.assert_allclose(mixer(inputs())[0], source(inputs())[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_transfer_gives_the_teacher_on_and_its_loss_reaches_the_maps_alone() -> None:
     mixer = made(window=3, stage="transfer")
     student, source = made(window=3), build_mixer(transformer, **OPTIONS)

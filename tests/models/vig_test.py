@@ -135,6 +135,7 @@ def test_flipped_tokens_with_swapped_gates_flip_the_output_and_one_merged_call_i
     np.testing.assert_allclose(merged, want, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bias", "seen"), [(-1e9, 9), (1e9, 35)])
 def test_a_closed_gate_sees_nine_tokens_and_an_open_one_all(bias, seen):
     mixer: Any = BUILD()

@@ -238,6 +238,7 @@ def test_frozen_parameters_stay_and_the_others_learn(tmp_path, name):
     assert "encoder" not in str(jax.tree.leaves_with_path(saved["opt_state"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_gradient_norm_is_that_of_the_parameters_that_are_trained(accumulate):
     mesh = make_mesh(config_of().mesh)
@@ -268,6 +269,7 @@ def test_patterns_that_freeze_nothing_or_all_are_refused(tmp_path, patterns, mes
         train.run(config_of(**{"optimizer.frozen": patterns}), tmp_path / "run", quiet=True)
 
 
+@pytest.mark.slow
 def test_the_matching_weights_of_another_model_are_taken_and_the_rest_is_named(
     tmp_path, monkeypatch, capsys
 ):

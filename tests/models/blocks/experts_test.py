@@ -57,6 +57,7 @@ def loop(experts: Any, x_ND: jax.Array, weights: str) -> jax.Array:
     return jnp.stack(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "options"),
     [

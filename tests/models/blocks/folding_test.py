@@ -31,6 +31,7 @@ def classifier(**model: Any) -> Any:
     return built
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "norm",
     [

@@ -55,6 +55,7 @@ def model(**options: Any) -> LM:
     return LM(vocabulary=5, width=8, depth=2, rngs=nnx.Rngs(0), **given, **options)
 
 
+@pytest.mark.slow
 def test_kernels_keep_their_names_and_what_is_no_map_is_refused() -> None:
     plain, adapted = (
         {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(one, nnx.Param))}
